@@ -1,0 +1,79 @@
+"""Tasks: what a site adapts on, and what judges it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rows = tuple[Tensor, ...]
+"""(x, y) or (x, y, mask): x [n, *shape]; y [n], integer classes or float targets; mask [n], 1 = a row, 0 = padding."""
+
+
+class Task(NamedTuple):
+    """One (support, query) pair of one site.
+
+    Attributes:
+        support: The rows that the site adapts on, `(x, y)` or `(x, y, mask)`.
+        query: The rows that judge the adapted model, of the same form.
+    """
+
+    support: Rows
+    query: Rows
+
+
+class Batch(NamedTuple):
+    """The tasks of many sites, padded to one length and stacked along a leading site axis.
+
+    Attributes:
+        support: x [sites, n, *shape], y [sites, n], mask [sites, n].
+        query: The same with its own n.
+    """
+
+    support: Rows
+    query: Rows
+
+    @property
+    def sites(self) -> int:
+        """The number of sites."""
+        return int(self.support[0].shape[0])
+
+    def task(self, site: int) -> Task:
+        """Returns the task of one site without its padding."""
+        return Task(_unpad(self.support, site), _unpad(self.query, site))
+
+    def chunk(self, start: int, stop: int) -> "Batch":
+        """Returns the sites `start` to `stop` (exclusive) as views."""
+        return Batch(
+            tuple(tensor[start:stop] for tensor in self.support), tuple(tensor[start:stop] for tensor in self.query)
+        )
+
+
+def rows_mask(rows: Rows) -> Tensor:
+    """Returns the mask [n] of rows, all ones where they carry none, in the dtype of x (float32 for integer x)."""
+    if len(rows) == 3:
+        return rows[2]
+    x = rows[0]
+    return torch.ones(x.shape[0], dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
+
+
+def stack(tasks: Sequence[Task]) -> Batch:
+    """Returns tasks of unequal sizes as one padded batch; padding rows are zero and masked out."""
+    return Batch(_stack([task.support for task in tasks]), _stack([task.query for task in tasks]))
+
+
+def _unpad(rows: Rows, site: int) -> Rows:
+    x, y, mask = (tensor[site] for tensor in rows)
+    keep = mask > 0
+    return (x, y) if bool(keep.all()) else (x[keep], y[keep])
+
+
+def _stack(sites: Sequence[Rows]) -> Rows:
+    longest = max(rows[0].shape[0] for rows in sites)
+    columns = [(rows[0], rows[1], rows_mask(rows)) for rows in sites]
+    return tuple(torch.stack([_pad(rows[column], longest) for rows in columns]) for column in range(3))
+
+
+def _pad(tensor: Tensor, length: int) -> Tensor:
+    padding = tensor.new_zeros((length - tensor.shape[0], *tensor.shape[1:]))
+    return torch.cat([tensor, padding]) if len(padding) else tensor
