@@ -1,0 +1,59 @@
+"""The streaming weighted sum that every engine adds to: in site order, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Scores = tuple[Tensor, Tensor]
+"""Accuracy (or RMSE) and loss per site, each [sites, steps + 1]."""
+
+
+@dataclass
+class Contribution:
+    """What a cohort, or a part of it, adds to the weighted sum of meta-gradients.
+
+    Attributes:
+        total: The weighted sum over finite sites, float64, with the meta-state's keys.
+        weight: The sum of their weights.
+        metrics: Per-site figures [sites]; "finite" is 0 where a site's gradient was not, and it counts for nothing.
+    """
+
+    total: dict[str, Tensor]
+    weight: float = 0.0
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, meta_state: Mapping[str, Tensor]) -> Contribution:
+        """Returns a sum of nothing for this meta-state."""
+        return cls({name: torch.zeros_like(value, dtype=torch.float64) for name, value in meta_state.items()})
+
+    def add(self, gradients: Mapping[str, Tensor], weights: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Adds the gradients [sites, ...] of some sites under their weights [sites]."""
+        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in gradients.values()]).all(0)
+        own = torch.where(finite, weights, 0.0).double()
+        all_finite = bool(finite.all())
+        for name, gradient in gradients.items():
+            clean = gradient if all_finite else torch.where(_like(finite, gradient), gradient, 0.0)
+            self.total[name] += torch.tensordot(own, clean.double(), dims=1)
+        self._note(float(own.sum()), {**metrics, "finite": finite})
+
+    def merge(self, other: Contribution) -> None:
+        """Adds the contribution of the sites that come next."""
+        for name, value in other.total.items():
+            self.total[name] += value
+        self.weight += other.weight
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+
+    def _note(self, weight: float, metrics: Mapping[str, Tensor]) -> None:
+        self.weight += weight
+        for name, values in metrics.items():
+            self.metrics.setdefault(name, []).append(values.detach().double())
+
+
+def _like(sites: Tensor, values: Tensor) -> Tensor:
+    return sites.reshape(-1, *[1] * (values.dim() - 1))

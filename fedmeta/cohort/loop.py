@@ -1,0 +1,35 @@
+"""The reference: one site after the other, each by the learner's own equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedmeta.cohort.accumulate import Contribution, Scores
+from fedmeta.learners import Learner
+from fedmeta.task import Batch
+
+
+def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> Contribution:
+    """Returns the cohort's contribution, site by site; see `fedmeta.cohort.meta_gradients`."""
+    total = Contribution.empty(meta_state)
+    for site in range(batch.sites):
+        gradient, metrics = learner.meta_gradient(meta_state, batch.task(site))
+        stacked = {name: value.unsqueeze(0) for name, value in gradient.items()}
+        figures = {name: value.unsqueeze(0) for name, value in metrics.items()}
+        total.add(stacked, weights[site : site + 1], figures)
+    return total
+
+
+def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
+    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
+    sites = []
+    for site in range(batch.sites):
+        task = batch.task(site)
+        path = learner.trajectory(meta_state, task.support, steps)
+        with torch.no_grad():
+            sites.append([torch.stack(learner.score(parameters, task.query)) for parameters in path])
+    scores = torch.stack([torch.stack(site) for site in sites])
+    return scores[..., 0], scores[..., 1]

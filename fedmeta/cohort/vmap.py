@@ -1,0 +1,38 @@
+"""All sites of a chunk at once under `torch.func.vmap`, with padding masked out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fedmeta.cohort.accumulate import Contribution, Scores
+from fedmeta.learners import Learner
+from fedmeta.task import Batch, Rows, Task
+
+
+def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> Contribution:
+    """Returns the cohort's contribution, every site in one batched call; see `fedmeta.cohort.meta_gradients`."""
+
+    def site(support: Rows, query: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return learner.meta_gradient(meta_state, Task(support, query))
+
+    gradients, metrics = vmap(site)(batch.support, batch.query)
+    total = Contribution.empty(meta_state)
+    total.add(gradients, weights, metrics)
+    return total
+
+
+def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
+    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
+
+    def site(support: Rows, query: Rows) -> Scores:
+        path = learner.trajectory(meta_state, support, steps)
+        scores, losses = zip(*(learner.score(parameters, query) for parameters in path), strict=True)
+        return torch.stack(scores), torch.stack(losses)
+
+    with torch.no_grad():
+        scores, losses = vmap(site)(batch.support, batch.query)
+    return scores, losses

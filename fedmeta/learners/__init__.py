@@ -1,0 +1,71 @@
+"""The mathematics: learners as pure functions on dictionaries of tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, Local
+from fedmeta.learners.learner import THETA, Learner, MetaState, Metrics
+from fedmeta.learners.maml import Fomaml, Maml
+from fedmeta.models import FunctionalModel
+
+__all__ = ["LEARNERS", "THETA", "Learner", "MetaState", "Metrics", "build", "learner_class", "settings_of"]
+
+LEARNERS: dict[str, type[Learner]] = {
+    "local": Local,
+    "fedavg": FedAvg,
+    "fedavg-ft": FedAvgFinetuned,
+    "fomaml": Fomaml,
+    "maml": Maml,
+}
+"""Every learner by its name in an experiment."""
+
+
+def build(name: str, model: nn.Module | Callable[[], nn.Module] | FunctionalModel, **settings: Any) -> Learner:
+    """Builds a learner.
+
+    Args:
+        name: A key of `LEARNERS`, or `package.module:Class`, a subclass of `Learner`.
+        model: The module that is adapted, or a function that makes it (called again under the seed by `init`).
+        **settings: The learner's own keys, such as `inner_steps` and `inner_lr`.
+
+    Raises:
+        FedmetaError: No such learner, or it has no such key.
+    """
+    kind = learner_class(name)
+    known = settings_of(kind)
+    for key in settings:
+        if key not in known:
+            raise FedmetaError(f'learner "{name}" has no key "{key}"{nearest(key, known)} (it has: {", ".join(known)})')
+    return kind(model, **settings)
+
+
+def learner_class(name: str) -> type[Learner]:
+    """Returns the class of a learner by name or import path.
+
+    Raises:
+        FedmetaError: There is none.
+    """
+    if name in LEARNERS:
+        return LEARNERS[name]
+    if ":" not in name:
+        raise FedmetaError(f'no learner "{name}"{nearest(name, LEARNERS)} (known: {", ".join(LEARNERS)})')
+    module_name, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise FedmetaError(f'[learner] name = "{name}" cannot be imported: {error}') from error
+    if not (isinstance(kind, type) and issubclass(kind, Learner)):
+        raise FedmetaError(f'[learner] name = "{name}" is not a subclass of fedmeta.learners.Learner')
+    return kind
+
+
+def settings_of(kind: type[Learner]) -> tuple[str, ...]:
+    """Returns the names of a learner's own keys."""
+    return tuple(field.name for field in fields(kind) if field.name != "model")

@@ -1,0 +1,128 @@
+"""What every learner shares: the meta-state, the inner loop, and the interface that clients and engines call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+
+from fedmeta.learners.loss import loss, score
+from fedmeta.models import FunctionalModel, Parameters
+from fedmeta.task import Rows, Task, rows_mask
+
+MetaState = Mapping[str, Tensor]
+"""What travels from server to sites: "theta.NAME" for each parameter, "alpha.NAME" for learned rates, and the like."""
+
+Metrics = dict[str, Tensor]
+"""Per-site figures of one round; each a scalar."""
+
+THETA = "theta."
+
+
+@dataclass(frozen=True)
+class Learner(ABC):
+    """A federated (meta-)learner: pure functions on dictionaries of tensors.
+
+    Attributes:
+        model: The module, or a function that makes it.
+        inner_steps: K, the number of inner steps.
+        inner_lr: The inner learning rate.
+    """
+
+    model: nn.Module | Callable[[], nn.Module] | FunctionalModel
+    inner_steps: int = 5
+    inner_lr: float = 0.1
+
+    sends: ClassVar[str] = "gradient"
+    """What a site sends: a "gradient" of its query loss, its own "displacement" theta - theta_i, or "nothing"."""
+
+    adapts: ClassVar[bool] = True
+    """Whether a site's own model differs from the global one."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, FunctionalModel):
+            object.__setattr__(self, "model", FunctionalModel(self.model))
+
+    @property
+    def network(self) -> FunctionalModel:
+        """The model as a function of parameters and inputs."""
+        assert isinstance(self.model, FunctionalModel)
+        return self.model
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        """Returns the initial meta-state, drawn from `seed` alone."""
+        return {THETA + name: value for name, value in self.network.init(seed).items()}
+
+    def theta(self, meta_state: MetaState) -> Parameters:
+        """Returns the initial parameters theta under the module's own names."""
+        return {name: meta_state[THETA + name] for name in self.network.names}
+
+    def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
+        """Returns the rate of inner step `step` (from 0) for each parameter that adapts; the others stay at theta."""
+        return dict.fromkeys(self.network.names, self.inner_lr)
+
+    def predict(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """Returns outputs [n, outputs] (logits, or predictions for regression) for inputs [n, *shape]."""
+        return self.network(parameters, x)
+
+    def loss(self, parameters: Parameters, rows: Rows) -> Tensor:
+        """Returns the mean loss of a model on rows: cross-entropy, or mean squared error for floating-point y."""
+        return loss(self.predict(parameters, rows[0]), rows[1], rows_mask(rows))
+
+    def score(self, parameters: Parameters, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Returns (accuracy or RMSE, loss) of a model on rows; a row of an unseen class scores as wrong."""
+        outputs, mask = self.predict(parameters, rows[0]), rows_mask(rows)
+        return score(outputs, rows[1], mask), loss(outputs, rows[1], mask)
+
+    def trajectory(self, meta_state: MetaState, support: Rows, steps: int) -> list[Parameters]:
+        """Returns the parameters after 0, 1, ... `steps` inner steps: phi <- phi - rate * d L_S(phi) / d phi.
+
+        Differentiable with respect to the meta-state, through every step.
+        """
+        parameters = self.theta(meta_state)
+        path = [parameters]
+        for step in range(steps):
+            rates = self.rates(meta_state, step)
+            adapting = {name: parameters[name] for name in rates}
+            fixed = {name: value for name, value in parameters.items() if name not in rates}
+            gradient = grad(lambda own, fixed=fixed: self.loss({**fixed, **own}, support))(adapting)
+            moved = {name: value - rates[name] * gradient[name] for name, value in adapting.items()}
+            parameters = {name: moved.get(name, parameters[name]) for name in parameters}
+            path.append(parameters)
+        return path
+
+    def adapt(self, meta_state: MetaState, support: Rows, steps: int | None = None) -> Parameters:
+        """Returns the site's own parameters: U(theta), the inner loop on its support rows.
+
+        Args:
+            meta_state: The meta-state.
+            support: (x, y) or (x, y, mask).
+            steps: The number of inner steps; None for `inner_steps`. A learner that does not adapt takes none.
+        """
+        return self.trajectory(meta_state, support, self.evaluation_steps(steps))[-1]
+
+    def evaluation_steps(self, steps: int | None = None) -> int:
+        """Returns a site's inner steps at evaluation: `steps` (None: `inner_steps`), or 0 if it never adapts."""
+        if not self.adapts:
+            return 0
+        return self.inner_steps if steps is None else steps
+
+    @abstractmethod
+    def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns what a site sends (the meta-state's keys) and its figures ("query_loss")."""
+
+
+def zeros_like(meta_state: MetaState) -> dict[str, Tensor]:
+    """Returns a gradient of zeros with the meta-state's keys."""
+    return {name: torch.zeros_like(value) for name, value in meta_state.items()}
+
+
+def with_theta(meta_state: MetaState, theta: Parameters) -> dict[str, Tensor]:
+    """Returns a gradient with these values for theta and zeros for the meta-state's other keys."""
+    own = {THETA + name: value for name, value in theta.items()}
+    return {name: own[name] if name in own else torch.zeros_like(value) for name, value in meta_state.items()}

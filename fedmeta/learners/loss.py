@@ -1,0 +1,43 @@
+"""Losses and scores of a batch of rows, as functions of outputs, labels and a mask."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of values [n] over the rows where mask [n] is 1; zero where there is no row."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Returns the loss of each row [n].
+
+    Cross-entropy where y [n] holds classes (a row of an unseen class, -1, must be masked out by the caller), squared
+    error, averaged over a row's targets, where y [n] or [n, targets] is floating point.
+    """
+    if y.is_floating_point():
+        return (outputs.reshape(y.shape) - y).square().flatten(1 if y.dim() > 1 else 0).reshape(y.shape[0], -1).mean(1)
+    return F.cross_entropy(outputs, y.clamp(min=0), reduction="none")
+
+
+def loss(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean loss (a scalar) over the rows of mask [n]; rows of an unseen class count for nothing."""
+    if not y.is_floating_point():
+        mask = mask * (y >= 0)
+    return masked_mean(row_losses(outputs, y), mask)
+
+
+def score(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Returns the accuracy (a row of an unseen class counts as wrong), or the RMSE for floating-point y; a scalar."""
+    if y.is_floating_point():
+        return masked_mean(row_losses(outputs, y), mask).sqrt()
+    return masked_mean((outputs.argmax(-1) == y).to(mask.dtype), mask)
+
+
+def concatenate(*parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns several (x, y, mask) as one."""
+    x, y, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return x, y, mask

@@ -1,0 +1,69 @@
+"""Torch modules by name or by import path, and modules as pure functions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.models.functional import FunctionalModel, Parameters, refuse_running_statistics
+from fedmeta.models.layers import Shape, cnn, image_shape, logistic, mlp
+
+__all__ = ["MODELS", "FunctionalModel", "Parameters", "Shape", "build", "image_shape", "refuse_running_statistics"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"logistic": logistic, "mlp": mlp, "cnn": cnn}
+"""Every named model: a function of (shape of a row, outputs) and keys of its own."""
+
+
+def build(name: str, shape: Shape, outputs: int, **settings: Any) -> nn.Module:
+    """Builds a model.
+
+    Args:
+        name: A key of `MODELS`, or `package.module:function`, called as `function(shape, outputs, **settings)`.
+        shape: The shape of one row.
+        outputs: The number of classes, or 1 for regression.
+        **settings: The model's own keys. A named model takes those it has and passes over the rest, so that one
+            experiment can switch models; widths may be given as "64,64".
+
+    Returns:
+        A module whose outputs are [n, outputs].
+
+    Raises:
+        FedmetaError: No such model or function, the function failed or did not return a module, or the module keeps
+            running batch statistics.
+    """
+    if ":" in name:
+        module = _call(name, shape, outputs, settings)
+    elif name in MODELS:
+        accepted = inspect.signature(MODELS[name]).parameters
+        module = MODELS[name](shape, outputs, **{key: _widths(v) for key, v in settings.items() if key in accepted})
+    else:
+        raise FedmetaError(f'no model "{name}"{nearest(name, MODELS)} (known: {", ".join(MODELS)})')
+    refuse_running_statistics(module)
+    return module
+
+
+def _widths(value: Any) -> Any:
+    """Returns "64,64" as (64, 64), and anything else as it is."""
+    if isinstance(value, str) and value.replace(",", "").replace(" ", "").isdigit():
+        return tuple(int(width) for width in value.split(","))
+    return () if value == "" else value
+
+
+def _call(path: str, shape: Shape, outputs: int, settings: Mapping[str, Any]) -> nn.Module:
+    module_name, _, attribute = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise FedmetaError(f'[model] name = "{path}" cannot be imported: {error}') from error
+    try:
+        module = function(shape, outputs, **settings)
+    except TypeError as error:
+        raise FedmetaError(f'[model] name = "{path}" was called with (shape, outputs, ...): {error}') from error
+    if not isinstance(module, nn.Module):
+        raise FedmetaError(f'[model] name = "{path}" returned {type(module).__name__}, not a torch.nn.Module')
+    return module

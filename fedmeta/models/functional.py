@@ -1,0 +1,90 @@
+"""A torch module as a pair of pure functions: seeded initial parameters, and outputs from parameters and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedmeta.errors import FedmetaError
+from fedmeta.randomness import torch_seed
+
+Parameters = dict[str, Tensor]
+"""A model's parameters by the module's own names."""
+
+
+class FunctionalModel:
+    """A module whose parameters are passed in, so that one module serves every site.
+
+    Args:
+        model: A module, or a function without arguments that makes one. A function is called again under the seed
+            by `init`, so that initial values of its own are kept; a module's layers are re-drawn by their
+            `reset_parameters`, and parameters that no layer draws stay as they are.
+
+    Raises:
+        FedmetaError: The module keeps running batch statistics (see `refuse_running_statistics`), or it has no
+            trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module | Callable[[], nn.Module]) -> None:
+        self._make: Callable[[], nn.Module] | None = None if isinstance(model, nn.Module) else model
+        self.module: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        refuse_running_statistics(self.module)
+        # Dropout would need a key per site, step and round; in evaluation mode a model is a function of its inputs.
+        self.module.eval()
+        self.names = tuple(name for name, value in self.module.named_parameters() if value.requires_grad)
+        if not self.names:
+            raise FedmetaError(f"model {type(self.module).__name__} has no trainable parameter")
+
+    def init(self, seed: int) -> Parameters:
+        """Returns initial parameters, drawn from `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(seed, "init"))
+            module = self._make() if self._make else _redraw(copy.deepcopy(self.module))
+        values = dict(module.named_parameters())
+        return {name: values[name].detach().clone() for name in self.names}
+
+    def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """Returns the outputs [n, outputs] for inputs [n, *shape], in the parameters' floating-point type."""
+        dtype = parameters[self.names[0]].dtype
+        if x.is_floating_point() and x.dtype != dtype:
+            x = x.to(dtype)
+        state: dict[str, Tensor] = dict(parameters)
+        for name, buffer in self.module.named_buffers():
+            if buffer.is_floating_point() and buffer.dtype != dtype:
+                state[name] = buffer.to(dtype)
+        outputs: Any = functional_call(self.module, state, (x,))
+        if not isinstance(outputs, Tensor):
+            raise FedmetaError(
+                f"model {type(self.module).__name__} returned {type(outputs).__name__}; it must return one tensor"
+            )
+        return outputs
+
+
+def refuse_running_statistics(module: nn.Module) -> None:
+    """Checks that a module keeps no running batch statistics.
+
+    Raises:
+        FedmetaError: It does: the statistics of a test batch would leak into its predictions, and a site's
+            statistics would be averaged as if they were gradients.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(getattr(layer, "running_mean", None), Tensor):
+            raise FedmetaError(
+                f"model layer {name or 'model'!r} ({type(layer).__name__}) keeps running batch statistics, which leak "
+                "test rows and cannot be adapted by gradients: use GroupNorm or LayerNorm"
+            )
+
+
+def _redraw(module: nn.Module) -> nn.Module:
+    for layer in module.modules():
+        for name in ("reset_parameters", "_reset_parameters"):
+            reset = getattr(layer, name, None)
+            if callable(reset):
+                reset()
+                break
+    return module
