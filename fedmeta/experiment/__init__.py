@@ -1,0 +1,36 @@
+"""One typed, validated description of a run: a TOML file, Flower's one run-config key and MLflow's flat params."""
+
+from fedmeta.experiment.files import Experiment, Key, describe, load_experiment
+from fedmeta.experiment.sections import (
+    LEARNERS,
+    MODELS,
+    SOURCES,
+    Data,
+    Evaluation,
+    Learner,
+    Model,
+    Privacy,
+    Runtime,
+    Server,
+    Tracking,
+)
+from fedmeta.experiment.values import Scalar
+
+__all__ = [
+    "LEARNERS",
+    "MODELS",
+    "SOURCES",
+    "Data",
+    "Evaluation",
+    "Experiment",
+    "Key",
+    "Learner",
+    "Model",
+    "Privacy",
+    "Runtime",
+    "Scalar",
+    "Server",
+    "Tracking",
+    "describe",
+    "load_experiment",
+]

@@ -1,0 +1,208 @@
+"""The experiment as a value, and its three views: TOML text, `--set` overrides and MLflow's flat params."""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import ValidationError
+
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment.refusals import refusal
+from fedmeta.experiment.sections import (
+    MADE_SOURCES,
+    Data,
+    Evaluation,
+    Learner,
+    Model,
+    Privacy,
+    Runtime,
+    Section,
+    Server,
+    Tracking,
+)
+from fedmeta.experiment.values import Scalar, from_text, on_one_line, to_param, to_text, wanted
+
+Table = dict[str, Any]
+
+
+class Experiment(Section):
+    """One run, described completely: the same experiment and data give the same result."""
+
+    data: Data = Data()
+    model: Model = Model()
+    learner: Learner = Learner()
+    server: Server = Server()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    runtime: Runtime = Runtime()
+    privacy: Privacy = Privacy()
+
+    @classmethod
+    def from_toml(cls, text: str, origin: str = "experiment", overrides: Sequence[str] = ()) -> Self:
+        """Returns the experiment that a TOML text describes; keys that it leaves out take their defaults.
+
+        Args:
+            text: TOML with the sections of this class.
+            origin: what to call the text in messages, such as its file name.
+            overrides: `section.key=value` texts that win over `text`, the last one over all.
+
+        Raises:
+            FedmetaError: not TOML, or a key or value that does not exist; names it and the nearest valid one.
+        """
+        return cls._checked(_parsed(text, origin), origin, overrides)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, object]) -> Self:
+        """Returns the experiment whose `params()` these are, as scalars or as the strings that MLflow makes of them."""
+        return cls._checked({}, "params", [f"{key}={value}" for key, value in params.items()])
+
+    @classmethod
+    def _checked(cls, table: Table, origin: str, overrides: Sequence[str]) -> Self:
+        origins: dict[tuple[str, str], str] = {}
+        for override in overrides:
+            section, key, value = _override(override)
+            table.setdefault(section, {})
+            if isinstance(table[section], dict):
+                table[section][key] = value
+                origins[section, key] = f"--set {on_one_line(override)}"
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            raise refusal(error, table, SECTIONS, origin, origins) from None
+
+    def with_overrides(self, overrides: Sequence[str]) -> Self:
+        """Returns this experiment with `section.key=value` texts applied, as `--set` would.
+
+        Raises:
+            FedmetaError: an override that names no key or an impossible value.
+        """
+        return self._checked(self.model_dump(), "experiment", overrides)
+
+    def to_toml(self) -> str:
+        """Returns the whole experiment, defaults included, as TOML from which `from_toml` makes an equal one."""
+        blocks = []
+        for section, values in self.model_dump().items():
+            lines = [f"{key} = {to_text(value)}" for key, value in values.items() if value is not None]
+            blocks.append("\n".join([f"[{section}]", *lines]))
+        return "\n\n".join(blocks) + "\n"
+
+    def params(self) -> dict[str, Scalar]:
+        """Returns the experiment flat, `section.key` to a scalar; lists as TOML text and None as "none"."""
+        return {
+            f"{section}.{key}": to_param(value, _annotation(section, key))
+            for section, values in self.model_dump().items()
+            for key, value in values.items()
+        }
+
+    def absolute(self) -> Self:
+        """Returns this experiment with every path made absolute against the working directory, to be run elsewhere."""
+        data, tracking = self.data, self.tracking
+        if data.path and data.source not in (*MADE_SOURCES, "huggingface"):
+            data = data.model_copy(update={"path": _absolute(data.path)})
+        moved = {"folder": _absolute(tracking.folder), "uri": _absolute_uri(tracking.uri)}
+        return self.model_copy(update={"data": data, "tracking": tracking.model_copy(update=moved)})
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Inner steps at evaluation: `evaluation.steps`, or `learner.inner_steps` where that is left out."""
+        return self.learner.inner_steps if self.evaluation.steps is None else self.evaluation.steps
+
+
+SECTIONS: Mapping[str, type[Section]] = {name: type(field.default) for name, field in Experiment.model_fields.items()}
+
+
+class Key(NamedTuple):
+    """One key of an experiment, for help and documentation."""
+
+    section: str
+    key: str
+    type: str
+    """What a value must be, in words: type, range, choices."""
+    default: object
+    help: str
+    """One line: the meaning and, for numbers, the unit in brackets."""
+
+
+def describe() -> list[Key]:
+    """Returns every key that an experiment may set, in the order of the schema."""
+    return [
+        Key(section, key, wanted(field.annotation, field.metadata), field.default, field.description or "")
+        for section, schema in SECTIONS.items()
+        for key, field in schema.model_fields.items()
+    ]
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Returns the experiment in a TOML file.
+
+    Args:
+        path: the file, UTF-8.
+        overrides: `section.key=value` texts that win over the file, the last one over all.
+
+    Raises:
+        FedmetaError: no such file, not readable, not TOML, or a key or value that does not exist.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise FedmetaError(f"{path}: no such file{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise FedmetaError(f"{path}: is a folder; name a TOML file in it{_nearest_file(path / 'experiment')}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise FedmetaError(f"{path}: not UTF-8 (line {line}); save it as UTF-8 text") from None
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot be read: {error.strerror}") from None
+    return Experiment.from_toml(text, str(path), overrides)
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent}"
+    return nearest(path.name, sorted(each.name for each in path.parent.glob("*.toml")))
+
+
+def _parsed(text: str, origin: str) -> Table:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise FedmetaError(f"{origin}: not valid TOML: nested too deep") from None
+    except ValueError as error:
+        position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        shown = f": {on_one_line(text.split(chr(10))[int(position[1]) - 1].strip()[:80])}" if position else ""
+        hint = "; texts stand in quotes, booleans are true and false" if "Invalid value" in str(error) else ""
+        raise FedmetaError(f"{origin}: not valid TOML: {error}{shown}{hint}") from None
+
+
+def _override(text: str) -> tuple[str, str, object]:
+    """Returns section, key and value of one `section.key=value`."""
+    name, equals, value = text.partition("=")
+    section, dot, key = (part.strip() for part in name.partition("."))
+    origin = f"--set {on_one_line(text)}"
+    if not (equals and dot and key):
+        homes = [f"{home}.{name}" for home, schema in SECTIONS.items() if name.strip() in schema.model_fields]
+        hint = f"; did you mean {homes[0]}={value}?" if homes else ", such as server.rounds=50"
+        raise FedmetaError(f"{origin}: must be written section.key=value{hint}")
+    if section not in SECTIONS:
+        cure = nearest(section, SECTIONS) or f"; the sections are {', '.join(SECTIONS)}"
+        raise FedmetaError(f"{origin}: unknown section {section}{cure}")
+    return section, key, from_text(value, _annotation(section, key))
+
+
+def _annotation(section: str, key: str) -> Any:
+    field = SECTIONS[section].model_fields.get(key)
+    return field.annotation if field else Scalar
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _absolute_uri(uri: str) -> str:
+    scheme, colon, rest = uri.partition(":///")
+    if scheme == "sqlite" and colon and rest != ":memory:":
+        return f"sqlite:///{_absolute(rest)}"
+    return uri if ":" in uri else _absolute(uri)

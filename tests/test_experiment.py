@@ -1,0 +1,329 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import (
+    LEARNERS,
+    MODELS,
+    SOURCES,
+    Data,
+    Evaluation,
+    Experiment,
+    Learner,
+    Model,
+    Runtime,
+    Server,
+    Tracking,
+    describe,
+    load_experiment,
+)
+
+# ---------------------------------------------------------------- round trips
+
+texts = st.text(max_size=12)
+words = st.text(min_size=1, max_size=12)
+tricky = st.sampled_from(
+    ['"', '"a"', "1", "1.5", "true", "True", "none", "[1]", "", " a ", "a # b", "x\ny = 1", "\x7f\\", "é"]
+)
+positive = st.floats(min_value=1e-300, max_value=1e300)
+zero_up = st.floats(min_value=0, max_value=1e300)
+counts = st.integers(min_value=1, max_value=10**12)
+zero_counts = st.integers(min_value=0, max_value=10**12)
+widths = st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(lambda each: ",".join(map(str, each)))
+names = st.tuples() | st.lists(texts | tricky, max_size=4).map(tuple)
+scalars = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts | tricky
+further_keys = st.dictionaries(st.from_regex(r"my_[a-z]{1,5}", fullmatch=True), scalars, max_size=4)
+
+experiments = st.builds(
+    Experiment,
+    data=st.builds(
+        Data,
+        source=st.sampled_from(SOURCES),
+        path=words | tricky.filter(bool),
+        label=words,
+        columns=names,
+        missing=names,
+        binarise=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        new_sites=st.floats(0, 1, exclude_max=True) | counts,
+        test=st.floats(0, 1, exclude_min=True, exclude_max=True),
+        support=counts,
+    ),
+    model=st.builds(Model, name=st.sampled_from(MODELS), hidden=widths, channels=widths)
+    | further_keys.map(lambda further: Model(name="my.nets:make", **further)),
+    learner=st.builds(Learner, name=st.sampled_from(LEARNERS), inner_steps=counts, inner_lr=positive)
+    | further_keys.map(lambda further: Learner(name="mine:Learner", **further)),
+    server=st.builds(
+        Server, lr=positive | st.just("auto"), wait_for=names | zero_counts, admit=st.booleans(), rounds=zero_counts
+    ),
+    evaluation=st.builds(Evaluation, steps=st.none() | zero_counts),
+    tracking=st.builds(Tracking, uri=words, experiment=words, name=texts | tricky),
+    runtime=st.builds(Runtime, seed=zero_counts, memory=zero_up),
+)
+
+
+@given(experiments)
+def test_toml_round_trip(experiment: Experiment) -> None:
+    assert Experiment.from_toml(experiment.to_toml()) == experiment
+
+
+@given(experiments)
+def test_params_round_trip_as_scalars_and_as_the_strings_of_mlflow(experiment: Experiment) -> None:
+    params = experiment.params()
+    assert all(isinstance(value, str | int | float | bool) for value in params.values())
+    assert Experiment.from_params(params) == experiment
+    assert Experiment.from_params({key: str(value) for key, value in params.items()}) == experiment
+
+
+@given(experiments)
+def test_every_param_is_an_override(experiment: Experiment) -> None:
+    assert Experiment().with_overrides([f"{key}={value}" for key, value in experiment.params().items()]) == experiment
+
+
+def refused(make: Callable[[], object]) -> str:
+    """The message of the refusal, or nothing."""
+    try:
+        make()
+    except FedmetaError as error:
+        return str(error)
+    return ""
+
+
+@given(st.text(max_size=60) | st.text(alphabet='[]{}"=.,#\n\r\x0b\x85 \\a1server', max_size=60))
+def test_any_text_is_an_experiment_or_one_line(text: str) -> None:
+    message = refused(lambda: Experiment.from_toml(text))
+    assert len(message.splitlines()) <= 1
+
+
+@given(st.sampled_from(describe()), st.recursive(scalars | st.dates(), lambda each: st.lists(each, max_size=3)))
+def test_any_value_of_any_key_is_taken_or_refused_by_name(key: Any, value: object) -> None:
+    shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    message = refused(lambda: Experiment().with_overrides([f"{key.section}.{key.key}={shown}"]))
+    assert not message or (key.key in message and len(message.splitlines()) == 1)
+
+
+def test_what_is_left_out_takes_its_default() -> None:
+    assert Experiment.from_toml("") == Experiment() == Experiment.from_toml("[privacy]\n[data]\n")
+    assert Experiment().learner.name == "maml"
+
+
+# ---------------------------------------------------------------- good values
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("data.new_sites=4", "data", "new_sites", 4),
+        ("data.new_sites=0", "data", "new_sites", 0.0),
+        ("data.new_sites = 0.25", "data", "new_sites", 0.25),
+        ("data.label=1", "data", "label", "1"),
+        ('data.label="1"', "data", "label", "1"),
+        ("data.path=a=b.npz", "data", "path", "a=b.npz"),
+        ('data.columns=["age", "sex"]', "data", "columns", ("age", "sex")),
+        ("data.binarise=0", "data", "binarise", 0.0),
+        ("model.name=cnn", "model", "name", "cnn"),
+        ('model.name="cnn"', "model", "name", "cnn"),
+        ("model.name=my.nets:make", "model", "name", "my.nets:make"),
+        ("model.hidden=[8, 16]", "model", "hidden", "8,16"),
+        ("model.hidden=8", "model", "hidden", "8"),
+        ("model.hidden=8, 16", "model", "hidden", "8,16"),
+        ("server.lr=auto", "server", "lr", "auto"),
+        ("server.lr=1", "server", "lr", 1.0),
+        ("server.wait_for=5", "server", "wait_for", 5),
+        ('server.wait_for=["a"]', "server", "wait_for", ("a",)),
+        ("server.admit=True", "server", "admit", True),
+        ("evaluation.steps=none", "evaluation", "steps", None),
+        ("evaluation.steps=0", "evaluation", "steps", 0),
+    ],
+)
+def test_values_of_overrides(override: str, section: str, key: str, value: object) -> None:
+    found = getattr(getattr(Experiment.from_toml("[evaluation]\nsteps = 3", overrides=[override]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_list_of_widths_in_a_file() -> None:
+    assert Experiment.from_toml("[model]\nhidden = [32, 16]").model.hidden == "32,16"
+
+
+def test_further_keys_reach_the_users_own_code() -> None:
+    experiment = Experiment.from_toml('[model]\nname = "nets:make"\ndepth = 3\nbias = false\nscale = 1.0\nkind = "a"')
+    assert experiment.model.extra == {"depth": 3, "bias": False, "scale": 1.0, "kind": "a"}
+    assert Experiment().learner.extra == {}
+
+
+def test_evaluation_steps_follow_the_inner_loop_unless_set() -> None:
+    assert Experiment().with_overrides(["learner.inner_steps=7"]).evaluation_steps == 7
+    assert Experiment().with_overrides(["learner.inner_steps=7", "evaluation.steps=0"]).evaluation_steps == 0
+
+
+def test_experiments_do_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Experiment().server.rounds = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- files and overrides
+
+
+def test_overrides_win_over_the_file_and_the_last_over_all(tmp_path: Path) -> None:
+    file = tmp_path / "har.toml"
+    file.write_text('\ufeff[server]\nrounds = 5\nlr = 0.5\n[data]\nsource = "npz"\n', encoding="utf-8")
+    experiment = load_experiment(file, ["server.rounds=6", "data.path=x.npz", "server.rounds=7"])
+    assert (experiment.server.rounds, experiment.server.lr, experiment.data.path) == (7, 0.5, "x.npz")
+
+
+def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    moved = Experiment(data=Data(source="npz", path="a.npz")).absolute()
+    assert moved.data.path == str(tmp_path / "a.npz")
+    assert moved.tracking.folder == str(tmp_path / "fedmeta-runs")
+    assert moved.tracking.uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert moved.absolute() == moved
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:////tmp/a.db", "file:///tmp/a", "postgresql://h/d"])
+def test_complete_addresses_stay(uri: str) -> None:
+    assert Experiment(tracking=Tracking(uri=uri)).absolute().tracking.uri == uri
+
+
+def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
+    assert Experiment().absolute().data.path == ""
+    assert Experiment(data=Data(source="huggingface", path="ylecun/mnist")).absolute().data.path == "ylecun/mnist"
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[learner]\ninner_lr = -1", "[learner] inner_lr = -1: must be a number greater than 0"),
+        ("[server]\nround = 5", 'unknown key [server] round = 5; did you mean "rounds"?'),
+        ("[server]\nseed = 5", "unknown key [server] seed = 5; did you mean [runtime] seed?"),
+        ("[runtime]\nzzz = 5", "unknown key [runtime] zzz = 5; its keys are seed, engine, device, threads, memory, "),
+        ("[privacy]\nzzz = 5", "unknown key [privacy] zzz = 5; the section has no keys yet"),
+        ("[serverr]\nrounds = 5", 'unknown section [serverr]; did you mean "server"?'),
+        ("[zzz]", "unknown section [zzz]; the sections are data, model, learner, "),
+        ("rounds = 5", "unknown key rounds = 5 outside of any section; did you mean [server] rounds?"),
+        ("server = 5", "server = 5: must be a section, written [server]"),
+        ("[[data]]\npath = 'a'", 'data = [{"path": "a"}]: must be a section, written [data]'),
+        ('[server]\nrounds = "many"', '[server] rounds = "many": must be a whole number of at least 0'),
+        ("[server]\nrounds = true", "[server] rounds = true: must be a whole number of at least 0"),
+        ("[server]\nrounds = 1.0", "[server] rounds = 1.0: must be a whole number of at least 0"),
+        ("[server]\nrounds = 2020-01-01", '[server] rounds = "2020-01-01": must be a whole number of at least 0'),
+        ("[server]\nadmit = 1", "[server] admit = 1: must be true or false"),
+        ("[server]\nlr = nan", '[server] lr = nan: must be a number greater than 0, or "auto"'),
+        (
+            '[server]\nlr = "atuo"',
+            '[server] lr = "atuo": must be a number greater than 0, or "auto"; did you mean "auto"?',
+        ),
+        (
+            "[server]\nwait_for = [1]",
+            '[server] wait_for = [1]: must be a list of texts, such as ["a", "b"], or a whole number',
+        ),
+        ("[data]\nlabel = 1", "[data] label = 1: must be a text that is not empty"),
+        ("[data]\nmissing = 'NA'", '[data] missing = "NA": must be a list of texts, such as ["a", "b"]'),
+        (
+            "[data]\nnew_sites = 1.0",
+            "[data] new_sites = 1.0: must be a number of at least 0 and less than 1, or a whole",
+        ),
+        ("[data]\nnew_sites = -1", "[data] new_sites = -1: must be a number of at least 0 and less than 1, or a whole"),
+        ("[data]\ntest = 1", "[data] test = 1: must be a number greater than 0 and less than 1"),
+        ("[data]\nsource = 'npz'", '[data] path = "": must name the data where source = "npz"'),
+        (
+            "[data]\nsplit = 'block'",
+            '[data] split = "block": must be one of "random", "blocks"; did you mean "blocks"?',
+        ),
+        (
+            "[model]\nhidden = '64,a'",
+            '[model] hidden = "64,a": must be whole numbers of at least 1 with commas between',
+        ),
+        (
+            "[model]\nhidden = [64, true]",
+            "[model] hidden = [64, true]: must be whole numbers of at least 1 with commas",
+        ),
+        ("[model]\nname = 'a.b'", '[model] name = "a.b": must be one of "logistic", "mlp", '),
+        ("[model]\ndepth = 3", "unknown key [model] depth = 3; its keys are name, hidden, "),
+        ("[model]\nname = 'a:b'\ndepth = [3]", "[model] depth = [3]: must be true or false, a number or a text"),
+        ("[model]\nname = 'a:b'\n'my-key' = 3", "unknown key [model] my-key = 3; "),
+        (
+            "[learner]\nname = 'mamll'",
+            '[learner] name = "mamll": must be one of "local", "fedavg", "fedavg-ft", "fomaml", ',
+        ),
+        ("[learner]\nname = 'mamll'", '"package.module:Class"; did you mean "maml"?'),
+        (
+            "[learner]\nname = mlp",
+            "not valid TOML: Invalid value (at line 2, column 8): name = mlp; texts stand in quotes",
+        ),
+        (
+            "[learner\n",
+            "not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 9): [learner",
+        ),
+        ("a = 1\na = 2\n", "not valid TOML: Cannot overwrite a value (at line 2, column 6): a = 2"),
+        ("a = " + "[" * 9000, "not valid TOML: nested too deep"),
+        ('[server]\n"a\\nb" = 1', 'unknown key [server] "a\\nb" = 1; its keys are '),
+    ],
+)
+def test_bad_experiments_are_refused_in_one_line(text: str, line: str) -> None:
+    with pytest.raises(FedmetaError) as error:
+        Experiment.from_toml(text, "har.toml")
+    assert str(error.value).startswith("har.toml: ")
+    assert line in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "server.rounds=many",
+            '--set server.rounds=many: [server] rounds = "many": must be a whole number of at least 0',
+        ),
+        ("server.round=5", '--set server.round=5: unknown key [server] round = 5; did you mean "rounds"?'),
+        ("sever.rounds=5", '--set sever.rounds=5: unknown section sever; did you mean "server"?'),
+        ("rounds=5", "--set rounds=5: must be written section.key=value; did you mean server.rounds=5?"),
+        ("server.rounds", "--set server.rounds: must be written section.key=value, such as server.rounds=50"),
+        ("", "--set : must be written section.key=value, such as server.rounds=50"),
+        ("a\nb", '--set "a\\nb": must be written section.key=value'),
+    ],
+)
+def test_bad_overrides_are_named(override: str, line: str) -> None:
+    with pytest.raises(FedmetaError, match=f"^{re.escape(line)}"):
+        Experiment.from_toml("[server]\nrounds = 1", "har.toml", [override])
+
+
+def test_an_error_in_the_file_names_the_file_although_there_are_overrides() -> None:
+    with pytest.raises(FedmetaError, match=r"^har\.toml: \[server\] rounds = -1"):
+        Experiment.from_toml("[server]\nrounds = -1", "har.toml", ["server.lr=0.1"])
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "heart.toml").write_bytes(b"[data]\npath = '\xff'\n")
+    with pytest.raises(FedmetaError, match=r'haert\.toml: no such file; did you mean "heart\.toml"\?$'):
+        load_experiment(tmp_path / "haert.toml")
+    with pytest.raises(FedmetaError, match=r"x\.toml: no such file; there is no folder .*nowhere$"):
+        load_experiment(tmp_path / "nowhere" / "x.toml")
+    with pytest.raises(FedmetaError, match=r"is a folder; name a TOML file in it$"):
+        load_experiment(tmp_path)
+    with pytest.raises(FedmetaError, match=r"heart\.toml: not UTF-8 \(line 2\); save it as UTF-8 text$"):
+        load_experiment(tmp_path / "heart.toml")
+    with pytest.raises(FedmetaError, match="cannot be read"):
+        load_experiment(tmp_path / ("x" * 300))
+
+
+# ---------------------------------------------------------------- the schema describes itself
+
+
+def test_every_key_has_a_default_that_it_accepts_and_help_with_a_unit() -> None:
+    keys = describe()
+    assert len(keys) == len(Experiment().params()) == len({(key.section, key.key) for key in keys})
+    for key in keys:
+        assert re.fullmatch(r"[A-Z][^\n]{5,110}[\w)]", key.help), key
+        if "number" in key.type and not key.type.startswith("whole numbers"):
+            assert key.help.endswith(")"), f"{key} has no unit"
