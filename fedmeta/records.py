@@ -1,0 +1,67 @@
+"""Reading typed values out of Flower's records, which check nothing of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+V = TypeVar("V", bool, int, float, str)
+
+
+class MessageError(ValueError):
+    """A message that does not hold what the contract says."""
+
+
+def write_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Returns tensors as a record."""
+    return ArrayRecord.from_torch_state_dict(dict(tensors))
+
+
+def read_arrays(content: RecordDict, name: str) -> dict[str, Tensor]:
+    """Returns the tensors of a record; raises `MessageError` where there are none or they cannot be read."""
+    try:
+        return dict(read_record(content, name, ArrayRecord).to_torch_state_dict())
+    except MessageError:
+        raise
+    except Exception as error:  # whatever NumPy's reader makes of mutated bytes
+        raise MessageError(f'the arrays of "{name}" cannot be read') from error
+
+
+def only(keys: Mapping[str, Any], *names: str) -> None:
+    """Checks that a message or record holds exactly these keys; raises `MessageError` otherwise."""
+    if set(keys) != set(names):
+        raise MessageError(f"it holds {sorted(keys)} and not {sorted(names)}")
+
+
+def read_record(content: RecordDict, name: str, kind: type[R], *keys: str) -> R:
+    """Returns a record of one kind, with exactly these keys where any are named."""
+    record = content[name]
+    if not isinstance(record, kind):
+        raise MessageError(f'"{name}" is not a {kind.__name__}')
+    if keys:
+        only(record, *keys)
+    return record
+
+
+def read_scalar(record: ConfigRecord | MetricRecord, key: str, kind: type[V]) -> V:
+    """Returns a value of one type (a whole number serves as a float)."""
+    value = record.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or type(value) is not kind:
+        raise MessageError(f'"{key}" is not of type {kind.__name__}')
+    return value
+
+
+def read_list(record: ConfigRecord | MetricRecord, key: str, kind: type[V], length: int | None = None) -> list[V]:
+    """Returns a list of values of one type and, where given, of one length."""
+    values: Any = record.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise MessageError(f'"{key}" is not a list of {kind.__name__}')
+    if length is not None and len(values) != length:
+        raise MessageError(f'"{key}" has {len(values)} values and not {length}')
+    return values
