@@ -26,7 +26,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.records import MessageError, only, read_arrays, read_list, read_record, read_scalar, write_arrays
+from fedmeta.wire import MessageError, only, read_arrays, read_list, read_record, read_scalar, write_arrays
 
 __all__ = [
     "EVALUATE",
