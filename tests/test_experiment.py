@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedmeta import learners, models
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import (
     LEARNERS,
@@ -38,7 +39,9 @@ counts = st.integers(min_value=1, max_value=10**12)
 zero_counts = st.integers(min_value=0, max_value=10**12)
 widths = st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(lambda each: ",".join(map(str, each)))
 names = st.tuples() | st.lists(texts | tricky, max_size=4).map(tuple)
-scalars = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts | tricky
+scalars = (
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | texts | tricky
+)
 further_keys = st.dictionaries(st.from_regex(r"my_[a-z]{1,5}", fullmatch=True), scalars, max_size=4)
 
 experiments = st.builds(
@@ -56,9 +59,9 @@ experiments = st.builds(
         support=counts,
     ),
     model=st.builds(Model, name=st.sampled_from(MODELS), hidden=widths, channels=widths)
-    | further_keys.map(lambda further: Model(name="my.nets:make", **further)),
+    | further_keys.map(lambda further: Model.model_validate({"name": "my.nets:make", **further})),
     learner=st.builds(Learner, name=st.sampled_from(LEARNERS), inner_steps=counts, inner_lr=positive)
-    | further_keys.map(lambda further: Learner(name="mine:Learner", **further)),
+    | further_keys.map(lambda further: Learner.model_validate({"name": "mine:Learner", **further})),
     server=st.builds(
         Server, lr=positive | st.just("auto"), wait_for=names | zero_counts, admit=st.booleans(), rounds=zero_counts
     ),
@@ -68,11 +71,13 @@ experiments = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(experiments)
 def test_toml_round_trip(experiment: Experiment) -> None:
     assert Experiment.from_toml(experiment.to_toml()) == experiment
 
 
+@settings(deadline=None)
 @given(experiments)
 def test_params_round_trip_as_scalars_and_as_the_strings_of_mlflow(experiment: Experiment) -> None:
     params = experiment.params()
@@ -81,6 +86,7 @@ def test_params_round_trip_as_scalars_and_as_the_strings_of_mlflow(experiment: E
     assert Experiment.from_params({key: str(value) for key, value in params.items()}) == experiment
 
 
+@settings(deadline=None)
 @given(experiments)
 def test_every_param_is_an_override(experiment: Experiment) -> None:
     assert Experiment().with_overrides([f"{key}={value}" for key, value in experiment.params().items()]) == experiment
@@ -95,12 +101,14 @@ def refused(make: Callable[[], object]) -> str:
     return ""
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.text(alphabet='[]{}"=.,#\n\r\x0b\x85 \\a1server', max_size=60))
 def test_any_text_is_an_experiment_or_one_line(text: str) -> None:
     message = refused(lambda: Experiment.from_toml(text))
     assert len(message.splitlines()) <= 1
 
 
+@settings(deadline=None)
 @given(st.sampled_from(describe()), st.recursive(scalars | st.dates(), lambda each: st.lists(each, max_size=3)))
 def test_any_value_of_any_key_is_taken_or_refused_by_name(key: Any, value: object) -> None:
     shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
@@ -165,7 +173,7 @@ def test_evaluation_steps_follow_the_inner_loop_unless_set() -> None:
 
 def test_experiments_do_not_change() -> None:
     with pytest.raises(ValidationError):
-        Experiment().server.rounds = 3  # type: ignore[misc]
+        Experiment().server.rounds = 3
 
 
 # ---------------------------------------------------------------- files and overrides
@@ -266,6 +274,24 @@ def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
             "not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 9): [learner",
         ),
         ("a = 1\na = 2\n", "not valid TOML: Cannot overwrite a value (at line 2, column 6): a = 2"),
+        ("[model]\nkernel = 4", "[model] kernel = 4: must be an odd whole number of at least 1"),
+        (
+            "[server]\nrounds = 9223372036854775808",
+            "[server] rounds = 9223372036854775808: must be a number that fits 64",
+        ),
+        (
+            "[model]\nname = 'a:b'\nsize = -9223372036854775809",
+            "size = -9223372036854775809: must be a number that fits",
+        ),
+        ("[model]\nname = 'a:b'\nsize = inf", "[model] size = inf: must be true or false, a number or a text"),
+        (
+            "[model]\nhidden = 0x1" + "0" * 9000,
+            "[model] hidden = a value too large to show: must be a number that fits 64",
+        ),
+        (
+            "[server]\nrounds" + ".a" * 2000 + " = 1",
+            "[server] rounds = a value too large to show: must be a whole number",
+        ),
         ("a = " + "[" * 9000, "not valid TOML: nested too deep"),
         ('[server]\n"a\\nb" = 1', 'unknown key [server] "a\\nb" = 1; its keys are '),
     ],
@@ -318,6 +344,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the schema describes itself
+
+
+def test_names_are_exactly_those_that_exist() -> None:
+    assert set(LEARNERS) == set(learners.LEARNERS)
+    assert set(MODELS) == set(models.MODELS)
+
+
+def test_every_setting_of_every_learner_is_a_key() -> None:
+    settings_of_all = {key for kind in learners.LEARNERS.values() for key in learners.settings_of(kind)}
+    assert settings_of_all == {key.key for key in describe() if key.section == "learner"} - {"name"}
 
 
 def test_every_key_has_a_default_that_it_accepts_and_help_with_a_unit() -> None:

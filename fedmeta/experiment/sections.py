@@ -6,13 +6,13 @@ A key stands here only if something in the program obeys it. The help of a numbe
 import re
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from fedmeta.experiment.values import Form, Scalar, refuse_unknown
+from fedmeta.experiment.refusals import refuse, refuse_unknown
+from fedmeta.experiment.values import Form, Scalar
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
-ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
+ModelName = Literal["logistic", "mlp", "cnn"]
 LearnerName = Literal["local", "fedavg", "fedavg-ft", "fomaml", "maml"]
 
 SOURCES: tuple[str, ...] = get_args(SourceName)
@@ -36,12 +36,19 @@ def _widths(value: object) -> object:
     return re.sub(r"[\[\]\s]", "", value) if isinstance(value, str) else value
 
 
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise ValueError("even")
+    return number
+
+
 Widths = Annotated[
     str,
     Field(pattern=r"^[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*$"),
     BeforeValidator(_widths),
     Form('whole numbers of at least 1 with commas between, such as "64,64"'),
 ]
+Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), Form("an odd whole number of at least 1")]
 Texts = Annotated[tuple[str, ...], Strict(False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -51,6 +58,14 @@ class Section(BaseModel):
     """One section: immutable, no silent conversion between types, no unknown keys, no infinities."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_fit_64_bits(cls, values: object) -> object:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise refuse(key, "must be a number that fits 64 bits")
+        return values
 
 
 class OpenSection(Section):
@@ -125,8 +140,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
         if self.source not in MADE_SOURCES and not self.path:
-            message = f'must name the data where source = "{self.source}"'
-            raise PydanticCustomError("path_missing", "{message}", {"key": "path", "message": message})
+            raise refuse("path", f'must name the data where source = "{self.source}"')
         return self
 
 
@@ -134,13 +148,12 @@ class Model(OpenSection):
     """The network. With an import path, all further scalar keys become arguments of that function."""
 
     name: ModelName | FunctionPath = Field(default="mlp", description="Kind of network, or a function that returns one")
-    hidden: Widths = Field(default="64,64", description="Hidden layers of mlp, char_lstm (units per layer)")
+    hidden: Widths = Field(default="64,64", description="Hidden layers of mlp (units per layer)")
     activation: Literal["relu", "tanh", "gelu", "elu"] = Field(default="relu", description="Function between layers")
     norm: Literal["none", "layer", "group"] = Field(default="none", description="Normalisation between layers")
-    channels: Widths = Field(default="32,64", description="Convolutions of cnn, conv4 (channels per layer)")
-    kernel: int = Field(default=5, ge=1, description="Side of cnn's convolution kernels (pixels)")
+    channels: Widths = Field(default="32,64", description="Convolutions of cnn (channels per layer)")
+    kernel: Odd = Field(default=5, description="Side of cnn's convolution kernels (pixels)")
     dense: int = Field(default=2048, ge=1, description="Width of cnn's dense layer (units)")
-    embedding: int = Field(default=8, ge=1, description="Width of char_lstm's character embedding (units)")
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )

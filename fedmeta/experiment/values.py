@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 Scalar = bool | int | float | str
 
@@ -23,17 +22,14 @@ class Form:
     text: str
 
 
-def refuse_unknown(key: str) -> PydanticCustomError:
-    """Returns the error of a section that finds a key of its own accord that it does not know."""
-    return PydanticCustomError("extra_forbidden", "unknown key", {"key": key})
-
-
 def to_text(value: object) -> str:
     """Returns a scalar or a list of scalars as TOML; anything else (in messages) as JSON reads it."""
     if isinstance(value, float):
         return repr(value)
-    # A JSON string is a TOML basic string but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+    # A JSON string is a TOML basic string but for DEL, which TOML wants escaped; other characters that
+    # some readers take for the end of a line, such as U+2028, are escaped too.
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in written)
 
 
 def on_one_line(name: str) -> str:
