@@ -62,8 +62,10 @@ def _call(path: str, shape: Shape, outputs: int, settings: Mapping[str, Any]) ->
         raise FedmetaError(f'[model] name = "{path}" cannot be imported: {error}') from error
     try:
         module = function(shape, outputs, **settings)
-    except TypeError as error:
-        raise FedmetaError(f'[model] name = "{path}" was called with (shape, outputs, ...): {error}') from error
+    except Exception as error:  # Whatever a user's own code raises, its author wants to know where it was called from.
+        raise FedmetaError(
+            f'[model] name = "{path}" failed when called with ({shape}, {outputs}, ...): {error}'
+        ) from error
     if not isinstance(module, nn.Module):
         raise FedmetaError(f'[model] name = "{path}" returned {type(module).__name__}, not a torch.nn.Module')
     return module

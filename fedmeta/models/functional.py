@@ -54,9 +54,9 @@ class FunctionalModel:
         if x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
         state: dict[str, Tensor] = dict(parameters)
-        for name, buffer in self.module.named_buffers():
-            if buffer.is_floating_point() and buffer.dtype != dtype:
-                state[name] = buffer.to(dtype)
+        for name, value in [*self.module.named_buffers(), *self.module.named_parameters()]:
+            if name not in state and value.is_floating_point() and value.dtype != dtype:
+                state[name] = value.to(dtype)
         outputs: Any = functional_call(self.module, state, (x,))
         if not isinstance(outputs, Tensor):
             raise FedmetaError(

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedmeta.errors import FedmetaError
+from fedmeta.errors import FedmetaError, nearest
 
 Shape = tuple[int, ...]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "elu": nn.ELU}
+
+NORMS = ("none", "layer", "group")
 
 
 def logistic(shape: Shape, outputs: int) -> nn.Module:
@@ -33,7 +35,7 @@ def mlp(shape: Shape, outputs: int, hidden: Sequence[int], activation: str = "re
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(shape)
     for size in hidden:
-        layers += [nn.Linear(width, size), *_norm(norm, size), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(width, size), *normalisation(norm, size), activation_layer(activation)]
         width = size
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
@@ -72,10 +74,10 @@ def cnn(
         )
     layers: list[nn.Module] = [Planes(shape)]
     for size in channels:
-        layers += [nn.Conv2d(planes, size, kernel, padding=kernel // 2), *_norm(norm, size)]
-        layers += [ACTIVATIONS[activation](), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(planes, size, kernel, padding=kernel // 2), *normalisation(norm, size)]
+        layers += [activation_layer(activation), nn.MaxPool2d(2)]
         planes, height, width = size, height // 2, width // 2
-    layers += [nn.Flatten(), nn.Linear(planes * height * width, dense), ACTIVATIONS[activation]()]
+    layers += [nn.Flatten(), nn.Linear(planes * height * width, dense), activation_layer(activation)]
     return nn.Sequential(*layers, nn.Linear(dense, outputs))
 
 
@@ -113,8 +115,29 @@ def _channels_last(shape: Shape) -> bool:
     return shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4)
 
 
-def _norm(norm: str, size: int) -> list[nn.Module]:
+def normalisation(norm: str, size: int) -> list[nn.Module]:
+    """Returns the layers of a norm over `size` units or channels: none, or one GroupNorm.
+
+    Raises:
+        FedmetaError: There is no such norm.
+    """
     if norm == "none":
         return []
+    if norm not in NORMS:
+        raise FedmetaError(f'model.norm = "{norm}": no such norm{nearest(norm, NORMS)} (known: {", ".join(NORMS)})')
     groups = 1 if norm == "layer" else next(count for count in range(max(1, size // 16), 0, -1) if size % count == 0)
     return [nn.GroupNorm(groups, size)]
+
+
+def activation_layer(activation: str) -> nn.Module:
+    """Returns an activation as a layer.
+
+    Raises:
+        FedmetaError: There is no such activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise FedmetaError(
+            f'model.activation = "{activation}": no such activation{nearest(activation, ACTIVATIONS)} '
+            f"(known: {', '.join(ACTIVATIONS)})"
+        )
+    return ACTIVATIONS[activation]()
