@@ -1,0 +1,303 @@
+"""MLflow: one run per experiment run, written by the server alone. The only file that imports MLflow.
+
+MLflow is imported where a run starts and not with this module, which therefore costs nothing to import.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from fedmeta import run_page
+from fedmeta.entries import Artifact, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Tracking
+from fedmeta.outbox import Outbox, deliver
+from fedmeta.store import artifact_folder, checked_uri, first_line, shown, within_time
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+PARAMS_PER_BATCH = 100
+LONGEST_PARAM = 6000
+UNSENT = "unsent.jsonl"
+# The outbox tries again, so MLflow need not; what users set themselves stays.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data of a run as MLflow lists it; `digest` has at most 36 characters."""
+
+    name: str
+    source: str
+    digest: str
+    sites: int
+
+
+class Tracker:
+    """One MLflow run. Nothing that happens to the store after `start` stops the training or slows it."""
+
+    def __init__(
+        self, client: "MlflowClient", uri: str, run_id: str, folder: Path, site_curves: int, resumed: bool
+    ) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._folder = folder
+        self._site_curves = site_curves
+        self._suffixes: dict[str, str] | None = None
+        self._steps: dict[str, int] = {}
+        self._outbox: Outbox[Entry] = Outbox(_Sender(client, run_id, resumed), self._lost)
+
+    @classmethod
+    def start(
+        cls,
+        settings: Tracking,
+        params: Mapping[str, Any],
+        folder: Path,
+        dataset: Dataset | None = None,
+        resume_run_id: str | None = None,
+    ) -> "Tracker":
+        """Opens the store and a run in it, new or resumed.
+
+        Args:
+            settings: the experiment's section [tracking].
+            params: the whole experiment as flat "section.key" values.
+            folder: the run's folder, for the files that go up as artifacts and for what could not be sent.
+            dataset: the data to list as the run's input.
+            resume_run_id: the MLflow run to go on with; what `folder` holds unsent of it goes first.
+
+        Raises:
+            FedmetaError: the store cannot be reached or written, or has no such run.
+        """
+        uri = checked_uri(settings.uri)
+        client, run_id = within_time(uri, lambda: _open(uri, settings, params, dataset, resume_run_id))
+        tracker = cls(client, uri, run_id, folder, settings.site_curves, resume_run_id is not None)
+        unsent_id, unsent = read_unsent(folder / UNSENT)
+        if unsent_id == resume_run_id:
+            tracker._outbox.put(entry for entry in unsent if not isinstance(entry, End))
+        return tracker
+
+    def round(self, round_number: int, metrics: Mapping[str, float | None]) -> None:
+        """Queues a round's metrics under their full names; takes microseconds."""
+        self._outbox.put(self._metrics(round_number, run_page.finite(metrics)))
+
+    def evaluation(self, round_number: int, sites: pd.DataFrame, groups: Mapping[str, Any]) -> None:
+        """Queues an evaluation, the groups' summaries and the chosen sites' curves, and has everything sent.
+
+        Args:
+            round_number: the round that was evaluated; 0 is before training.
+            sites: one row per site, as `fedmeta.run_page` describes it.
+            groups: summaries of "new_sites" and "training_sites".
+        """
+        if self._suffixes is None:
+            self._suffixes = run_page.curves(sites, self._site_curves)
+        metrics = run_page.evaluation_metrics(sites, groups, self._suffixes)
+        self._outbox.put(self._metrics(round_number, metrics), now=True)
+
+    def finish(self, summary: Mapping[str, Any], sites: pd.DataFrame, artifacts: Sequence[Path] = ()) -> list[Entry]:
+        """Logs the results, the pictures and the artifacts, and ends the run. Never raises for the store's sake.
+
+        Args:
+            summary: the run's JSON object.
+            sites: every evaluation with a row per site, told apart by `round`; the last one is the result.
+            artifacts: further files and folders to upload, such as the checkpoint and the experiment file.
+
+        Returns:
+            What could not be sent; the run's folder holds it as JSON lines.
+        """
+        # Matplotlib would announce, on a fresh machine, that it looks for fonts.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        from fedmeta import pictures
+
+        rounds = int(summary["rounds"])
+        drawn = pictures.save(sites, self._folder / "pictures")
+        sites.to_parquet(self._folder / "sites.parquet", index=False)
+        run_page.per_site(sites).to_json(self._folder / "per_site.json", orient="split", index=False)
+        self._outbox.put(self._metrics(rounds, run_page.final_metrics(summary, sites)))
+        self._outbox.put([Tag("mlflow.note.content", run_page.description(summary, sites))])
+        self._outbox.put([Table(str((self._folder / "per_site.json").absolute()))])
+        self._outbox.put(
+            Picture(str(path.absolute()), "0_summary/sites", rounds) for path in drawn if path.stem == "sites"
+        )
+        uploads = [self._folder / "sites.parquet", self._folder / "pictures", *artifacts]
+        self._outbox.put(Artifact(str(path.absolute()), path.name if path.is_dir() else "") for path in uploads)
+        return self.stop("FINISHED")
+
+    def stop(self, status: Status) -> list[Entry]:
+        """Ends the run with what it has logged, and returns what could not be sent, as `finish` does."""
+        self._outbox.put([End(status, _now_ms())])
+        try:
+            self._outbox.close()
+        finally:
+            unsent = self._outbox.pending()
+            write_unsent(self._folder / UNSENT, self.run_id, unsent)
+            if unsent:
+                _say(f"{shown(self.uri)} did not take {len(unsent)} entries; they are in {self._folder / UNSENT}")
+        return unsent
+
+    def _metrics(self, round_number: int, metrics: Mapping[str, float]) -> list[Metric]:
+        fresh = {key: value for key, value in metrics.items() if self._steps.get(key, -1) < round_number}
+        self._steps |= dict.fromkeys(fresh, round_number)
+        now = _now_ms()
+        return [Metric(key, value, now, round_number) for key, value in fresh.items()]
+
+    def _lost(self, error: Exception) -> None:
+        _say(f"{shown(self.uri)} does not answer ({first_line(error)}); the run goes on and keeps what it has to send")
+
+
+class _Sender:
+    """Sends entries of one kind to a run; to send them again changes nothing."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, resumed: bool) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._resumed = resumed
+        self._logged: dict[str, set[int]] = {}
+
+    def __call__(self, entries: list[Entry]) -> None:
+        metrics = [entry for entry in entries if isinstance(entry, Metric)]
+        if metrics:
+            self._send_metrics(metrics)
+        for entry in entries[len(metrics) :]:
+            self._send(entry)
+
+    def _send_metrics(self, metrics: list[Metric]) -> None:
+        from mlflow.entities import Metric as Entity
+
+        fresh = [Entity(*metric) for metric in metrics if metric.step not in self._rounds_before(metric.key)]
+        self._client.log_batch(self._run_id, metrics=fresh)
+
+    def _rounds_before(self, key: str) -> set[int]:
+        """Returns the rounds that a resumed run has of a metric: those after its checkpoint come a second time."""
+        if self._resumed and key not in self._logged:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._logged[key] = {metric.step for metric in history}
+        return self._logged.get(key, set())
+
+    def _send(self, entry: Entry) -> None:
+        client, run_id = self._client, self._run_id
+        match entry:
+            case Tag(key, value):
+                client.set_tag(run_id, key, value)
+            case End(status, timestamp):
+                client.set_terminated(run_id, status, timestamp)
+            case Table(path):
+                self._send_table(Path(path))
+            case Picture(path, key, step):
+                self._send_picture(path, key, step)
+            case Artifact(path, folder) if Path(path).is_dir():
+                client.log_artifacts(run_id, path, folder or None)
+            case Artifact(path, folder):
+                client.log_artifact(run_id, path, folder or None)
+
+    def _send_table(self, path: Path) -> None:
+        # `log_table` would add its rows to those of a table that is there.
+        if any(file.path == path.name for file in self._client.list_artifacts(self._run_id)):
+            self._client.log_artifact(self._run_id, str(path))
+        else:
+            self._client.log_table(self._run_id, pd.read_json(path, orient="split"), path.name)
+
+    def _send_picture(self, path: str, key: str, step: int) -> None:
+        from PIL import Image
+
+        name = f"{key.replace('/', '~')}+step+{step}+"
+        if not any(name in file.path for file in self._client.list_artifacts(self._run_id, "images")):
+            with Image.open(path) as image:
+                self._client.log_image(self._run_id, image, key=key, step=step)
+
+
+def send_unsent(uri: str, folder: Path) -> list[Entry]:
+    """Sends what a finished run's folder holds unsent, once its store is back.
+
+    Returns:
+        What is still unsent.
+
+    Raises:
+        FedmetaError: the store cannot be reached.
+    """
+    run_id, entries = read_unsent(folder / UNSENT)
+    uri = checked_uri(uri)
+    sender = within_time(uri, lambda: _Sender(_client(uri), run_id, resumed=True))
+    left, _ = deliver(entries, sender)
+    write_unsent(folder / UNSENT, run_id, left)
+    return left
+
+
+def _client(uri: str) -> "MlflowClient":
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def _open(
+    uri: str, settings: Tracking, params: Mapping[str, Any], dataset: Dataset | None, resume_run_id: str | None
+) -> tuple["MlflowClient", str]:
+    client = _client(uri)
+    if resume_run_id is not None:
+        client.update_run(resume_run_id, status="RUNNING")
+        return client, resume_run_id
+    from mlflow.entities import Param
+
+    experiment_id = _experiment(client, uri, settings.experiment)
+    name = settings.name or run_page.run_name(params)
+    run_id: str = client.create_run(experiment_id, tags=run_page.tags(params), run_name=name).info.run_id
+    entries = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
+    for start in range(0, len(entries), PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=entries[start : start + PARAMS_PER_BATCH])
+    if dataset is not None:
+        _log_dataset(client, run_id, dataset)
+    return client, run_id
+
+
+def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    """Returns the experiment's id; its artifacts lie beside a database, wherever the process runs."""
+    from mlflow import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_folder(uri)))
+        except MlflowException:
+            # Another run may have created it meanwhile.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise FedmetaError(f'tracking.experiment "{name}" was deleted in {shown(uri)}; restore it or name another')
+    return str(experiment.experiment_id)
+
+
+def _log_dataset(client: "MlflowClient", run_id: str, dataset: Dataset) -> None:
+    from mlflow import entities
+
+    source, profile = json.dumps({"path": dataset.source}), json.dumps({"sites": dataset.sites})
+    logged = entities.Dataset(dataset.name, dataset.digest, "local", source, profile=profile)
+    client.log_inputs(
+        run_id, datasets=[entities.DatasetInput(logged, [entities.InputTag("mlflow.data.context", "federation")])]
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _say(message: str) -> None:
+    print(f"fedmeta: tracking: {message}", file=sys.stderr)

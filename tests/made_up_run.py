@@ -1,0 +1,61 @@
+"""Values of a run as they come out of an evaluation, made up but plausible, for the tests of what shows them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedmeta.evaluation import sites_frame, summarise
+
+STEPS = 5
+
+
+def evaluation(
+    new: int, training: int, progress: float = 1.0, round_number: int = 0, regression: bool = False
+) -> pd.DataFrame:
+    """One evaluation; `progress` in [0, 1] says how far training has come."""
+    draws = np.random.default_rng(0)
+    count = new + training
+    rows = draws.integers(8, 200, count)
+    talent = draws.normal(0, 0.05, count)
+    before = np.clip(0.35 + 0.35 * progress + 2 * talent, 0.05, 0.98)
+    gain = (0.05 + 0.2 * progress) * draws.uniform(-0.15, 1, count) * (rows / rows.max()) ** 0.3
+    steps = before[:, None] + gain[:, None] * (1 - np.exp(-np.arange(STEPS + 1) / (STEPS - 2))) / (
+        1 - np.exp(-STEPS / 3)
+    )
+    scores = np.clip(steps, 0.02, 0.99)
+    return sites_frame(
+        [f"new-{i:03}" for i in range(new)] + [f"site-{i:03}" for i in range(training)],
+        ["new"] * new + ["training"] * training,
+        [int(count) for count in rows],
+        [int(count) for count in rows],
+        3 - 2 * scores if regression else scores,
+        -np.log(scores),
+        round_number=round_number,
+        regression=regression,
+    )
+
+
+def summary(sites: pd.DataFrame, rounds: int, learner: str = "maml") -> dict[str, Any]:
+    last = sites[sites["round"] == sites["round"].max()]
+    return {
+        "run_id": "r",
+        "learner": learner,
+        "seed": 0,
+        "rounds": rounds,
+        "wall_s": 12.3,
+        "bytes_down": 1_000_000,
+        "bytes_up": 1_000_000,
+        **summarise(last),
+        "checkpoint": str(Path("checkpoint")),
+    }
+
+
+def history(new: int, training: int, rounds: int, every: int) -> pd.DataFrame:
+    """All evaluations of a run, from before training to its end."""
+    evaluated = range(0, rounds + 1, every)
+    return pd.concat(
+        [evaluation(new, training, 1 - math.exp(-3 * r / rounds), round_number=r) for r in evaluated], ignore_index=True
+    )
