@@ -10,19 +10,37 @@ from typing import Any
 from torch import nn
 
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, Local
-from fedmeta.learners.learner import THETA, Learner, MetaState, Metrics
+from fedmeta.learners.anil import Anil
+from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
+from fedmeta.learners.imaml import Imaml
+from fedmeta.learners.learner import ALPHA, THETA, Learner, MetaState, Metrics
 from fedmeta.learners.maml import Fomaml, Maml
+from fedmeta.learners.maml_plus_plus import MamlPlusPlus
+from fedmeta.learners.meta_sgd import MetaSgd
+from fedmeta.learners.per_fedavg import PerFedAvg
+from fedmeta.learners.personal import Ditto, FedPer, FedRep
+from fedmeta.learners.pfedme import PFedMe
 from fedmeta.models import FunctionalModel
 
-__all__ = ["LEARNERS", "THETA", "Learner", "MetaState", "Metrics", "build", "learner_class", "settings_of"]
+__all__ = ["ALPHA", "LEARNERS", "THETA", "Learner", "MetaState", "Metrics", "build", "learner_class", "settings_of"]
 
 LEARNERS: dict[str, type[Learner]] = {
     "local": Local,
     "fedavg": FedAvg,
     "fedavg-ft": FedAvgFinetuned,
+    "fedprox": FedProx,
+    "reptile": Reptile,
     "fomaml": Fomaml,
     "maml": Maml,
+    "anil": Anil,
+    "meta-sgd": MetaSgd,
+    "maml++": MamlPlusPlus,
+    "per-fedavg": PerFedAvg,
+    "imaml": Imaml,
+    "pfedme": PFedMe,
+    "ditto": Ditto,
+    "fedrep": FedRep,
+    "fedper": FedPer,
 }
 """Every learner by its name in an experiment."""
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
+from fedmeta.learners.estimator import estimator
+from fedmeta.learners.inner import inner_loop
 from fedmeta.learners.loss import loss, score
 from fedmeta.models import FunctionalModel, Parameters
 from fedmeta.task import Rows, Task, rows_mask
@@ -22,6 +24,7 @@ Metrics = dict[str, Tensor]
 """Per-site figures of one round; each a scalar."""
 
 THETA = "theta."
+ALPHA = "alpha."
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Learner(ABC):
         assert isinstance(self.model, FunctionalModel)
         return self.model
 
+    @property
+    def estimator(self) -> str:
+        """What `meta_gradient` computes: "exact", "first-order", "displacement", "nothing" or "custom"."""
+        return estimator(type(self), Learner)
+
     def init(self, seed: int) -> dict[str, Tensor]:
         """Returns the initial meta-state, drawn from `seed` alone."""
         return {THETA + name: value for name, value in self.network.init(seed).items()}
@@ -79,32 +87,35 @@ class Learner(ABC):
         outputs, mask = self.predict(parameters, rows[0]), rows_mask(rows)
         return score(outputs, rows[1], mask), loss(outputs, rows[1], mask)
 
-    def trajectory(self, meta_state: MetaState, support: Rows, steps: int) -> list[Parameters]:
-        """Returns the parameters after 0, 1, ... `steps` inner steps: phi <- phi - rate * d L_S(phi) / d phi.
+    def trajectory(
+        self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
+    ) -> list[Parameters]:
+        """Returns the site's parameters after 0, 1, ... `steps` inner steps on its support rows.
 
-        Differentiable with respect to the meta-state, through every step.
+        The first are theta, the global model; the last are differentiable with respect to the meta-state.
+
+        Args:
+            meta_state: The meta-state.
+            support: (x, y) or (x, y, mask).
+            steps: The number of inner steps.
+            personal: The personal part that the site kept (see `personal`), from which its steps go on; None for a
+                site that kept none, as every new site.
         """
-        parameters = self.theta(meta_state)
-        path = [parameters]
-        for step in range(steps):
-            rates = self.rates(meta_state, step)
-            adapting = {name: parameters[name] for name in rates}
-            fixed = {name: value for name, value in parameters.items() if name not in rates}
-            gradient = grad(lambda own, fixed=fixed: self.loss({**fixed, **own}, support))(adapting)
-            moved = {name: value - rates[name] * gradient[name] for name, value in adapting.items()}
-            parameters = {name: moved.get(name, parameters[name]) for name in parameters}
-            path.append(parameters)
-        return path
+        theta = self.theta(meta_state)
+        return inner_loop(partial(self.loss, rows=support), theta, partial(self.rates, meta_state), steps)
 
-    def adapt(self, meta_state: MetaState, support: Rows, steps: int | None = None) -> Parameters:
+    def adapt(
+        self, meta_state: MetaState, support: Rows, steps: int | None = None, personal: Parameters | None = None
+    ) -> Parameters:
         """Returns the site's own parameters: U(theta), the inner loop on its support rows.
 
         Args:
             meta_state: The meta-state.
             support: (x, y) or (x, y, mask).
             steps: The number of inner steps; None for `inner_steps`. A learner that does not adapt takes none.
+            personal: As for `trajectory`.
         """
-        return self.trajectory(meta_state, support, self.evaluation_steps(steps))[-1]
+        return self.trajectory(meta_state, support, self.evaluation_steps(steps), personal)[-1]
 
     def evaluation_steps(self, steps: int | None = None) -> int:
         """Returns a site's inner steps at evaluation: `steps` (None: `inner_steps`), or 0 if it never adapts."""
@@ -112,9 +123,37 @@ class Learner(ABC):
             return 0
         return self.inner_steps if steps is None else steps
 
+    def query_weights(self, meta_state: MetaState) -> Sequence[Tensor | float]:
+        """Returns v: how much the query loss after 0, 1, ... K inner steps counts in the meta-objective."""
+        return [0.0] * self.inner_steps + [1.0]
+
     @abstractmethod
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns what a site sends (the meta-state's keys) and its figures ("query_loss")."""
+
+    def at(self, round_number: int, rounds: int) -> Learner:
+        """Returns the learner as it is in one round (from 1) of a run of `rounds`; most are the same in all."""
+        return self
+
+    def personal(self, meta_state: MetaState) -> Parameters:
+        """Returns the personal part that a site starts with, under the module's own names: what stays at the site.
+
+        Empty for a learner that keeps nothing between rounds, as most do.
+        """
+        return {}
+
+    def train(
+        self, meta_state: MetaState, task: Task, personal: Parameters
+    ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
+        """Returns what a site sends, its figures, and the personal part that it keeps for its next round.
+
+        Args:
+            meta_state: The meta-state.
+            task: The site's task.
+            personal: What the site kept from its last round; `personal(meta_state)` at its first.
+        """
+        gradient, metrics = self.meta_gradient(meta_state, task)
+        return gradient, metrics, personal
 
 
 def zeros_like(meta_state: MetaState) -> dict[str, Tensor]:

@@ -7,11 +7,13 @@ fomaml: d L_Q(phi) / d phi, at phi = U(theta)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.func import grad_and_value
 
+from fedmeta.learners.estimator import estimates
 from fedmeta.learners.learner import Learner, MetaState, Metrics, with_theta
 from fedmeta.task import Task
 
@@ -27,15 +29,21 @@ class Maml(Learner):
 
     global_weight: float = 0.0
 
+    def query_weights(self, meta_state: MetaState) -> Sequence[Tensor | float]:
+        """Returns w for the unadapted query loss, 1 - w for the one after K steps, and 0 between."""
+        between = [0.0] * (self.inner_steps - 1)
+        return [self.global_weight, *between, 1 - self.global_weight] if self.inner_steps else [1.0]
+
+    @estimates("exact")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns the gradient of the query loss after adaptation, through all inner steps, and that loss."""
 
         def objective(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            adapted = self.loss(self.trajectory(state, task.support, self.inner_steps)[-1], task.query)
-            if not self.global_weight:
-                return adapted, adapted
-            unadapted = self.loss(self.theta(state), task.query)
-            return (1 - self.global_weight) * adapted + self.global_weight * unadapted, adapted
+            path = self.trajectory(state, task.support, self.inner_steps)
+            query_loss = self.loss(path[-1], task.query)
+            *weights, last = self.query_weights(state)
+            terms = [weight * self.loss(path[step], task.query) for step, weight in counted(weights)]
+            return sum(terms, last * query_loss), query_loss
 
         gradient, (_, query_loss) = grad_and_value(objective, has_aux=True)(dict(meta_state))
         return gradient, {"query_loss": query_loss}
@@ -45,12 +53,19 @@ class Maml(Learner):
 class Fomaml(Maml):
     """Sends d L_Q / d phi at the adapted parameters (Finn et al. 2017, section 5.2: the first-order approximation)."""
 
+    @estimates("first-order")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns the gradient of the query loss at the adapted parameters, and that loss."""
-        adapted = self.trajectory(meta_state, task.support, self.inner_steps)[-1]
-        gradient, query_loss = grad_and_value(self.loss)(adapted, task.query)
-        if self.global_weight:
-            unadapted, _ = grad_and_value(self.loss)(self.theta(meta_state), task.query)
-            w = self.global_weight
-            gradient = {name: (1 - w) * value + w * unadapted[name] for name, value in gradient.items()}
+        path = self.trajectory(meta_state, task.support, self.inner_steps)
+        *weights, last = self.query_weights(meta_state)
+        own, query_loss = grad_and_value(self.loss)(path[-1], task.query)
+        gradient = {name: last * value for name, value in own.items()}
+        for step, weight in counted(weights):
+            own, _ = grad_and_value(self.loss)(path[step], task.query)
+            gradient = {name: value + weight * own[name] for name, value in gradient.items()}
         return with_theta(meta_state, gradient), {"query_loss": query_loss}
+
+
+def counted(weights: Sequence[Tensor | float]) -> list[tuple[int, Tensor | float]]:
+    """Returns the (step, weight) of those steps whose weight is not plainly zero."""
+    return [(step, weight) for step, weight in enumerate(weights) if isinstance(weight, Tensor) or weight != 0]

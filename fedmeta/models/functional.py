@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmeta.errors import FedmetaError
+from fedmeta.errors import FedmetaError, nearest
 from fedmeta.randomness import torch_seed
 
 Parameters = dict[str, Tensor]
@@ -47,6 +47,27 @@ class FunctionalModel:
             module = self._make() if self._make else _redraw(copy.deepcopy(self.module))
         values = dict(module.named_parameters())
         return {name: values[name].detach().clone() for name in self.names}
+
+    def layer(self, name: str = "") -> tuple[str, ...]:
+        """Returns the names of the parameters of a layer and of all layers in it.
+
+        Args:
+            name: The layer's name in the module, such as "4" or "head"; empty for the last that has parameters of
+                its own, in the order in which the module registered them.
+
+        Raises:
+            FedmetaError: There is no such layer, or it has no trainable parameter.
+        """
+        last = self.names[-1].rpartition(".")[0]
+        if not name and not last:
+            return tuple(own for own in self.names if "." not in own)
+        names = tuple(own for own in self.names if own.startswith((name or last) + "."))
+        if not names:
+            layers = sorted({own.rpartition(".")[0] for own in self.names} - {""})
+            raise FedmetaError(
+                f'the model has no layer "{name}" with parameters{nearest(name, layers)} (it has: {", ".join(layers)})'
+            )
+        return names
 
     def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
         """Returns the outputs [n, outputs] for inputs [n, *shape], in the parameters' floating-point type."""

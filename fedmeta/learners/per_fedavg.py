@@ -1,0 +1,87 @@
+"""Per-FedAvg (Fallah, Mokhtari and Ozdaglar, NeurIPS 2020): federated averaging of one-step MAML.
+
+A site takes tau local meta-steps from w = theta and sends theta - w (algorithm 1):
+w <- w - beta * g,   g = (I - alpha * d2 L_S(w)) d L_Q(w - alpha * d L_S(w))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value
+
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.learners.fedavg import displacement
+from fedmeta.learners.inner import add_scaled, inner_product
+from fedmeta.learners.learner import Learner, MetaState, Metrics
+from fedmeta.models import Parameters
+from fedmeta.task import Task
+
+HESSIANS = ("exact", "free", "first-order")
+
+
+@dataclass(frozen=True)
+class PerFedAvg(Learner):
+    """Sends the displacement of tau local meta-steps; at evaluation a site takes one step (`inner_steps` is unused).
+
+    Every local step uses the whole support and query rows, and the support rows for the Hessian too.
+
+    Attributes:
+        local_steps: tau, the number of local meta-steps.
+        local_lr: beta, their rate; alpha is `inner_lr`.
+        hessian: "exact"; "free" for the central difference of two support gradients (section 5, Per-FedAvg (HF));
+            "first-order" without it (Per-FedAvg (FO)).
+    """
+
+    local_steps: int = 5
+    local_lr: float = 0.1
+    hessian: str = "exact"
+
+    sends: ClassVar[str] = "displacement"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hessian not in HESSIANS:
+            raise FedmetaError(
+                f'learner.hessian = "{self.hessian}": no such form{nearest(self.hessian, HESSIANS)} '
+                f"(known: {', '.join(HESSIANS)})"
+            )
+
+    def evaluation_steps(self, steps: int | None = None) -> int:
+        """Returns `steps`, or the one step that the start is trained for."""
+        return 1 if steps is None else steps
+
+    def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns theta - w after the local meta-steps, and the query loss after one inner step from theta."""
+        own = self.theta(meta_state)
+        losses = []
+        for _ in range(self.local_steps):
+            gradient, query_loss = self.local_gradient(own, task)
+            own = add_scaled(own, -self.local_lr, gradient)
+            losses.append(query_loss)
+        return displacement(meta_state, own), {"query_loss": losses[0]}
+
+    def local_gradient(self, w: Parameters, task: Task) -> tuple[Parameters, Tensor]:
+        """Returns g, the gradient of the one-step query loss at w, and that loss."""
+        support_loss, query_loss = partial(self.loss, rows=task.support), partial(self.loss, rows=task.query)
+        support_gradient = grad(support_loss)
+
+        def after_one_step(own: Parameters) -> Tensor:
+            return query_loss(add_scaled(own, -self.inner_lr, support_gradient(own)))
+
+        if self.hessian == "exact":
+            return grad_and_value(after_one_step)(w)
+        adapted = add_scaled(w, -self.inner_lr, support_gradient(w))
+        gradient, value = grad_and_value(query_loss)(adapted)
+        if self.hessian == "free":
+            # The step that balances truncation and rounding, along the gradient's direction.
+            length = inner_product(gradient, gradient).sqrt().clamp(min=1e-12)
+            delta = torch.finfo(length.dtype).eps ** (1 / 3) / length
+            ahead, behind = (support_gradient(add_scaled(w, side * delta, gradient)) for side in (1, -1))
+            curvature = {name: (value - behind[name]) / (2 * delta) for name, value in ahead.items()}
+            gradient = add_scaled(gradient, -self.inner_lr, curvature)
+        return gradient, value
