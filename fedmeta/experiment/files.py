@@ -12,6 +12,7 @@ from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment.refusals import refusal
 from fedmeta.experiment.sections import (
     MADE_SOURCES,
+    UNTRACKED,
     Data,
     Evaluation,
     Learner,
@@ -205,4 +206,4 @@ def _absolute_uri(uri: str) -> str:
     scheme, colon, rest = uri.partition(":///")
     if scheme == "sqlite" and colon and rest != ":memory:":
         return f"sqlite:///{_absolute(rest)}"
-    return uri if ":" in uri else _absolute(uri)
+    return uri if ":" in uri or uri == UNTRACKED else _absolute(uri)

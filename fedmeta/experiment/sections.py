@@ -19,6 +19,9 @@ SOURCES: tuple[str, ...] = get_args(SourceName)
 MODELS: tuple[str, ...] = get_args(ModelName)
 LEARNERS: tuple[str, ...] = get_args(LearnerName)
 
+UNTRACKED = "none"
+"""The `tracking.uri` of a run that MLflow does not hear of."""
+
 MADE_SOURCES = ("digits", "synthetic")
 """Sources that read no file."""
 
@@ -103,7 +106,10 @@ class Data(Section):
         default="auto",
         description="What the labels are; auto = regression where they are fractions, else classification",
     )
-    columns: Texts = Field(default=(), description="Feature columns to use, in tables; empty = all but the label")
+    columns: Texts = Field(
+        default=(),
+        description="Column names, in order, of tables without a header line; empty = the first line has them",
+    )
     missing: Texts = Field(
         default=("", "?", "NA", "NaN", "nan", "null"), description="Texts that mean a missing value, in tables"
     )
@@ -221,7 +227,9 @@ class Tracking(Section):
     """Where MLflow and the run's files are."""
 
     uri: str = Field(
-        default="sqlite:///mlflow.db", min_length=1, description="MLflow store: sqlite:///FILE or http://HOST:PORT"
+        default="sqlite:///mlflow.db",
+        min_length=1,
+        description="MLflow store: sqlite:///FILE or http://HOST:PORT; none = do not track",
     )
     experiment: str = Field(default="fedmeta", min_length=1, description="MLflow experiment that the run belongs to")
     name: str = Field(default="", description="Name of the run; empty = made from learner and seed")

@@ -1,0 +1,126 @@
+"""The Flower ClientApp: unpack the message, call the cohort engine, pack the reply."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
+from fedmeta import cohort
+from fedmeta.errors import FedmetaError
+from fedmeta.messages import (
+    EvaluateReply,
+    MessageError,
+    SitesReply,
+    SumsReply,
+    SumsRequest,
+    TrainReply,
+    WorkRequest,
+    pack_failure,
+)
+
+log = logging.getLogger("fedmeta.client")
+app = ClientApp()
+
+CODES: dict[type[BaseException], str] = {
+    DataError: "bad-data",
+    UnknownSiteError: "unknown-site",
+    MessageError: "bad-message",
+    FedmetaError: "bad-experiment",
+    MemoryError: "out-of-memory",
+    Exception: "internal",
+}
+"""Which code a node replies with for which error; the first that fits."""
+
+
+def guarded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """Returns a handler that turns every error into a code: an error's text, which may hold data, stays in the log."""
+
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            content = answer(message.content, context)
+        except Exception as error:
+            code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+            log.error("fedmeta: %s: %s", code, error, exc_info=code == "internal")
+            content = pack_failure(code)
+        return Message(content, reply_to=message)
+
+    return handle
+
+
+@app.query("sites")
+@guarded
+def sites(content: RecordDict, context: Context) -> RecordDict:
+    """Says which sites are here, how many rows they have, and what their rows look like."""
+    node = node_of(context)
+    population, hosted = node.population, node.hosted
+    return SitesReply(
+        names=tuple(population.names[site] for site in hosted),
+        train_rows=tuple(node.split.train_sizes(hosted).tolist()),
+        test_rows=tuple(node.split.test_sizes(hosted).tolist()),
+        classes=node.classes(),
+        features=tuple(population.feature_names),
+        shape=tuple(population.shape),
+        regression=population.regression,
+        tokens=population.tokens,
+    ).pack()
+
+
+@app.query("sums")
+@guarded
+def sums(content: RecordDict, context: Context) -> RecordDict:
+    """Adds up the feature sums of training sites."""
+    node = node_of(context)
+    total = node.sums(node.find(SumsRequest.unpack(content).names))
+    return SumsReply(total.count, total.total, total.square).pack()
+
+
+@app.train()
+@guarded
+def train(content: RecordDict, context: Context) -> RecordDict:
+    """Computes the weighted sum of the meta-gradients of the cohort's sites that are here."""
+    node, request = node_of(context), WorkRequest.unpack(content)
+    _use_threads(node.experiment.runtime.threads)
+    here = node.find(request.names)
+    meta_state, scale = split_meta_state(request.meta_state)
+    gradient, weight, metrics = cohort.meta_gradients(
+        learner_for(node, request.classes),
+        meta_state,
+        node.training_batch(here, request.number, scale, request.classes),
+        node.experiment.runtime.engine,
+        weights=node.weights(here),
+    )
+    return TrainReply(
+        gradient=gradient,
+        weight=weight,
+        names=request.names,
+        query_loss=metrics["query_loss"].numpy(),
+        finite=metrics["finite"].numpy().astype(bool),
+    ).pack()
+
+
+@app.evaluate()
+@guarded
+def evaluate(content: RecordDict, context: Context) -> RecordDict:
+    """Scores sites on their test rows, before, during and after adaptation on their support rows."""
+    node, request = node_of(context), WorkRequest.unpack(content)
+    _use_threads(node.experiment.runtime.threads)
+    here = node.find(request.names)
+    meta_state, scale = split_meta_state(request.meta_state)
+    learner = learner_for(node, request.classes)
+    columns = learner.evaluation_steps(request.number) + 1
+    scores, losses = np.full((len(here), columns), np.nan), np.full((len(here), columns), np.nan)
+    for group, batch in node.evaluation_batches(here, scale, request.classes):
+        found = cohort.evaluate(learner, meta_state, batch, node.experiment.runtime.engine, steps=request.number)
+        scores[group], losses[group] = (values.double().numpy() for values in found)
+    return EvaluateReply(request.names, scores, losses).pack()
+
+
+def _use_threads(threads: int) -> None:
+    if threads and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

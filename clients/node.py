@@ -1,0 +1,176 @@
+"""What a node hosts: its sites' rows, and the learner that works on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from flwr.app import Context
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta.assembly import learner_of
+from fedmeta.data import (
+    Episodes,
+    FeatureSums,
+    Population,
+    Split,
+    Standardisation,
+    class_codes,
+    evaluation_episodes,
+    feature_sums,
+    gather,
+    group_by_size,
+    load,
+    load_site,
+    split,
+    training_episodes,
+)
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Data, Experiment
+from fedmeta.learners import Learner
+from fedmeta.task import Batch
+
+Sites = NDArray[np.int64]
+
+GROUP_ROWS = 1 << 14
+"""How many padded rows an evaluation gathers at once."""
+
+
+class UnknownSiteError(FedmetaError):
+    """A node was asked for a site that it does not host."""
+
+
+class DataError(FedmetaError):
+    """A node cannot read its sites' data."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's own view: the sites that it hosts, of a population that it can read.
+
+    Attributes:
+        experiment: The run's description.
+        population: The sites that the node's data hold.
+        split: Their train and test rows.
+        hosted: The numbers of the sites that this node answers for: all, or in simulation a share.
+    """
+
+    experiment: Experiment
+    population: Population
+    split: Split
+    hosted: Sites
+
+    def find(self, names: Sequence[str]) -> Sites:
+        """Returns the numbers of named sites; raises `UnknownSiteError` where the node does not host one."""
+        try:
+            sites = self.population.find(names)
+        except FedmetaError as error:
+            raise UnknownSiteError(str(error)) from None
+        places = np.searchsorted(self.hosted, sites)
+        if not np.array_equal(self.hosted[np.minimum(places, len(self.hosted) - 1)], sites):
+            raise UnknownSiteError("a site of another node was asked for")
+        return sites
+
+    def classes(self) -> tuple[str, ...]:
+        """Returns the labels that occur at the hosted sites."""
+        if self.population.regression or len(self.hosted) == len(self.population):
+            return self.population.class_names
+        codes = np.unique(self.population.labels(self.population.rows(self.hosted).rows))
+        return tuple(self.population.class_names[code] for code in codes)
+
+    def sums(self, sites: Sites) -> FeatureSums:
+        """Returns the feature sums over the sites' train rows."""
+        return feature_sums(self.population, self.split.train_rows(sites).rows, self.experiment.data.standardise)
+
+    def weights(self, sites: Sites) -> Tensor:
+        """Returns what each site weighs in the mean: 1, or its number of train rows."""
+        if self.experiment.server.weighting == "examples":
+            return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+        return torch.ones(len(sites), dtype=torch.float64)
+
+    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
+        """Returns the tasks of some sites in a round."""
+        data = self.experiment.data
+        episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
+        return self._gather(episodes, scale, classes)
+
+    def evaluation_batches(
+        self, sites: Sites, scale: Standardisation, classes: Sequence[str]
+    ) -> Iterator[tuple[Sites, Batch]]:
+        """Yields positions in `sites` and their batch, in groups of similar size that bound padding and memory."""
+        for group in group_by_size(self.split.test_sizes(sites), GROUP_ROWS):
+            episodes = evaluation_episodes(self.split, sites[group], self.experiment.data.support)
+            yield group, self._gather(episodes, scale, classes)
+
+    def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
+        codes = class_codes(self.population.class_names, classes)
+        dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
+        return gather(self.population, episodes, scale, codes, dtype)
+
+
+def node_of(context: Context) -> Node:
+    """Returns what the node of a context hosts.
+
+    A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
+    experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name.
+
+    Raises:
+        DataError: The data cannot be read.
+        FedmetaError: The experiment is not valid.
+    """
+    experiment = _experiment(str(context.run_config["experiment"]))
+    config = context.node_config
+    if "data" in config:
+        return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
+    return _share_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
+
+
+def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
+    """Returns the run's learner, for the run's class list (empty for regression)."""
+    return _learner(node.experiment, node.population.shape, len(classes) or 1)
+
+
+def split_meta_state(meta_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Standardisation]:
+    """Returns the learned part of a meta-state and its standardisation."""
+    learned = {name: value for name, value in meta_state.items() if not name.startswith("standardisation.")}
+    mean, scale = (meta_state[f"standardisation.{name}"].numpy() for name in ("mean", "scale"))
+    return learned, Standardisation(mean, scale)
+
+
+@lru_cache(maxsize=4)
+def _experiment(text: str) -> Experiment:
+    return Experiment.from_toml(text, origin="run config: experiment")
+
+
+@lru_cache(maxsize=2)
+def _population(data: Data) -> Population:
+    try:
+        return load(data)
+    except FedmetaError as error:
+        raise DataError(str(error)) from error
+
+
+@lru_cache(maxsize=8)
+def _share_node(experiment: Experiment, partition: int, partitions: int) -> Node:
+    population = _population(experiment.data)
+    hosted = np.arange(partition, len(population), partitions)
+    return Node(experiment, population, split(population, experiment.data, experiment.runtime.seed), hosted)
+
+
+@lru_cache(maxsize=8)
+def _site_node(experiment: Experiment, path: str, site: str) -> Node:
+    try:
+        population = load_site(experiment.data, path, site)
+    except FedmetaError as error:
+        raise DataError(str(error)) from error
+    rows = split(population, experiment.data, experiment.runtime.seed)
+    return Node(experiment, population, rows, np.arange(len(population)))
+
+
+@lru_cache(maxsize=4)
+def _learner(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> Learner:
+    return learner_of(experiment, shape, outputs)

@@ -1,0 +1,233 @@
+"""The run as a value on disk: written atomically, read without executing anything, resumed exactly.
+
+One file per checkpoint, `round-NNNNNN.safetensors`: tensors, and a header of texts. The header's digest covers all of
+it, so that a damaged file is known as one and the file before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedmeta.errors import FedmetaError
+
+FORMAT = "1"
+KEPT = 2
+"""How many checkpoints a run keeps: the newest, and one before it in case that one is damaged."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one evaluation.
+
+    Attributes:
+        round_number: The round after which sites were evaluated.
+        sites: The sites, as indices into `Checkpoint.names` [sites].
+        scores: Accuracy or RMSE after 0, 1, ... inner steps [sites, steps + 1].
+        losses: The loss, of the same shape.
+    """
+
+    round_number: int
+    sites: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on from a round as if it had never stopped.
+
+    Attributes:
+        experiment: The experiment as TOML.
+        run_id: The run's MLflow id, or its own where it is not tracked.
+        round_number: The last finished round.
+        meta_state: The meta-state after it, standardisation included.
+        optimizer: The server optimizer's memory.
+        classes: The run's class list.
+        names: All sites' names, sorted.
+        new_sites: Those that never take part in training.
+        evaluations: Every evaluation so far.
+        totals: Sums over the rounds so far: seconds and bytes.
+        metrics: Per-round figures that tracking may not have been sent yet, by round.
+        finished: Whether the run has ended.
+    """
+
+    experiment: str
+    run_id: str
+    round_number: int
+    meta_state: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    new_sites: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
+    totals: Mapping[str, float]
+    metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    finished: bool = False
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Writes a checkpoint into a run's folder, atomically, and removes all but the newest two.
+
+    Raises:
+        FedmetaError: The folder or the disk does not take it.
+    """
+    path = folder / f"round-{checkpoint.round_number:06d}.safetensors"
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(_encode(checkpoint))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(folder)
+        for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FedmetaError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        FedmetaError: The file cannot be read, is of another version, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise FedmetaError(f"{path}: not a readable checkpoint ({error})") from error
+    if header.get("format") != FORMAT:
+        raise FedmetaError(f"{path}: not a checkpoint of this version of fedmeta")
+    digest = header.pop("digest", "")
+    if digest != _digest(header, tensors):
+        raise FedmetaError(f"{path}: the checkpoint is damaged (its digest differs)")
+    return _decode(header, tensors)
+
+
+def newest(folder: Path) -> tuple[Checkpoint, Path]:
+    """Returns the newest undamaged checkpoint in a run's folder, and its file.
+
+    Raises:
+        FedmetaError: There is none; says what is wrong with the newest.
+    """
+    problems = []
+    for path in sorted(folder.glob("round-*.safetensors"), reverse=True):
+        try:
+            return read(path), path
+        except FedmetaError as error:
+            problems.append(str(error))
+    raise FedmetaError(problems[0] if problems else f"{folder}: no checkpoint in this folder")
+
+
+def find(root: Path, run: str, experiment: str) -> Path:
+    """Returns the folder of the run to resume.
+
+    Args:
+        root: The folder of all runs.
+        run: A run's MLflow id, its folder or that folder's name; "auto" = the newest unfinished run of the same
+            experiment.
+        experiment: The experiment as TOML, for "auto".
+
+    Raises:
+        FedmetaError: There is no such run.
+    """
+    if run != "auto":
+        for folder in (root / run, Path(run)):
+            if any(folder.glob("round-*.safetensors")):
+                return folder
+        for folder in _newest_first(root):
+            if _run_id(folder) == run:
+                return folder
+        raise FedmetaError(f'no checkpoint of a run "{run}" in {root}')
+    for folder in _newest_first(root):
+        try:
+            checkpoint, _ = newest(folder)
+        except FedmetaError:
+            continue
+        if not checkpoint.finished and checkpoint.experiment == experiment:
+            return folder
+    raise FedmetaError(f"no unfinished run of this experiment in {root}; leave out --resume to start one")
+
+
+def _run_id(folder: Path) -> str:
+    try:
+        return newest(folder)[0].run_id
+    except FedmetaError:
+        return ""
+
+
+def _newest_first(root: Path) -> Iterator[Path]:
+    newest_files = {path.parent: path.stat().st_mtime for path in sorted(root.glob("*/round-*.safetensors"))}
+    yield from sorted(newest_files, key=newest_files.__getitem__, reverse=True)
+
+
+def _encode(checkpoint: Checkpoint) -> bytes:
+    tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
+    tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
+    for evaluation in checkpoint.evaluations:
+        for what in ("sites", "scores", "losses"):
+            tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(getattr(evaluation, what))
+    tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    values: dict[str, Any] = {
+        name: getattr(checkpoint, name)
+        for name in ("experiment", "run_id", "round_number", "classes", "names", "new_sites", "finished")
+    }
+    values |= {"totals": dict(checkpoint.totals)}
+    values |= {"metrics": {str(number): dict(figures) for number, figures in checkpoint.metrics.items()}}
+    header = {"format": FORMAT, **{name: json.dumps(value) for name, value in values.items()}}
+    return save(tensors, {**header, "digest": _digest(header, tensors)})
+
+
+def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    values: dict[str, Any] = {name: json.loads(value) for name, value in header.items() if name != "format"}
+    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "evaluation": {}}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = value
+    rounds = sorted({int(name.partition("/")[0]) for name in groups["evaluation"]})
+    evaluations = tuple(
+        Evaluation(
+            number, *(groups["evaluation"][f"{number}/{what}"].numpy() for what in ("sites", "scores", "losses"))
+        )
+        for number in rounds
+    )
+    for name in ("classes", "names", "new_sites"):
+        values[name] = tuple(values[name])
+    values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
+    values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}
+    return Checkpoint(**values)
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    content = blake2b(json.dumps(dict(sorted(header.items()))).encode(), digest_size=16)
+    for name in sorted(tensors):
+        array = tensors[name].numpy()
+        content.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        content.update(array.tobytes())
+    return content.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,93 @@
+"""Where a run happens: in this process (local, the default), Flower's simulation (ray), a federation (deployment)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fedmeta import checkpoint
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment import Experiment
+from fedmeta.progress import Report, silent
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        summary: The JSON object of the command line.
+        sites: The final evaluation, one row per site (see `fedmeta.evaluation.sites_frame`).
+        meta_state: The final meta-state, standardisation included.
+        history: Every evaluation, one row per site and evaluation.
+        folder: The run's folder: checkpoint, experiment file, sites, pictures.
+    """
+
+    summary: dict[str, Any]
+    sites: pd.DataFrame
+    meta_state: dict[str, Tensor]
+    history: pd.DataFrame
+    folder: Path
+
+
+def run(
+    experiment: Experiment, *, runtime: str = "local", resume: str | None = None, report: Report = silent
+) -> Result:
+    """Runs an experiment to its end.
+
+    Args:
+        experiment: The run's description.
+        runtime: "local" (server and sites in this process) or "ray" (Flower's simulation).
+        resume: A run to go on with: its folder, that folder's name, its MLflow id, or "auto" for the newest unfinished
+            run of the same experiment; None starts a new one.
+        report: Takes progress.
+
+    Raises:
+        FedmetaError: Something that the user can mend; the message says what, where and how.
+    """
+    if runtime not in RUNTIMES:
+        raise FedmetaError(f'no runtime "{runtime}"{nearest(runtime, RUNTIMES)} (known: {", ".join(RUNTIMES)})')
+    experiment = experiment.absolute()
+    root = Path(experiment.tracking.folder)
+    folder = checkpoint.find(root, resume, experiment.to_toml()) if resume else None
+    if folder:
+        experiment = Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder))
+    return RUNTIMES[runtime](experiment, folder, report)
+
+
+def _local(experiment: Experiment, resume: Path | None, report: Report) -> Result:
+    from clients.app import app
+    from clients.node import node_of
+    from fedmeta.runtime.local import LocalGrid
+    from server import rounds
+
+    if experiment.runtime.threads:
+        torch.set_num_threads(experiment.runtime.threads)
+    grid = LocalGrid(app, experiment)
+    node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
+    outcome = rounds.run(grid, experiment, report, resume)
+    return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
+
+
+def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
+    from fedmeta.runtime import ray
+
+    summary, folder = ray.run(experiment, resume, report)
+    state, _ = checkpoint.newest(folder)
+    return result_of(summary, pd.read_parquet(folder / "sites.parquet"), dict(state.meta_state), folder)
+
+
+def result_of(summary: dict[str, Any], history: pd.DataFrame, meta_state: dict[str, Tensor], folder: Path) -> Result:
+    """Returns a run's result from its files."""
+    last = history[history["round"] == history["round"].max()].reset_index(drop=True)
+    return Result(summary, last, meta_state, history, folder)
+
+
+RUNTIMES: dict[str, Callable[[Experiment, Path | None, Report], Result]] = {"local": _local, "ray": _ray}
+"""Every runtime by its name on the command line."""

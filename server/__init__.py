@@ -1,0 +1,1 @@
+"""What runs in the middle: who takes part, how gradients are combined, how the meta-state steps."""

@@ -1,0 +1,295 @@
+"""Who is there: sites by name, the nodes that host them, and what the whole run agrees on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta.checkpoint import Checkpoint
+from fedmeta.data import FeatureSums, draw_new_sites, order_classes, standardisation
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Experiment
+from fedmeta.messages import (
+    FAILURES,
+    QUERY_SITES,
+    QUERY_SUMS,
+    MessageError,
+    SitesReply,
+    SumsReply,
+    SumsRequest,
+    failure,
+)
+
+POLL_S = 3.0
+"""How long to wait before asking again who is there, while sites that must be present are missing."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The sites of a run.
+
+    Attributes:
+        names: All sites, sorted by name.
+        homes: The node that hosts each site; a site whose node is lost keeps its last one.
+        train_rows: Train rows per site.
+        test_rows: Test rows per site.
+        new: Whether each site is a new site, which never takes part in training.
+        classes: The run's class list, fixed at the start; empty for regression.
+        features: Feature names, where rows have them.
+        shape: The shape of one row.
+        regression: Whether labels are numbers.
+        tokens: Whether features are integer codes.
+    """
+
+    names: tuple[str, ...]
+    homes: NDArray[np.int64]
+    train_rows: NDArray[np.int64]
+    test_rows: NDArray[np.int64]
+    new: NDArray[np.bool_]
+    classes: tuple[str, ...]
+    features: tuple[str, ...]
+    shape: tuple[int, ...]
+    regression: bool
+    tokens: bool
+
+    @property
+    def outputs(self) -> int:
+        """The width of the model's output: the number of classes, or 1 for regression."""
+        return 1 if self.regression else len(self.classes)
+
+    @property
+    def new_sites(self) -> tuple[str, ...]:
+        """The names of the new sites."""
+        return tuple(self.names[site] for site in np.flatnonzero(self.new))
+
+    def indices(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the indices of named sites."""
+        places = {name: index for index, name in enumerate(self.names)}
+        return np.array([places[name] for name in names], dtype=np.int64)
+
+    def training(self) -> NDArray[np.int64]:
+        """Returns the indices of the training sites that have a train row."""
+        return np.flatnonzero(~self.new & (self.train_rows > 0))
+
+    def by_node(self, sites: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
+        """Returns the names of some sites (indices, ascending) by the node that hosts them."""
+        shares: dict[int, list[str]] = {}
+        for site, home in zip(sites.tolist(), self.homes[sites].tolist(), strict=True):
+            shares.setdefault(home, []).append(self.names[site])
+        return {node: tuple(names) for node, names in shares.items()}
+
+
+class Roll:
+    """Keeps a federation up to date while nodes come and go."""
+
+    def __init__(self, grid: Grid, experiment: Experiment, earlier: Checkpoint | None = None) -> None:
+        """Waits for the sites that must be present.
+
+        Args:
+            grid: Flower's grid.
+            experiment: The run's description.
+            earlier: The checkpoint to go on from: all its sites must be present, and what it fixed stays.
+
+        Raises:
+            FedmetaError: Nobody answered, sites are missing after `server.round_timeout`, or they do not fit together.
+        """
+        self._grid = grid
+        self._experiment = experiment
+        self._earlier = earlier
+        self._seen: set[int] = set()
+        self.refused: dict[str, str] = {}
+        self.federation = self._assemble()
+
+    def refresh(self) -> list[str]:
+        """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
+        fresh = set(self._grid.get_node_ids()) - self._seen
+        return self._join(fresh) if fresh else []
+
+    def _assemble(self) -> Federation:
+        wanted = self._earlier.names if self._earlier else self._experiment.server.wait_for
+        deadline = time.monotonic() + self._experiment.server.round_timeout
+        replies: dict[int, SitesReply] = {}
+        problems: list[str] = []
+        while True:
+            fresh = set(self._grid.get_node_ids()) - self._seen
+            answers, failed = self._ask_sites(fresh)
+            replies.update(answers)
+            problems += failed
+            missing = _missing(wanted, [name for reply in replies.values() for name in reply.names])
+            if replies and not missing:
+                break
+            if time.monotonic() > deadline or (problems and not replies):
+                raise FedmetaError(_nobody(problems, missing))
+            time.sleep(POLL_S)
+        return _federate(replies, self._experiment, self._earlier)
+
+    def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], list[str]]:
+        contents = {node: RecordDict() for node in nodes}
+        self._seen |= nodes
+        answers: dict[int, SitesReply] = {}
+        problems: list[str] = []
+        for node, content in ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout).items():
+            try:
+                if isinstance(content, str):
+                    raise MessageError(content)
+                answers[node] = SitesReply.unpack(content)
+            except MessageError as error:
+                problems.append(f"node {node}: {error}")
+        return dict(sorted(answers.items())), problems
+
+    def _join(self, nodes: set[int]) -> list[str]:
+        answers, said = self._ask_sites(nodes)
+        federation = self.federation
+        for node, reply in answers.items():
+            difference = _difference(reply, federation)
+            if difference:
+                self.refused.update(dict.fromkeys(reply.names, difference))
+                said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
+                continue
+            known = set(federation.names)
+            joined = [name for name in reply.names if name not in known]
+            if joined:
+                said.append(
+                    f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
+                )
+            federation = _admit(federation, node, reply, as_new=not self._experiment.server.admit)
+        self.federation = federation
+        return said
+
+
+def ask(
+    grid: Grid, contents: Mapping[int, RecordDict], message_type: str, timeout: float
+) -> dict[int, RecordDict | str]:
+    """Sends a message to each node; returns each node's reply, or in words why there is none."""
+    messages = [grid.create_message(content, message_type, node, "0") for node, content in contents.items()]
+    answers: dict[int, RecordDict | str] = dict.fromkeys(contents, f"no reply within {timeout:g} s")
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            answers[node] = f"error code {reply.error.code}"
+        else:
+            code = failure(reply.content)
+            answers[node] = f"{code}: {FAILURES[code]}" if code else reply.content
+    return answers
+
+
+def ask_standardisation(grid: Grid, federation: Federation, experiment: Experiment) -> dict[str, Tensor]:
+    """Returns the meta-state's standardisation entries, from the sums of all training sites' train rows.
+
+    Raises:
+        FedmetaError: A node did not answer; without it the run would not be the one that was asked for.
+    """
+    shares = federation.by_node(federation.training())
+    contents = {node: SumsRequest(names).pack() for node, names in shares.items()}
+    answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
+    parts: list[tuple[tuple[str, ...], FeatureSums]] = []
+    for node, content in answers.items():
+        try:
+            if isinstance(content, str):
+                raise MessageError(content)
+            reply = SumsReply.unpack(content)
+        except MessageError as error:
+            raise FedmetaError(f"no feature sums from the node of {', '.join(shares[node][:5])}: {error}") from None
+        parts.append((shares[node], FeatureSums(reply.count, reply.total, reply.square)))
+    sums = [part for _, part in sorted(parts, key=lambda entry: entry[0])]
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part
+    scale = standardisation(total)
+    return {
+        "standardisation.mean": torch.from_numpy(scale.mean),
+        "standardisation.scale": torch.from_numpy(scale.scale),
+    }
+
+
+def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
+    first = next(iter(replies.values()))
+    classes = order_classes(name for reply in replies.values() for name in reply.classes)
+    empty = np.array([], dtype=np.int64)
+    federation = Federation(
+        (),
+        empty,
+        empty,
+        empty,
+        empty.astype(bool),
+        classes,
+        first.features,
+        first.shape,
+        first.regression,
+        first.tokens,
+    )
+    for node, reply in replies.items():
+        difference = _difference(reply, federation)
+        if difference:
+            raise FedmetaError(f"{', '.join(reply.names[:5])} cannot join {', '.join(first.names[:5])}: {difference}")
+        federation = _admit(federation, node, reply, as_new=False)
+    if len(federation.training()) == 0:
+        raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
+    if earlier:
+        known = set(earlier.names) - set(earlier.new_sites)
+        return replace(federation, new=np.array([name not in known for name in federation.names]))
+    chosen = set(draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed))
+    return replace(federation, new=np.array([name in chosen for name in federation.names]))
+
+
+def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool) -> Federation:
+    rows = dict(zip(federation.names, range(len(federation.names)), strict=True))
+    homes, train, test = federation.homes.copy(), federation.train_rows.copy(), federation.test_rows.copy()
+    fresh = []
+    for name, train_rows, test_rows in zip(reply.names, reply.train_rows, reply.test_rows, strict=True):
+        if name in rows:
+            homes[rows[name]], train[rows[name]], test[rows[name]] = node, train_rows, test_rows
+        else:
+            fresh.append((name, node, train_rows, test_rows, as_new))
+    if not fresh:
+        return replace(federation, homes=homes, train_rows=train, test_rows=test)
+    names, nodes, more_train, more_test, new = zip(*fresh, strict=True)
+    order = np.array(sorted(range(len(rows) + len(fresh)), key=[*federation.names, *names].__getitem__))
+    every = [*federation.names, *names]
+    return replace(
+        federation,
+        names=tuple(every[index] for index in order),
+        homes=np.concatenate([homes, np.array(nodes, dtype=np.int64)])[order],
+        train_rows=np.concatenate([train, np.array(more_train)])[order],
+        test_rows=np.concatenate([test, np.array(more_test)])[order],
+        new=np.concatenate([federation.new, np.array(new, dtype=bool)])[order],
+    )
+
+
+def _difference(reply: SitesReply, federation: Federation) -> str:
+    """Returns in words how a node's schema differs from the federation's, or the empty string."""
+    if reply.regression != federation.regression:
+        kinds = ("classes", "numbers")
+        return f"its labels are {kinds[reply.regression]}, the federation's {kinds[federation.regression]}"
+    if set(reply.features) != set(federation.features):
+        extra = sorted(set(reply.features) - set(federation.features))
+        lacking = sorted(set(federation.features) - set(reply.features))
+        parts = [f"columns too many: {', '.join(extra[:5])}"] * bool(extra)
+        return "; ".join(parts + [f"columns missing: {', '.join(lacking[:5])}"] * bool(lacking))
+    if reply.features != federation.features:
+        return "its columns are in another order"
+    if reply.shape != federation.shape:
+        return f"its rows have shape {reply.shape}, the federation's {federation.shape}"
+    if reply.tokens != federation.tokens:
+        return "its features are codes where the federation's are numbers, or the other way round"
+    return ""
+
+
+def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
+    if isinstance(wanted, int):
+        return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
+    return ", ".join(name for name in wanted if name not in set(present))
+
+
+def _nobody(problems: Sequence[str], missing: str) -> str:
+    if problems:
+        return f"no node could say which sites it hosts: {problems[0]}"
+    return f"server.wait_for is not met, still missing: {missing}" if missing else "no node is connected"

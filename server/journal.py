@@ -1,0 +1,140 @@
+"""What a run writes down: its folder, its MLflow run, its summary."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import sites_frame, summarise
+from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.tracking import Dataset, Tracker
+from server.federation import Federation
+
+
+class Journal:
+    """Writes a run down: figures by round, evaluations, results.
+
+    Args:
+        experiment: The run's description.
+        federation: The sites.
+        folder: The run's folder; created.
+        earlier: The checkpoint that the run goes on from; what tracking has not had of it is sent first.
+
+    Raises:
+        FedmetaError: The folder cannot be written, or tracking cannot be reached.
+    """
+
+    def __init__(
+        self, experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None
+    ) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.metrics: dict[int, dict[str, float]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "experiment.toml").write_text(experiment.to_toml())
+        except OSError as error:
+            raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+        self.tracker: Tracker | None = None
+        if experiment.tracking.uri != UNTRACKED:
+            dataset = _dataset(experiment, federation)
+            resumed = earlier.run_id if earlier else None
+            self.tracker = Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed)
+        self.run_id = self.tracker.run_id if self.tracker else (earlier.run_id if earlier else secrets.token_hex(16))
+        if earlier:
+            self._replay(earlier, federation)
+
+    def round(self, number: int, figures: Mapping[str, float]) -> None:
+        """Writes down one round's figures."""
+        self.metrics[number] = dict(figures)
+        if self.tracker:
+            self.tracker.round(number, figures)
+
+    def evaluation(self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any]) -> None:
+        """Writes down one evaluation."""
+        if self.tracker:
+            self.tracker.evaluation(number, frame, groups)
+
+    def finish(self, sites: pd.DataFrame, totals: Mapping[str, float], rounds: int, checkpoint: Path) -> dict[str, Any]:
+        """Writes down the results, ends the tracked run, and returns the summary."""
+        last = sites[sites["round"] == sites["round"].max()]
+        summary: dict[str, Any] = {
+            "run_id": self.run_id,
+            "learner": self.experiment.learner.name,
+            "seed": self.experiment.runtime.seed,
+            "rounds": rounds,
+            "wall_s": round(totals.get("wall_s", 0.0), 3),
+            "bytes_down": int(totals.get("bytes_down", 0)),
+            "bytes_up": int(totals.get("bytes_up", 0)),
+            "failures": int(totals.get("failures", 0)),
+            "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
+            **summarise(last),
+            "checkpoint": str(checkpoint),
+        }
+        summary = _without_nan(summary)
+        if self.tracker:
+            self.tracker.finish(summary, sites, [checkpoint, self.folder / "experiment.toml"])
+        else:
+            sites.to_parquet(self.folder / "sites.parquet", index=False)
+        return summary
+
+    def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
+        """Ends the tracked run before its time."""
+        if self.tracker:
+            self.tracker.stop(status)
+
+    def _replay(self, earlier: Checkpoint, federation: Federation) -> None:
+        for number, figures in earlier.metrics.items():
+            self.round(number, figures)
+        for evaluation in earlier.evaluations:
+            frame = evaluation_frame(federation, evaluation)
+            self.evaluation(evaluation.round_number, frame, summarise(frame))
+
+
+def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataFrame:
+    """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
+    sites = evaluation.sites
+    return sites_frame(
+        [federation.names[site] for site in sites],
+        ["new" if new else "training" for new in federation.new[sites]],
+        federation.train_rows[sites].tolist(),
+        federation.test_rows[sites].tolist(),
+        evaluation.scores,
+        evaluation.losses,
+        round_number=evaluation.round_number,
+        regression=federation.regression,
+    )
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """Returns a folder for a new run, named after learner, data, seed and time."""
+    parts = (experiment.learner.name, experiment.data.source, str(experiment.runtime.seed))
+    moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = "-".join((*parts, moment, secrets.token_hex(2))).replace(":", ".").replace("/", ".")
+    return Path(experiment.tracking.folder) / name
+
+
+def _dataset(experiment: Experiment, federation: Federation) -> Dataset:
+    """Returns what MLflow lists as the run's data; the digest is over sites and their sizes, for rows stay there."""
+    content = blake2b(digest_size=16)
+    content.update(repr((federation.names, federation.classes, federation.features, federation.shape)).encode())
+    content.update(federation.train_rows.tobytes() + federation.test_rows.tobytes())
+    source = experiment.data.path or experiment.data.source
+    name = Path(source).stem or source
+    return Dataset(name=name, source=source, digest=content.hexdigest(), sites=len(federation.names))
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns a JSON value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,83 @@
+"""The server's step: a torch optimizer over the meta-state, with its state as plain tensors for the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedmeta.experiment import Server
+
+AUTOMATIC = {"gradient": ("adam", 0.003), "displacement": ("sgd", 1.0), "nothing": ("sgd", 1.0)}
+"""Optimizer and learning rate by what a learner's sites send, where the experiment says "auto"."""
+
+
+def resolve(settings: Server, sends: str) -> tuple[str, float]:
+    """Returns the optimizer's name and learning rate, with "auto" replaced by what suits the learner."""
+    name, lr = AUTOMATIC[sends]
+    return (
+        name if settings.optimizer == "auto" else settings.optimizer,
+        lr if settings.lr == "auto" else settings.lr,
+    )
+
+
+class ServerOptimizer:
+    """Steps the learned part of the meta-state along an aggregated meta-gradient.
+
+    Args:
+        settings: The experiment's section [server].
+        sends: What the learner's sites send ("gradient", "displacement", "nothing").
+        meta_state: The learned part of the meta-state; copied.
+    """
+
+    def __init__(self, settings: Server, sends: str, meta_state: Mapping[str, Tensor]) -> None:
+        name, lr = resolve(settings, sends)
+        self._values = {key: value.clone() for key, value in meta_state.items()}
+        self._optimizer = _make(name, list(self._values.values()), lr, settings)
+
+    def step(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the meta-state after one step along a gradient with its keys."""
+        for key, value in self._values.items():
+            value.grad = gradient[key].to(value.dtype)
+        self._optimizer.step()
+        return self.meta_state
+
+    @property
+    def meta_state(self) -> dict[str, Tensor]:
+        """A copy of the meta-state as it stands."""
+        return {key: value.detach().clone() for key, value in self._values.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the optimizer's memory as tensors named "KEY/WHAT"."""
+        memory = self._optimizer.state_dict()["state"]
+        names = list(self._values)
+        return {
+            f"{names[index]}/{what}": torch.as_tensor(value)
+            for index, values in memory.items()
+            for what, value in values.items()
+            if value is not None
+        }
+
+    def restore(self, meta_state: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Puts back a meta-state and what `state` returned beside it."""
+        with torch.no_grad():
+            for key, value in self._values.items():
+                value.copy_(meta_state[key])
+        memory: dict[int, dict[str, Tensor]] = {}
+        names = list(self._values)
+        for name, value in state.items():
+            key, _, what = name.rpartition("/")
+            memory.setdefault(names.index(key), {})[what] = value.clone()
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**whole, "state": memory})
+
+
+def _make(name: str, values: list[Tensor], lr: float, settings: Server) -> torch.optim.Optimizer:
+    decay = settings.weight_decay
+    if name == "adam":
+        return torch.optim.Adam(values, lr=lr, weight_decay=decay)
+    if name == "adamw":
+        return torch.optim.AdamW(values, lr=lr, weight_decay=decay)
+    momentum = settings.momentum if name == "momentum" else 0.0
+    return torch.optim.SGD(values, lr=lr, momentum=momentum, weight_decay=decay)

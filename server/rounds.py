@@ -1,0 +1,214 @@
+"""The rounds of a run: train, now and then evaluate, track, write checkpoints; from the start or from a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedmeta import checkpoint as checkpoints
+from fedmeta.assembly import learner_of
+from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import headline, summarise
+from fedmeta.experiment import Experiment
+from fedmeta.progress import Progress, Report
+from server.federation import Roll, ask_standardisation
+from server.journal import Journal, evaluation_frame, new_folder
+from server.optimizer import ServerOptimizer
+from server.strategy import MetaGradientStrategy
+
+HOPELESS = 10
+"""After so many rounds in a row without a usable reply the run stops."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        summary: The JSON object of the command line.
+        sites: Every evaluation with one row per site (see `fedmeta.evaluation.sites_frame`).
+        meta_state: The final meta-state, standardisation included.
+        folder: The run's folder.
+    """
+
+    summary: dict[str, Any]
+    sites: pd.DataFrame
+    meta_state: dict[str, Tensor]
+    folder: Path
+
+
+def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None) -> Outcome:
+    """Runs an experiment over the nodes of a grid.
+
+    Args:
+        grid: Flower's grid.
+        experiment: The run's description.
+        report: Takes progress.
+        resume: The folder of an unfinished run of this experiment to go on with.
+
+    Raises:
+        FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
+        KeyboardInterrupt: The user stopped it; a checkpoint has been written.
+    """
+    earlier = checkpoints.newest(resume)[0] if resume else None
+    rounds = Rounds(grid, experiment, report, resume or new_folder(experiment), earlier)
+    try:
+        rounds.train()
+        return rounds.finish()
+    except KeyboardInterrupt:
+        rounds.save()
+        rounds.journal.stop("KILLED")
+        raise
+    except BaseException:
+        rounds.journal.stop("FAILED")
+        raise
+
+
+class Rounds:
+    """A run in progress; what it is made of is in its checkpoint."""
+
+    def __init__(
+        self, grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None
+    ) -> None:
+        self.grid, self.experiment, self.report = grid, experiment, report
+        self.roll = Roll(grid, experiment, earlier)
+        federation = self.roll.federation
+        learner = learner_of(experiment, federation.shape, federation.outputs)
+        start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
+        constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
+        optimizer = ServerOptimizer(experiment.server, learner.sends, start)
+        if earlier:
+            optimizer.restore(start, earlier.optimizer)
+        else:
+            constants = ask_standardisation(grid, federation, experiment)
+        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants)
+        self.round_number = earlier.round_number if earlier else 0
+        self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
+        self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
+        self.scores: tuple[float | None, float | None] = (None, None)
+        self.idle = 0
+        self.journal = Journal(experiment, federation, folder, earlier)
+
+    def train(self) -> None:
+        """Runs the rounds that are left, with an evaluation before the first one."""
+        self._report()
+        every, last = self.experiment.evaluation.every, self.experiment.server.rounds
+        saves = self.experiment.runtime.checkpoint_every
+        if every and self.round_number == 0 and not self.evaluations:
+            self._evaluate()
+        while self.round_number < last:
+            self._round(self.round_number + 1)
+            if every and self.round_number % every == 0:
+                self._evaluate()
+            if saves and self.round_number % saves == 0:
+                self.save()
+            self._report()
+
+    def finish(self) -> Outcome:
+        """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
+        if not self.evaluations or self.evaluations[-1].round_number < self.round_number:
+            self._evaluate()
+        if not self.evaluations or self.evaluations[-1].round_number < self.round_number:
+            raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
+        path = self.save(finished=True)
+        sites = pd.concat(
+            [evaluation_frame(self.roll.federation, evaluation) for evaluation in self.evaluations], ignore_index=True
+        )
+        summary = self.journal.finish(sites, self.totals, self.round_number, path)
+        return Outcome(summary, sites, self._meta_state(), self.journal.folder)
+
+    def save(self, finished: bool = False) -> Path:
+        """Writes a checkpoint and returns its path."""
+        federation = self.roll.federation
+        checkpoint = Checkpoint(
+            experiment=self.experiment.to_toml(),
+            run_id=self.journal.run_id,
+            round_number=self.round_number,
+            meta_state=self._meta_state(),
+            optimizer=self.strategy.optimizer.state(),
+            classes=federation.classes,
+            names=federation.names,
+            new_sites=federation.new_sites,
+            evaluations=tuple(self.evaluations),
+            totals=self.totals,
+            metrics=self.journal.metrics,
+            finished=finished,
+        )
+        return checkpoints.write(checkpoint, self.journal.folder)
+
+    def _round(self, number: int) -> None:
+        started = time.perf_counter()
+        for note in self.roll.refresh():
+            self._report(note)
+        strategy, timeout = self.strategy, self.experiment.server.round_timeout
+        strategy.federation = self.roll.federation
+        messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=timeout)
+        _, metrics = strategy.aggregate_train(number, replies)
+        self.round_number = number
+        self.idle = 0 if metrics else self.idle + 1
+        if metrics is None:
+            self._report(f"round {number} skipped: {_reasons(strategy.log.failed)}")
+        if self.idle == HOPELESS:
+            raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {_reasons(strategy.log.failed)}")
+        seconds = time.perf_counter() - started
+        self._count(seconds)
+        figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
+        figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
+        loss = metrics.get("query_loss") if metrics else None
+        self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        strategy, timeout = self.strategy, self.experiment.server.round_timeout
+        strategy.federation = self.roll.federation
+        messages = strategy.configure_evaluate(self.round_number, strategy.arrays(), ConfigRecord(), self.grid)
+        strategy.aggregate_evaluate(self.round_number, self.grid.send_and_receive(messages, timeout=timeout))
+        self._count(time.perf_counter() - started)
+        if strategy.evaluated is None:
+            self._report(f"no site was evaluated after round {self.round_number}: {_reasons(strategy.log.failed)}")
+            return
+        reply = strategy.evaluated
+        sites = strategy.federation.indices(reply.names)
+        self.evaluations.append(Evaluation(self.round_number, sites, reply.scores, reply.losses))
+        frame = evaluation_frame(strategy.federation, self.evaluations[-1])
+        groups = summarise(frame)
+        self.scores = headline(groups)
+        self.journal.evaluation(self.round_number, frame, groups)
+        self._report()
+
+    def _count(self, seconds: float) -> None:
+        log = self.strategy.log
+        gains = {
+            "wall_s": seconds,
+            "bytes_down": log.bytes_down,
+            "bytes_up": log.bytes_up,
+            "failures": len(log.failed),
+        }
+        self.totals = {name: self.totals.get(name, 0.0) + gain for name, gain in gains.items()}
+
+    def _meta_state(self) -> dict[str, Tensor]:
+        return {**self.strategy.optimizer.meta_state, **self.strategy.constants}
+
+    def _report(self, note: str = "") -> None:
+        failures = int(self.totals.get("failures", 0))
+        total = self.experiment.server.rounds
+        self.report(Progress(self.round_number, total, *self.scores, failures, note, self.journal.run_id))
+
+
+def _reasons(failed: Mapping[str, str]) -> str:
+    """Returns the first reason in words, with who gave it and how many others there are."""
+    if not failed:
+        return "no site was asked, or too few gave a finite gradient"
+    site, reason = next(iter(failed.items()))
+    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"{site}{others}: {reason}"

@@ -1,0 +1,204 @@
+"""One round: who takes part, what they are sent, how their meta-gradients are combined, how the meta-state steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta.experiment import Experiment
+from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, MessageError, TrainReply, WorkRequest, failure
+from fedmeta.randomness import generator
+from server.federation import Federation
+from server.optimizer import ServerOptimizer
+
+
+@dataclass
+class RoundLog:
+    """What happened in one round.
+
+    Attributes:
+        failed: Site (or "node NUMBER") and the reason, for each that gave no usable answer.
+        bytes_down: Bytes of all messages sent.
+        bytes_up: Bytes of all replies received.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class MetaGradientStrategy(Strategy):
+    """Samples sites by name, averages their meta-gradients, and steps the meta-state with a torch optimizer.
+
+    Args:
+        experiment: The run's description.
+        federation: The sites and their nodes; may be replaced between rounds.
+        optimizer: The server optimizer, which holds the learned part of the meta-state.
+        constants: The rest of the meta-state (standardisation), which does not change.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        federation: Federation,
+        optimizer: ServerOptimizer,
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        self.experiment = experiment
+        self.federation = federation
+        self.optimizer = optimizer
+        self.constants = dict(constants)
+        self.log = RoundLog()
+        self.evaluated: EvaluateReply | None = None
+        self._asked: dict[int, tuple[str, ...]] = {}
+
+    def summary(self) -> None:
+        """Prints nothing: what a run is, the experiment says."""
+
+    def arrays(self) -> ArrayRecord:
+        """Returns the meta-state as it stands, as a record."""
+        return ArrayRecord.from_torch_state_dict({**self.optimizer.meta_state, **self.constants})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
+        self.log = RoundLog()
+        size = self.experiment.server.sites_per_round
+        cohort = sample_cohort(self.federation.training(), size, self.experiment.runtime.seed, server_round)
+        return self._messages(grid, TRAIN, server_round, server_round, cohort, arrays)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Steps the meta-state along the weighted mean of the replies' meta-gradients.
+
+        Returns:
+            The new meta-state and the round's query loss; or (None, None) where fewer than `server.min_sites` sites
+            gave a usable gradient, and the meta-state stays as it is.
+        """
+        like = self.optimizer.meta_state
+        usable: list[TrainReply] = []
+        for node, content in self._answers(replies):
+            try:
+                reply = TrainReply.unpack(content, like)
+                self._check_names(node, reply.names)
+            except MessageError as error:
+                self._fail(node, f"bad reply: {error}")
+                continue
+            for name, finite in zip(reply.names, reply.finite, strict=True):
+                if not finite:
+                    self.log.failed[name] = "its meta-gradient was not finite"
+            usable.append(reply)
+        worked = sum(int(reply.finite.sum()) for reply in usable)
+        weight = sum(reply.weight for reply in usable)
+        if worked < max(1, self.experiment.server.min_sites) or weight <= 0:
+            return None, None
+        self.optimizer.step(_mean(usable, weight))
+        losses = np.concatenate([reply.query_loss[reply.finite] for reply in usable])
+        return self.arrays(), MetricRecord({"query_loss": float(losses.mean()), "sites": worked})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Asks for the scores of all sites, or of `evaluation.sites` of them: new sites first, then a seeded draw."""
+        self.log = RoundLog()
+        sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
+        return self._messages(grid, EVALUATE, server_round, self.experiment.evaluation_steps, sites, arrays)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Collects the sites' scores, in site order, into `evaluated`; returns None where none came."""
+        usable: list[EvaluateReply] = []
+        for node, content in self._answers(replies):
+            try:
+                reply = EvaluateReply.unpack(content)
+                self._check_names(node, reply.names)
+            except MessageError as error:
+                self._fail(node, f"bad reply: {error}")
+                continue
+            usable.append(reply)
+        columns = {reply.scores.shape[1] for reply in usable}
+        if not usable or len(columns) != 1:
+            self.evaluated = None
+            return None
+        names = [name for reply in usable for name in reply.names]
+        order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
+        self.evaluated = EvaluateReply(
+            names=tuple(names[index] for index in order),
+            scores=np.concatenate([reply.scores for reply in usable])[order],
+            losses=np.concatenate([reply.losses for reply in usable])[order],
+        )
+        return MetricRecord({"sites": len(names)})
+
+    def _messages(
+        self, grid: Grid, kind: str, server_round: int, number: int, sites: NDArray[np.int64], arrays: ArrayRecord
+    ) -> list[Message]:
+        self._asked = self.federation.by_node(sites)
+        messages = []
+        for node, names in self._asked.items():
+            content = WorkRequest({}, number, self.federation.classes, names).pack(arrays)
+            self.log.bytes_down += sum(record.count_bytes() for record in content.values())
+            messages.append(grid.create_message(content, kind, node, str(server_round)))
+        return messages
+
+    def _answers(self, replies: Iterable[Message]) -> Iterable[tuple[int, RecordDict]]:
+        """Yields each node's answer in the order of its first site; counts errors, failures and silence."""
+        received = {reply.metadata.src_node_id: reply for reply in replies}
+        for node in sorted(self._asked, key=lambda node: self._asked[node][0]):
+            reply = received.get(node)
+            if reply is None:
+                self._fail(node, "no reply in time")
+            elif reply.has_error():
+                self._fail(node, f"Flower error code {reply.error.code}: the node is lost or its app did not start")
+            elif code := failure(reply.content):
+                self._fail(node, f"{code}: {FAILURES[code]}")
+            else:
+                self.log.bytes_up += sum(record.count_bytes() for record in reply.content.values())
+                yield node, reply.content
+
+    def _check_names(self, node: int, names: tuple[str, ...]) -> None:
+        if names != self._asked[node]:
+            raise MessageError("it speaks of other sites than it was asked for")
+
+    def _fail(self, node: int, reason: str) -> None:
+        self.log.failed.update(dict.fromkeys(self._asked[node], reason))
+
+
+def sample_cohort(training: NDArray[np.int64], size: int, seed: int, round_number: int) -> NDArray[np.int64]:
+    """Returns the training sites [size] that take part in a round, ascending: a draw without replacement.
+
+    The draw depends on the seed, the round and the sorted list of training sites, not on nodes; its cost depends on
+    the cohort's size and not on the population's. A size of 0, or above the number of sites, means all.
+    """
+    if size == 0 or size >= len(training):
+        return training
+    drawn = generator(seed, "cohort", round_number).choice(len(training), size, replace=False, shuffle=False)
+    return training[np.sort(drawn)]
+
+
+def sites_to_evaluate(federation: Federation, most: int, seed: int) -> NDArray[np.int64]:
+    """Returns the sites that every evaluation of a run visits, ascending; at most `most` (0 = all), new sites first."""
+    if most == 0 or most >= len(federation.names):
+        return np.arange(len(federation.names))
+    random = generator(seed, "evaluated sites")
+    new, training = np.flatnonzero(federation.new), np.flatnonzero(~federation.new)
+    chosen = new if len(new) <= most else random.choice(new, most, replace=False, shuffle=False)
+    rest = random.choice(training, most - len(chosen), replace=False, shuffle=False)
+    return np.sort(np.concatenate([chosen, rest]))
+
+
+def _mean(replies: list[TrainReply], weight: float) -> dict[str, Tensor]:
+    """Returns the weighted mean of meta-gradients, added up in float64 in site order."""
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in replies[0].gradient.items()}
+    for reply in replies:
+        for name, value in reply.gradient.items():
+            total[name] += value
+    return {name: value / weight for name, value in total.items()}
