@@ -1,7 +1,7 @@
 """Implicit MAML (Rajeswaran, Finn, Kakade and Levine, NeurIPS 2019).
 
 phi = argmin L_S(phi) + lam / 2 * |phi - theta|^2, by K steps of gradient descent from theta (equation 3)
-d L_Q(phi) / d theta = (I + d2 L_S(phi) / lam)^-1 d L_Q(phi) / d phi (equation 6): its memory does not grow with K
+d L_Q(phi) / d theta = (I + d2 L_S(phi) / lam)^-1 d L_Q(phi) / d phi (equation 6), with no graph through the steps
 """
 
 from __future__ import annotations
