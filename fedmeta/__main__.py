@@ -1,0 +1,6 @@
+"""`python -m fedmeta` is the command line."""
+
+from fedmeta.cli import main
+
+if __name__ == "__main__":
+    main()

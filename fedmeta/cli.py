@@ -1,0 +1,125 @@
+"""The command line: fedmeta run | sites | ui."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import UNTRACKED, Experiment, load_experiment
+
+app = typer.Typer(
+    help="Federated meta-learning: a start from which every site, also a new one, adapts in a few steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="The experiment, a TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the experiment; may be repeated."),
+]
+
+INTERRUPTED = 130
+
+
+class RuntimeName(StrEnum):
+    """Where a run may happen."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    runtime: Annotated[
+        RuntimeName, typer.Option(help="local: all in this process; ray: Flower's simulation.")
+    ] = RuntimeName.LOCAL,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|auto", help="Go on with a run: its folder's name, its MLflow id, or the newest one."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Runs an experiment and shows what personalisation does for new sites and training sites."""
+    from fedmeta import display
+    from fedmeta.runtime import run as run_experiment
+
+    experiment = load_experiment(file, overrides or [])
+    with display.progress(experiment) as report:
+        result = run_experiment(experiment, runtime=runtime.value, resume=resume, report=report)
+    display.results(result.summary, experiment)
+    if as_json:
+        print(json.dumps(result.summary))
+
+
+@app.command()
+def sites(
+    file: File,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site.")] = False,
+) -> None:
+    """Shows an experiment's sites: rows, classes, missing values, and which of them are new."""
+    from fedmeta import display
+    from fedmeta.data import load
+    from fedmeta.data.overview import describe_sites
+
+    experiment = load_experiment(file, overrides or [])
+    frame = describe_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
+    if as_json:
+        print(frame.to_json(orient="records", lines=True), end="")
+    else:
+        display.sites(frame)
+
+
+@app.command()
+def ui(
+    file: Annotated[Path | None, typer.Argument(help="An experiment whose store to open.", show_default=False)] = None,
+    overrides: Overrides = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store, in place of the experiment's.")] = "",
+    port: Annotated[int, typer.Option(help="Where to serve; 0 = a free port.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
+) -> None:
+    """Opens the MLflow UI on the runs of an experiment, best new-site accuracy first. Ctrl-C ends it."""
+    from fedmeta.mlflow_ui import ui as serve
+
+    experiment = load_experiment(file, overrides or []) if file else Experiment().with_overrides(overrides or [])
+    chosen = uri or experiment.absolute().tracking.uri
+    if chosen == UNTRACKED:
+        raise FedmetaError('[tracking] uri = "none": such runs are not tracked, and there is nothing to open')
+    serve(chosen, experiment.tracking.experiment, port or None, browser)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one line on stderr and exit code 2."""
+    # An experiment may name a model by import path; a script's own folder is not on the path, the user's is.
+    sys.path.insert(0, os.getcwd())
+    try:
+        code = app(standalone_mode=False)
+    except FedmetaError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
+    except (KeyboardInterrupt, click.Abort):
+        print("fedmeta: stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"fedmeta: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(2)
