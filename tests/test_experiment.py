@@ -262,7 +262,7 @@ def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
         ("[model]\nname = 'a:b'\n'my-key' = 3", "unknown key [model] my-key = 3; "),
         (
             "[learner]\nname = 'mamll'",
-            '[learner] name = "mamll": must be one of "local", "fedavg", "fedavg-ft", "fomaml", ',
+            '[learner] name = "mamll": must be one of "local", "fedavg", "fedavg-ft", "fedprox", ',
         ),
         ("[learner]\nname = 'mamll'", '"package.module:Class"; did you mean "maml"?'),
         (

@@ -13,7 +13,10 @@ from fedmeta.experiment.values import Form, Scalar
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
 ModelName = Literal["logistic", "mlp", "cnn"]
-LearnerName = Literal["local", "fedavg", "fedavg-ft", "fomaml", "maml"]
+LearnerName = Literal[
+    "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
+    "imaml", "pfedme", "ditto", "fedrep", "fedper",
+]  # fmt: skip
 
 SOURCES: tuple[str, ...] = get_args(SourceName)
 MODELS: tuple[str, ...] = get_args(ModelName)
@@ -176,6 +179,25 @@ class Learner(OpenSection):
         ge=0,
         le=1,
         description="Share of the unadapted model's query loss in the meta-objective (share of the loss)",
+    )
+    head: str = Field(
+        default="", description="Layer that adapts (anil) or stays at the site (fedrep, fedper); empty = the last one"
+    )
+    mu: float = Field(default=1.0, ge=0, description="Pull of local training to theta, of fedprox (weight of mu/2)")
+    lam: float = Field(
+        default=1.0, gt=0, description="Pull of a site's model to theta, of imaml, pfedme, ditto (weight of lambda/2)"
+    )
+    cg_steps: int = Field(default=5, ge=1, description="Conjugate-gradient iterations of imaml (iterations)")
+    local_steps: int = Field(
+        default=5, ge=1, description="Outer steps at a site in each round, of per-fedavg, pfedme (steps)"
+    )
+    local_lr: float = Field(default=0.1, gt=0, description="Learning rate of the local steps (per step)")
+    hessian: Literal["exact", "free", "first-order"] = Field(
+        default="exact", description="The second-order term of per-fedavg; free = by finite difference"
+    )
+    body_steps: int = Field(default=1, ge=0, description="Steps of fedrep's body after those of its head (steps)")
+    annealing: float = Field(
+        default=0.3, ge=0, le=1, description="When maml++ weighs the last inner step alone (share of the rounds)"
     )
 
 

@@ -26,6 +26,9 @@ Metrics = dict[str, Tensor]
 THETA = "theta."
 ALPHA = "alpha."
 
+BY_ROUND = "by_round"
+"""Marks (in a field's metadata) what `Learner.at` sets, so that it is no key of an experiment."""
+
 
 @dataclass(frozen=True)
 class Learner(ABC):

@@ -10,12 +10,12 @@ the outer rate is the server's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.learner import ALPHA, Learner, MetaState
+from fedmeta.learners.learner import ALPHA, BY_ROUND, Learner, MetaState
 from fedmeta.learners.maml import Maml
 
 
@@ -30,7 +30,7 @@ class MamlPlusPlus(Maml):
     """
 
     annealing: float = 0.3
-    step_weights: tuple[float, ...] = ()
+    step_weights: tuple[float, ...] = field(default=(), metadata={BY_ROUND: True})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """anil, meta-sgd and maml++ send exact gradients of theta and of every learned rate."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -105,6 +106,8 @@ def test_the_annealing_goes_from_all_steps_to_the_last() -> None:
     assert step_weights(build("maml++", small_mlp(), annealing=0.0).at(1, 10))[-1] == 1
     assert step_weights(learner.at(1, 0))[-1] == 1
     with pytest.raises(FedmetaError, match="2 weights for 5 inner steps"):
+        dataclasses.replace(build("maml++", small_mlp()), step_weights=(0.5, 0.5))
+    with pytest.raises(FedmetaError, match='no key "step_weights"'):
         build("maml++", small_mlp(), step_weights=(0.5, 0.5))
 
 
