@@ -12,7 +12,7 @@ from fedmeta.experiment.refusals import refuse, refuse_unknown
 from fedmeta.experiment.values import Form, Scalar
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
-ModelName = Literal["logistic", "mlp", "cnn"]
+ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
     "imaml", "pfedme", "ditto", "fedrep", "fedper",
@@ -157,12 +157,21 @@ class Model(OpenSection):
     """The network. With an import path, all further scalar keys become arguments of that function."""
 
     name: ModelName | FunctionPath = Field(default="mlp", description="Kind of network, or a function that returns one")
-    hidden: Widths = Field(default="64,64", description="Hidden layers of mlp (units per layer)")
+    hidden: Widths = Field(
+        default="64,64", description="Hidden layers of mlp, LSTM layers of char_lstm (units per layer)"
+    )
     activation: Literal["relu", "tanh", "gelu", "elu"] = Field(default="relu", description="Function between layers")
-    norm: Literal["none", "layer", "group"] = Field(default="none", description="Normalisation between layers")
+    norm: Literal["auto", "none", "layer", "group"] = Field(
+        default="auto", description="Normalisation between layers; auto = group for conv4, none for others"
+    )
     channels: Widths = Field(default="32,64", description="Convolutions of cnn (channels per layer)")
     kernel: Odd = Field(default=5, description="Side of cnn's convolution kernels (pixels)")
     dense: int = Field(default=2048, ge=1, description="Width of cnn's dense layer (units)")
+    filters: int = Field(default=64, ge=1, description="Width of each convolution of conv4 (channels)")
+    embedding: int = Field(default=8, ge=1, description="Width of char_lstm's embedding of a symbol (units)")
+    symbols: int = Field(
+        default=0, ge=0, description="Alphabet of the rows of char_lstm; 0 = as many as classes (symbols)"
+    )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )

@@ -48,8 +48,9 @@ class MamlPlusPlus(Maml):
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
         """Returns each layer's rate in this step; in steps beyond those that were learned, that of the last."""
-        alphas = {name: meta_state[ALPHA + layer_of(name)] for name in self.network.names}
-        return {name: alpha[min(step, len(alpha) - 1)] for name, alpha in alphas.items()}
+        alphas = {layer: meta_state[ALPHA + layer] for layer in map(layer_of, self.network.names)}
+        own = {layer: alpha[min(step, len(alpha) - 1)] for layer, alpha in alphas.items()}
+        return {name: own[layer_of(name)] for name in self.network.names}
 
     def query_weights(self, meta_state: MetaState) -> Sequence[Tensor | float]:
         """Returns the weight of the query loss after each step (equation 2), beside `global_weight` for theta's own."""

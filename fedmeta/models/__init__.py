@@ -10,12 +10,21 @@ from typing import Any
 from torch import nn
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.models.convolutional import cnn, conv4, image_shape
+from fedmeta.models.dense import logistic, mlp
 from fedmeta.models.functional import FunctionalModel, Parameters, refuse_running_statistics
-from fedmeta.models.layers import Shape, cnn, image_shape, logistic, mlp
+from fedmeta.models.layers import Shape
+from fedmeta.models.recurrent import char_lstm
 
 __all__ = ["MODELS", "FunctionalModel", "Parameters", "Shape", "build", "image_shape", "refuse_running_statistics"]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"logistic": logistic, "mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "logistic": logistic,
+    "mlp": mlp,
+    "cnn": cnn,
+    "conv4": conv4,
+    "char_lstm": char_lstm,
+}
 """Every named model: a function of (shape of a row, outputs) and keys of its own."""
 
 

@@ -202,3 +202,17 @@ def test_names_and_keys() -> None:
         make("fedmeta.learners:build")
     assert learner_class("fedmeta.learners.maml:Maml") is LEARNERS["maml"]
     assert {"inner_steps", "inner_lr", "global_weight"} <= set(settings_of(LEARNERS["maml"]))
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("model", ["conv4", "char_lstm"])
+def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine: str) -> None:
+    shape = (16, 16) if model == "conv4" else (4,)
+    deep = dataclasses.replace(learner, model=build_model(model, shape, 3, hidden=(3, 3), filters=2))
+    tasks = [make_task(seed, shape, 3, support=2 + seed, query=2) for seed in range(2)]
+    if model == "char_lstm":
+        tasks = [Task(*((x.abs().long().clamp(max=2), y) for x, y in task)) for task in tasks]
+    state = make_state(deep)
+    total, _, _ = cohort.meta_gradients(deep, state, tasks, engine)
+    summed = sum(flat(deep.meta_gradient(state, task)[0]) for task in tasks)
+    assert flat(total).sub(summed).norm() <= 1e-9 * summed.norm()

@@ -92,7 +92,7 @@ def test_the_weighted_query_loss_of_mamlpp_against_finite_differences(round_numb
 
 
 def step_weights(learner: Learner) -> tuple[float, ...]:
-    weights: tuple[float, ...] = learner.step_weights  # type: ignore[attr-defined]
+    weights: tuple[float, ...] = learner.step_weights
     return weights
 
 

@@ -70,6 +70,31 @@ def test_maml_with_norms_and_padding_against_finite_differences(name: str) -> No
     assert relative_error(gradient, central_differences(objective, state)) < TOLERANCE
 
 
+def test_maml_on_conv4_and_char_lstm_against_finite_differences() -> None:
+    """In some directions: the element by element is the small networks' business."""
+    image, text = make_task(7, (16, 16), 3, support=3, query=3), make_task(8, (5,), 4, support=3, query=3)
+    codes = Task(*((x.abs().mul(2).long().clamp(max=3), y) for x, y in text))
+    models = {
+        "conv4": (build_model("conv4", (16, 16), 3, filters=4, activation="tanh"), image),
+        "char_lstm": (build_model("char_lstm", (5,), 4, hidden=(3, 3), embedding=2), codes),
+    }
+    for module, task in models.values():
+        learner = build("maml", module, inner_steps=2, inner_lr=LR)
+        state = make_state(learner)
+        gradient = flat(learner.meta_gradient(state, task)[0])
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            way = {name: torch.randn(value.shape, generator=draw).double() for name, value in state.items()}
+
+            def along(own: dict[str, torch.Tensor], way=way, state=state, module=module, task=task) -> torch.Tensor:
+                theta = theta_of({name: value + own["t"] * way[name] for name, value in state.items()})
+                adapted = descend(lambda p: loss(module, p, task.support), theta, lambda *_: LR, 2)
+                return loss(module, adapted, task.query)
+
+            slope = central_differences(along, {"t": torch.zeros((), dtype=torch.float64)})["t"]
+            assert float(gradient @ flat(way)) == pytest.approx(float(slope), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_adapt_is_plain_gradient_descent(steps: int) -> None:
     module, task = small_mlp(), make_task(3, (4,), 3)

@@ -45,6 +45,52 @@ def test_cnn_of_the_paper_has_its_size() -> None:
     assert sizes == [25 * 32, 25 * 32 * 64, 7 * 7 * 64 * 2048, 2048 * 62]
 
 
+@pytest.mark.parametrize("shape", IMAGES)
+def test_conv4_takes_images_of_any_layout(shape: tuple[int, ...]) -> None:
+    assert outputs(build("conv4", shape, 5, filters=16), shape).shape == (2, 5)
+
+
+def test_conv4_of_the_papers_has_its_size_and_a_norm_of_groups() -> None:
+    module = build("conv4", (28, 28), 5)
+    sizes = {name: value.numel() for name, value in module.named_parameters() if value.dim() > 1}
+    assert list(sizes.values()) == [9 * 64, 9 * 64 * 64, 9 * 64 * 64, 9 * 64 * 64, 64 * 5]
+    assert [layer.num_groups for layer in module.modules() if isinstance(layer, nn.GroupNorm)] == [4] * 4
+    bare = build("conv4", (28, 28), 5, norm="none")
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in bare.modules())
+
+
+def as_torch_lstm(module: nn.Module, widths: list[int]) -> list[nn.LSTM]:
+    """Torch's own LSTM layers with the weights of ours."""
+    layers = []
+    ours = [layer for layer in module if hasattr(layer, "recurrent")]
+    for layer, (width, size) in zip(ours, itertools.pairwise(widths), strict=True):
+        lstm = nn.LSTM(width, size, batch_first=True).double()
+        lstm.weight_ih_l0.data, lstm.weight_hh_l0.data = layer.inputs.weight.data, layer.recurrent.weight.data
+        lstm.bias_ih_l0.data = layer.inputs.bias.data.clone()
+        lstm.bias_ih_l0.data[size : 2 * size] += 1.0
+        lstm.bias_hh_l0.data.zero_()
+        layers.append(lstm)
+    return layers
+
+
+def test_char_lstm_is_torchs_lstm() -> None:
+    module = build("char_lstm", (7,), 11, hidden="6,5", embedding=3).double()
+    x = torch.randint(11, (4, 7))
+    states = module[0](x)
+    for lstm in as_torch_lstm(module, [3, 6, 5]):
+        states, _ = lstm(states)
+    expected = module[-1](states[:, -1])
+    assert torch.allclose(module(x), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_char_lstm_may_read_more_symbols_than_it_predicts() -> None:
+    module = build("char_lstm", (3,), 2, hidden="4", symbols=9)
+    assert module(torch.tensor([[8, 7, 6]])).shape == (1, 2)
+    assert module(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 2)
+    with pytest.raises(FedmetaError, match="needs rows of symbol codes"):
+        build("char_lstm", (3, 3), 2)
+
+
 def test_channels_first_and_last_are_the_same_image() -> None:
     first, last = (FunctionalModel(build("cnn", shape, 2, channels=(2,), dense=3)) for shape in ((3, 8, 9), (8, 9, 3)))
     x = torch.randn(4, 3, 8, 9)
@@ -53,9 +99,9 @@ def test_channels_first_and_last_are_the_same_image() -> None:
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_norms_stand_before_each_activation(norm: str) -> None:
-    kinds = [type(layer).__name__ for layer in build("mlp", (4,), 2, hidden=(32, 8), norm=norm)]  # type: ignore[arg-type]
+    kinds = [type(layer).__name__ for layer in build("mlp", (4,), 2, hidden=(32, 8), norm=norm)]
     assert kinds == ["Flatten", "Linear", "GroupNorm", "ReLU", "Linear", "GroupNorm", "ReLU", "Linear"]
-    wide = build("mlp", (4,), 2, hidden=(32,), norm=norm)[2]  # type: ignore[index]
+    wide = build("mlp", (4,), 2, hidden=(32,), norm=norm)[2]
     assert wide.num_groups == (1 if norm == "layer" else 2)
 
 
@@ -71,6 +117,10 @@ def test_an_image_too_small_says_what_to_change() -> None:
     with pytest.raises(FedmetaError, match=r"3 x 9 pixels are too few for 2 of them; list fewer in model\.channels"):
         build("cnn", (3, 9), 2)
     assert outputs(build("cnn", (4, 4), 2, dense=3), (4, 4)).shape == (2, 2)
+    with pytest.raises(
+        FedmetaError, match=r'"conv4" halves an image .* 8 x 8 pixels are too few for 4 of them; take "cnn"'
+    ):
+        build("conv4", (8, 8), 2)
     with pytest.raises(FedmetaError, match="needs images"):
         build("cnn", (64,), 2)
 
@@ -168,17 +218,16 @@ def test_an_output_that_is_no_tensor_is_said() -> None:
 
 def test_every_named_model_is_redrawn_by_seed() -> None:
     for name in MODELS:
-        if name == "char_lstm":
-            continue
-        model = FunctionalModel(build(name, (16, 16), 2, hidden="4", dense=4, channels="2,2"))
+        shape = (16,) if name == "char_lstm" else (16, 16)
+        model = FunctionalModel(build(name, shape, 2, hidden="4", dense=4, channels="2,2", filters=2))
         first, again, other = model.init(1), model.init(1), model.init(2)
         assert all(bool((first[key] == again[key]).all()) for key in first)
         assert any(not bool((first[key] == other[key]).all()) for key in first)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "group"])
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "conv4"])
 def test_no_rows_give_no_outputs_and_a_gradient_of_zeros(name: str, norm: str) -> None:
-    model = FunctionalModel(build(name, (8, 8), 3, hidden="8", channels="4", dense=8, norm=norm))
-    slopes = torch.func.grad(lambda own: model(own, torch.zeros(0, 8, 8)).sum())(model.init(0))
+    model = FunctionalModel(build(name, (16, 16), 3, hidden="8", channels="4", dense=8, filters=4, norm=norm))
+    slopes = torch.func.grad(lambda own: model(own, torch.zeros(0, 16, 16)).sum())(model.init(0))
     assert all(float(value.abs().max()) == 0 for value in slopes.values())
