@@ -1,4 +1,4 @@
-"""The command line: fedmeta run | sites | ui."""
+"""The command line: fedmeta run | sites | ui | certs."""
 
 from __future__ import annotations
 
@@ -99,6 +99,26 @@ def ui(
     if chosen == UNTRACKED:
         raise FedmetaError('[tracking] uri = "none": such runs are not tracked, and there is nothing to open')
     serve(chosen, experiment.tracking.experiment, port or None, browser)
+
+
+@app.command()
+def certs(
+    out: Annotated[Path, typer.Option(help="The folder for keys and certificates.")] = Path("certs"),
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[,NAME...]", help="Host names and IP addresses under which sites reach the server."),
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A site to make keys for; may be repeated.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there; never the authority.")] = False,
+) -> None:
+    """Makes a federation's own authority, the server's certificate and each site's keys; or adds to them."""
+    from fedmeta.certs import make_certs
+
+    servers = [name.strip() for names in server or [] for name in names.split(",")]
+    for path in make_certs(out, servers, site or [], force=force):
+        print(path)
 
 
 def main() -> None:
