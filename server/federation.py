@@ -38,7 +38,8 @@ class Federation:
 
     Attributes:
         names: All sites, sorted by name.
-        homes: The node that hosts each site; a site whose node is lost keeps its last one.
+        homes: The node that hosts each site, by Flower's unsigned 64-bit id; a site whose node is lost keeps its last
+            one.
         train_rows: Train rows per site.
         test_rows: Test rows per site.
         new: Whether each site is a new site, which never takes part in training.
@@ -50,7 +51,7 @@ class Federation:
     """
 
     names: tuple[str, ...]
-    homes: NDArray[np.int64]
+    homes: NDArray[np.uint64]
     train_rows: NDArray[np.int64]
     test_rows: NDArray[np.int64]
     new: NDArray[np.bool_]
@@ -216,7 +217,7 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
     empty = np.array([], dtype=np.int64)
     federation = Federation(
         (),
-        empty,
+        empty.astype(np.uint64),
         empty,
         empty,
         empty.astype(bool),
@@ -257,7 +258,7 @@ def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool
     return replace(
         federation,
         names=tuple(every[index] for index in order),
-        homes=np.concatenate([homes, np.array(nodes, dtype=np.int64)])[order],
+        homes=np.concatenate([homes, np.array(nodes, dtype=np.uint64)])[order],
         train_rows=np.concatenate([train, np.array(more_train)])[order],
         test_rows=np.concatenate([test, np.array(more_test)])[order],
         new=np.concatenate([federation.new, np.array(new, dtype=bool)])[order],
