@@ -1,0 +1,92 @@
+"""Sites from files: populations, their splits, and a round's rows as tensors.
+
+population = load(experiment.data)
+rows = split(population, experiment.data, seed)
+new_sites = draw_new_sites(population.names, experiment.data.new_sites, seed)
+episodes = training_episodes(rows, population.find(cohort), round_number, support, query)
+batch = gather(population, episodes, standardisation, class_codes(population.class_names, run_classes))
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedmeta.data.batches import gather, gather_rows
+from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
+from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
+from fedmeta.data.ragged import Ragged
+from fedmeta.data.splits import Split, draw_new_sites, split
+from fedmeta.data.sums import FeatureSums, Standardisation, feature_sums, standardisation, train_sums
+from fedmeta.data.synthetic import SyntheticPopulation
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Data
+
+SOURCES = {
+    "npz": "fedmeta.data.npz:load_npz",
+    "tables": "fedmeta.data.tables:load_tables",
+    "digits": "fedmeta.data.digits:load_digits",
+    "synthetic": "fedmeta.data.synthetic:load_synthetic",
+}
+"""What `data.source` may be, and the function of a `Data` section that loads it. By import path, since the packages
+that a source needs take seconds to import, and a deployed node is a new process for every message."""
+
+
+def load(data: Data) -> Population:
+    """Returns the population that an experiment's `[data]` section describes.
+
+    Raises:
+        FedmetaError: The source is not there, or its data are not as they should be.
+    """
+    if data.source not in SOURCES:
+        raise FedmetaError(f'data.source = "{data.source}" is not there yet: use {", ".join(SOURCES)}')
+    population: Population = _function(SOURCES[data.source])(data)
+    return population
+
+
+def load_site(data: Data, path: str, name: str = "") -> Population:
+    """Returns the population of a deployed node: one site that holds all rows of one file of its own.
+
+    Args:
+        data: What a file's columns mean; its `source` and `path` do not matter.
+        path: An `.npz`, `.csv` or `.parquet` file (`.data` and `.txt` too where `data.columns` are given).
+        name: The site's name; the file's where empty.
+    """
+    npz = Path(path).suffix == ".npz"
+    loader = "fedmeta.data.npz:load_npz_site" if npz else "fedmeta.data.tables:load_table_site"
+    population: Population = _function(loader)(data, path, name)
+    return population
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+__all__ = [
+    "SOURCES",
+    "ArrayPopulation",
+    "Episodes",
+    "FeatureSums",
+    "Padded",
+    "Population",
+    "Ragged",
+    "Split",
+    "Standardisation",
+    "SyntheticPopulation",
+    "class_codes",
+    "draw_new_sites",
+    "evaluation_episodes",
+    "feature_sums",
+    "gather",
+    "gather_rows",
+    "group_by_size",
+    "load",
+    "load_site",
+    "order_classes",
+    "split",
+    "standardisation",
+    "train_sums",
+    "training_episodes",
+]

@@ -1,0 +1,144 @@
+"""Which rows of a site adapt it and which judge it: drawn for a whole cohort at once.
+
+A site's draw depends on the seed, the round, the site's name and its own rows: not on the cohort, nor on its order,
+nor on which other sites the node hosts.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmeta.data.ragged import IntArray, Ragged
+from fedmeta.data.splits import Split
+from fedmeta.randomness import Keys, draws, row_draws, uniform
+
+
+class Padded(NamedTuple):
+    """Lists of rows, one per site, padded to one length.
+
+    Attributes:
+        rows: Row numbers [sites, n]; any row where `mask` is false.
+        mask: Whether there is a row [sites, n].
+    """
+
+    rows: IntArray
+    mask: NDArray[np.bool_]
+
+
+class Episodes(NamedTuple):
+    """The rows that a cohort's sites adapt on, and the rows that judge them.
+
+    Attributes:
+        support: What each site adapts on.
+        query: What judges the adapted model: train rows in training, test rows at evaluation.
+        scored: Whether `query` are test rows, so that a row whose label is not in the run's class list counts as
+            wrong; in training it counts for nothing.
+    """
+
+    support: Padded
+    query: Padded
+    scored: bool
+
+
+def training_episodes(split: Split, sites: IntArray, round_number: int, support: int, query: int) -> Episodes:
+    """Returns a cohort's support and query rows of one round, drawn anew from each site's train rows.
+
+    The rows of a site are put into one order in which every stretch has its classes in proportion, as nearly as whole
+    rows allow (at random for regression). Support takes from its front, at most `support` rows and all but one of the
+    site's; query takes what follows, at most `query` rows. A site with one train row has it in query.
+
+    Args:
+        split: The population, which of its rows train, and the run's seed.
+        sites: The cohort, as site numbers.
+        round_number: The round.
+        support: Rows that a site adapts on.
+        query: Rows that judge it.
+    """
+    order = _drawn_order(split, sites, "episode", round_number)
+    supports = np.minimum(support, order.sizes - 1)
+    queries = np.minimum(query, order.sizes - supports)
+    starts = order.offsets[:-1]
+    return Episodes(_pad(order.rows, starts, supports), _pad(order.rows, starts + supports, queries), scored=False)
+
+
+def evaluation_episodes(split: Split, sites: IntArray, support: int) -> Episodes:
+    """Returns for each site the train rows that it adapts on at every evaluation, and all its test rows.
+
+    The support is drawn once per run, in the manner of `training_episodes`: at most `support` rows, all of a smaller
+    site's. A site with one row has no test row: its mask is all false.
+    """
+    order = _drawn_order(split, sites, "evaluation", 0)
+    test = split.test_rows(sites)
+    supports = np.minimum(support, order.sizes)
+    return Episodes(
+        _pad(order.rows, order.offsets[:-1], supports), _pad(test.rows, test.offsets[:-1], test.sizes), scored=True
+    )
+
+
+def group_by_size(sizes: IntArray, rows: int) -> list[IntArray]:
+    """Returns sites in groups of similar size, so that padding a group to its largest site wastes little.
+
+    Each site of a group has at least three quarters of the rows of its largest one, or two rows fewer, and the padded
+    group has at most `rows` rows (a single site may have more).
+
+    Args:
+        sizes: Rows of each site [sites].
+        rows: The most rows of a padded group.
+
+    Returns:
+        Positions in `sizes`, largest sites first; every site is in one group.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    falling = sizes[order]
+    groups, start = [], 0
+    while start < len(order):
+        largest = max(1, int(falling[start]))
+        similar = np.searchsorted(-falling, -min(0.75 * largest, largest - 2), side="right")
+        stop = max(start + 1, min(int(similar), start + rows // largest))
+        groups.append(order[start:stop])
+        start = stop
+    return groups
+
+
+def _drawn_order(split: Split, sites: IntArray, purpose: str, round_number: int) -> Ragged:
+    """Returns the train rows of each site in a drawn order, stratified by class where there are classes."""
+    population, seed, rows = split.population, split.seed, split.train_rows(sites)
+    drawn = row_draws(seed, purpose, round_number, population.keys(sites)[rows.owners], rows.positions)
+    if population.regression:
+        order = np.lexsort((drawn, rows.owners))
+    else:
+        fractions = _stratified(population.labels(rows.rows), rows.owners, drawn, seed, purpose, round_number)
+        # Site and fraction (to 40 bits) as one number: one sort where two keys would take two. Equal fractions of two
+        # classes stay in the site's own order.
+        within = np.minimum(fractions * 2.0**40, 2.0**40 - 1).astype(np.int64)
+        order = np.argsort((rows.owners << 40) + within, kind="stable")
+    return Ragged(rows.rows[order], rows.offsets)
+
+
+def _stratified(
+    labels: NDArray[Any], owners: IntArray, drawn: Keys, seed: int, purpose: str, round_number: int
+) -> NDArray[np.float64]:
+    """Returns each row's place in (0, 1) within its class at its site: (rank by draw + the class's phase) / count.
+
+    Sorted by it, a site's rows have each class evenly spread (systematic sampling). The phase is one uniform draw per
+    site and class, keyed by the class's lowest row draw, so that it does not hang on how a node numbers classes.
+    """
+    order = np.lexsort((drawn, labels, owners))
+    labels, owners = labels[order], owners[order]
+    first = np.ones(len(order), dtype=np.bool_)
+    first[1:] = (labels[1:] != labels[:-1]) | (owners[1:] != owners[:-1])
+    starts = np.flatnonzero(first)
+    counts = np.diff(np.append(starts, len(order)))
+    phases = uniform(draws(seed, f"{purpose} phase", round_number, drawn[order[starts]]))
+    ranks = np.arange(len(order)) - np.repeat(starts, counts)
+    fractions = np.empty(len(order))
+    fractions[order] = (ranks + np.repeat(phases, counts)) / np.repeat(counts, counts)
+    return fractions
+
+
+def _pad(rows: IntArray, starts: IntArray, counts: IntArray) -> Padded:
+    """Returns stretches of `rows` as a padded table of at least one column."""
+    columns = np.arange(max(1, int(counts.max(initial=0))))
+    mask = columns < counts[:, None]
+    return Padded(rows[np.where(mask, starts[:, None] + columns, 0)] if len(rows) else mask.astype(np.int64), mask)

@@ -1,0 +1,111 @@
+"""Which rows of a site train and which test, and which sites never train."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmeta.data.population import Population
+from fedmeta.data.ragged import IntArray, Ragged
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Data
+from fedmeta.randomness import draws, row_draws, site_keys
+
+
+@dataclass(frozen=True)
+class Split:
+    """The train and test rows of every site, fixed for a run.
+
+    Attributes:
+        population: Whose rows.
+        seed: The run's seed.
+        test: Share of a site's rows that test.
+        blocks: Whether the last rows in the site's own order test, rather than rows drawn at random.
+        ordered: The rows of all sites, train before test, where the population is stored; where it is not, a
+            cohort's rows are ordered when asked for.
+    """
+
+    population: Population
+    seed: int
+    test: float
+    blocks: bool
+    ordered: Ragged | None
+
+    def train_sizes(self, sites: IntArray) -> IntArray:
+        """Returns how many train rows each site has: one at the least."""
+        return self.population.sizes(sites) - self.test_sizes(sites)
+
+    def test_sizes(self, sites: IntArray) -> IntArray:
+        """Returns how many test rows each site has: one at the least where it has two rows, else none."""
+        sizes = self.population.sizes(sites)
+        wanted = np.floor(sizes * self.test + 0.5).astype(np.int64)
+        clipped: IntArray = np.clip(wanted, np.minimum(1, sizes - 1), sizes - 1)
+        return clipped
+
+    def train_rows(self, sites: IntArray) -> Ragged:
+        """Returns the train rows of each site."""
+        ordered, starts = self._ordered(sites)
+        return ordered.cut(starts, self.train_sizes(sites))
+
+    def test_rows(self, sites: IntArray) -> Ragged:
+        """Returns the test rows of each site."""
+        ordered, starts = self._ordered(sites)
+        return ordered.cut(starts + self.train_sizes(sites), self.test_sizes(sites))
+
+    def _ordered(self, sites: IntArray) -> tuple[Ragged, IntArray]:
+        """Returns rows, train before test, and where in them each site's begin."""
+        if self.ordered is not None:
+            return self.ordered, self.ordered.offsets[sites]
+        ordered = _order(self.population, sites, self.seed, self.blocks)
+        return ordered, ordered.offsets[:-1]
+
+
+def split(population: Population, data: Data, seed: int) -> Split:
+    """Returns which rows of each site train and which test.
+
+    A site's split depends on the seed, its name and how many rows it has, and on nothing else.
+
+    Args:
+        population: Whose rows.
+        data: `test` (share of a site's rows) and `split` ("random", or "blocks": the last rows in its order test).
+        seed: The run's seed.
+    """
+    blocks = data.split == "blocks"
+    ordered = _order(population, population.all_sites, seed, blocks) if population.stored else None
+    return Split(population, seed, data.test, blocks, ordered)
+
+
+def _order(population: Population, sites: IntArray, seed: int, blocks: bool) -> Ragged:
+    rows = population.rows(sites)
+    if blocks:
+        return rows
+    drawn = row_draws(seed, "split", 0, population.keys(sites)[rows.owners], rows.positions)
+    return Ragged(rows.rows[np.lexsort((drawn, rows.owners))], rows.offsets)
+
+
+def draw_new_sites(names: Sequence[str], new_sites: float, seed: int) -> tuple[str, ...]:
+    """Returns the names, sorted, of the sites that never train: a draw over names that does not depend on their order.
+
+    Args:
+        names: The names of all sites.
+        new_sites: Below 1 a share of them (one at the least where the share is above 0 and there are two sites; never
+            all), from 1 on a count.
+        seed: The run's seed.
+
+    Raises:
+        FedmetaError: The count leaves no training site, or is no whole number.
+    """
+    most = len(names) - 1
+    if new_sites < 1:
+        count = min(most, max(1, round(len(names) * new_sites))) if new_sites > 0 else 0
+    else:
+        count = int(new_sites)
+        if count != new_sites:
+            raise FedmetaError(f"data.new_sites = {new_sites}: give a share below 1, or a whole number of sites")
+        if count > most:
+            raise FedmetaError(
+                f"data.new_sites = {count} leaves no site to train on: there are {len(names)} sites, so at most {most}"
+            )
+    ordered = sorted(names)
+    chosen = np.argsort(draws(seed, "new sites", 0, site_keys(ordered)), kind="stable")[: max(0, count)]
+    return tuple(ordered[site] for site in sorted(chosen.tolist()))

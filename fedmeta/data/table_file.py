@@ -1,0 +1,165 @@
+"""One table of a site: read, its label set apart, its cells checked."""
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment import Data
+
+
+class Table(NamedTuple):
+    """One file's content.
+
+    Attributes:
+        path: The file.
+        header: Whether its first line names the columns.
+        columns: The names of its features.
+        x: Features [rows, columns], NaN = missing.
+        labels: Labels [rows]: numbers, or text where not every one is a number.
+    """
+
+    path: Path
+    header: bool
+    columns: list[str]
+    x: NDArray[Any]
+    labels: NDArray[Any]
+
+
+def read_table(path: Path, data: Data) -> Table:
+    """Returns the content of a CSV or Parquet file; raises `FedmetaError` naming file, line, column and value."""
+    parquet = path.suffix == ".parquet"
+    frame = _read_parquet(path) if parquet else _read_csv(path, data)
+    names = [str(name) for name in frame.columns]
+    if data.label not in names:
+        raise FedmetaError(
+            f'{path}: no label column "{data.label}" (data.label); its columns are {", ".join(names)}'
+            f"{nearest(data.label, names)}"
+        )
+    if len(names) < 2:
+        raise FedmetaError(f"{path}: there is no feature column beside the label")
+    if not len(frame):
+        raise FedmetaError(f"{path}: there are no rows")
+    columns = [name for name in names if name != data.label]
+    table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
+    arrays = [_feature(table, frame[name], name) for name in columns]
+    labels = _labels(table, frame[data.label], data.label)
+    return table._replace(x=np.stack(arrays, axis=1), labels=labels)
+
+
+def place(table: Table, row: int, column: str) -> str:
+    """Returns in words where a cell is: file, line (for Parquet the row, from 1), column."""
+    if table.path.suffix == ".parquet":
+        return f'{table.path}: row {row + 1}, column "{column}"'
+    return f'{table.path}: line {_line(table, row)}, column "{column}"'
+
+
+def _read_csv(path: Path, data: Data) -> pd.DataFrame:
+    try:
+        names = list(data.columns) or _header(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                path,
+                header=None if data.columns else 0,
+                names=names,
+                index_col=False,
+                dtype={data.label: str},
+                keep_default_na=False,
+                na_values=list(data.missing),
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+                low_memory=False,
+            )
+    except pd.errors.EmptyDataError:
+        raise FedmetaError(f"{path}: the file is empty") from None
+    except UnicodeDecodeError as error:
+        raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
+        told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        raise FedmetaError(f"{path}: lines have different numbers of cells ({told})") from None
+    except OSError as error:
+        raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
+    if data.columns and len(frame) and list(frame.iloc[0].astype(str).str.strip()) == names:
+        raise FedmetaError(f"{path}: its first line names the columns: leave data.columns empty")
+    return frame
+
+
+def _header(path: Path) -> list[str]:
+    """Returns the names in the first line; raises `FedmetaError` where one is missing or there twice."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next((record for record in csv.reader(file, skipinitialspace=True) if record), None)
+    if names is None:
+        raise pd.errors.EmptyDataError
+    names = [name.strip() for name in names]
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise FedmetaError(f"{path}: column {number} has no name (was it written with an index?): leave it out")
+        if names.index(name) + 1 < number:
+            raise FedmetaError(f'{path}: columns {names.index(name) + 1} and {number} are both called "{name}"')
+    return names
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
+    except (pa.ArrowException, OSError) as error:
+        raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+    return frame
+
+
+def _feature(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
+    """Returns a column as numbers; raises `FedmetaError` at the first cell that is none."""
+    if column.dtype.kind in "biuf":
+        return _numpy(column)
+    numbers = pd.to_numeric(column, errors="coerce") if column.dtype.kind not in "mM" else column.isna()
+    wrong = (numbers.isna() & column.notna()).to_numpy() if column.dtype.kind not in "mM" else column.notna().to_numpy()
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        value = str(column.iloc[row])
+        advice = (
+            "encode the column as numbers"
+            if wrong.mean() > 0.5
+            else "correct it, or list it in data.missing if it means a missing value"
+        )
+        raise FedmetaError(f'{place(table, row, name)} is "{value[:40]}", not a number: {advice}')
+    return _numpy(numbers)
+
+
+def _labels(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
+    """Returns the labels as numbers where all are, else as text; raises `FedmetaError` where one is missing."""
+    absent = column.isna().to_numpy()
+    if absent.any():
+        raise FedmetaError(f"{place(table, int(np.argmax(absent)), name)} is missing: every row needs a label")
+    if column.dtype.kind in "biuf":
+        return _numpy(column)
+    try:
+        return _numpy(pd.to_numeric(column))
+    except (ValueError, TypeError):
+        return column.astype(str).str.strip().to_numpy(dtype=str)
+
+
+def _numpy(column: "pd.Series[Any]") -> NDArray[Any]:
+    """Returns a column of numbers as an array of NumPy's own type: nulls as NaN, truth values as 0 and 1."""
+    if column.isna().any() or column.dtype.kind == "f":
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return column.to_numpy(dtype=np.int64 if column.dtype.kind in "biu" else np.float64)
+
+
+def _line(table: Table, row: int) -> int:
+    """Returns the line of a file, from 1, that a row of its table ends on: blank lines are no rows."""
+    with open(table.path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        records = -1 if table.header else 0
+        for record in reader:
+            records += bool(record)
+            if records > row:
+                break
+        return reader.line_num
