@@ -11,7 +11,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
+from clients.personal import Shelf
 from fedmeta import cohort
+from fedmeta.cohort.personal import evaluate_personal, stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EvaluateReply,
@@ -88,13 +90,18 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     _use_threads(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state)
-    gradient, weight, metrics = cohort.meta_gradients(
-        learner_for(node, request.classes),
-        meta_state,
-        node.training_batch(here, request.number, scale, request.classes),
-        node.experiment.runtime.engine,
-        weights=node.weights(here),
-    )
+    learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
+    batch = node.training_batch(here, request.round_number, scale, request.classes)
+    weights = node.weights(here)
+    if learner.personal(meta_state):
+        kept = Shelf.of(context, node.experiment, request)
+        gradient, weight, metrics, own = train_personal(
+            learner, meta_state, batch, weights, stack_personal(learner, meta_state, kept.read())
+        )
+        kept.write(own)
+    else:
+        engine = node.experiment.runtime.engine
+        gradient, weight, metrics = cohort.meta_gradients(learner, meta_state, batch, engine, weights=weights)
     return TrainReply(
         gradient=gradient,
         weight=weight,
@@ -113,10 +120,15 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state)
     learner = learner_for(node, request.classes)
-    columns = learner.evaluation_steps(request.number) + 1
-    scores, losses = np.full((len(here), columns), np.nan), np.full((len(here), columns), np.nan)
+    steps = learner.evaluation_steps(request.steps)
+    kept = Shelf.of(context, node.experiment, request).read(after_round=True) if learner.personal(meta_state) else None
+    scores, losses = np.full((len(here), steps + 1), np.nan), np.full((len(here), steps + 1), np.nan)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
-        found = cohort.evaluate(learner, meta_state, batch, node.experiment.runtime.engine, steps=request.number)
+        if kept:
+            own = stack_personal(learner, meta_state, [kept[site] for site in group])
+            found = evaluate_personal(learner, meta_state, batch, steps, own)
+        else:
+            found = cohort.evaluate(learner, meta_state, batch, node.experiment.runtime.engine, steps=steps)
         scores[group], losses[group] = (values.double().numpy() for values in found)
     return EvaluateReply(request.names, scores, losses).pack()
 

@@ -7,6 +7,7 @@ result = fedmeta.run(experiment)
 result.summary, result.sites, result.meta_state
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Experiment", "Result", "Task", "cohort", "learners", "load_experiment", "run"]
 __version__ = "0.1.0"
+
+# Torch's threads wait for one another by spinning, which on a busy machine makes two of them dozens of times slower than
+# one. This many turns are some microseconds; after that they sleep. Heeded if torch is imported later.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
     "Experiment": "fedmeta.experiment",

@@ -168,32 +168,47 @@ class WorkRequest:
 
     Attributes:
         meta_state: The meta-state, standardisation included.
-        number: The round, from 1 (`train`), or the number of inner steps (`evaluate`).
+        round_number: The round, from 1; for `evaluate` the last finished one.
         classes: The run's class list; empty for regression.
         names: The sites, in site order.
+        run: The name of the run's folder, under which sites keep what stays with them.
+        saved_round: The round of the run's last checkpoint; 0 where there is none.
+        steps: The number of inner steps (`evaluate`).
     """
 
     meta_state: Mapping[str, Tensor]
-    number: int
+    round_number: int
     classes: tuple[str, ...]
     names: tuple[str, ...]
+    run: str
+    saved_round: int = 0
+    steps: int = 0
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
         state = write_arrays(self.meta_state) if packed_state is None else packed_state
-        task: dict[str, Any] = {"number": self.number, "classes": list(self.classes)}
+        task: dict[str, Any] = {
+            "round": self.round_number,
+            "classes": list(self.classes),
+            "run": self.run,
+            "saved_round": self.saved_round,
+            "steps": self.steps,
+        }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": _names(self.names)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> WorkRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
-        task = read_record(content, "task", ConfigRecord, "number", "classes")
+        task = read_record(content, "task", ConfigRecord, "round", "classes", "run", "saved_round", "steps")
         return cls(
             meta_state=read_arrays(content, "meta_state"),
-            number=read_scalar(task, "number", int),
+            round_number=read_scalar(task, "round", int),
             classes=tuple(read_list(task, "classes", str)),
             names=_read_names(content),
+            run=read_scalar(task, "run", str),
+            saved_round=read_scalar(task, "saved_round", int),
+            steps=read_scalar(task, "steps", int),
         )
 
 

@@ -90,8 +90,9 @@ class Rounds:
             optimizer.restore(start, earlier.optimizer)
         else:
             constants = ask_standardisation(grid, federation, experiment)
-        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants)
+        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name)
         self.round_number = earlier.round_number if earlier else 0
+        self.strategy.saved_round = self.round_number
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         self.scores: tuple[float | None, float | None] = (None, None)
@@ -143,7 +144,9 @@ class Rounds:
             metrics=self.journal.metrics,
             finished=finished,
         )
-        return checkpoints.write(checkpoint, self.journal.folder)
+        path = checkpoints.write(checkpoint, self.journal.folder)
+        self.strategy.saved_round = self.round_number
+        return path
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()

@@ -43,6 +43,7 @@ class MetaGradientStrategy(Strategy):
         federation: The sites and their nodes; may be replaced between rounds.
         optimizer: The server optimizer, which holds the learned part of the meta-state.
         constants: The rest of the meta-state (standardisation), which does not change.
+        run: The name of the run's folder.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class MetaGradientStrategy(Strategy):
         federation: Federation,
         optimizer: ServerOptimizer,
         constants: Mapping[str, Tensor],
+        run: str,
     ) -> None:
         self.experiment = experiment
         self.federation = federation
         self.optimizer = optimizer
         self.constants = dict(constants)
+        self.run = run
+        self.saved_round = 0
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._asked: dict[int, tuple[str, ...]] = {}
@@ -74,7 +78,7 @@ class MetaGradientStrategy(Strategy):
         self.log = RoundLog()
         size = self.experiment.server.sites_per_round
         cohort = sample_cohort(self.federation.training(), size, self.experiment.runtime.seed, server_round)
-        return self._messages(grid, TRAIN, server_round, server_round, cohort, arrays)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -112,7 +116,7 @@ class MetaGradientStrategy(Strategy):
         """Asks for the scores of all sites, or of `evaluation.sites` of them: new sites first, then a seeded draw."""
         self.log = RoundLog()
         sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
-        return self._messages(grid, EVALUATE, server_round, self.experiment.evaluation_steps, sites, arrays)
+        return self._messages(grid, EVALUATE, server_round, sites, arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collects the sites' scores, in site order, into `evaluated`; returns None where none came."""
@@ -139,12 +143,20 @@ class MetaGradientStrategy(Strategy):
         return MetricRecord({"sites": len(names)})
 
     def _messages(
-        self, grid: Grid, kind: str, server_round: int, number: int, sites: NDArray[np.int64], arrays: ArrayRecord
+        self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord
     ) -> list[Message]:
         self._asked = self.federation.by_node(sites)
         messages = []
         for node, names in self._asked.items():
-            content = WorkRequest({}, number, self.federation.classes, names).pack(arrays)
+            content = WorkRequest(
+                meta_state={},
+                round_number=server_round,
+                classes=self.federation.classes,
+                names=names,
+                run=self.run,
+                saved_round=self.saved_round,
+                steps=self.experiment.evaluation_steps,
+            ).pack(arrays)
             self.log.bytes_down += sum(record.count_bytes() for record in content.values())
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
