@@ -7,39 +7,19 @@ An engine is a module with two functions: `meta_gradients(learner, meta_state, b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.cohort import loop, vmap
 from fedmeta.cohort.accumulate import Contribution, Scores
+from fedmeta.cohort.rules import BUDGET, ENGINES, choose_engine, chunk_sites, plain_engine, trial
+from fedmeta.cohort.span import fits
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
 from fedmeta.task import Batch, Task, stack
 
-__all__ = ["ENGINES", "choose_engine", "evaluate", "meta_gradients"]
-
-CHUNK_BYTES = 1 << 29
-"""How much memory the sites that are computed together may take, by prediction (512 MiB)."""
-
-
-class Engine(Protocol):
-    """One way to run a learner for many sites."""
-
-    def meta_gradients(
-        self, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
-    ) -> Contribution:
-        """Returns the weighted sum of the batch's meta-gradients."""
-        ...
-
-    def evaluate(self, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-        """Returns scores and losses [sites, steps + 1] on the batch's query rows."""
-        ...
-
-
-ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap}
-"""Every engine by its name in an experiment; "auto" chooses among them."""
+__all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "meta_gradients", "trial"]
 
 
 def meta_gradients(
@@ -50,6 +30,7 @@ def meta_gradients(
     *,
     weights: Sequence[float] | Tensor | None = None,
     chunk: int | None = None,
+    budget: int = BUDGET,
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Computes the weighted sum of many sites' meta-gradients.
 
@@ -57,26 +38,30 @@ def meta_gradients(
         learner: The learner.
         meta_state: The meta-state.
         tasks: One task per site, in site order; or the same as one padded `Batch`.
-        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits.
+        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; "span" stands for the better of the
+            others where it does not fit (`fits` says why).
         weights: The weight of each site [sites]; None for 1 each.
-        chunk: The number of sites that are computed together; None for as many as 512 MiB hold.
+        chunk: The number of sites that are computed together; None for as many as the budget holds.
+        budget: Bytes that the sites which are computed together may take, by prediction.
 
     Returns:
         The weighted sum (the meta-state's keys, summed in float64 in site order and returned in its types), the total
-        weight, and per-site figures [sites], among them "query_loss" and "finite". A site whose gradient is not finite
-        has neither a share in the sum nor in the weight.
+        weight, and per-site figures [sites], among them "query_loss" and "finite". A site whose gradient or query loss
+        is not finite has neither a share in the sum nor in the weight.
 
     Raises:
         FedmetaError: There is no such engine.
     """
     batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     own = torch.ones(batch.sites, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
-    run = _engine(engine, learner)
-    size = chunk or _chunk(learner, batch, learner.inner_steps)
+    name = _engine(engine, learner, meta_state, batch)
+    size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     total = Contribution.empty(meta_state)
     for start in range(0, batch.sites, size):
-        part = batch.chunk(start, start + size)
-        total.merge(run.meta_gradients(learner, meta_state, part, own[start : start + size]))
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            part = batch.chunk(start, start + size)
+            total.merge(ENGINES[name].meta_gradients(learner, meta_state, part, own[start : start + size]))
     gradient = {name: value.to(meta_state[name].dtype) for name, value in total.total.items()}
     return gradient, total.weight, {name: torch.cat(values) for name, values in total.metrics.items()}
 
@@ -89,6 +74,7 @@ def evaluate(
     *,
     steps: int | None = None,
     chunk: int | None = None,
+    budget: int = BUDGET,
 ) -> Scores:
     """Scores every site on its query rows before, during and after adaptation on its support rows.
 
@@ -99,40 +85,27 @@ def evaluate(
         engine: As for `meta_gradients`.
         steps: Inner steps; None for the learner's own number. A learner that does not adapt takes none.
         chunk: As for `meta_gradients`.
+        budget: As for `meta_gradients`.
 
     Returns:
         Accuracy (RMSE for regression) and loss, each [sites, steps + 1], after 0, 1, ... steps.
     """
     batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     taken = learner.evaluation_steps(steps)
-    run = _engine(engine, learner)
-    size = chunk or _chunk(learner, batch, 1)
-    parts = [
-        run.evaluate(learner, meta_state, batch.chunk(start, start + size), taken)
-        for start in range(0, batch.sites, size)
-    ]
+    name = _engine(engine, learner, meta_state, batch)
+    size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
+    parts = []
+    for start in range(0, batch.sites, size):
+        with sdpa_kernel(SDPBackend.MATH):
+            parts.append(ENGINES[name].evaluate(learner, meta_state, batch.chunk(start, start + size), taken))
     scores, losses = (torch.cat(column) for column in zip(*parts, strict=True))
     return scores, losses
 
 
-def choose_engine(learner: Learner) -> str:
-    """Returns the engine that "auto" stands for: "loop" for convolutional and recurrent models, else "vmap".
-
-    Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop.
-    """
-    loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
-    return "loop" if any(isinstance(layer, loops) for layer in learner.network.module.modules()) else "vmap"
-
-
-def _engine(name: str, learner: Learner) -> Engine:
-    chosen = choose_engine(learner) if name == "auto" else name
-    if chosen not in ENGINES:
+def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:
+    """Returns the engine that a name stands for here; "span" gives way to another where it does not fit."""
+    if name not in (*ENGINES, "auto"):
         raise FedmetaError(f'no engine "{name}"{nearest(name, ENGINES)} (known: auto, {", ".join(ENGINES)})')
-    return ENGINES[chosen]
-
-
-def _chunk(learner: Learner, batch: Batch, steps: int) -> int:
-    """Returns how many sites fit `CHUNK_BYTES`: each keeps its weights and gradients of every step, and its rows."""
-    parameters = sum(value.numel() for value in learner.network.module.parameters())
-    rows = batch.support[0][0].numel() + batch.query[0][0].numel()
-    return max(1, CHUNK_BYTES // (8 * (parameters * (2 + 3 * steps) + 4 * rows)))
+    if name == "auto":
+        return choose_engine(learner, batch, meta_state)
+    return plain_engine(learner) if name == "span" and fits(learner, batch, meta_state) else name

@@ -33,13 +33,20 @@ class Contribution:
 
     def add(self, gradients: Mapping[str, Tensor], weights: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds the gradients [sites, ...] of some sites under their weights [sites]."""
-        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in gradients.values()]).all(0)
+        figures = [*gradients.values(), *(metrics[name].unsqueeze(1) for name in ("query_loss",) if name in metrics)]
+        finite = torch.stack([values.flatten(1).isfinite().all(1) for values in figures]).all(0)
         own = torch.where(finite, weights, 0.0).double()
         all_finite = bool(finite.all())
         for name, gradient in gradients.items():
             clean = gradient if all_finite else torch.where(_like(finite, gradient), gradient, 0.0)
             self.total[name] += torch.tensordot(own, clean.double(), dims=1)
         self._note(float(own.sum()), {**metrics, "finite": finite})
+
+    def add_sum(self, total: Mapping[str, Tensor], weight: float, metrics: Mapping[str, Tensor]) -> None:
+        """Adds what is a weighted sum over some sites already, with their figures [sites]."""
+        for name, value in total.items():
+            self.total[name] += value
+        self._note(weight, metrics)
 
     def merge(self, other: Contribution) -> None:
         """Adds the contribution of the sites that come next."""

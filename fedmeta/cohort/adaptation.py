@@ -1,0 +1,223 @@
+"""A cohort's inner loop: what each adapting parameter has become at each site, without one model per site.
+
+Derivation: see `fedmeta.cohort.span`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fedmeta.cohort.forms import Forms
+from fedmeta.cohort.operations import OPERATIONS, MisfitError, Operands
+from fedmeta.cohort.rows import CohortRows
+from fedmeta.cohort.survey import Call, parameters_in
+from fedmeta.models import FunctionalModel, Parameters
+
+Rates = Mapping[str, Tensor | float]
+
+
+@dataclass
+class Correction:
+    """What the steps so far did to a weight by way of one call: W_i = W - sum_t E_t^T A_t.
+
+    Attributes:
+        inputs: A [sites, steps * rows, width], the call's inputs.
+        errors: E [sites, steps * rows, outputs], rate times the loss's derivative at the call's outputs.
+    """
+
+    inputs: Tensor
+    errors: Tensor
+
+    def then(self, inputs: Tensor, errors: Tensor, fixed: bool) -> Correction:
+        """Returns this and one more step; where the inputs are `fixed`, the errors just add up."""
+        if fixed:
+            return Correction(self.inputs, self.errors + errors)
+        return Correction(torch.cat([self.inputs, inputs], 1), torch.cat([self.errors, errors], 1))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One call in one pass: its place among the calls, its input A and its output z, [sites, rows, *] each."""
+
+    place: int
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Adaptation:
+    """The parameters of every site of a cohort, from theta on.
+
+    Args:
+        network: The model.
+        theta: The shared parameters; they require gradients.
+        forms: The form that each parameter takes.
+        sites: The number of sites.
+        exact: Whether the steps stay differentiable with respect to theta.
+    """
+
+    def __init__(self, network: FunctionalModel, theta: Parameters, forms: Forms, sites: int, exact: bool) -> None:
+        self.network = network
+        self.theta = theta
+        self.forms = forms
+        self.sites = sites
+        self.exact = exact
+        self.corrections: dict[int, Correction] = {}
+        self.dense = {name: theta[name].expand(sites, *theta[name].shape) for name in forms.dense}
+
+    def outputs(self, rows: CohortRows) -> Tensor:
+        """Returns the outputs [sites * n, outputs] of every site's own model on its rows.
+
+        If not `exact`, their derivative with respect to theta is that with respect to the site's own parameters.
+        """
+        dense = self.dense
+        if not self.exact and torch.is_grad_enabled():
+            dense = {
+                name: value.detach() + (self.theta[name] - self.theta[name].detach()) for name, value in dense.items()
+            }
+        return self._run(rows, dense)[0]
+
+    def step(self, rows: CohortRows, rates: Rates) -> None:
+        """Takes one inner step on the rows: phi_i <- phi_i - rate * d L_i / d phi_i at every site."""
+        calls = self.forms.calls
+        outputs, traces = self._run(rows, self.dense)
+        spans = [trace for trace in traces if calls[trace.place].weight in rates]
+        dense = [name for name in self.dense if name in rates]
+        common = common_rate(rates)
+        total = rows.losses(outputs).sum()
+        errors = torch.autograd.grad(
+            total if common is None else total * common,
+            [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],
+            create_graph=self.exact,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for trace, error in zip(spans, errors, strict=False):
+            call = calls[trace.place]
+            scaled = error if common is not None else error * rates[str(call.weight)]
+            inputs = trace.inputs if self.exact else trace.inputs.detach()
+            before = self.corrections.get(trace.place)
+            after = before.then(inputs, scaled, call.fixed) if before else Correction(inputs, scaled)
+            self.corrections[trace.place] = after
+        for name, error in zip(dense, errors[len(spans) :], strict=True):
+            moved = self.dense[name] - (error if common is not None else error * rates[name])
+            self.dense[name] = moved if self.exact else moved.detach().requires_grad_()
+
+    def displacement(self, weights: Tensor) -> Parameters:
+        """Returns the weighted sum over sites of theta - phi_i, for the parameters that adapt.
+
+        Args:
+            weights: The weight of each site [sites].
+        """
+        total: Parameters = {}
+        for place, correction in self.corrections.items():
+            call = self.forms.calls[place]
+            errors = correction.errors * weights.to(correction.errors.dtype)[:, None, None]
+            moved = errors.flatten(0, 1).T @ correction.inputs.flatten(0, 1)
+            total[str(call.weight)] = total.get(str(call.weight), 0) + moved
+            if call.bias in self.forms.absorbed:
+                total[call.bias] = total.get(call.bias, 0) + errors.sum((0, 1))
+        for name, value in self.dense.items():
+            total[name] = torch.tensordot(weights.to(value.dtype), self.theta[name] - value, dims=1)
+        return total
+
+    def _run(self, rows: CohortRows, dense: Parameters) -> tuple[Tensor, list[Trace]]:
+        with _SiteModels(self, rows, dense) as models:
+            outputs = self.network(self.theta, rows.x.clone() if self.forms.in_place else rows.x)
+        return outputs, models.traces
+
+
+def common_rate(rates: Rates) -> Tensor | float | None:
+    """Returns the one rate of all parameters, or None if they have several."""
+    first, *others = rates.values()
+    same = all(other is first or (not isinstance(first, Tensor) and other == first) for other in others)
+    return first if same else None
+
+
+class _SiteModels(TorchFunctionMode):
+    """Within it, a module that is given theta computes each row with the parameters of the row's own site."""
+
+    def __init__(self, adaptation: Adaptation, rows: CohortRows, dense: Parameters) -> None:
+        super().__init__()
+        self.adaptation = adaptation
+        self.forms = adaptation.forms
+        self.names = {id(value): name for name, value in adaptation.theta.items()}
+        self.rows = rows
+        self.dense = dense
+        self.traces: list[Trace] = []
+        self.place = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in OPERATIONS or next(parameters_in((args, kwargs), self.names), None) is None:
+            return func(*args, **kwargs)
+        place, operands = self.place, OPERATIONS[func](*args, **kwargs)
+        call = self._call(operands)
+        self.place += 1
+        if not call.adapts:
+            kept = self.rows.kept.get(place) if call.fixed else None
+            result = func(*args, **kwargs) if kept is None else kept
+            if call.fixed:
+                self.rows.kept[place] = result
+        elif call.kind == "linear" and call.weight not in self.dense:
+            result = self._linear(place, call, operands)
+        else:
+            result = self._dense(call, operands)
+        return result.clone() if self.forms.in_place else result
+
+    def _call(self, operands: Operands) -> Call:
+        names = tuple(self.names[id(value)] for value in (operands.weight, operands.bias) if id(value) in self.names)
+        if self.place >= len(self.forms.calls) or self.forms.calls[self.place].names != names:
+            raise MisfitError("the model does not always use its parameters in the same order")
+        return self.forms.calls[self.place]
+
+    def _linear(self, place: int, call: Call, operands: Operands) -> Tensor:
+        """Returns x W_i + b_i for each site's rows, with W_i = W - sum_t E_t^T A_t never formed."""
+        kept = self.rows.kept
+        x, weight, bias = operands.x, operands.weight, operands.bias
+        assert weight is not None
+        if not (call.fixed and (place, "z") in kept):
+            inputs = x.reshape(self.rows.sites, -1, call.width)
+            z = F.linear(inputs.flatten(0, 1), weight, None if call.bias in self.dense else bias)
+            kept[place, "a"], kept[place, "z"] = inputs, z.view(self.rows.sites, -1, call.outputs)
+        inputs, z = kept[place, "a"], kept[place, "z"]
+        for source, correction in self.adaptation.corrections.items():
+            if self.forms.calls[source].weight == call.weight:
+                products = self._products(place, source, inputs, correction.inputs)
+                z = torch.baddbmm(z, products, correction.errors, alpha=-1)
+        if call.bias in self.dense:
+            z = z + self.dense[call.bias].unsqueeze(1)
+        if call.weight in self.forms.spans:
+            self.traces.append(Trace(place, inputs, z))
+        return z.view(*x.shape[:-1], call.outputs)
+
+    def _products(self, place: int, source: int, inputs: Tensor, others: Tensor) -> Tensor:
+        """Returns a A^T, plus 1 where the bias moves with its weight."""
+        calls, kept = self.forms.calls, self.rows.kept
+        if (place, source) in kept:
+            return kept[place, source]
+        turned = others.transpose(1, 2)
+        if calls[place].bias in self.forms.absorbed:
+            products = torch.baddbmm(inputs.new_ones(1), inputs, turned)
+        else:
+            products = torch.bmm(inputs, turned)
+        if calls[place].fixed and calls[source].fixed:
+            kept[place, source] = products
+        return products
+
+    def _dense(self, call: Call, operands: Operands) -> Tensor:
+        x, sites = operands.x, self.rows.sites
+        if not call.by_rows:
+            row = x.shape[1:] if x.dim() > 1 and x.shape[0] == 1 else x.shape
+            x = x.expand(self.rows.x.shape[0], *row)
+        own = [
+            None if value is None else self.dense.get(name, value.expand(sites, *value.shape))
+            for name, value in ((call.weight or "", operands.weight), (call.bias or "", operands.bias))
+        ]
+        return operands.per_site(x, own[0], own[1])

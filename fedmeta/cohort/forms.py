@@ -1,0 +1,107 @@
+"""Which form each adapting parameter takes: the span form, or one value per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from fedmeta.cohort.operations import MisfitError
+from fedmeta.cohort.survey import Call, Survey
+
+Rates = Mapping[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The form of each parameter.
+
+    Attributes:
+        calls: The model's calls, in order.
+        in_place: Whether it changes tensors in place.
+        spans: The weights in span form.
+        absorbed: The biases that move with a weight in span form, at the same rates.
+        dense: The other adapting parameters: one value per site.
+    """
+
+    calls: tuple[Call, ...]
+    in_place: bool
+    spans: frozenset[str]
+    absorbed: frozenset[str]
+    dense: tuple[str, ...]
+
+
+Sharing = tuple[tuple[tuple[str, int], ...], ...]
+"""For each step the parameters that adapt, each with a number that those of the same rate share."""
+
+
+def sharing(rates: Sequence[Rates]) -> Sharing:
+    """Returns which parameters adapt in each step, and which of them share one rate.
+
+    Raises:
+        MisfitError: A rate is not a scalar.
+    """
+    return tuple(_groups(step) for step in rates)
+
+
+def _groups(rates: Rates) -> tuple[tuple[str, int], ...]:
+    seen: dict[object, int] = {}
+    for name, rate in rates.items():
+        if isinstance(rate, Tensor) and rate.dim() > 0:
+            raise MisfitError(f"parameter {name} has an inner rate for each of its elements")
+    return tuple((name, seen.setdefault(_key(rate), len(seen))) for name, rate in rates.items())
+
+
+def _key(rate: Tensor | float) -> object:
+    return (Tensor, id(rate)) if isinstance(rate, Tensor) else float(rate)
+
+
+@lru_cache(maxsize=256)
+def choose_forms(found: Survey, steps: Sharing, rows: int) -> Forms:
+    """Returns the cheaper form of each adapting parameter.
+
+    Args:
+        found: What the model does with its parameters.
+        steps: Which parameters adapt in each step.
+        rows: Support rows per site.
+    """
+    adapting = dict.fromkeys(name for step in steps for name, _ in step)
+    by_name = {name: [call for call in found.calls if name in call.names] for name in adapting}
+    spans = {
+        name
+        for name, calls in by_name.items()
+        if all(call.kind == "linear" and call.weight == name for call in calls)
+        and sum(_saved(call, rows, len(steps)) for call in calls) > 0
+    }
+    absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
+    dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
+    return Forms(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
+
+
+def _saved(call: Call, rows: int, steps: int) -> float:
+    """Returns about how many operations per site the span form of a linear layer saves over one weight per site.
+
+    Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
+    element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed.
+    """
+    own = call.rows * rows
+    weights = steps * (own + 30) * call.width * call.outputs
+    pairs = own * own * steps
+    return weights - (
+        pairs * call.outputs + own * own * call.width if call.fixed else pairs * steps / 2 * (call.width + call.outputs)
+    )
+
+
+def _moves_along(
+    name: str, calls: list[Call], by_name: Mapping[str, list[Call]], spans: set[str], steps: Sharing
+) -> bool:
+    """Whether this is the bias of one weight in span form that always moves at the same rate."""
+    weight = calls[0].weight
+    return (
+        weight in spans
+        and all(call.bias == name and call.weight == weight for call in calls)
+        and len(by_name[weight]) == len(calls)
+        and all(dict(step).get(name) == dict(step).get(weight) for step in steps)
+    )

@@ -1,0 +1,260 @@
+r"""The span form: the exact sum of a cohort's meta-gradients, without any site's weights.
+
+A linear layer z = a W + b with a scalar inner rate. At step t its input on the site's support rows is A_t [n, width],
+and D_t [n, outputs] is the derivative of the support loss with respect to its output. The gradients are A_t^T D_t for W
+and 1^T D_t for b, so that after steps 0 ... k-1 the adapted layer is
+
+    z = a (W - sum_t alpha_t A_t^T D_t) + b - sum_t alpha_t 1^T D_t
+      = a W + b - sum_t alpha_t (a A_t^T + 1) D_t
+
+The first two terms are shared: one matrix product for the rows of all sites. The rest is a product of n x n matrices
+with n x outputs ones: as large as the support, not as W. Everything on the right is a function of the shared W and b
+(through A_t and D_t as well), so that automatic differentiation of sum_i w_i L_Q,i with respect to W and b gives the
+cohort's sum of exact meta-gradients, in the memory of one model and its activations. D_t is d L_S / d z, taken by
+automatic differentiation with respect to the outputs alone; it stays differentiable for the exact gradient, and A_t
+and D_t are constants for the first-order one (d phi_i / d theta = 1). A displacement is theta - phi_i, hence
+sum_t alpha_t A_t^T D_t.
+
+- What does not change between steps is computed once: where no layer before it adapts, a layer's input is the same in
+  every step, hence a W + b and a A^T are too, and the sum over steps moves inside: (a A^T + 1) sum_t alpha_t D_t.
+- Where the rows outnumber the layer, and for parameters of norms, embeddings and convolutions, one value per site is
+  cheaper or the only way: phi_{t+1} = phi_t - alpha_t D_t with phi [sites, *shape] (`forms` chooses).
+- The module's own forward is run on all rows of the cohort, [sites * n, ...], while its calls of linear layers and the
+  like are answered by the sites' own versions (`adaptation`). Every adapting parameter must be seen in such a call, and
+  no row may depend on another, or the model does not fit (`survey`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fedmeta.cohort import loop
+from fedmeta.cohort.accumulate import Contribution, Scores
+from fedmeta.cohort.adaptation import Adaptation
+from fedmeta.cohort.forms import Forms, Rates, choose_forms, sharing
+from fedmeta.cohort.operations import MisfitError
+from fedmeta.cohort.rows import CohortRows, concatenate
+from fedmeta.cohort.survey import Survey, survey
+from fedmeta.learners import THETA, Learner
+from fedmeta.learners.learner import with_theta
+from fedmeta.models import FunctionalModel
+from fedmeta.task import Batch, Rows
+
+ESTIMATORS = ("exact", "first-order", "displacement", "nothing")
+"""What of `learner.estimator` this engine computes."""
+
+CHECKED_ROWS = 4
+"""How many rows a site's are cut to when a model is run to see what it does."""
+
+_known: WeakKeyDictionary[FunctionalModel, dict[Hashable, Survey | str]] = WeakKeyDictionary()
+
+
+def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str | None:
+    """Returns why the span form does not fit, or None if it does.
+
+    The model is run on a few rows, and the gradient of two sites compared with the reference loop's, once per model,
+    learner and shape of batch.
+
+    Args:
+        learner: The learner.
+        batch: Tasks like those to come.
+        meta_state: The meta-state; None for a new one.
+    """
+    try:
+        forms_of(learner, batch, learner.init(0) if meta_state is None else meta_state)
+    except MisfitError as reason:
+        return str(reason)
+    return None
+
+
+def forms_of(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> Forms:
+    """Returns the form that each parameter takes in the inner loop on support rows.
+
+    Raises:
+        MisfitError: The span form does not fit.
+    """
+    rates = _all_rates(learner, meta_state, learner.inner_steps)
+    return _forms(learner, meta_state, batch, batch.support[0].shape[1], rates)
+
+
+def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> Contribution:
+    """Returns the cohort's contribution in one batched computation; see `fedmeta.cohort.meta_gradients`.
+
+    Raises:
+        MisfitError: The span form does not fit.
+    """
+    gradient, losses, finite = _finite_sum(learner, meta_state, batch, weights)
+    total = Contribution.empty(meta_state)
+    total.add_sum(gradient, float(weights[finite].sum()), {"query_loss": losses, "finite": finite})
+    return total
+
+
+def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
+    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1].
+
+    Raises:
+        MisfitError: The span form does not fit.
+    """
+    state = {name: value.detach() for name, value in meta_state.items()}
+    rates = _all_rates(learner, state, steps)
+    support, query = (CohortRows.of(rows, _dtype(meta_state)) for rows in batch)
+    adaptation = _adaptation(learner, _leaves(meta_state), batch, batch.support, rates, exact=False)
+    scores, losses = [], []
+    for step in range(steps + 1):
+        with torch.no_grad():
+            outputs = adaptation.outputs(query)
+            scores.append(query.scores(outputs))
+            losses.append(query.losses(outputs))
+        if step < steps:
+            adaptation.step(support, rates[step])
+    return torch.stack(scores, 1), torch.stack(losses, 1)
+
+
+def _finite_sum(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Returns the weighted sum over the sites whose loss and gradient are finite, all losses, and which sites are.
+
+    A sum that is not finite tells that some site is to blame: those with such losses are left out first, then halves
+    are tried, until each is alone.
+    """
+    gradient, losses = _weighted_sum(learner, meta_state, batch, weights)
+    finite = losses.isfinite()
+    if bool(finite.all()) and all(_finite(value) for value in gradient.values()):
+        return gradient, losses, finite
+    nothing = {name: torch.zeros_like(value) for name, value in gradient.items()}
+    if bool(finite.all()):
+        if batch.sites == 1:
+            return nothing, losses, torch.zeros_like(finite)
+        half = batch.sites // 2
+        parts = [torch.arange(half), torch.arange(half, batch.sites)]
+    else:
+        parts = [finite.nonzero().flatten()] if bool(finite.any()) else []
+    for part in parts:
+        own = Batch(*(tuple(tensor[part] for tensor in rows) for rows in batch))
+        added, _, good = _finite_sum(learner, meta_state, own, weights[part])
+        nothing = {name: value + added[name] for name, value in nothing.items()}
+        finite[part] = good
+    return nothing, losses, finite
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _weighted_sum(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    if learner.estimator in ("exact", "first-order"):
+        return _objective_gradient(learner, meta_state, batch, weights, learner.estimator == "exact")
+    return _displacement(learner, meta_state, batch, weights)
+
+
+def _objective_gradient(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor, exact: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns d/d state of sum_i w_i sum_t v_t L_Q,i(phi_i,t), and the losses after the last step [sites]."""
+    state = _leaves(meta_state)
+    inner = state if exact else meta_state
+    rates, counts = _all_rates(learner, inner, learner.inner_steps), learner.query_weights(inner)
+    support, query = (CohortRows.of(rows, _dtype(meta_state)) for rows in batch)
+    adaptation = _adaptation(learner, state, batch, batch.support, rates, exact)
+    objective, losses = torch.zeros(()), torch.zeros(())
+    for step, count in enumerate(counts):
+        if isinstance(count, Tensor) or count != 0 or step == len(rates):
+            losses = query.losses(adaptation.outputs(query))
+            objective = objective + count * (losses * weights.to(losses.dtype)).sum()
+        if step < len(rates):
+            adaptation.step(support, rates[step])
+    leaves = {name: value for name, value in state.items() if value.requires_grad}
+    gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    gradient = {name: torch.zeros_like(value) for name, value in meta_state.items()}
+    return gradient | dict(zip(leaves, gradients, strict=True)), losses.detach()
+
+
+def _displacement(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns sum_i w_i (theta - phi_i), or zeros for a learner that sends nothing, and the query losses [sites]."""
+    sends = learner.estimator == "displacement"
+    rows = concatenate(*batch) if sends else batch.support
+    steps = learner.inner_steps if sends else learner.evaluation_steps()
+    rates = _all_rates(learner, meta_state, steps)
+    adaptation = _adaptation(learner, _leaves(meta_state), batch, rows, rates, exact=False)
+    own, query = CohortRows.of(rows, _dtype(meta_state)), CohortRows.of(batch.query, _dtype(meta_state))
+    for step in rates:
+        adaptation.step(own, step)
+    with torch.no_grad():
+        moved = adaptation.displacement(weights) if sends else {}
+        return with_theta(meta_state, moved), query.losses(adaptation.outputs(query))
+
+
+def _leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the meta-state with every floating-point tensor ready to be differentiated by."""
+    return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in meta_state.items()}
+
+
+def _dtype(meta_state: Mapping[str, Tensor]) -> torch.dtype:
+    return next(value.dtype for name, value in meta_state.items() if name.startswith(THETA))
+
+
+def _all_rates(learner: Learner, meta_state: Mapping[str, Tensor], steps: int) -> list[Rates]:
+    return [learner.rates(meta_state, step) for step in range(steps)]
+
+
+def _adaptation(
+    learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: Rows, rates: Sequence[Rates], exact: bool
+) -> Adaptation:
+    forms = _forms(learner, state, batch, rows[0].shape[1], rates)
+    return Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact)
+
+
+def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: int, rates: Sequence[Rates]) -> Forms:
+    """Returns the form of each parameter, after a first look at what the model does.
+
+    Raises:
+        MisfitError: The span form does not fit.
+    """
+    if learner.estimator not in ESTIMATORS:
+        raise MisfitError(f"{type(learner).__name__} computes its meta-gradient in a way of its own")
+    groups = sharing(rates)
+    x = batch.support[0]
+    adapting = frozenset(name for step in groups for name, _ in step)
+    key = (type(learner), adapting, x.shape[2:], x.is_floating_point())
+    known = _known.setdefault(learner.network, {})
+    if key not in known:
+        few = Batch(*(tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in part) for part in batch))
+        try:
+            known[key] = survey(learner.network, _double(learner.theta(state)), adapting, few.support[0].flatten(0, 1))
+            _check(learner, state, few)
+        except MisfitError as reason:
+            known[key] = str(reason)
+    found = known[key]
+    if isinstance(found, str):
+        raise MisfitError(found)
+    return choose_forms(found, groups, rows)
+
+
+def _check(learner: Learner, state: Mapping[str, Tensor], few: Batch) -> None:
+    """Checks the gradient of two sites, in float64, against the reference loop.
+
+    Raises:
+        MisfitError: They differ: the model does something that was not seen.
+    """
+    state = _double(state)
+    few = Batch(*((x.double().nan_to_num() if x.is_floating_point() else x, y, mask) for x, y, mask in few))
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    expected = loop.meta_gradients(learner, state, few, weights).total
+    gradient, _ = _weighted_sum(learner, state, few, weights)
+    size = torch.stack([value.norm() for value in expected.values()]).norm()
+    wrong = torch.stack([(value - gradient[name]).norm() for name, value in expected.items()]).norm()
+    if bool(wrong > 1e-6 * size + 1e-12):
+        raise MisfitError("the model does something with its parameters that cannot be seen: its gradient is another")
+
+
+def _double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double() if value.is_floating_point() else value for name, value in state.items()}
