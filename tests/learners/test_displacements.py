@@ -95,7 +95,7 @@ def test_more_conjugate_gradients_come_closer_and_stop_there(task: Task) -> None
     exact = on_quadratic("imaml", task, inner_steps=SOLVED, inner_lr=0.15, cg_steps=FEATURES + 1)[1]
     errors = [
         float((on_quadratic("imaml", task, inner_steps=SOLVED, inner_lr=0.15, cg_steps=k)[1] - exact).norm())
-        for k in (1, 2, 3, 30)
+        for k in (1, 2, 3, 12)
     ]
     assert errors[0] > errors[1] > errors[2] > errors[3]
     assert errors[3] < 1e-10 * float(exact.norm())
@@ -104,7 +104,7 @@ def test_more_conjugate_gradients_come_closer_and_stop_there(task: Task) -> None
 def test_imaml_is_the_derivative_of_its_solution_on_a_network() -> None:
     """On a curved loss, solved to the end, against finite differences of the query loss at the solution."""
     module, task = build_model("mlp", (2,), 2, hidden=(2,), activation="tanh"), make_task(3, (2,), 2)
-    learner = build("imaml", module, inner_steps=150, inner_lr=0.5, lam=0.6, cg_steps=14)
+    learner = build("imaml", module, inner_steps=60, inner_lr=0.8, lam=0.6, cg_steps=14)
     state = make_state(learner)
 
     def objective(own: dict[str, Tensor]) -> Tensor:
@@ -113,7 +113,7 @@ def test_imaml_is_the_derivative_of_its_solution_on_a_network() -> None:
         def pulled(p: dict[str, Tensor]) -> Tensor:
             return loss(module, p, task.support) + 0.3 * (flat(p) - flat(theta)).square().sum()
 
-        return loss(module, descend(pulled, theta, lambda *_: 0.5, 150), task.query)
+        return loss(module, descend(pulled, theta, lambda *_: 0.8, 60), task.query)
 
     assert relative_error(learner.meta_gradient(state, task)[0], central_differences(objective, state)) < 1e-6
 

@@ -52,10 +52,14 @@ def expected(name: str, module: nn.Module, state: State, task: Task, weights: li
     """The derivative of sum_k weights[k] L_Q(phi_k) by finite differences."""
     head = [own for own, _ in module.named_parameters()][-2:] if name == "anil" else None
 
-    def objective(own: State) -> Tensor:
-        rates, theta = rates_of(name, own), theta_of(own)
-        paths = [descend(lambda p: loss(module, p, task.support), theta, rates, k, head) for k in range(len(weights))]
-        return torch.stack([w * loss(module, p, task.query) for w, p in zip(weights, paths, strict=True) if w]).sum()
+    def objective(meta: State) -> Tensor:
+        rates, theta = rates_of(name, meta), theta_of(meta)
+        total = torch.zeros((), dtype=torch.float64)
+        for steps, weight in enumerate(weights):
+            if weight:
+                own = descend(lambda p: loss(module, p, task.support), theta, rates, steps, head)
+                total = total + weight * loss(module, own, task.query)
+        return total
 
     return central_differences(objective, state)
 
