@@ -31,7 +31,7 @@ class Population(ABC):
         feature_names: The features' names where a row is a vector; empty for images.
         missing: Whether a feature may be missing (NaN).
         tokens: Whether features are codes of symbols, to be embedded: never standardised, int64 in batches.
-        stored: Whether the rows lie in memory or in a file; what is not stored is made for each cohort anew.
+        exchangeable: Whether a site's rows have no order, so that its first can train and its last test without a draw.
     """
 
     names: Sequence[str]
@@ -39,7 +39,7 @@ class Population(ABC):
     feature_names: tuple[str, ...]
     missing: bool
     tokens: bool
-    stored: bool
+    exchangeable: bool
 
     def __len__(self) -> int:
         """The number of sites."""
@@ -113,7 +113,7 @@ class ArrayPopulation(Population):
     feature_names: tuple[str, ...] = ()
     missing: bool = False
     tokens: bool = False
-    stored: bool = True
+    exchangeable: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,15 +20,12 @@ class Split:
         population: Whose rows.
         seed: The run's seed.
         test: Share of a site's rows that test.
-        blocks: Whether the last rows in the site's own order test, rather than rows drawn at random.
-        ordered: The rows of all sites, train before test, where the population is stored; where it is not, a
-            cohort's rows are ordered when asked for.
+        ordered: The rows of all sites, train before test; None where the population's rows need no order.
     """
 
     population: Population
     seed: int
     test: float
-    blocks: bool
     ordered: Ragged | None
 
     def train_sizes(self, sites: IntArray) -> IntArray:
@@ -56,8 +53,8 @@ class Split:
         """Returns rows, train before test, and where in them each site's begin."""
         if self.ordered is not None:
             return self.ordered, self.ordered.offsets[sites]
-        ordered = _order(self.population, sites, self.seed, self.blocks)
-        return ordered, ordered.offsets[:-1]
+        rows = self.population.rows(sites)
+        return rows, rows.offsets[:-1]
 
 
 def split(population: Population, data: Data, seed: int) -> Split:
@@ -70,17 +67,14 @@ def split(population: Population, data: Data, seed: int) -> Split:
         data: `test` (share of a site's rows) and `split` ("random", or "blocks": the last rows in its order test).
         seed: The run's seed.
     """
-    blocks = data.split == "blocks"
-    ordered = _order(population, population.all_sites, seed, blocks) if population.stored else None
-    return Split(population, seed, data.test, blocks, ordered)
-
-
-def _order(population: Population, sites: IntArray, seed: int, blocks: bool) -> Ragged:
-    rows = population.rows(sites)
-    if blocks:
-        return rows
-    drawn = row_draws(seed, "split", 0, population.keys(sites)[rows.owners], rows.positions)
-    return Ragged(rows.rows[np.lexsort((drawn, rows.owners))], rows.offsets)
+    if population.exchangeable:
+        return Split(population, seed, data.test, None)
+    rows = population.rows(population.all_sites)
+    if data.split == "blocks":
+        return Split(population, seed, data.test, rows)
+    keys = population.keys(population.all_sites)
+    drawn = row_draws(seed, "split", 0, keys[rows.owners], rows.positions)
+    return Split(population, seed, data.test, Ragged(rows.rows[np.lexsort((drawn, rows.owners))], rows.offsets))
 
 
 def draw_new_sites(names: Sequence[str], new_sites: float, seed: int) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """A population that is not stored: site i is made from its number, so that a million sites exist and cost nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import overload
@@ -39,9 +39,12 @@ class NumberedNames(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         numbers = range(self._count)[index]
-        if isinstance(numbers, int):
-            return f"site-{numbers:0{self._width}d}"
-        return [f"site-{number:0{self._width}d}" for number in numbers]
+        return self.of([numbers])[0] if isinstance(numbers, int) else self.of(numbers)
+
+    def of(self, numbers: Iterable[int]) -> list[str]:
+        """Returns the names of some numbers."""
+        width = self._width
+        return [f"site-{number:0{width}d}" for number in numbers]
 
     def number(self, name: object) -> int | None:
         """Returns the number of a name, or None where it is not one of these."""
@@ -78,7 +81,7 @@ class SyntheticPopulation(Population):
     heterogeneity: float
     missing: bool = False
     tokens: bool = False
-    stored: bool = False
+    exchangeable: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +97,7 @@ class SyntheticPopulation(Population):
 
     def keys(self, sites: IntArray) -> Keys:
         """Returns the random key of each site."""
-        return site_keys([self.names[site] for site in sites.tolist()])
+        return site_keys(self.names.of(sites.tolist()))
 
     def sizes(self, sites: IntArray) -> IntArray:
         """Returns how many rows each site has."""

@@ -47,7 +47,8 @@ def read_table(path: Path, data: Data) -> Table:
         raise FedmetaError(f"{path}: there is no feature column beside the label")
     if not len(frame):
         raise FedmetaError(f"{path}: there are no rows")
-    columns = [name for name in names if name != data.label]
+    # By name, so that sites whose files have the same columns in different orders hold the same rows.
+    columns = sorted(name for name in names if name != data.label)
     table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
     arrays = [_feature(table, frame[name], name) for name in columns]
     labels = _labels(table, frame[data.label], data.label)
