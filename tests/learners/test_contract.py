@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmeta import cohort
+from fedmeta.cohort import ENGINES
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import LEARNERS, Learner, build, learner_class, settings_of
 from fedmeta.models import build as build_model
@@ -50,7 +51,7 @@ def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     assert relative_error(learner.adapt({**STANDARDISATION, **state}, task.support), learner.adapt(state, task[0])) == 0
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_on_ragged_sites(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(4)]
     state = make_state(learner)
@@ -155,7 +156,7 @@ class Bag(nn.Module):
         return self.head(mean)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_integer_rows_reach_an_embedding(learner: Learner, engine: str) -> None:
     embedded = dataclasses.replace(learner, model=Bag())
     draw = torch.Generator().manual_seed(0)
@@ -204,7 +205,7 @@ def test_names_and_keys() -> None:
     assert {"inner_steps", "inner_lr", "global_weight"} <= set(settings_of(LEARNERS["maml"]))
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", ["conv4", "char_lstm"])
 def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine: str) -> None:
     shape = (16, 16) if model == "conv4" else (4,)
@@ -216,3 +217,17 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
     total, _, _ = cohort.meta_gradients(deep, state, tasks, engine)
     summed = sum(flat(deep.meta_gradient(state, task)[0]) for task in tasks)
     assert flat(total).sub(summed).norm() <= 1e-9 * summed.norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
+    tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]
+    state = make_state(learner)
+    scores, losses = cohort.evaluate(learner, state, tasks, engine, steps=3)
+    steps = learner.evaluation_steps(3)
+    assert scores.shape == losses.shape == (3, steps + 1)
+    for site, task in enumerate(tasks):
+        path = learner.trajectory(state, task.support, steps)
+        expected = torch.stack([torch.stack(learner.score(own, task.query)) for own in path])
+        assert torch.allclose(scores[site].double(), expected[:, 0].double(), atol=1e-6)
+        assert torch.allclose(losses[site].double(), expected[:, 1].double(), rtol=1e-9)
