@@ -21,12 +21,12 @@ from fedmeta.data import (
     Standardisation,
     class_codes,
     evaluation_episodes,
-    feature_sums,
     gather,
     group_by_size,
     load,
     load_site,
     split,
+    train_sums,
     training_episodes,
 )
 from fedmeta.errors import FedmetaError
@@ -84,7 +84,7 @@ class Node:
 
     def sums(self, sites: Sites) -> FeatureSums:
         """Returns the feature sums over the sites' train rows."""
-        return feature_sums(self.population, self.split.train_rows(sites).rows, self.experiment.data.standardise)
+        return train_sums(self.split, sites, self.experiment.data.standardise)
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""

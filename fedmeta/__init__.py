@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Experiment", "Result", "Task", "cohort", "learners", "load_experiment", "run"]
 __version__ = "0.1.0"
 
-# Torch's threads wait for one another by spinning, which on a busy machine makes two of them dozens of times slower than
+# Torch's threads wait for one another by spinning, which on a busy machine makes two of them much slower than
 # one. This many turns are some microseconds; after that they sleep. Heeded if torch is imported later.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
