@@ -25,11 +25,11 @@ Rates = Mapping[str, Tensor | float]
 
 @dataclass
 class Correction:
-    """What the steps so far did to a weight by way of one call: W_i = W - sum_t E_t^T A_t.
+    """What the steps so far did to a weight by way of one call: W_i = W + sum_t E_t^T A_t.
 
     Attributes:
         inputs: A [sites, steps * rows, width], the call's inputs.
-        errors: E [sites, steps * rows, outputs], rate times the loss's derivative at the call's outputs.
+        errors: E [sites, steps * rows, outputs], minus the rate times the loss's derivative at the call's outputs.
     """
 
     inputs: Tensor
@@ -92,7 +92,7 @@ class Adaptation:
         common = common_rate(rates)
         total = rows.losses(outputs).sum()
         errors = torch.autograd.grad(
-            total if common is None else total * common,
+            -total if common is None else total * -common,
             [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],
             create_graph=self.exact,
             allow_unused=True,
@@ -106,7 +106,7 @@ class Adaptation:
             after = before.then(inputs, scaled, call.fixed) if before else Correction(inputs, scaled)
             self.corrections[trace.place] = after
         for name, error in zip(dense, errors[len(spans) :], strict=True):
-            moved = self.dense[name] - (error if common is not None else error * rates[name])
+            moved = self.dense[name] + (error if common is not None else error * rates[name])
             self.dense[name] = moved if self.exact else moved.detach().requires_grad_()
 
     def displacement(self, weights: Tensor) -> Parameters:
@@ -119,10 +119,10 @@ class Adaptation:
         for place, correction in self.corrections.items():
             call = self.forms.calls[place]
             errors = correction.errors * weights.to(correction.errors.dtype)[:, None, None]
-            moved = errors.flatten(0, 1).T @ correction.inputs.flatten(0, 1)
+            moved = -errors.flatten(0, 1).T @ correction.inputs.flatten(0, 1)
             total[str(call.weight)] = total.get(str(call.weight), 0) + moved
             if call.bias in self.forms.absorbed:
-                total[call.bias] = total.get(call.bias, 0) + errors.sum((0, 1))
+                total[call.bias] = total.get(call.bias, 0) - errors.sum((0, 1))
         for name, value in self.dense.items():
             total[name] = torch.tensordot(weights.to(value.dtype), self.theta[name] - value, dims=1)
         return total
@@ -178,7 +178,7 @@ class _SiteModels(TorchFunctionMode):
         return self.forms.calls[self.place]
 
     def _linear(self, place: int, call: Call, operands: Operands) -> Tensor:
-        """Returns x W_i + b_i for each site's rows, with W_i = W - sum_t E_t^T A_t never formed."""
+        """Returns x W_i + b_i for each site's rows, with W_i = W + sum_t E_t^T A_t never formed."""
         kept = self.rows.kept
         x, weight, bias = operands.x, operands.weight, operands.bias
         assert weight is not None
@@ -190,7 +190,7 @@ class _SiteModels(TorchFunctionMode):
         for source, correction in self.adaptation.corrections.items():
             if self.forms.calls[source].weight == call.weight:
                 products = self._products(place, source, inputs, correction.inputs)
-                z = torch.baddbmm(z, products, correction.errors, alpha=-1)
+                z = torch.baddbmm(z, products, correction.errors)
         if call.bias in self.dense:
             z = z + self.dense[call.bias].unsqueeze(1)
         if call.weight in self.forms.spans:

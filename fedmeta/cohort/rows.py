@@ -18,13 +18,15 @@ class CohortRows:
     Attributes:
         x: [sites * n, *shape].
         y: [sites * n] or [sites * n, targets].
-        mask: [sites, n].
+        scored: Each row's share of its site's score [sites, n]: 1 / rows, and 0 for padding.
+        counted: Each row's share of its site's loss, where rows of unseen classes have none either.
         kept: What does not change between inner steps, by the place of the call that computes it.
     """
 
     x: Tensor
     y: Tensor
-    mask: Tensor
+    scored: Tensor
+    counted: Tensor
     kept: dict[object, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -33,33 +35,34 @@ class CohortRows:
         x, y, mask = rows
         if x.is_floating_point():
             x = x.to(dtype)
-        return cls(x.flatten(0, 1), y.flatten(0, 1), mask)
+        mask = mask.to(dtype)
+        known = mask if y.is_floating_point() else mask * (y >= 0)
+        return cls(x.flatten(0, 1), y.flatten(0, 1), _shares(mask), _shares(known))
 
     @property
     def sites(self) -> int:
         """The number of sites."""
-        return self.mask.shape[0]
+        return self.scored.shape[0]
 
     def losses(self, outputs: Tensor) -> Tensor:
         """Returns each site's mean loss [sites] over its rows of known classes."""
-        mask = self.mask
-        if not self.y.is_floating_point():
-            mask = mask * (self.y >= 0).view_as(mask)
-        return site_means(row_losses(outputs, self.y).view_as(mask), mask)
+        return self._means(row_losses(outputs, self.y), self.counted)
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Returns each site's accuracy, or RMSE for floating-point y, [sites]."""
         if self.y.is_floating_point():
-            return site_means(row_losses(outputs, self.y).view_as(self.mask), self.mask).sqrt()
-        return site_means((outputs.argmax(-1) == self.y).to(self.mask.dtype).view_as(self.mask), self.mask)
+            return self._means(row_losses(outputs, self.y), self.scored).sqrt()
+        return self._means((outputs.argmax(-1) == self.y).to(self.scored.dtype), self.scored)
 
-
-def site_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean of values [sites, n] over each site's rows where the mask [sites, n] is 1."""
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+    def _means(self, values: Tensor, shares: Tensor) -> Tensor:
+        return (values.view_as(shares) * shares).sum(1)
 
 
 def concatenate(*parts: Rows) -> Rows:
     """Returns several (x, y, mask) of the same sites as one, along their rows."""
     x, y, mask = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
     return x, y, mask
+
+
+def _shares(mask: Tensor) -> Tensor:
+    return mask / mask.sum(1, keepdim=True).clamp(min=1)

@@ -110,10 +110,13 @@ def disagreement(learner: Learner, engine: str, batch: Batch, dtype: torch.dtype
     actual = ENGINES[engine].meta_gradients(learner, own, batch, weights)
     assert actual.weight == expected.weight
     steps = learner.evaluation_steps()
-    measured = dict(zip("ab", ENGINES[engine].evaluate(learner, own, batch, steps), strict=True))
-    true = dict(zip("ab", loop.evaluate(learner, reference, exact, steps), strict=True))
+    scores, losses = ENGINES[engine].evaluate(learner, own, batch, steps)
+    true_scores, true_losses = loop.evaluate(learner, reference, exact, steps)
+    assert torch.allclose(scores.double(), true_scores.double(), atol=1e-6)
     return max(
-        distance(actual.total, expected.total), distance(figures(actual), figures(expected)), distance(measured, true)
+        distance(actual.total, expected.total),
+        distance(figures(actual), figures(expected)),
+        distance({"": losses}, {"": true_losses}),
     )
 
 
