@@ -1,6 +1,6 @@
 """From arrays that say for each row its features, label and site, to a population; with checks on the features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +81,15 @@ def build_population(
         feature_names=feature_names,
         missing=facts.missing,
     )
+
+
+def feature_order(names: Sequence[str], listed: Sequence[str] = ()) -> list[int]:
+    """Returns the places of features in the order that all sites share: as `data.columns` lists them, others by name.
+
+    The files of two sites may have the same columns in different orders, and neither site sees the other's file.
+    """
+    places = {name: place for place, name in enumerate(listed)}
+    return sorted(range(len(names)), key=lambda place: (places.get(names[place], len(places)), names[place]))
 
 
 def plain(x: NDArray[Any]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmeta.data.arrays import build_population
+from fedmeta.data.arrays import build_population, feature_order
 from fedmeta.data.labels import encode_labels
 from fedmeta.data.npz_file import npz_path, read_arrays
 from fedmeta.data.population import ArrayPopulation
@@ -37,7 +37,7 @@ def load_npz_site(data: Data, path: str, name: str) -> ArrayPopulation:
     The file needs no array that names sites; raises `FedmetaError` where it has one and that names several.
     """
     file = npz_path(path)
-    arrays = read_arrays(file, ("x", "y"), (data.site_key,))
+    arrays = _in_shared_order(read_arrays(file, ("x", "y"), (data.site_key,)), data)
     there = len(np.unique(arrays.get(data.site_key, np.zeros(1))))
     if there > 1:
         raise FedmetaError(
@@ -45,6 +45,15 @@ def load_npz_site(data: Data, path: str, name: str) -> ArrayPopulation:
         )
     sites = _Sites([name or file.stem], np.zeros(len(arrays["x"]), dtype=np.int64))
     return _population(file, arrays, data, sites, 0)
+
+
+def _in_shared_order(arrays: dict[str, NDArray[Any]], data: Data) -> dict[str, NDArray[Any]]:
+    """Returns arrays with named features in the order that all sites share; others as they are."""
+    x, names = arrays["x"], _decoded(arrays.get("feature_names", np.array([]))).reshape(-1).astype(str)
+    if x.ndim != 2 or x.shape[1] != len(names):
+        return arrays
+    order = feature_order(names.tolist(), data.columns)
+    return arrays if order == sorted(order) else {**arrays, "x": x[:, order], "feature_names": names[order]}
 
 
 class _Sites(NamedTuple):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fedmeta.data.arrays import feature_order
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
 
@@ -47,8 +48,8 @@ def read_table(path: Path, data: Data) -> Table:
         raise FedmetaError(f"{path}: there is no feature column beside the label")
     if not len(frame):
         raise FedmetaError(f"{path}: there are no rows")
-    # By name, so that sites whose files have the same columns in different orders hold the same rows.
-    columns = sorted(name for name in names if name != data.label)
+    features = [name for name in names if name != data.label]
+    columns = [features[place] for place in feature_order(features, data.columns)]
     table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
     arrays = [_feature(table, frame[name], name) for name in columns]
     labels = _labels(table, frame[data.label], data.label)
