@@ -105,12 +105,12 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
     lines = [f"checkpoint  {summary['checkpoint']}"]
-    if experiment.tracking.uri != UNTRACKED:
-        options = (
-            "" if experiment.tracking.uri == type(experiment.tracking)().uri else f" --uri {experiment.tracking.uri}"
+    tracking, usual = experiment.tracking, Tracking()
+    if tracking.uri != UNTRACKED:
+        options = "" if tracking.uri == usual.uri else f" --uri {tracking.uri}"
+        options += (
+            "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
         )
-        if experiment.tracking.experiment != type(experiment.tracking)().experiment:
-            options += f" --set tracking.experiment={experiment.tracking.experiment}"
         lines.append(f"see it      fedmeta ui{options}")
     return "\n".join(lines)
 

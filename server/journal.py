@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -16,6 +18,7 @@ from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarise
 from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.retrieval import SUMMARY
 from fedmeta.tracking import Dataset, Tracker
 from server.federation import Federation
 
@@ -39,16 +42,10 @@ class Journal:
         self.experiment = experiment
         self.folder = folder
         self.metrics: dict[int, dict[str, float]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "experiment.toml").write_text(experiment.to_toml())
-        except OSError as error:
-            raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+        _prepare(folder, experiment)
         self.tracker: Tracker | None = None
         if experiment.tracking.uri != UNTRACKED:
-            dataset = _dataset(experiment, federation)
-            resumed = earlier.run_id if earlier else None
-            self.tracker = Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed)
+            self.tracker = _start_tracker(experiment, federation, folder, earlier)
         self.run_id = self.tracker.run_id if self.tracker else (earlier.run_id if earlier else secrets.token_hex(16))
         if earlier:
             self._replay(earlier, federation)
@@ -81,8 +78,9 @@ class Journal:
             "checkpoint": str(checkpoint),
         }
         summary = _without_nan(summary)
+        (self.folder / SUMMARY).write_text(json.dumps(summary))
         if self.tracker:
-            self.tracker.finish(summary, sites, [checkpoint, self.folder / "experiment.toml"])
+            self.tracker.finish(summary, sites, [self.folder / SUMMARY, checkpoint, self.folder / "experiment.toml"])
         else:
             sites.to_parquet(self.folder / "sites.parquet", index=False)
         return summary
@@ -98,6 +96,32 @@ class Journal:
         for evaluation in earlier.evaluations:
             frame = evaluation_frame(federation, evaluation)
             self.evaluation(evaluation.round_number, frame, summarise(frame))
+
+
+def _prepare(folder: Path, experiment: Experiment) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "experiment.toml").write_text(experiment.to_toml())
+    except OSError as error:
+        raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+
+
+def _start_tracker(experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None) -> Tracker:
+    dataset = _dataset(experiment, federation)
+    resumed = earlier.run_id if earlier else None
+    try:
+        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed)
+    except FedmetaError:
+        if not earlier:
+            _remove(folder)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder of a run that never began, and the folder of all runs where it was the first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataFrame:
