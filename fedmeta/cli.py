@@ -37,6 +37,7 @@ class RuntimeName(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
+    DEPLOYMENT = "deployment"
 
 
 @app.command()
@@ -44,7 +45,10 @@ def run(
     file: File,
     overrides: Overrides = None,
     runtime: Annotated[
-        RuntimeName, typer.Option(help="local: all in this process; ray: Flower's simulation.")
+        RuntimeName,
+        typer.Option(
+            help="local: all in this process; ray: Flower's simulation; deployment: the SuperLink of FEDMETA_SUPERLINK."
+        ),
     ] = RuntimeName.LOCAL,
     resume: Annotated[
         str | None,
@@ -119,6 +123,14 @@ def certs(
     servers = [name.strip() for names in server or [] for name in names.split(",")]
     for path in make_certs(out, servers, site or [], force=force):
         print(path)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def flower(context: typer.Context) -> int:
+    """Runs Flower's own command line (flwr) against the SuperLink of FEDMETA_SUPERLINK: list, log, stop, supernode."""
+    from fedmeta.runtime.deployment import flower as run_flower
+
+    return run_flower(context.args)
 
 
 def main() -> None:

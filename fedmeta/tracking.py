@@ -233,13 +233,14 @@ def send_unsent(uri: str, folder: Path) -> list[Entry]:
     """
     run_id, entries = read_unsent(folder / UNSENT)
     uri = checked_uri(uri)
-    sender = within_time(uri, lambda: _Sender(_client(uri), run_id, resumed=True))
+    sender = within_time(uri, lambda: _Sender(open_client(uri), run_id, resumed=True))
     left, _ = deliver(entries, sender)
     write_unsent(folder / UNSENT, run_id, left)
     return left
 
 
-def _client(uri: str) -> "MlflowClient":
+def open_client(uri: str) -> "MlflowClient":
+    """Returns a client of a store, set to fail at once and quietly: whoever uses it tries again."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
@@ -250,7 +251,7 @@ def _client(uri: str) -> "MlflowClient":
 def _open(
     uri: str, settings: Tracking, params: Mapping[str, Any], dataset: Dataset | None, resume_run_id: str | None
 ) -> tuple["MlflowClient", str]:
-    client = _client(uri)
+    client = open_client(uri)
     if resume_run_id is not None:
         client.update_run(resume_run_id, status="RUNNING")
         return client, resume_run_id

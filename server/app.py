@@ -11,9 +11,10 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.progress import silent
+from fedmeta.runtime.deployment import print_progress, tracked
 from fedmeta.runtime.handover import RESUME_VARIABLE, launcher_folder, reporter, write_result
 from server import rounds
 
@@ -25,9 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the experiment of the run config. Flower reports success whatever happens, so the outcome goes to a file."""
     folder = launcher_folder()
     try:
-        experiment = Experiment.from_toml(str(context.run_config["experiment"]), origin="run config: experiment")
-        resume = os.environ.get(RESUME_VARIABLE)
-        outcome = rounds.run(grid, experiment, reporter(folder) if folder else silent, Path(resume) if resume else None)
+        experiment, resume = _task(context)
+        outcome = rounds.run(grid, experiment, reporter(folder) if folder else print_progress, resume)
     except FedmetaError as error:
         print(f"fedmeta: {error}", file=sys.stderr, flush=True)
         _hand_over(folder, {"error": str(error)})
@@ -37,6 +37,18 @@ def main(grid: Grid, context: Context) -> None:
         raise
     _hand_over(folder, {"summary": outcome.summary, "folder": str(outcome.folder.absolute())})
     print(json.dumps(outcome.summary), flush=True)
+
+
+def _task(context: Context) -> tuple[Experiment, Path | None]:
+    """Returns the experiment and the folder of the run to go on with: a launcher's, or one of this server's own."""
+    experiment = Experiment.from_toml(str(context.run_config["experiment"]), origin="run config: experiment")
+    if resume := os.environ.get(RESUME_VARIABLE):
+        return experiment, Path(resume)
+    experiment = tracked(experiment)
+    if wanted := str(context.run_config.get("resume", "")):
+        folder = checkpoint.find(Path(experiment.tracking.folder), wanted, experiment.to_toml())
+        return Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder)), folder
+    return experiment, None
 
 
 def _hand_over(folder: Path | None, result: dict[str, Any]) -> None:

@@ -43,7 +43,8 @@ def run(
 
     Args:
         experiment: The run's description.
-        runtime: "local" (server and sites in this process) or "ray" (Flower's simulation).
+        runtime: "local" (server and sites in this process), "ray" (Flower's simulation) or "deployment" (a federation
+            whose SuperLink the environment names; see `fedmeta.runtime.deployment`).
         resume: A run to go on with: its folder, that folder's name, its MLflow id, or "auto" for the newest unfinished
             run of the same experiment; None starts a new one.
         report: Takes progress.
@@ -51,8 +52,11 @@ def run(
     Raises:
         FedmetaError: Something that the user can mend; the message says what, where and how.
     """
-    if runtime not in RUNTIMES:
-        raise FedmetaError(f'no runtime "{runtime}"{nearest(runtime, RUNTIMES)} (known: {", ".join(RUNTIMES)})')
+    if runtime not in (*RUNTIMES, "deployment"):
+        known = (*RUNTIMES, "deployment")
+        raise FedmetaError(f'no runtime "{runtime}"{nearest(runtime, known)} (known: {", ".join(known)})')
+    if runtime == "deployment":
+        return _deployment(experiment, resume, report)
     experiment = experiment.absolute()
     root = Path(experiment.tracking.folder)
     folder = checkpoint.find(root, resume, experiment.to_toml()) if resume else None
@@ -83,6 +87,14 @@ def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
     return result_of(summary, pd.read_parquet(folder / "sites.parquet"), dict(state.meta_state), folder)
 
 
+def _deployment(experiment: Experiment, resume: str | None, report: Report) -> Result:
+    from fedmeta.runtime import deployment
+
+    summary, folder = deployment.run(experiment, resume, report)
+    state, _ = checkpoint.newest(folder)
+    return result_of(summary, pd.read_parquet(folder / "sites.parquet"), dict(state.meta_state), folder)
+
+
 def result_of(summary: dict[str, Any], history: pd.DataFrame, meta_state: dict[str, Tensor], folder: Path) -> Result:
     """Returns a run's result from its files."""
     last = history[history["round"] == history["round"].max()].reset_index(drop=True)
@@ -90,4 +102,4 @@ def result_of(summary: dict[str, Any], history: pd.DataFrame, meta_state: dict[s
 
 
 RUNTIMES: dict[str, Callable[[Experiment, Path | None, Report], Result]] = {"local": _local, "ray": _ray}
-"""Every runtime by its name on the command line."""
+"""The runtimes of this machine by their names on the command line; a deployment is elsewhere."""

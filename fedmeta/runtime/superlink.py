@@ -40,6 +40,7 @@ clientapp = "clients.app:app"
 
 [tool.flwr.app.config]
 experiment = ""
+resume = ""
 """
 
 
@@ -53,9 +54,9 @@ def write_app(folder: Path) -> Path:
     return folder
 
 
-def write_run_config(path: Path, experiment: str) -> Path:
-    """Writes the run config: the experiment's TOML under its one key."""
-    path.write_text(f"experiment = {to_text(experiment)}\n", encoding="utf-8")
+def write_run_config(path: Path, experiment: str, resume: str = "") -> Path:
+    """Writes the run config: the experiment's TOML under its one key, and which run of the server's to go on with."""
+    path.write_text(f"experiment = {to_text(experiment)}\nresume = {to_text(resume)}\n", encoding="utf-8")
     return path
 
 

@@ -1,0 +1,64 @@
+"""A run over a federation of real processes: the same numbers as in one process, over TLS and with node keys."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedmeta
+from tests.deployment.processes import federation, write_sites
+
+EXPERIMENT = """
+[data]
+source = "tables"
+path = "{data}"
+new_sites = 1
+support = 6
+query = 6
+
+[model]
+name = "mlp"
+hidden = "8"
+
+[learner]
+name = "maml"
+inner_steps = 2
+
+[server]
+rounds = 2
+sites_per_round = 0
+wait_for = {sites}
+round_timeout = 60.0
+
+[evaluation]
+every = 0
+
+[tracking]
+uri = "sqlite:///{store}"
+folder = "{folder}"
+"""
+
+
+@pytest.mark.slow
+def test_a_deployed_run_is_the_local_one(tmp_path: Path) -> None:
+    files = write_sites(tmp_path / "data")
+    names = str([*files]).replace("'", '"')
+
+    def experiment(folder: str) -> fedmeta.Experiment:
+        text = EXPERIMENT.format(
+            data=tmp_path / "data", sites=names, store=tmp_path / "mlflow.db", folder=tmp_path / folder
+        )
+        (tmp_path / f"{folder}.toml").write_text(text)
+        return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
+
+    local = fedmeta.run(experiment("local"))
+    with federation(tmp_path, files):
+        deployed = fedmeta.run(experiment("deployed"), runtime="deployment")
+
+    assert deployed.meta_state.keys() == local.meta_state.keys()
+    for name, value in local.meta_state.items():
+        torch.testing.assert_close(deployed.meta_state[name], value, rtol=0, atol=1e-5)
+    columns = ["site", "kind", "global_accuracy", "personalized_accuracy"]
+    assert deployed.sites[columns].equals(local.sites[columns])
+    assert deployed.summary["rounds"] == 2
+    assert Path(deployed.summary["checkpoint"]).is_file()
