@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedmeta import cohort
 from fedmeta.cohort.personal import evaluate_personal, stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
+    EngineReply,
     EvaluateReply,
     MessageError,
     SitesReply,
@@ -82,6 +84,18 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
     return SumsReply(total.count, total.total, total.square).pack()
 
 
+@app.query("engine")
+@guarded
+def engine(content: RecordDict, context: Context) -> RecordDict:
+    """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
+    node, request = node_of(context), WorkRequest.unpack(content)
+    _use_threads(node.experiment.runtime.threads)
+    meta_state, scale = split_meta_state(request.meta_state)
+    batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    chosen, seconds = cohort.trial(learner_for(node, request.classes), meta_state, batch)
+    return EngineReply(chosen, memory_budget(node.experiment.runtime.memory), seconds).pack()
+
+
 @app.train()
 @guarded
 def train(content: RecordDict, context: Context) -> RecordDict:
@@ -100,8 +114,10 @@ def train(content: RecordDict, context: Context) -> RecordDict:
         )
         kept.write(own)
     else:
-        engine = node.experiment.runtime.engine
-        gradient, weight, metrics = cohort.meta_gradients(learner, meta_state, batch, engine, weights=weights)
+        budget = request.budget or cohort.BUDGET
+        gradient, weight, metrics = cohort.meta_gradients(
+            learner, meta_state, batch, request.engine, weights=weights, budget=budget
+        )
     return TrainReply(
         gradient=gradient,
         weight=weight,
@@ -128,9 +144,18 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
             own = stack_personal(learner, meta_state, [kept[site] for site in group])
             found = evaluate_personal(learner, meta_state, batch, steps, own)
         else:
-            found = cohort.evaluate(learner, meta_state, batch, node.experiment.runtime.engine, steps=steps)
+            budget = request.budget or cohort.BUDGET
+            found = cohort.evaluate(learner, meta_state, batch, request.engine, steps=steps, budget=budget)
         scores[group], losses[group] = (values.double().numpy() for values in found)
     return EvaluateReply(request.names, scores, losses).pack()
+
+
+def memory_budget(gib: float) -> int:
+    """Returns the bytes that one cohort may take: as set, or a sixteenth of what is free, between 64 and 512 MiB."""
+    if gib:
+        return int(gib * (1 << 30))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(max(free // 16, 1 << 26), 1 << 29)
 
 
 def _use_threads(threads: int) -> None:

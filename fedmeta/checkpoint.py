@@ -24,6 +24,7 @@ from torch import Tensor
 from fedmeta.errors import FedmetaError
 
 FORMAT = "1"
+HEADER = ("experiment", "run_id", "round_number", "classes", "names", "new_sites", "engine", "budget", "finished")
 KEPT = 2
 """How many checkpoints a run keeps: the newest, and one before it in case that one is damaged."""
 
@@ -59,6 +60,8 @@ class Checkpoint:
         names: All sites' names, sorted.
         new_sites: Those that never take part in training.
         evaluations: Every evaluation so far.
+        engine: The cohort engine that was chosen before round 1.
+        budget: The bytes that one cohort may take, chosen before round 1.
         totals: Sums over the rounds so far: seconds and bytes.
         metrics: Per-round figures that tracking may not have been sent yet, by round.
         finished: Whether the run has ended.
@@ -74,6 +77,8 @@ class Checkpoint:
     new_sites: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
     totals: Mapping[str, float]
+    engine: str = "auto"
+    budget: int = 0
     metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     finished: bool = False
 
@@ -188,7 +193,17 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     values: dict[str, Any] = {
         name: getattr(checkpoint, name)
-        for name in ("experiment", "run_id", "round_number", "classes", "names", "new_sites", "finished")
+        for name in (
+            "experiment",
+            "run_id",
+            "round_number",
+            "classes",
+            "names",
+            "new_sites",
+            "finished",
+            "engine",
+            "budget",
+        )
     }
     values |= {"totals": dict(checkpoint.totals)}
     values |= {"metrics": {str(number): dict(figures) for number, figures in checkpoint.metrics.items()}}

@@ -4,6 +4,8 @@
     the feature names and the shape of a row.
 `query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
     feature over those sites' train rows, added up.
+`query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
+    that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
 `train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
     and whether the gradient was finite.
@@ -31,9 +33,11 @@ from fedmeta.wire import MessageError, only, read_arrays, read_list, read_record
 __all__ = [
     "EVALUATE",
     "FAILURES",
+    "QUERY_ENGINE",
     "QUERY_SITES",
     "QUERY_SUMS",
     "TRAIN",
+    "EngineReply",
     "EvaluateReply",
     "MessageError",
     "SitesReply",
@@ -47,7 +51,10 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-QUERY_SITES, QUERY_SUMS, TRAIN, EVALUATE = "query.sites", "query.sums", "train", "evaluate"
+QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
+TRAIN, EVALUATE = "train", "evaluate"
+
+TASK_KEYS = ("round", "classes", "run", "saved_round", "steps", "engine", "budget")
 
 FAILURES = {
     "bad-experiment": "the node could not use the experiment it was sent; its own log says why",
@@ -174,6 +181,8 @@ class WorkRequest:
         run: The name of the run's folder, under which sites keep what stays with them.
         saved_round: The round of the run's last checkpoint; 0 where there is none.
         steps: The number of inner steps (`evaluate`).
+        engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
+        budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
     """
 
     meta_state: Mapping[str, Tensor]
@@ -183,6 +192,8 @@ class WorkRequest:
     run: str
     saved_round: int = 0
     steps: int = 0
+    engine: str = "auto"
+    budget: int = 0
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -193,6 +204,8 @@ class WorkRequest:
             "run": self.run,
             "saved_round": self.saved_round,
             "steps": self.steps,
+            "engine": self.engine,
+            "budget": self.budget,
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": _names(self.names)})
 
@@ -200,7 +213,7 @@ class WorkRequest:
     def unpack(cls, content: RecordDict) -> WorkRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
-        task = read_record(content, "task", ConfigRecord, "round", "classes", "run", "saved_round", "steps")
+        task = read_record(content, "task", ConfigRecord, *TASK_KEYS)
         return cls(
             meta_state=read_arrays(content, "meta_state"),
             round_number=read_scalar(task, "round", int),
@@ -209,7 +222,39 @@ class WorkRequest:
             run=read_scalar(task, "run", str),
             saved_round=read_scalar(task, "saved_round", int),
             steps=read_scalar(task, "steps", int),
+            engine=read_scalar(task, "engine", str),
+            budget=read_scalar(task, "budget", int),
         )
+
+
+@dataclass(frozen=True)
+class EngineReply:
+    """Which cohort engine a node found fastest for the first cohort.
+
+    Attributes:
+        engine: Its name.
+        budget: Bytes that the node can give to the sites which are computed together.
+        seconds: What each engine took in a trial; empty where no trial was needed.
+    """
+
+    engine: str
+    budget: int
+    seconds: Mapping[str, float]
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        choice: dict[str, Any] = {"engine": self.engine, "budget": self.budget}
+        seconds: dict[str, Any] = dict(self.seconds)
+        return RecordDict({"choice": ConfigRecord(choice), "seconds": MetricRecord(seconds)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> EngineReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "choice", "seconds")
+        choice = read_record(content, "choice", ConfigRecord, "engine", "budget")
+        times = read_record(content, "seconds", MetricRecord)
+        seconds = {name: read_scalar(times, name, float) for name in times}
+        return cls(read_scalar(choice, "engine", str), read_scalar(choice, "budget", int), seconds)
 
 
 @dataclass(frozen=True)

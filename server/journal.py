@@ -18,6 +18,7 @@ from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarise
 from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.messages import EngineReply
 from fedmeta.retrieval import SUMMARY
 from fedmeta.tracking import Dataset, Tracker
 from server.federation import Federation
@@ -49,6 +50,13 @@ class Journal:
         self.run_id = self.tracker.run_id if self.tracker else (earlier.run_id if earlier else secrets.token_hex(16))
         if earlier:
             self._replay(earlier, federation)
+
+    def engine(self, choice: EngineReply | None) -> None:
+        """Writes down which cohort engine was chosen, and what each took in the trial."""
+        if self.tracker and choice:
+            tags = {"fedmeta.engine": choice.engine, "fedmeta.engine_budget_bytes": str(choice.budget)}
+            tags |= {f"fedmeta.engine_trial_s.{name}": f"{seconds:.6f}" for name, seconds in choice.seconds.items()}
+            self.tracker.tags(tags)
 
     def round(self, number: int, figures: Mapping[str, float]) -> None:
         """Writes down one round's figures."""

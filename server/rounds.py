@@ -98,6 +98,10 @@ class Rounds:
         self.scores: tuple[float | None, float | None] = (None, None)
         self.idle = 0
         self.journal = Journal(experiment, federation, folder, earlier)
+        if earlier:
+            self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
+        elif experiment.server.rounds:
+            self.journal.engine(self.strategy.choose_engine(grid))
 
     def train(self) -> None:
         """Runs the rounds that are left, with an evaluation before the first one."""
@@ -141,6 +145,8 @@ class Rounds:
             new_sites=federation.new_sites,
             evaluations=tuple(self.evaluations),
             totals=self.totals,
+            engine=self.strategy.engine,
+            budget=self.strategy.budget,
             metrics=self.journal.metrics,
             finished=finished,
         )

@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.experiment import Experiment
-from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, MessageError, TrainReply, WorkRequest, failure
+from fedmeta.messages import (
+    EVALUATE,
+    FAILURES,
+    QUERY_ENGINE,
+    TRAIN,
+    EngineReply,
+    EvaluateReply,
+    MessageError,
+    TrainReply,
+    WorkRequest,
+    failure,
+)
 from fedmeta.randomness import generator
 from server.federation import Federation
 from server.optimizer import ServerOptimizer
@@ -60,6 +71,8 @@ class MetaGradientStrategy(Strategy):
         self.constants = dict(constants)
         self.run = run
         self.saved_round = 0
+        self.engine: str = experiment.runtime.engine
+        self.budget = int(experiment.runtime.memory * (1 << 30))
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._asked: dict[int, tuple[str, ...]] = {}
@@ -79,6 +92,29 @@ class MetaGradientStrategy(Strategy):
         size = self.experiment.server.sites_per_round
         cohort = sample_cohort(self.federation.training(), size, self.experiment.runtime.seed, server_round)
         return self._messages(grid, TRAIN, server_round, cohort, arrays)
+
+    def choose_engine(self, grid: Grid) -> EngineReply | None:
+        """Asks one node which engine is fastest for the first cohort, and takes its word for the whole run.
+
+        Returns:
+            The choice and its figures; None where the experiment names an engine and a budget, or nobody answered and
+            every node goes by its own rule.
+        """
+        if self.engine != "auto" and self.budget:
+            return None
+        size, seed = self.experiment.server.sites_per_round, self.experiment.runtime.seed
+        cohort = sample_cohort(self.federation.training(), size, seed, 1)
+        here = cohort[self.federation.homes[cohort] == self.federation.homes[cohort[0]]]
+        messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
+        for _, content in self._answers(grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)):
+            try:
+                reply = EngineReply.unpack(content)
+            except MessageError:
+                continue
+            self.engine = reply.engine if self.engine == "auto" else self.engine
+            self.budget = self.budget or reply.budget
+            return reply
+        return None
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -156,6 +192,8 @@ class MetaGradientStrategy(Strategy):
                 run=self.run,
                 saved_round=self.saved_round,
                 steps=self.experiment.evaluation_steps,
+                engine=self.engine,
+                budget=self.budget,
             ).pack(arrays)
             self.log.bytes_down += sum(record.count_bytes() for record in content.values())
             messages.append(grid.create_message(content, kind, node, str(server_round)))

@@ -192,15 +192,15 @@ class Learner(OpenSection):
     head: str = Field(
         default="", description="Layer that adapts (anil) or stays at the site (fedrep, fedper); empty = the last one"
     )
-    mu: float = Field(default=1.0, ge=0, description="Pull of local training to theta, of fedprox (weight of mu/2)")
+    mu: float = Field(default=0.1, ge=0, description="Pull of local training to theta, of fedprox (weight of mu/2)")
     lam: float = Field(
-        default=1.0, gt=0, description="Pull of a site's model to theta, of imaml, pfedme, ditto (weight of lambda/2)"
+        default=0.3, gt=0, description="Pull of a site's model to theta, of imaml, pfedme, ditto (weight of lambda/2)"
     )
     cg_steps: int = Field(default=5, ge=1, description="Conjugate-gradient iterations of imaml (iterations)")
     local_steps: int = Field(
         default=5, ge=1, description="Outer steps at a site in each round, of per-fedavg, pfedme (steps)"
     )
-    local_lr: float = Field(default=0.1, gt=0, description="Learning rate of the local steps (per step)")
+    local_lr: float = Field(default=0.3, gt=0, description="Learning rate of the local steps (per step)")
     hessian: Literal["exact", "free", "first-order"] = Field(
         default="exact", description="The second-order term of per-fedavg; free = by finite difference"
     )
@@ -274,7 +274,9 @@ class Runtime(Section):
     """The machine: what may change the speed, and the result only by the last bits of a float."""
 
     seed: int = Field(default=0, ge=0, description="Key of every random draw (no unit)")
-    engine: Literal["auto", "loop", "vmap"] = Field(default="auto", description="How a cohort's gradients are computed")
+    engine: Literal["auto", "loop", "vmap", "span"] = Field(
+        default="auto", description="How a cohort's gradients are computed"
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where tensors live")
     threads: int = Field(default=0, ge=0, description="Processor use of torch; 0 = torch's own default (threads)")
     memory: float = Field(default=0.0, ge=0, description="Budget for one cohort; 0 = a share of what is free (GiB)")
