@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from fedmeta import run_page
+from fedmeta import experiment_page, run_page
 from fedmeta.entries import Artifact, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking
@@ -97,6 +97,10 @@ class Tracker:
         """Queues a round's metrics under their full names; takes microseconds."""
         self._outbox.put(self._metrics(round_number, run_page.finite(metrics)))
 
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Queues tags of the run."""
+        self._outbox.put(Tag(key, value) for key, value in tags.items())
+
     def evaluation(self, round_number: int, sites: pd.DataFrame, groups: Mapping[str, Any]) -> None:
         """Queues an evaluation, the groups' summaries and the chosen sites' curves, and has everything sent.
 
@@ -129,11 +133,11 @@ class Tracker:
         drawn = pictures.save(sites, self._folder / "pictures")
         sites.to_parquet(self._folder / "sites.parquet", index=False)
         run_page.per_site(sites).to_json(self._folder / "per_site.json", orient="split", index=False)
-        self._outbox.put(self._metrics(rounds, run_page.final_metrics(summary, sites)))
+        self._outbox.put(self._metrics(0, run_page.final_metrics(summary, sites)))
         self._outbox.put([Tag("mlflow.note.content", run_page.description(summary, sites))])
         self._outbox.put([Table(str((self._folder / "per_site.json").absolute()))])
         self._outbox.put(
-            Picture(str(path.absolute()), "0_summary/sites", rounds) for path in drawn if path.stem == "sites"
+            Picture(str(path.absolute()), experiment_page.PICTURE, rounds) for path in drawn if path.stem == "sites"
         )
         uploads = [self._folder / "sites.parquet", self._folder / "pictures", *artifacts]
         self._outbox.put(Artifact(str(path.absolute()), path.name if path.is_dir() else "") for path in uploads)
@@ -275,7 +279,8 @@ def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_folder(uri)))
+            created = client.create_experiment(name, artifact_folder(uri), tags=experiment_page.experiment_tags())
+            return str(created)
         except MlflowException:
             # Another run may have created it meanwhile.
             experiment = client.get_experiment_by_name(name)
