@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.cohort.accumulate import Contribution, Scores
-from fedmeta.cohort.rules import BUDGET, ENGINES, choose_engine, chunk_sites, plain_engine, trial
+from fedmeta.cohort.rules import BUDGET, ENGINES, choose_engine, chunk_sites, trial
 from fedmeta.cohort.span import fits
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
@@ -106,6 +106,6 @@ def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch
     """Returns the engine that a name stands for here; "span" gives way to another where it does not fit."""
     if name not in (*ENGINES, "auto"):
         raise FedmetaError(f'no engine "{name}"{nearest(name, ENGINES)} (known: auto, {", ".join(ENGINES)})')
-    if name == "auto":
+    if name == "auto" or (name == "span" and fits(learner, batch, meta_state)):
         return choose_engine(learner, batch, meta_state)
-    return plain_engine(learner) if name == "span" and fits(learner, batch, meta_state) else name
+    return name

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedmeta.cohort import loop, span, vmap
 from fedmeta.cohort.accumulate import Contribution, Scores
 from fedmeta.cohort.operations import MisfitError
+from fedmeta.cohort.survey import ROWS_MIX
 from fedmeta.learners import Learner
 from fedmeta.task import Batch
 
@@ -40,25 +41,23 @@ ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "span": span}
 """Every engine by its name in an experiment; "auto" chooses among them."""
 
 
-def choose_engine(learner: Learner, batch: Batch | None = None, meta_state: Mapping[str, Tensor] | None = None) -> str:
+def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
     """Returns the engine that "auto" stands for: "span" where it fits, else "loop" or "vmap".
 
-    Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop.
+    Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop;
+    and where rows mix, as in normalisation over a batch, only the loop leaves padding out.
 
     Args:
         learner: The learner.
-        batch: Tasks like those to come; None where there are none yet, and then the span form is not considered.
+        batch: Tasks like those to come.
         meta_state: The meta-state; None for a new one.
     """
-    if batch is not None and span.fits(learner, batch, meta_state) is None:
+    reason = span.fits(learner, batch, meta_state)
+    if reason is None:
         return "span"
-    return plain_engine(learner)
-
-
-def plain_engine(learner: Learner) -> str:
-    """Returns the better of "loop" and "vmap"."""
     loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
-    return "loop" if any(isinstance(layer, loops) for layer in learner.network.module.modules()) else "vmap"
+    looped = any(isinstance(layer, loops) for layer in learner.network.module.modules())
+    return "loop" if looped or reason == ROWS_MIX else "vmap"
 
 
 def unsure(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:

@@ -23,6 +23,9 @@ LOOKS_AT_VALUES = frozenset(
 )
 """What makes a model's path depend on its data: sites that go different ways cannot share one batch."""
 
+ROWS_MIX = "a row's outputs depend on the other rows"
+"""Why a model does not fit whose padding would change its outputs: no batched form is right for unequal sites."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -139,8 +142,13 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
         MisfitError: An adapting parameter is not used, or not by an operation that is known here; or a row's outputs
             depend on other rows or on how many there are.
     """
-    calls, outputs, in_place = _observe(network, parameters, adapting, x)
-    fewer, first, _ = _observe(network, parameters, adapting, x[:-1])
+    with torch.no_grad():
+        outputs, first = network(parameters, x.clone()), network(parameters, x[:-1].clone())
+    scale = outputs.abs().max().clamp(min=1e-30)
+    if outputs.shape[0] != len(x) or bool((outputs[:-1] - first).abs().max() / scale > 1e-9):
+        raise MisfitError(ROWS_MIX)
+    calls, in_place = _observe(network, parameters, adapting, x)
+    fewer, _ = _observe(network, parameters, adapting, x[:-1])
     if [call.names for call in calls] != [call.names for call in fewer]:
         raise MisfitError("what the model does depends on how many rows it is given")
     # An input that is not by rows may be as long as one of the two runs, but not as both.
@@ -151,18 +159,15 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
     for call in calls:
         if call.adapts and not call.by_rows and call.kind != "lookup":
             raise MisfitError(f"the input to parameter {call.names[0]} does not have the data's rows first")
-    scale = outputs.abs().max().clamp(min=1e-30)
-    if outputs.shape[0] != len(x) or bool(((outputs[:-1] - first).abs().max() / scale) > 1e-3):
-        raise MisfitError("a row's outputs depend on the other rows")
     return Survey(tuple(calls), in_place)
 
 
 def _observe(
     network: FunctionalModel, parameters: Parameters, adapting: frozenset[str], x: Tensor
-) -> tuple[list[Call], Tensor, bool]:
+) -> tuple[list[Call], bool]:
     x = x.clone()
     before = x._version
     with torch.no_grad(), _Observer(parameters, adapting, len(x)) as observer:
-        outputs = network(parameters, x)
+        network(parameters, x)
     changed = x._version != before or any(value._version != version for value, version in observer.outputs)
-    return observer.calls, outputs, changed
+    return observer.calls, changed

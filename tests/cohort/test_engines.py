@@ -1,0 +1,262 @@
+"""What all engines keep to: the same sums, chunks, masks, and sites that are not finite; and which one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedmeta import cohort, models
+from fedmeta.cohort import span
+from fedmeta.cohort.rules import ENGINES, chunk_sites
+from fedmeta.errors import FedmetaError
+from fedmeta.learners import Learner, build
+from fedmeta.learners.estimator import estimates
+from fedmeta.learners.learner import MetaState, Metrics
+from fedmeta.learners.maml import Maml
+from fedmeta.models import Parameters
+from fedmeta.task import Batch, Rows, Task
+from tests.cohort.cases import CLASSES, FusedAttention, Transformer, disagreement, distance, state, tasks
+
+RAGGED = [(4, 5), (1, 3), (6, 2), (3, 3)]
+
+
+def mlp(name: str = "maml", **settings: object) -> Learner:
+    return build(name, models.build("mlp", (20,), CLASSES, hidden=(16,), activation="tanh"), inner_steps=2, **settings)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4),
+    name=st.sampled_from(["maml", "fomaml", "meta-sgd", "fedavg", "anil"]),
+)
+def test_vmap_is_the_loop(sizes: list[tuple[int, int]], name: str) -> None:
+    assert disagreement(mlp(name), "vmap", tasks(sizes, (20,))) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_chunks_change_nothing(engine: str) -> None:
+    learner, batch = mlp(), tasks(RAGGED, (20,))
+    own = state(learner)
+    whole = cohort.meta_gradients(learner, own, batch, engine, weights=[1, 2, 3, 4])
+    for chunk, budget in ((1, cohort.BUDGET), (3, cohort.BUDGET), (None, 1)):
+        parts = cohort.meta_gradients(learner, own, batch, engine, weights=[1, 2, 3, 4], chunk=chunk, budget=budget)
+        assert distance(parts[0], whole[0]) < 1e-12
+        assert parts[1] == whole[1] == 10
+        assert distance(parts[2], whole[2]) < 1e-12
+        scores = cohort.evaluate(learner, own, batch, engine, chunk=chunk, budget=budget)
+        assert torch.allclose(scores[1], cohort.evaluate(learner, own, batch, engine)[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "local"])
+def test_sites_that_are_not_finite_have_no_share(name: str, engine: str) -> None:
+    learner = mlp(name)
+    batch, good = tasks(RAGGED, (20,)), tasks([RAGGED[0], RAGGED[2]], (20,))
+    batch.support[0][1, 0, 0] = torch.inf
+    batch.query[0][3, 0, 0] = torch.nan
+    kept = [0, 2]
+    own = state(learner)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    gradient, weight, figures = cohort.meta_gradients(learner, own, batch, engine, weights=weights)
+    good = Batch(*(tuple(tensor[kept] for tensor in rows) for rows in batch))
+    expected, _, _ = cohort.meta_gradients(learner, own, good, "loop", weights=weights[kept])
+    assert figures["finite"].tolist() == [1, 0, 1, 0]
+    assert weight == 4
+    assert distance(gradient, expected) < 1e-10
+    assert all(value.isfinite().all() for value in gradient.values())
+
+
+class Root(nn.Module):
+    """Its loss is finite at zero, and the derivative of that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x.sum(1, keepdim=True) * self.layer(torch.zeros_like(x)).abs().sqrt()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_that_are_not_finite_have_no_share(engine: str) -> None:
+    learner = build("maml", Root(), inner_steps=1)
+    batch = tasks(RAGGED, (20,))
+    own = state(learner)
+    own["theta.layer.bias"] = torch.zeros(CLASSES, dtype=torch.float64)
+    batch.support[0][[0, 1, 3]] = 0
+    batch.query[0][[0, 1, 3]] = 0
+    _, weight, figures = cohort.meta_gradients(learner, own, batch, engine)
+    assert (
+        weight
+        == float(figures["finite"].sum())
+        == float(cohort.meta_gradients(learner, own, batch, "loop")[2]["finite"].sum())
+    )
+
+
+class Stock(nn.Module):
+    """Torch's own encoder layer, whose functions take parameters as a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.tokens(x)).mean(1))
+
+
+class Custom(nn.Module):
+    """A model around one function of a layer and the input."""
+
+    def __init__(self, function: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, CLASSES)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x)
+
+
+class Hidden(torch.autograd.Function):
+    """A product that no hook sees."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+    @staticmethod
+    def setup_context(context: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        context.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = context.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+MISFITS = {
+    "weight in a plain product": Custom(lambda layer, x: x @ layer.weight.T + layer.bias),
+    "weight turned into another": Custom(lambda layer, x: nn.functional.linear(x, layer.weight.tanh(), layer.bias)),
+    "rows that mix": Custom(lambda layer, x: layer(x - x.mean(0))),
+    "rows that mix later": Custom(lambda layer, x: layer(x).softmax(0)),
+    "a path that depends on values": Custom(lambda layer, x: layer(x) if bool(x.sum() > 0) else layer(-x)),
+    "a hidden use beside a seen one": Custom(lambda layer, x: layer(x) + Hidden.apply(x, layer.weight)),
+    "batch statistics": nn.Sequential(nn.BatchNorm1d(20, track_running_stats=False), nn.Linear(20, CLASSES)),
+    "statistics of the batch as attention": Custom(lambda layer, x: (x @ x.T).softmax(1) @ layer(x)),
+}
+
+
+@pytest.mark.parametrize("case", [name for name in MISFITS if "values" not in name])
+def test_misfits_take_another_engine(case: str) -> None:
+    learner = build("maml", MISFITS[case], inner_steps=2)
+    batch = tasks([(4, 5), (2, 3), (6, 2)], (20,))
+    own = state(learner)
+    assert span.fits(learner, batch, own) is not None
+    assert cohort.choose_engine(learner, batch, own) != "span"
+    expected, _, _ = cohort.meta_gradients(learner, own, batch, "loop")
+    assert distance(cohort.meta_gradients(learner, own, batch, "span")[0], expected) < 1e-10
+
+
+def test_a_path_that_depends_on_values_is_refused() -> None:
+    learner = build("maml", MISFITS["a path that depends on values"], inner_steps=2)
+    assert "looks at values" in str(span.fits(learner, tasks(RAGGED, (20,))))
+
+
+def test_the_stock_encoder_layer_takes_another_engine() -> None:
+    learner = build("maml", Stock(), inner_steps=2)
+    batch = tasks(RAGGED, (), tokens=True)
+    own = state(learner)
+    assert "multi_head_attention" in str(span.fits(learner, batch, own))
+    expected, _, _ = cohort.meta_gradients(learner, own, batch, "loop")
+    for engine in ("span", "auto"):
+        assert distance(cohort.meta_gradients(learner, own, batch, engine)[0], expected) < 1e-10
+
+
+@dataclass(frozen=True)
+class OtherLoss(Maml):
+    """Maml with a loss of its own, which the span form does not know."""
+
+    def loss(self, parameters: Parameters, rows: Rows) -> Tensor:
+        return 2 * super().loss(parameters, rows)
+
+
+@dataclass(frozen=True)
+class OtherGradient(Maml):
+    """Maml that sends something else."""
+
+    def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
+        gradient, metrics = super().meta_gradient(meta_state, task)
+        return {name: -value for name, value in gradient.items()}, metrics
+
+
+@dataclass(frozen=True)
+class Marked(OtherLoss):
+    """A mark does not hold where the loss is another."""
+
+    @estimates("exact")
+    def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
+        return super().meta_gradient(meta_state, task)
+
+
+@pytest.mark.parametrize("kind", [OtherLoss, OtherGradient, Marked])
+def test_learners_of_their_own_take_another_engine(kind: type[Learner]) -> None:
+    learner = kind(nn.Linear(20, CLASSES), inner_steps=2)
+    batch = tasks(RAGGED, (20,))
+    own = state(learner)
+    assert learner.estimator == "custom"
+    assert span.fits(learner, batch, own) is not None
+    expected, _, _ = cohort.meta_gradients(learner, own, batch, "loop")
+    assert distance(cohort.meta_gradients(learner, own, batch, "span")[0], expected) < 1e-10
+
+
+def test_rates_per_element_take_another_engine() -> None:
+    assert "each of its elements" in str(span.fits(mlp("meta-sgd"), tasks(RAGGED, (20,))))
+
+
+def test_fused_attention() -> None:
+    learner = build("maml", Transformer(attention=FusedAttention), inner_steps=2)
+    batch = tasks(RAGGED, (), tokens=True)
+    own = state(learner)
+    expected, _, _ = cohort.meta_gradients(learner, own, batch, "loop")
+    assert distance(cohort.meta_gradients(learner, own, batch, "span")[0], expected) < 1e-10
+
+
+def test_fedmetas_cnn() -> None:
+    learner = build("maml", models.build("cnn", (28, 28), 62), inner_steps=1)
+    batch = tasks([(3, 2), (2, 3)], (28, 28), torch.float32)
+    forms = span.forms_of(learner, batch, state(learner, torch.float32))
+    assert forms.spans == {"8.weight", "10.weight"}
+    assert disagreement(learner, "span", batch, torch.float32) < 1e-5
+
+
+def test_the_budget_bounds_what_is_computed_together() -> None:
+    learner, batch = mlp(), tasks(RAGGED * 5, (20,))
+    own = state(learner)
+    for engine in ("vmap", "span"):
+        sizes = [chunk_sites(learner, own, batch, engine, budget) for budget in (1, 10**6, 10**8)]
+        assert sizes == sorted(sizes)
+        assert sizes[0] == 1
+
+
+def test_trial_names_an_engine_that_works() -> None:
+    batch = tasks(RAGGED, (20,))
+    sure, figures = cohort.trial(mlp(), state(mlp()), batch)
+    assert (sure, figures) == ("span", {})
+    learner = mlp("meta-sgd")
+    chosen, figures = cohort.trial(learner, state(learner), batch)
+    assert chosen in figures
+    assert set(figures) == {"loop", "vmap"}
+
+
+def test_an_unknown_engine_is_named_with_the_nearest() -> None:
+    with pytest.raises(FedmetaError, match='no engine "spam"; did you mean "span"'):
+        cohort.meta_gradients(mlp(), state(mlp()), tasks(RAGGED, (20,)), "spam")
