@@ -61,7 +61,7 @@ class FedProx(FedAvgFinetuned):
         mu: The weight of mu / 2 * |theta_i - theta|^2 in the local objective (equation 2).
     """
 
-    mu: float = 1.0
+    mu: float = 0.1
 
     def local_objective(self, theta: Parameters, rows: Rows) -> Objective:
         """Returns the mean loss on these rows plus mu / 2 * |theta_i - theta|^2."""

@@ -30,7 +30,7 @@ class ProximalLearner(Learner):
             `inner_lr` is below 2 / (lambda + the largest curvature of the support loss).
     """
 
-    lam: float = 1.0
+    lam: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()

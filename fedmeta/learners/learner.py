@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedmeta.errors import FedmetaError
 from fedmeta.learners.estimator import estimator
 from fedmeta.learners.inner import inner_loop
 from fedmeta.learners.loss import loss, score
@@ -53,6 +54,8 @@ class Learner(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.model, FunctionalModel):
             object.__setattr__(self, "model", FunctionalModel(self.model))
+        if self.inner_steps < 0:
+            raise FedmetaError(f"learner.inner_steps = {self.inner_steps}: it must be at least 0")
 
     @property
     def network(self) -> FunctionalModel:

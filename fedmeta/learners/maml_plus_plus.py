@@ -34,6 +34,8 @@ class MamlPlusPlus(Maml):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.inner_steps < 1:
+            raise FedmetaError(f"learner.inner_steps = {self.inner_steps}: maml++ needs at least 1")
         if len(self.step_weights) not in (0, self.inner_steps):
             raise FedmetaError(
                 f"step_weights has {len(self.step_weights)} weights for {self.inner_steps} inner steps: give one each"

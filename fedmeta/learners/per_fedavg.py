@@ -38,7 +38,7 @@ class PerFedAvg(Learner):
     """
 
     local_steps: int = 5
-    local_lr: float = 0.1
+    local_lr: float = 0.3
     hessian: str = "exact"
 
     sends: ClassVar[str] = "displacement"

@@ -62,7 +62,7 @@ class Ditto(PersonalLearner):
         lam: lambda, the weight of lam / 2 * |v - theta|^2 in the personal objective.
     """
 
-    lam: float = 1.0
+    lam: float = 0.3
 
     def personal(self, meta_state: MetaState) -> Parameters:
         """Returns theta: the site's own model at its start."""

@@ -30,7 +30,7 @@ class PFedMe(ProximalLearner):
     """
 
     local_steps: int = 5
-    local_lr: float = 0.1
+    local_lr: float = 0.3
 
     sends: ClassVar[str] = "displacement"
 

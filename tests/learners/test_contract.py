@@ -42,6 +42,17 @@ def test_sends_the_meta_states_keys_and_shapes(learner: Learner) -> None:
     assert (float(flat(gradient).abs().max()) == 0) == (learner.sends == "nothing")
 
 
+def test_says_what_it_sends(learner: Learner) -> None:
+    """The server's default optimizer and the engines rely on it."""
+    gradients = {"maml": "exact", "anil": "exact", "meta-sgd": "exact", "maml++": "exact", "fomaml": "first-order"}
+    plain = dict.fromkeys(("fedavg", "fedavg-ft", "reptile"), "displacement") | gradients | {"local": "nothing"}
+    name = next(name for name, kind in LEARNERS.items() if kind is type(learner))
+    assert learner.estimator == plain.get(name, "custom")
+    assert learner.adapts == (name != "fedavg")
+    expected = "gradient" if name in (*gradients, "imaml") else "nothing" if name == "local" else "displacement"
+    assert learner.sends == expected
+
+
 def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     state, task = make_state(learner), make_task(0, (4,), 3)
     plain, _ = learner.meta_gradient(state, task)
@@ -201,6 +212,9 @@ def test_names_and_keys() -> None:
         make("no.such.module:Thing")
     with pytest.raises(FedmetaError, match="not a subclass"):
         make("fedmeta.learners:build")
+    for name, steps in (("maml", -1), ("maml++", 0)):
+        with pytest.raises(FedmetaError, match=rf"learner\.inner_steps = {steps}"):
+            make(name, inner_steps=steps)
     assert learner_class("fedmeta.learners.maml:Maml") is LEARNERS["maml"]
     assert {"inner_steps", "inner_lr", "global_weight"} <= set(settings_of(LEARNERS["maml"]))
 
