@@ -144,7 +144,7 @@ class Roll:
                 answers[node] = SitesReply.unpack(content)
             except MessageError as error:
                 problems.append(f"node {node}: {error}")
-        return dict(sorted(answers.items())), problems
+        return answers, problems
 
     def _join(self, nodes: set[int]) -> list[str]:
         answers, said = self._ask_sites(nodes)
@@ -212,6 +212,8 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
 
 
 def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
+    # By name and not by node: ids are drawn at random, and what a run says should not be.
+    replies = dict(sorted(replies.items(), key=lambda reply: reply[1].names))
     first = next(iter(replies.values()))
     classes = order_classes(name for reply in replies.values() for name in reply.classes)
     empty = np.array([], dtype=np.int64)

@@ -1,0 +1,180 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clients.app import app
+from fedmeta.errors import FedmetaError
+from server import federation as module
+from server.federation import Roll, ask_standardisation
+from tests.server.hospitals import hospital, hospitals
+from tests.several_nodes import NODE_IDS, SeveralNodes, breaks, silence
+
+
+@pytest.fixture(autouse=True)
+def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+
+
+def test_sites_are_sorted_by_name_whichever_node_hosts_them(tmp_path: Path) -> None:
+    names = ["mercy", "abbey", "zion"]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, name) for name in names])
+    federation = Roll(grid, grid.experiment).federation
+    assert federation.names == ("abbey", "mercy", "zion")
+    assert federation.homes.tolist() == [NODE_IDS[1], NODE_IDS[0], NODE_IDS[2]]
+    assert federation.classes == ("healthy", "ill")
+    assert federation.features == ("age", "pressure")
+    assert federation.train_rows.tolist() == federation.test_rows.tolist() == [6, 6, 6]
+    assert federation.outputs == 2
+    assert federation.by_node(np.array([0, 2])) == {NODE_IDS[1]: ("abbey",), NODE_IDS[2]: ("zion",)}
+
+
+def test_the_class_list_is_the_sorted_union(tmp_path: Path) -> None:
+    configs = [
+        hospital(tmp_path, "abbey", classes=("10", "9")),
+        hospital(tmp_path, "mercy", classes=("2",)),
+    ]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
+    assert Roll(grid, grid.experiment).federation.classes == ("2", "9", "10")
+
+
+def test_new_sites_are_drawn_over_names_and_not_over_nodes(tmp_path: Path) -> None:
+    drawn = []
+    names = ["abbey", "mercy", "zion", "hope", "grace"]
+    for order in (names, names[::-1]):
+        experiment = hospitals(tmp_path, "data.new_sites=2")
+        grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, name) for name in order])
+        federation = Roll(grid, experiment).federation
+        drawn.append(federation.new_sites)
+        assert len(federation.training()) == 3
+        assert not set(federation.new_sites) & {federation.names[site] for site in federation.training()}
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 2
+
+
+def test_a_run_waits_for_the_sites_that_it_names(tmp_path: Path) -> None:
+    experiment = hospitals(tmp_path, 'server.wait_for=["abbey", "zion"]', "server.round_timeout=60")
+    grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "abbey")])
+    asked = []
+
+    def node_ids() -> list[int]:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            grid.join(NODE_IDS[3], hospital(tmp_path, "zion"))
+        return list(grid.contexts)
+
+    grid.get_node_ids = node_ids  # type: ignore[method-assign]
+    assert Roll(grid, experiment).federation.names == ("abbey", "zion")
+    assert len(asked) == 3
+    # Nobody is asked twice.
+    assert [message.metadata.dst_node_id for message in grid.sent] == [NODE_IDS[0], NODE_IDS[3]]
+
+
+@pytest.mark.parametrize(("wait_for", "missing"), [('["abbey", "zion", "hope"]', "zion, hope"), ("4", "3 more sites")])
+def test_a_run_says_whom_it_waited_for_in_vain(tmp_path: Path, wait_for: str, missing: str) -> None:
+    experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.05")
+    grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "abbey")])
+    with pytest.raises(FedmetaError, match=f"^server.wait_for is not met, still missing: {missing}$"):
+        Roll(grid, experiment)
+
+
+def test_a_run_without_any_node_says_so(tmp_path: Path) -> None:
+    experiment = hospitals(tmp_path, "server.round_timeout=0.05")
+    with pytest.raises(FedmetaError, match=r"^no node is connected$"):
+        Roll(SeveralNodes(app, experiment, nodes=0), experiment)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(silence, "no reply within 0.5 s"), (breaks, "error code 5")])
+def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: object, reason: str) -> None:
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
+    grid.faults[NODE_IDS[0]] = fault  # type: ignore[assignment]
+    expected = f"no node could say which sites it hosts: node {NODE_IDS[0]}: {reason}"
+    with pytest.raises(FedmetaError, match=f"^{re.escape(expected)}$"):
+        Roll(grid, grid.experiment)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"columns": ("age", "weight")}, "columns too many: weight; columns missing: pressure"),
+        ({"columns": ("age",)}, "columns missing: pressure"),
+        ({"columns": ("age", "height", "pressure")}, "columns too many: height"),
+        ({"classes": ("1.5", "2.25", "3.125")}, "its labels are numbers, the federation's classes"),
+    ],
+)
+def test_sites_that_do_not_fit_together_do_not_start(tmp_path: Path, other: dict[str, object], said: str) -> None:
+    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "zion", **other)]  # type: ignore[arg-type]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
+    with pytest.raises(FedmetaError, match=f"^zion cannot join abbey: {re.escape(said)}$"):
+        Roll(grid, grid.experiment)
+
+
+def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
+    roll = Roll(grid, grid.experiment)
+    assert roll.refresh() == []
+    grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", rows=8, classes=("ill", "unheard of")))
+    assert roll.refresh() == ["abbey joined as new"]
+    federation = roll.federation
+    assert federation.names == ("abbey", "mercy")
+    assert federation.new.tolist() == [True, False]
+    assert federation.homes.tolist() == [NODE_IDS[4], NODE_IDS[0]]
+    assert federation.train_rows.tolist() == [4, 6]
+    assert federation.classes == ("healthy", "ill")
+    assert roll.refresh() == []
+
+
+def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> None:
+    experiment = hospitals(tmp_path, "server.admit=true")
+    grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "mercy")])
+    roll = Roll(grid, experiment)
+    grid.join(NODE_IDS[4], hospital(tmp_path, "abbey"))
+    assert roll.refresh() == ["abbey joined as training"]
+    assert roll.federation.training().tolist() == [0, 1]
+
+
+def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
+    roll = Roll(grid, grid.experiment)
+    before = roll.federation
+    grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", columns=("age", "weight")))
+    assert roll.refresh() == ["refused abbey: columns too many: weight; columns missing: pressure"]
+    assert roll.federation is before
+    assert set(roll.refused) == {"abbey"}
+
+
+def test_a_node_that_comes_back_under_a_new_id_keeps_its_site(tmp_path: Path) -> None:
+    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
+    grid = SeveralNodes(app, hospitals(tmp_path, "data.new_sites=1"), node_configs=configs)
+    roll = Roll(grid, grid.experiment)
+    before = roll.federation
+    grid.join(NODE_IDS[4], grid.leave(NODE_IDS[0]))
+    assert roll.refresh() == []
+    assert roll.federation.homes.tolist() == [NODE_IDS[4], NODE_IDS[1]]
+    assert roll.federation.names == before.names
+    assert roll.federation.new.tolist() == before.new.tolist()
+
+
+def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) -> None:
+    experiment = hospitals(tmp_path, "data.new_sites=1", 'data.split="blocks"')
+    configs = [hospital(tmp_path, name, rows) for name, rows in (("abbey", 20), ("mercy", 30), ("zion", 14))]
+    grid = SeveralNodes(app, experiment, node_configs=configs)
+    federation = Roll(grid, experiment).federation
+    rows = []
+    for site in federation.training():
+        table = (tmp_path / f"{federation.names[site]}.csv").read_text().splitlines()[1:]
+        values = [[float(cell) for cell in line.split(",")[:2]] for line in table]
+        rows += values[: federation.train_rows[site]]
+    scale = ask_standardisation(grid, federation, experiment)
+    assert np.allclose(scale["standardisation.mean"].numpy(), np.mean(rows, axis=0), atol=1e-6)
+    assert np.allclose(scale["standardisation.scale"].numpy(), np.std(rows, axis=0), rtol=1e-6)
+
+
+def test_a_run_does_not_start_without_a_nodes_sums(tmp_path: Path) -> None:
+    configs = [hospital(tmp_path, name) for name in ("abbey", "mercy")]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
+    federation = Roll(grid, grid.experiment).federation
+    grid.faults[NODE_IDS[1]] = silence
+    with pytest.raises(FedmetaError, match=r"^no feature sums from the node of mercy: no reply within 0\.5 s$"):
+        ask_standardisation(grid, federation, grid.experiment)
