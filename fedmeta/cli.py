@@ -57,15 +57,43 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Runs an experiment and shows what personalisation does for new sites and training sites."""
-    from fedmeta import display
+    from fedmeta import terminal
     from fedmeta.runtime import run as run_experiment
 
     experiment = load_experiment(file, overrides or [])
-    with display.progress(experiment) as report:
+    with terminal.progress(experiment) as report:
         result = run_experiment(experiment, runtime=runtime.value, resume=resume, report=report)
-    display.results(result.summary, experiment)
+    terminal.results(result.summary, experiment)
     if as_json:
         print(json.dumps(result.summary))
+
+
+@app.command()
+def compare(
+    file: File,
+    learners: Annotated[str, typer.Option(help="Which learners, with commas between.")] = "local,fedavg,fedavg-ft,maml",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the experiment's upwards.")] = 3,
+    overrides: Overrides = None,
+    runtime: Annotated[RuntimeName, typer.Option(help="As for run.")] = RuntimeName.LOCAL,
+    out: Annotated[Path | None, typer.Option(help="Where to write comparison.md and comparison.json too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Runs several learners on the same sites with several seeds, and shows which serves new sites best.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    from fedmeta import comparison, terminal
+
+    experiment = load_experiment(file, overrides or [])
+    names = [name.strip() for name in learners.split(",") if name.strip()]
+    with terminal.several(experiment) as report:
+        found = comparison.compare(experiment, names, seeds, runtime=runtime.value, report=report)
+    terminal.comparison(found)
+    comparison.write(found, found.folder)
+    if out:
+        comparison.write(found, out)
+    if as_json:
+        print(comparison.to_json(found))
 
 
 @app.command()
@@ -75,7 +103,7 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site.")] = False,
 ) -> None:
     """Shows an experiment's sites: rows, classes, missing values, and which of them are new."""
-    from fedmeta import display
+    from fedmeta import terminal
     from fedmeta.data import load
     from fedmeta.data.overview import describe_sites
 
@@ -84,7 +112,7 @@ def sites(
     if as_json:
         print(frame.to_json(orient="records", lines=True), end="")
     else:
-        display.sites(frame)
+        terminal.sites(frame)
 
 
 @app.command()

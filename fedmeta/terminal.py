@@ -1,0 +1,148 @@
+"""What the command line shows: progress while a run goes on, a table at its end. All on stderr, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmeta.comparison import Comparison, interval, spread
+from fedmeta.experiment import UNTRACKED, Experiment, Tracking
+from fedmeta.progress import Progress as Stand
+from fedmeta.progress import Report
+
+MOST_ROWS = 60
+"""How many sites a table shows; of more, the first ones."""
+
+
+@contextmanager
+def progress(experiment: Experiment, title: str = "") -> Iterator[Report]:
+    """Shows a bar with scores, failures and the time that is left, where stderr is a terminal; yields what feeds it.
+
+    Notes, such as a round that was skipped or a site that joined, are printed wherever stderr goes.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[scores]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failures]}", style="red"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        name = title or f"{experiment.learner.name} on {experiment.data.source}"
+        task = bar.add_task(name, total=experiment.server.rounds, scores="starting", failures="")
+
+        def report(stand: Stand) -> None:
+            if stand.note:
+                console.print(f"fedmeta: {stand.note}", highlight=False, markup=False, soft_wrap=True)
+            failures = f"{stand.failures} failed" if stand.failures else ""
+            scores = _scores(stand)
+            bar.update(task, completed=stand.round_number, total=stand.rounds, scores=scores, failures=failures)
+
+        yield report
+
+
+@contextmanager
+def several(experiment: Experiment) -> Iterator[Callable[[str, int, int], Report]]:
+    """Shows the progress of one run after the other; yields what gives each run (title, number, count) its bar."""
+    with ExitStack() as bars:
+
+        def next_run(title: str, number: int, count: int) -> Report:
+            bars.close()
+            return bars.enter_context(progress(experiment, f"{number}/{count} {title}"))
+
+        yield next_run
+
+
+def _scores(stand: Stand) -> str:
+    if stand.global_score is None or stand.personalized_score is None:
+        return "no score yet"
+    return f"new sites: global {stand.global_score:.3f}, personalized [bold]{stand.personalized_score:.3f}[/]"
+
+
+def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
+    """Shows what a run came to, and the line that opens the MLflow UI on it."""
+    console = Console(stderr=True)
+    score = summary["metric"]
+    unit = "RMSE" if score == "rmse" else "accuracy"
+    caption = f"{unit} on each site's test rows, before and after it adapts on {experiment.data.support} rows"
+    table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
+    for heading in ("", "sites", "global", "personalized", "worst tenth", "helped"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for group, name in (("new_sites", "new sites"), ("training_sites", "training sites")):
+        own = summary[group]
+        table.add_row(
+            name,
+            str(own["n"]),
+            _number(own["global"]["mean"]),
+            f"[bold]{_number(own['personalized']['mean'])}[/]",
+            _number(own["personalized"]["worst_decile"]),
+            "-" if own["helped"] is None else f"{own['helped']:.0%}",
+        )
+    console.print(table)
+    console.print(_after(summary, experiment), highlight=False, markup=False, soft_wrap=True)
+
+
+def comparison(found: Comparison) -> None:
+    """Shows several learners beside one another, best for new sites first, and the verdict."""
+    console = Console(stderr=True)
+    console.print(f"[bold]{found.verdict}[/]", soft_wrap=True)
+    table = Table()
+    for heading in ("learner", "global", "personalized", "worst", "helped", f"against {found.baseline}"):
+        table.add_column(heading, justify="left" if heading == "learner" else "right", no_wrap=True)
+    for _, row in found.table.iterrows():
+        against = "" if row["learner"] == found.baseline else interval(row["difference"], row["low"], row["high"])
+        personalized = spread(row["personalized"], row["personalized_sd"])
+        scores = (f"{row['global']:.3f}", personalized, f"{row['worst_decile']:.3f}", f"{row['helped']:.0%}")
+        table.add_row(str(row["learner"]), *scores, against)
+    console.print(table)
+    console.print(f"table  {found.folder / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def sites(frame: pd.DataFrame) -> None:
+    """Shows a federation's sites as a table on stdout."""
+    console = Console()
+    table = Table(title=f"{len(frame)} sites, {int((frame['kind'] == 'new').sum())} of them new", title_justify="left")
+    for column in frame.columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("site", "kind") else "right")
+    for row in frame.head(MOST_ROWS).itertuples(index=False):
+        table.add_row(*(_cell(column, value) for column, value in zip(frame.columns, row, strict=True)))
+    console.print(table)
+    if len(frame) > MOST_ROWS:
+        console.print(f"... and {len(frame) - MOST_ROWS} more; --json prints all of them")
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "missing":
+        return f"{value:.1%}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    failed = f", {summary['failures']} failed replies" if summary["failures"] else ""
+    return (
+        f"{summary['learner']}, seed {summary['seed']}: {summary['rounds']} rounds in {summary['wall_s']:.1f} s{failed}"
+    )
+
+
+def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
+    lines = [f"checkpoint  {summary['checkpoint']}"]
+    tracking, usual = experiment.tracking, Tracking()
+    if tracking.uri != UNTRACKED:
+        options = "" if tracking.uri == usual.uri else f" --uri {tracking.uri}"
+        options += (
+            "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
+        )
+        lines.append(f"see it      fedmeta ui{options}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
