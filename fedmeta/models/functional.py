@@ -86,18 +86,23 @@ class FunctionalModel:
         return outputs
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def refuse_running_statistics(module: nn.Module) -> None:
-    """Checks that a module keeps no running batch statistics.
+    """Checks that a module neither keeps running batch statistics nor normalises by those of the batch at hand.
 
     Raises:
-        FedmetaError: It does: the statistics of a test batch would leak into its predictions, and a site's
+        FedmetaError: It does: the statistics of a test batch would leak into its predictions, and a site's running
             statistics would be averaged as if they were gradients.
     """
     for name, layer in module.named_modules():
-        if isinstance(getattr(layer, "running_mean", None), Tensor):
+        running = isinstance(getattr(layer, "running_mean", None), Tensor)
+        if running or isinstance(layer, BATCH_NORMS):
+            what = "keeps running batch statistics" if running else "normalises by the statistics of a batch"
             raise FedmetaError(
-                f"model layer {name or 'model'!r} ({type(layer).__name__}) keeps running batch statistics, which leak "
-                "test rows and cannot be adapted by gradients: use GroupNorm or LayerNorm"
+                f"model layer {name or 'model'!r} ({type(layer).__name__}) {what}, which leak test rows and cannot be "
+                "adapted by gradients: use GroupNorm or LayerNorm"
             )
 
 

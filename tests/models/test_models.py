@@ -167,8 +167,30 @@ def test_running_statistics_are_refused_with_the_reason() -> None:
         build("users_models:batch_norm", (4,), 2)
     with pytest.raises(FedmetaError, match="running batch statistics"):
         FunctionalModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    without = FunctionalModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
-    assert without.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    with pytest.raises(FedmetaError, match="normalises by the statistics of a batch"):
+        FunctionalModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+    with pytest.raises(FedmetaError, match=r"InstanceNorm1d.*running batch statistics"):
+        FunctionalModel(nn.Sequential(nn.Conv1d(1, 1, 1), nn.InstanceNorm1d(1, track_running_stats=True)))
+    by_row = FunctionalModel(nn.Sequential(nn.Conv1d(1, 2, 1), nn.InstanceNorm1d(2, affine=True)))
+    assert by_row.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+def test_a_tied_weight_is_one_parameter() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+            self.decoder = nn.Linear(3, 5, bias=False)
+            self.decoder.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.decoder(self.embedding(x)[:, -1])
+            return result
+
+    model = FunctionalModel(Tied())
+    assert model.names == ("embedding.weight",)
+    weight, x = torch.randn(5, 3), torch.tensor([[1, 2], [3, 4]])
+    assert torch.allclose(model({"embedding.weight": weight}, x), weight[[2, 4]] @ weight.T)
 
 
 def test_a_model_without_parameters_is_refused() -> None:
