@@ -17,5 +17,5 @@ def test_the_reference_of_keys_is_current() -> None:
 def test_every_learner_has_a_page_and_stands_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in LEARNERS:
-        assert (ROOT / "docs" / "learners" / f"{name}.md").exists(), name
+        assert (ROOT / "docs" / "learners" / f"{name.replace('++', 'pp')}.md").exists(), name
         assert f"`{name}`" in readme, name
