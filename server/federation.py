@@ -27,6 +27,7 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
+from server import agreement
 
 POLL_S = 3.0
 """How long to wait before asking again who is there, while sites that must be present are missing."""
@@ -99,8 +100,11 @@ class Roll:
             experiment: The run's description.
             earlier: The checkpoint to go on from: all its sites must be present, and what it fixed stays.
 
+        Sites whose rows have another form than most sites' are refused, and the others go on without them.
+
         Raises:
-            FedmetaError: Nobody answered, sites are missing after `server.round_timeout`, or they do not fit together.
+            FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
+                refused.
         """
         self._grid = grid
         self._experiment = experiment
@@ -124,13 +128,14 @@ class Roll:
             answers, failed = self._ask_sites(fresh)
             replies.update(answers)
             problems += failed
-            missing = _missing(wanted, [name for reply in replies.values() for name in reply.names])
-            if replies and not missing:
-                break
-            if time.monotonic() > deadline or (problems and not replies):
-                raise FedmetaError(_nobody(problems, missing))
+            accepted, self.refused = agreement.agreeing(replies)
+            missing = _missing(wanted, [name for reply in accepted.values() for name in reply.names])
+            if accepted and not missing:
+                return _federate(accepted, self._experiment, self._earlier)
+            needed = [] if isinstance(wanted, int) else [name for name in wanted if name in self.refused]
+            if needed or time.monotonic() > deadline or (problems and not replies):
+                raise FedmetaError(_nobody(problems, missing, self.refused))
             time.sleep(POLL_S)
-        return _federate(replies, self._experiment, self._earlier)
 
     def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], list[str]]:
         contents = {node: RecordDict() for node in nodes}
@@ -150,7 +155,7 @@ class Roll:
         answers, said = self._ask_sites(nodes)
         federation = self.federation
         for node, reply in answers.items():
-            difference = _difference(reply, federation)
+            difference = agreement.difference(reply, federation)
             if difference:
                 self.refused.update(dict.fromkeys(reply.names, difference))
                 said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
@@ -212,8 +217,6 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
 
 
 def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
-    # By name and not by node: ids are drawn at random, and what a run says should not be.
-    replies = dict(sorted(replies.items(), key=lambda reply: reply[1].names))
     first = next(iter(replies.values()))
     classes = order_classes(name for reply in replies.values() for name in reply.classes)
     empty = np.array([], dtype=np.int64)
@@ -230,9 +233,6 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
         first.tokens,
     )
     for node, reply in replies.items():
-        difference = _difference(reply, federation)
-        if difference:
-            raise FedmetaError(f"{', '.join(reply.names[:5])} cannot join {', '.join(first.names[:5])}: {difference}")
         federation = _admit(federation, node, reply, as_new=False)
     if len(federation.training()) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
@@ -267,32 +267,16 @@ def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool
     )
 
 
-def _difference(reply: SitesReply, federation: Federation) -> str:
-    """Returns in words how a node's schema differs from the federation's, or the empty string."""
-    if reply.regression != federation.regression:
-        kinds = ("classes", "numbers")
-        return f"its labels are {kinds[reply.regression]}, the federation's {kinds[federation.regression]}"
-    if set(reply.features) != set(federation.features):
-        extra = sorted(set(reply.features) - set(federation.features))
-        lacking = sorted(set(federation.features) - set(reply.features))
-        parts = [f"columns too many: {', '.join(extra[:5])}"] * bool(extra)
-        return "; ".join(parts + [f"columns missing: {', '.join(lacking[:5])}"] * bool(lacking))
-    if reply.features != federation.features:
-        return "its columns are in another order"
-    if reply.shape != federation.shape:
-        return f"its rows have shape {reply.shape}, the federation's {federation.shape}"
-    if reply.tokens != federation.tokens:
-        return "its features are codes where the federation's are numbers, or the other way round"
-    return ""
-
-
 def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
     if isinstance(wanted, int):
         return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
     return ", ".join(name for name in wanted if name not in set(present))
 
 
-def _nobody(problems: Sequence[str], missing: str) -> str:
+def _nobody(problems: Sequence[str], missing: str, refused: Mapping[str, str]) -> str:
+    if refused:
+        site, difference = next(iter(refused.items()))
+        return f"server.wait_for is not met, still missing: {missing}; {site} cannot take part: {difference}"
     if problems:
         return f"no node could say which sites it hosts: {problems[0]}"
     return f"server.wait_for is not met, still missing: {missing}" if missing else "no node is connected"

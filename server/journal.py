@@ -23,6 +23,9 @@ from fedmeta.retrieval import SUMMARY
 from fedmeta.tracking import Dataset, Tracker
 from server.federation import Federation
 
+MISSED = "missed.json"
+"""The file that says who did not take part in which round, and why."""
+
 
 class Journal:
     """Writes a run down: figures by round, evaluations, results.
@@ -43,6 +46,7 @@ class Journal:
         self.experiment = experiment
         self.folder = folder
         self.metrics: dict[int, dict[str, float]] = {}
+        self._missed = _missed_before(folder / MISSED, earlier)
         _prepare(folder, experiment)
         self.tracker: Tracker | None = None
         if experiment.tracking.uri != UNTRACKED:
@@ -63,6 +67,12 @@ class Journal:
         self.metrics[number] = dict(figures)
         if self.tracker:
             self.tracker.round(number, figures)
+
+    def missed(self, number: int, reasons: Mapping[str, str]) -> None:
+        """Writes down who did not take part in a round, and why; round 0 is the start."""
+        self._missed += [{"round": number, "site": site, "reason": reason} for site, reason in reasons.items()]
+        if reasons:
+            (self.folder / MISSED).write_text(json.dumps(self._missed, indent=1))
 
     def evaluation(self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any]) -> None:
         """Writes down one evaluation."""
@@ -88,7 +98,8 @@ class Journal:
         summary = _without_nan(summary)
         (self.folder / SUMMARY).write_text(json.dumps(summary))
         if self.tracker:
-            self.tracker.finish(summary, sites, [self.folder / SUMMARY, checkpoint, self.folder / "experiment.toml"])
+            files = [self.folder / name for name in (SUMMARY, MISSED, "experiment.toml")]
+            self.tracker.finish(summary, sites, [checkpoint, *(file for file in files if file.exists())])
         else:
             sites.to_parquet(self.folder / "sites.parquet", index=False)
         return summary
@@ -123,6 +134,14 @@ def _start_tracker(experiment: Experiment, federation: Federation, folder: Path,
         if not earlier:
             _remove(folder)
         raise
+
+
+def _missed_before(path: Path, earlier: Checkpoint | None) -> list[dict[str, Any]]:
+    """Returns who had missed a round up to the checkpoint; later rounds come a second time."""
+    if earlier is None or not path.exists():
+        return []
+    entries: list[dict[str, Any]] = json.loads(path.read_text())
+    return [entry for entry in entries if entry["round"] <= earlier.round_number]
 
 
 def _remove(folder: Path) -> None:

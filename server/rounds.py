@@ -106,6 +106,9 @@ class Rounds:
     def train(self) -> None:
         """Runs the rounds that are left, with an evaluation before the first one."""
         self._report()
+        self.journal.missed(0, self.roll.refused)
+        for site, difference in self.roll.refused.items():
+            self._report(f"refused {site}: {difference}")
         every, last = self.experiment.evaluation.every, self.experiment.server.rounds
         saves = self.experiment.runtime.checkpoint_every
         if every and self.round_number == 0 and not self.evaluations:
@@ -167,6 +170,9 @@ class Rounds:
         self.idle = 0 if metrics else self.idle + 1
         if metrics is None:
             self._report(f"round {number} skipped: {_reasons(strategy.log.failed)}")
+        elif strategy.log.failed:
+            self._report(f"round {number} without {_reasons(strategy.log.failed)}")
+        self.journal.missed(number, strategy.log.failed)
         if self.idle == HOPELESS:
             raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {_reasons(strategy.log.failed)}")
         seconds = time.perf_counter() - started

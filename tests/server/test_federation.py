@@ -103,11 +103,34 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
         ({"classes": ("1.5", "2.25", "3.125")}, "its labels are numbers, the federation's classes"),
     ],
 )
-def test_sites_that_do_not_fit_together_do_not_start(tmp_path: Path, other: dict[str, object], said: str) -> None:
-    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "zion", **other)]  # type: ignore[arg-type]
+def test_a_site_that_differs_is_refused_and_the_others_go_on(
+    tmp_path: Path, other: dict[str, object], said: str
+) -> None:
+    configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]  # type: ignore[arg-type]
+    for order in (configs, configs[::-1]):
+        grid = SeveralNodes(app, hospitals(tmp_path), node_configs=order)
+        roll = Roll(grid, grid.experiment)
+        assert roll.federation.names == ("mercy", "zion")
+        assert roll.federation.features == ("age", "pressure")
+        assert roll.refused == {"abbey": said}
+
+
+def test_of_two_forms_with_equally_many_sites_the_first_sites_is_taken(tmp_path: Path) -> None:
+    configs = [hospital(tmp_path, "zion", columns=("age",)), hospital(tmp_path, "abbey")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    with pytest.raises(FedmetaError, match=f"^zion cannot join abbey: {re.escape(said)}$"):
-        Roll(grid, grid.experiment)
+    roll = Roll(grid, grid.experiment)
+    assert roll.federation.names == ("abbey",)
+    assert roll.refused == {"zion": "columns missing: pressure"}
+
+
+@pytest.mark.parametrize(("wait_for", "missing"), [('["abbey", "zion"]', "zion"), ("3", "1 more sites")])
+def test_a_run_that_needs_a_refused_site_says_how_it_differs(tmp_path: Path, wait_for: str, missing: str) -> None:
+    experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.2")
+    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion", columns=("age",))]
+    grid = SeveralNodes(app, experiment, node_configs=configs)
+    said = f"server.wait_for is not met, still missing: {missing}; zion cannot take part: columns missing: pressure"
+    with pytest.raises(FedmetaError, match=f"^{re.escape(said)}$"):
+        Roll(grid, experiment)
 
 
 def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
