@@ -1,12 +1,13 @@
 """Keys and certificates of a federation: its own authority, the server's certificate, and each site's keys.
 
     OUT/ca.crt, ca.key        the authority; its key is needed to add sites and should lie offline
-    OUT/server/               for the server: ca.crt, tls.crt, tls.key
-    OUT/sites/NAME/           for that site alone: ca.crt, tls.crt, tls.key, and node.key, node.pub
+    OUT/server/               for the server: public/ca.crt, tls.crt, tls.key
+    OUT/sites/NAME/           for that site alone: public/ca.crt, tls.crt, tls.key, and node.key, node.pub
 
 A site proves who it is with `node.key`, whose `node.pub` the server's operator registers (Flower's authentication of
 SuperNodes: an elliptic-curve key of NIST P-384 in OpenSSH's format). A site's certificate protects the way between
-its own two processes; it is valid for the one host name `supernode` and opens nothing else.
+its own two processes: it is valid for the host names `supernode` and `NAME-node` and opens nothing else. What runs
+submitted code is given the folder `public` and no key.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ from fedmeta.errors import FedmetaError
 
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
 """How long the authority and a certificate are valid; 825 days is the most that common clients accept of a server."""
-
-NODE_HOST = "supernode"
-"""The host name under which a site's two processes find each other."""
 
 _ALWAYS = ("localhost", "127.0.0.1")
 _SITE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62})")
@@ -90,7 +88,10 @@ def make_certs(out: Path, servers: Sequence[str], sites: Sequence[str], *, force
         files |= _pair(authority, out / "server", names)
     for site in sites:
         folder = out / "sites" / site
-        files |= _pair(authority, folder, [x509.DNSName(NODE_HOST)]) | _node_keys(folder)
+        hosts = ("supernode", f"{site}-node")
+        if taken := set(hosts) & set(servers):
+            raise FedmetaError(f'--server "{min(taken)}" is a host name of site {site}: name one of them otherwise')
+        files |= _pair(authority, folder, [x509.DNSName(host) for host in hosts]) | _node_keys(folder)
     existing = [path for path in files if path.exists() or path.is_symlink()]
     if existing and not force:
         raise FedmetaError(f"{existing[0]} is there already: keep it, or replace it with --force")
@@ -161,7 +162,7 @@ def _pair(authority: Authority, folder: Path, names: Sequence[x509.GeneralName])
     builder = builder.add_extension(issuer, critical=False)
     certificate = builder.sign(authority.key, hashes.SHA384())
     return {
-        folder / "ca.crt": authority.pem,
+        folder / "public" / "ca.crt": authority.pem,
         folder / "tls.crt": certificate.public_bytes(Encoding.PEM),
         folder / "tls.key": _private(secret),
     }

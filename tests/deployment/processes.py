@@ -67,14 +67,14 @@ def federation(work: Path, files: Mapping[str, Path], register: Mapping[str, Pat
         yield port
 
 
-TLS = {"--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key", "--ssl-ca-certfile": "ca.crt"}
+TLS = {"--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key", "--ssl-ca-certfile": "public/ca.crt"}
 
 
 def node_command(certs: Path, port: int, site: str, file: Path) -> list[str]:
     """Returns the command of a site's SuperNode."""
     folder = certs / "sites" / site
     return [
-        "flower-supernode", "--superlink", f"{HERE}:{port}", "--root-certificates", str(folder / "ca.crt"),
+        "flower-supernode", "--superlink", f"{HERE}:{port}", "--root-certificates", str(folder / "public" / "ca.crt"),
         "--auth-supernode-private-key", str(folder / "node.key"), "--port", str(free_port()),
         "--node-config", f'site="{site}" data="{file}"',
     ]  # fmt: skip

@@ -31,7 +31,7 @@ def verify(out: Path, certificate: Path, host: str) -> None:
 
 def test_makes_each_file_once(made: Path) -> None:
     found = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
-    pair = {"ca.crt", "tls.crt", "tls.key"}
+    pair = {"public/ca.crt", "tls.crt", "tls.key"}
     sites = {
         f"sites/{site}/{name}" for site in ("hospital-a", "hospital-b") for name in {*pair, "node.key", "node.pub"}
     }
@@ -87,7 +87,7 @@ def test_node_keys_are_of_the_curve_and_format_that_flower_reads(made: Path) -> 
 
 def test_nothing_is_overwritten_and_nothing_half_written(made: Path) -> None:
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    with pytest.raises(FedmetaError, match=r"sites/hospital-b/ca.crt is there already.*--force"):
+    with pytest.raises(FedmetaError, match=r"sites/hospital-b/public/ca.crt is there already.*--force"):
         make_certs(made, [], ["hospital-c", "hospital-b"])
     assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
 
@@ -103,7 +103,7 @@ def test_force_replaces_what_is_named_and_keeps_the_authority(made: Path) -> Non
 
 def test_a_site_is_added_later_under_the_same_authority(made: Path) -> None:
     written = make_certs(made, [], ["hospital-c"])
-    assert {path.parent.name for path in written} == {"hospital-c"}
+    assert {path.relative_to(made).parts[:2] for path in written} == {("sites", "hospital-c")}
     verify(made, made / "sites" / "hospital-c" / "tls.crt", "supernode")
 
 
@@ -122,6 +122,7 @@ def test_a_site_is_added_later_under_the_same_authority(made: Path) -> None:
         ([], [""], "--site"),
         ([], [".hidden"], "--site"),
         ([], ["a", "a"], "named twice"),
+        (["a-node"], ["a"], "is a host name of site a"),
     ],
 )
 def test_bad_names_are_refused_before_anything_is_written(

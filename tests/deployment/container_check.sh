@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Checks the default compose file, once it is up: a run of MAML over five hospitals' containers gives the same
+# meta-state as one process does; a hospital that is killed in a round is named, and the run goes on; strangers are
+# refused; what runs submitted code reaches nothing but its node.
+#
+# Runs where `podman` finds the containers of compose project $P, made from $IMAGE, in the project's folder. Services
+# wait for their keys and data, which are made here. ROUNDS sets the length of the first run.
+set -euo pipefail
+P=${P:-fedmeta} IMAGE=${IMAGE:-localhost/fedmeta:dev}
+ROUNDS=${ROUNDS:-$((${CHECK_S:-240} >= 400 ? 10 : 3))}
+CERTS=$(realpath -m "${FEDMETA_CERTS:-docker/certs}") DATA=$(realpath -m "${FEDMETA_DATA:-docker/data}")
+HEART=$(realpath -m ../shared/data/heart)
+SITES=(hospital-a hospital-b hospital-c hospital-d hospital-e)
+WORK=$(mktemp -d) T0=$SECONDS
+trap 'rm -rf "$WORK"; [ -z "${MADE:-}" ] || rm -rf "$CERTS" "$DATA"' EXIT
+say() { printf '== %3d s  %s\n' $((SECONDS - T0)) "$*"; }
+die() { say "FAILED: $*"; exit 1; }
+tool() { podman run --rm -i --network none --user 0 --entrypoint "" "$@"; }
+server() { podman exec -i "${P}_serverapp_1" "$@"; }
+within() { local s=$1; shift; until "$@" >/dev/null 2>&1; do ((s-- > 0)) || return 1; sleep 1; done; }
+
+[ ! -e "$CERTS/ca.key" ] || die "$CERTS holds a federation's keys; set FEDMETA_CERTS to another folder"
+MADE=1
+mkdir -p "$CERTS" "$DATA" "$WORK/local"
+mounts=(-v "$DATA:/data"); [ ! -e "$HEART/heart.npz" ] || mounts+=(-v "$HEART:/heart:ro")
+tool "${mounts[@]}" "$IMAGE" python - /data /heart/heart.npz <tests/deployment/cut_hospitals.py
+names=(); for site in "${SITES[@]}" intruder; do names+=(--site "$site"); done
+tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --server superlink,gate "${names[@]}" >/dev/null
+chown -R 10001:10001 "$CERTS" "$WORK/local"; chmod 711 "$WORK"
+say "keys and files are made"
+
+cat >"$WORK/heart.toml" <<X
+[data]
+source = "tables"
+path = "/data/all"
+new_sites = 1
+[model]
+name = "logistic"
+[learner]
+name = "maml"
+inner_steps = 3
+[server]
+rounds = $ROUNDS
+sites_per_round = 0
+wait_for = ["hospital-a", "hospital-b", "hospital-c", "hospital-d", "hospital-e"]
+round_timeout = 60.0
+[evaluation]
+every = 0
+X
+tool -v "$DATA:/data:ro" -v "$WORK:/work" -w /work/local "$IMAGE" \
+    fedmeta run /work/heart.toml --set tracking.uri=none --json >"$WORK/local.json" 2>"$WORK/local.log" &
+LOCAL=$!
+
+within 60 podman healthcheck run "${P}_superlink_1" || die "the SuperLink is not well"
+within 30 podman healthcheck run "${P}_gate_1" || die "the gate is not well"
+say "SuperLink and gate are well"
+registered=()
+for site in "${SITES[@]}"; do
+    server fedmeta flower supernode register /dev/stdin --name "$site" <"$CERTS/sites/$site/node.pub" \
+        >"$WORK/$site.log" 2>&1 & registered+=($!)
+done
+for pid in "${registered[@]}"; do wait "$pid" || { cat "$WORK"/hospital-*.log; die "a key was not registered"; }; done
+say "five keys are registered"
+within 60 podman healthcheck run "${P}_mlflow_1" || die "MLflow is not well"
+server sh -c 'cat >/tmp/heart.toml' <"$WORK/heart.toml"
+wait "$LOCAL" || { cat "$WORK/local.log"; die "the local run failed"; }
+say "MLflow is well, and the local run is done"
+
+server fedmeta run /tmp/heart.toml --runtime deployment --json >"$WORK/deployed.json" 2>"$WORK/deployed.log" ||
+    { cat "$WORK/deployed.log"; die "the deployed run failed"; }
+say "$ROUNDS rounds over containers are done"
+tail -1 "$WORK/deployed.json" | server sh -c 'cat >/tmp/deployed.json'
+tail -1 "$WORK/local.json" | sed 's#/work/local#/tmp/local#g' | server sh -c 'cat >/tmp/local.json'
+tar -C "$WORK" -c local | server tar -C /tmp -x
+server python - /tmp/deployed.json /tmp/local.json http://mlflow:5000 "${SITES[@]}" <tests/deployment/compare_runs.py ||
+    die "the deployed run is not the local one"
+say "it is the local run, and MLflow has every site"
+
+# A run that loses a hospital, and strangers meanwhile.
+server fedmeta run /tmp/heart.toml --runtime deployment --json --set server.rounds=3 --set server.round_timeout=25 \
+    >"$WORK/killed.json" 2>"$WORK/killed.log" & RUN=$!
+stranger() { # NAME WORDS...: a SuperNode beside hospital-a's that must not get in
+    local name=$1; shift
+    timeout 40 podman run --rm --name "${P}_$name" --network "${P}_hospital-a-out" --tmpfs /tmp \
+        -v "$CERTS/sites/intruder:/certs:ro" -v "$DATA/$name:/data:ro" "$IMAGE" \
+        flower-supernode --superlink gate:8443 --max-retries 2 --node-config "site=\"$name\" data=\"/data/$name.csv\"" \
+        "$@" >"$WORK/$name.log" 2>&1
+}
+stranger intruder --root-certificates /certs/public/ca.crt --auth-supernode-private-key /certs/node.key & KEY=$!
+stranger eavesdropper --insecure & PLAIN=$!
+reaches() { podman exec "${P}_hospital-a-app_1" python -c \
+    "import socket; socket.create_connection(('$1', $2), timeout=3)" >/dev/null 2>&1; }
+reaches hospital-a-node 9094 || die "a hospital's app does not reach its node"
+for host in gate:8443 superlink:8000 mlflow:5000 hospital-b-node:9094; do
+    ! reaches "${host%:*}" "${host#*:}" || die "what runs submitted code at a hospital reaches $host"
+done
+[ "$(podman exec "${P}_hospital-a-app_1" ls /data)" = hospital-a.csv ] || die "a hospital sees more than its own file"
+! podman exec "${P}_hospital-a-app_1" cat /certs/node.key 2>/dev/null || die "submitted code can read the node's key"
+podman exec -e FEDMETA_SUPERLINK=gate:8443 "${P}_serverapp_1" fedmeta flower list >"$WORK/list.log" 2>&1 &&
+    die "runs can be submitted from outside, through the gate"
+say "the gate keeps the SuperLink's other interfaces, and a hospital's app reaches its node alone"
+
+begun() { podman logs --tail 200 "${P}_serverapp_1" 2>&1 | grep -q '"round_number": 1, "rounds": 3'; }
+within 90 begun || { cat "$WORK/killed.log"; die "the second run does not get to its first round"; }
+podman kill "${P}_hospital-c-node_1" >/dev/null
+say "hospital-c is killed in round 2"
+! wait "$KEY" && ! grep -q "SuperNode ID" "$WORK/intruder.log" || die "an unregistered key got in"
+! wait "$PLAIN" && ! grep -q "SuperNode ID" "$WORK/eavesdropper.log" || die "a plain-text client got in"
+say "an unregistered key and a plain-text client are refused"
+wait "$RUN" || { cat "$WORK/killed.log"; die "the run did not survive a hospital's end"; }
+grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "nobody says who failed"; }
+python3 -c 'import json, sys; s = json.loads(open(sys.argv[1]).read().splitlines()[-1]); assert s["rounds"] == 3, s; print("failures:", s["failures"])' \
+    "$WORK/killed.json"
+say "the run finished without hospital-c and named it"
