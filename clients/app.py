@@ -116,7 +116,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     else:
         budget = request.budget or cohort.BUDGET
         gradient, weight, metrics = cohort.meta_gradients(
-            learner, meta_state, batch, request.engine, weights=weights, budget=budget
+            learner, meta_state, batch, request.engine, weights=weights, budget=budget, dtype=torch.float64
         )
     return TrainReply(
         gradient=gradient,

@@ -262,7 +262,9 @@ class TrainReply:
     """The weighted sum of meta-gradients over a node's share of the cohort.
 
     Attributes:
-        gradient: The sum, with the keys and shapes of the learned part of the meta-state.
+        gradient: The sum, with the keys and shapes of the learned part of the meta-state. It travels in float32 where
+            that loses nothing, as for one site of weight 1, and otherwise in float64, in which it was added up: a
+            node's share of the sum is not rounded before the whole is.
         weight: The sum of the weights of the sites with a finite gradient.
         names: The sites, in the order of the figures.
         query_loss: The query loss after adaptation, per site.
@@ -282,13 +284,14 @@ class TrainReply:
             "query_loss": self.query_loss.tolist(),
             "finite": self.finite.astype(int).tolist(),
         }
+        gradient = {name: _shortest(value) for name, value in self.gradient.items()}
         return RecordDict(
-            {"gradient": write_arrays(self.gradient), "cohort": MetricRecord(figures), "sites": _names(self.names)}
+            {"gradient": write_arrays(gradient), "cohort": MetricRecord(figures), "sites": _names(self.names)}
         )
 
     @classmethod
     def unpack(cls, content: RecordDict, like: Mapping[str, Tensor]) -> TrainReply:
-        """Reads a reply whose gradient must have the keys, shapes and types of `like`.
+        """Reads a reply whose gradient must have the keys and shapes of `like`.
 
         Raises:
             MessageError: It is not one, or its gradient or weight is not finite.
@@ -297,8 +300,8 @@ class TrainReply:
         gradient = read_arrays(content, "gradient")
         only(gradient, *like)
         for name, value in gradient.items():
-            if value.shape != like[name].shape or value.dtype != like[name].dtype:
-                raise MessageError(f"the gradient of {name} has another shape or type than the meta-state")
+            if value.shape != like[name].shape or value.dtype not in (torch.float32, torch.float64):
+                raise MessageError(f"the gradient of {name} has another shape or type than it should")
             if not value.isfinite().all():
                 raise MessageError(f"the gradient of {name} is not finite")
         names = _read_names(content)
@@ -350,6 +353,12 @@ class EvaluateReply:
         values = (read_list(figures, key, float, shape[0] * shape[1]) for key in ("scores", "losses"))
         scores, losses = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
         return cls(names, scores, losses)
+
+
+def _shortest(value: Tensor) -> Tensor:
+    """Returns a float64 tensor as float32 where that is the same numbers."""
+    short = value.float()
+    return short if value.dtype == torch.float64 and torch.equal(short.double(), value) else value
 
 
 def pack_failure(code: str) -> RecordDict:

@@ -31,6 +31,7 @@ def meta_gradients(
     weights: Sequence[float] | Tensor | None = None,
     chunk: int | None = None,
     budget: int = BUDGET,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Computes the weighted sum of many sites' meta-gradients.
 
@@ -43,6 +44,7 @@ def meta_gradients(
         weights: The weight of each site [sites]; None for 1 each.
         chunk: The number of sites that are computed together; None for as many as the budget holds.
         budget: Bytes that the sites which are computed together may take, by prediction.
+        dtype: The type of the sum, such as float64, in which it was added up; None for the meta-state's own.
 
     Returns:
         The weighted sum (the meta-state's keys, summed in float64 in site order and returned in its types), the total
@@ -62,7 +64,7 @@ def meta_gradients(
         with sdpa_kernel(SDPBackend.MATH):
             part = batch.chunk(start, start + size)
             total.merge(ENGINES[name].meta_gradients(learner, meta_state, part, own[start : start + size]))
-    gradient = {name: value.to(meta_state[name].dtype) for name, value in total.total.items()}
+    gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in total.total.items()}
     return gradient, total.weight, {name: torch.cat(values) for name, values in total.metrics.items()}
 
 

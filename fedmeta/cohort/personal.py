@@ -33,8 +33,8 @@ def train_personal(
         personal: What each site kept from its last round, or `learner.personal(meta_state)`, stacked [sites, ...].
 
     Returns:
-        The weighted sum, total weight and figures as `fedmeta.cohort.meta_gradients` does, and the new personal parts
-        stacked; that of a site whose share was not finite is the old one.
+        The weighted sum in float64, total weight and figures as `fedmeta.cohort.meta_gradients` does, and the new
+        personal parts stacked; that of a site whose share was not finite is the old one.
     """
 
     def site(support: Rows, query: Rows, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
@@ -53,9 +53,8 @@ def train_personal(
         gradients[first] = torch.where(_like(finite, gradients[first]), gradients[first], torch.nan)
         total.add(gradients, weights[start:stop], metrics)
         kept.append({name: torch.where(_like(finite, value), value, old[name]) for name, value in new.items()})
-    gradient = {name: value.to(meta_state[name].dtype) for name, value in total.total.items()}
     figures = {name: torch.cat(values) for name, values in total.metrics.items()}
-    return gradient, total.weight, figures, {name: torch.cat([part[name] for part in kept]) for name in personal}
+    return total.total, total.weight, figures, {name: torch.cat([part[name] for part in kept]) for name in personal}
 
 
 def evaluate_personal(
