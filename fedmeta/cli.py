@@ -100,14 +100,26 @@ def compare(
 def sites(
     file: File,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site.")] = False,
+    node_config: Annotated[
+        str,
+        typer.Option(metavar="CONFIG", help='Show what a node with this config would send: site="NAME" data="FILE".'),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:
-    """Shows an experiment's sites: rows, classes, missing values, and which of them are new."""
+    """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
+
+    With --node-config it shows, at a site and without sending anything, every message that the site's node would send.
+    """
     from fedmeta import terminal
     from fedmeta.data import load
     from fedmeta.data.overview import describe_sites
 
     experiment = load_experiment(file, overrides or [])
+    if node_config:
+        from fedmeta.runtime.rehearsal import rehearse, told
+
+        print(told(rehearse(experiment, node_config), as_json))
+        return
     frame = describe_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
     if as_json:
         print(frame.to_json(orient="records", lines=True), end="")
