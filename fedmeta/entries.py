@@ -43,6 +43,15 @@ class Picture(NamedTuple):
     step: int
 
 
+class Dataset(NamedTuple):
+    """The data of a run as MLflow lists it; `digest` has at most 36 characters."""
+
+    name: str
+    source: str
+    digest: str
+    sites: int
+
+
 class End(NamedTuple):
     """The end of the run, FINISHED, FAILED or KILLED; `timestamp` in ms since 1970."""
 

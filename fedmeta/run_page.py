@@ -17,8 +17,12 @@ import pandas as pd
 
 GROUPS = {"new_sites": "new sites", "training_sites": "training sites"}
 HEADINGS = ("", "sites", "global", "personalized", "worst tenth", "helped")
+RESULTS = "final/"
 DESCRIPTION_LIMIT = 8000
 NAMED_SITES = 12
+# Of Okabe and Ito (2008), so that a learner looks alike in every chart and to every eye.
+COLOURS = {"local": "#999999", "fedavg": "#56B4E9", "fedavg-ft": "#0072B2", "fomaml": "#E69F00", "maml": "#D55E00"}
+OTHER_COLOURS = ("#009E73", "#CC79A7", "#F0E442", "#000000")
 
 
 def score_of(sites: pd.DataFrame) -> str:
@@ -92,16 +96,19 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
 
 
 def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, float]:
-    """Returns the metrics that compare runs, logged once at the end: MLflow draws them as bars."""
+    """Returns the metrics that compare runs, logged once at the end.
+
+    MLflow draws those as bars whose only round is 0; the others would be curves of one point.
+    """
     new, training = summary["new_sites"], summary["training_sites"]
     return finite(
         {
-            "final/new_sites_personalized": new["personalized"].get("mean"),
-            "final/new_sites_global": new["global"].get("mean"),
-            "final/new_sites_worst_decile": new["personalized"].get("worst_decile"),
-            "final/helped": new.get("helped"),
-            "final/training_sites_personalized": training["personalized"].get("mean"),
-            "final/sites_left_behind": len(left_behind(latest(sites))),
+            f"{RESULTS}new_sites_personalized": new["personalized"].get("mean"),
+            f"{RESULTS}new_sites_global": new["global"].get("mean"),
+            f"{RESULTS}new_sites_worst_decile": new["personalized"].get("worst_decile"),
+            f"{RESULTS}helped": new.get("helped"),
+            f"{RESULTS}training_sites_personalized": training["personalized"].get("mean"),
+            f"{RESULTS}sites_left_behind": len(left_behind(latest(sites))),
         }
     )
 
@@ -124,11 +131,13 @@ def data_name(params: Mapping[str, Any]) -> str:
 
 
 def tags(params: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the tags by which runs are found and grouped."""
+    """Returns the tags by which runs are found and grouped, and the colour of their learner."""
+    learner = str(params["learner.name"])
     return {
-        "fedmeta.learner": str(params["learner.name"]),
+        "fedmeta.learner": learner,
         "fedmeta.data": data_name(params),
         "fedmeta.seed": str(params["runtime.seed"]),
+        "mlflow.runColor": COLOURS.get(learner) or OTHER_COLOURS[crc32(learner.encode()) % len(OTHER_COLOURS)],
     }
 
 

@@ -14,6 +14,16 @@ Value = TypeVar("Value")
 
 SQLITE = "sqlite:///"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# How MLflow behaves where users have not said otherwise: fedmeta tries again by itself, and nothing phones home.
+MLFLOW_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
 CONNECTION_S = 5.0
 OPENING_HTTP_S = 15.0
 OPENING_DATABASE_S = 60.0

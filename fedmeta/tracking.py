@@ -9,18 +9,17 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from fedmeta import experiment_page, run_page
-from fedmeta.entries import Artifact, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
+from fedmeta.entries import Artifact, Dataset, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking
 from fedmeta.outbox import Outbox, deliver
-from fedmeta.store import artifact_folder, checked_uri, first_line, shown, within_time
+from fedmeta.store import MLFLOW_DEFAULTS, artifact_folder, checked_uri, first_line, shown, within_time
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,25 +28,6 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARAMS_PER_BATCH = 100
 LONGEST_PARAM = 6000
 UNSENT = "unsent.jsonl"
-# The outbox tries again, so MLflow need not; what users set themselves stays.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_DISABLE_AGENT_HINT": "true",
-}
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The data of a run as MLflow lists it; `digest` has at most 36 characters."""
-
-    name: str
-    source: str
-    digest: str
-    sites: int
 
 
 class Tracker:
@@ -125,22 +105,15 @@ class Tracker:
         Returns:
             What could not be sent; the run's folder holds it as JSON lines.
         """
-        # Matplotlib would announce, on a fresh machine, that it looks for fonts.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        from fedmeta import pictures
-
         rounds = int(summary["rounds"])
-        drawn = pictures.save(sites, self._folder / "pictures")
-        sites.to_parquet(self._folder / "sites.parquet", index=False)
-        run_page.per_site(sites).to_json(self._folder / "per_site.json", orient="split", index=False)
         self._outbox.put(self._metrics(0, run_page.final_metrics(summary, sites)))
         self._outbox.put([Tag("mlflow.note.content", run_page.description(summary, sites))])
-        self._outbox.put([Table(str((self._folder / "per_site.json").absolute()))])
-        self._outbox.put(
-            Picture(str(path.absolute()), experiment_page.PICTURE, rounds) for path in drawn if path.stem == "sites"
-        )
-        uploads = [self._folder / "sites.parquet", self._folder / "pictures", *artifacts]
-        self._outbox.put(Artifact(str(path.absolute()), path.name if path.is_dir() else "") for path in uploads)
+        try:
+            self._outbox.put(_results(sites, self._folder, rounds))
+        except Exception as error:
+            # A training that went well does not end over a picture of it.
+            _say(f"the run's tables and pictures could not be made: {first_line(error)}")
+        self._outbox.put(_artifact(path) for path in artifacts)
         return self.stop("FINISHED")
 
     def stop(self, status: Status) -> list[Entry]:
@@ -159,10 +132,33 @@ class Tracker:
         fresh = {key: value for key, value in metrics.items() if self._steps.get(key, -1) < round_number}
         self._steps |= dict.fromkeys(fresh, round_number)
         now = _now_ms()
-        return [Metric(key, value, now, round_number) for key, value in fresh.items()]
+        return [Metric(key, value, now, int(round_number)) for key, value in fresh.items()]
 
     def _lost(self, error: Exception) -> None:
         _say(f"{shown(self.uri)} does not answer ({first_line(error)}); the run goes on and keeps what it has to send")
+
+
+def _results(sites: pd.DataFrame, folder: Path, rounds: int) -> list[Entry]:
+    """Writes the tables and pictures of a run into its folder, and returns what sends them."""
+    # Matplotlib would announce, on a fresh machine, that it looks for fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from fedmeta import pictures
+
+    drawn = pictures.save(sites, folder / "pictures")
+    table, history = folder / "per_site.json", folder / "sites.parquet"
+    run_page.per_site(sites).to_json(table, orient="split", index=False)
+    sites.to_parquet(history, index=False)
+    shown_first = [path for path in drawn if path.stem == "sites"]
+    return [
+        Table(str(table.absolute())),
+        *(Picture(str(path.absolute()), experiment_page.PICTURE, rounds) for path in shown_first),
+        _artifact(history),
+        _artifact(folder / "pictures"),
+    ]
+
+
+def _artifact(path: Path) -> Artifact:
+    return Artifact(str(path.absolute()), path.name if path.is_dir() else "")
 
 
 class _Sender:
@@ -184,15 +180,23 @@ class _Sender:
     def _send_metrics(self, metrics: list[Metric]) -> None:
         from mlflow.entities import Metric as Entity
 
-        fresh = [Entity(*metric) for metric in metrics if metric.step not in self._rounds_before(metric.key)]
-        self._client.log_batch(self._run_id, metrics=fresh)
+        fresh = {(metric.key, metric.step): metric for metric in metrics if not self._is_there(metric)}
+        self._client.log_batch(self._run_id, metrics=[Entity(*metric) for metric in fresh.values()])
+        if self._resumed:
+            for key, step in fresh:
+                self._logged[key].add(step)
 
-    def _rounds_before(self, key: str) -> set[int]:
-        """Returns the rounds that a resumed run has of a metric: those after its checkpoint come a second time."""
-        if self._resumed and key not in self._logged:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._logged[key] = {metric.step for metric in history}
-        return self._logged.get(key, set())
+    def _is_there(self, metric: Metric) -> bool:
+        """Says whether a resumed run has the metric: the rounds after its checkpoint come a second time.
+
+        Results are not asked for: a run that goes on after its end has better ones.
+        """
+        if not self._resumed:
+            return False
+        if metric.key not in self._logged:
+            history = self._client.get_metric_history(self._run_id, metric.key)
+            self._logged[metric.key] = {before.step for before in history}
+        return metric.step in self._logged[metric.key] and not metric.key.startswith(run_page.RESULTS)
 
     def _send(self, entry: Entry) -> None:
         client, run_id = self._client, self._run_id
@@ -245,7 +249,7 @@ def send_unsent(uri: str, folder: Path) -> list[Entry]:
 
 def open_client(uri: str) -> "MlflowClient":
     """Returns a client of a store, set to fail at once and quietly: whoever uses it tries again."""
-    for key, value in ENVIRONMENT.items():
+    for key, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
@@ -288,6 +292,8 @@ def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
                 raise
     if experiment.lifecycle_stage != "active":
         raise FedmetaError(f'tracking.experiment "{name}" was deleted in {shown(uri)}; restore it or name another')
+    if experiment_page.VIEW_TAG not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, experiment_page.VIEW_TAG, experiment_page.view())
     return str(experiment.experiment_id)
 
 
