@@ -90,7 +90,7 @@ def evaluate(
         budget: As for `meta_gradients`.
 
     Returns:
-        Accuracy (RMSE for regression) and loss, each [sites, steps + 1], after 0, 1, ... steps.
+        Accuracy (RMSE for regression), loss and calibration error, each [sites, steps + 1], after 0, 1, ... steps.
     """
     batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     taken = learner.evaluation_steps(steps)
@@ -100,8 +100,7 @@ def evaluate(
     for start in range(0, batch.sites, size):
         with sdpa_kernel(SDPBackend.MATH):
             parts.append(ENGINES[name].evaluate(learner, meta_state, batch.chunk(start, start + size), taken))
-    scores, losses = (torch.cat(column) for column in zip(*parts, strict=True))
-    return scores, losses
+    return Scores.join(parts)
 
 
 def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:

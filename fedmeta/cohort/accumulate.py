@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Scores = tuple[Tensor, Tensor]
-"""Accuracy (or RMSE) and loss per site, each [sites, steps + 1]."""
+
+class Scores(NamedTuple):
+    """How well each site's model does after 0, 1, ... inner steps; each [sites, steps + 1].
+
+    Attributes:
+        score: Accuracy, or RMSE for regression.
+        loss: The mean loss.
+        calibration: The expected calibration error; NaN for regression.
+    """
+
+    score: Tensor
+    loss: Tensor
+    calibration: Tensor
+
+    @classmethod
+    def of(cls, path: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int = 0) -> Scores:
+        """Returns the figures of a path of models, stacked along `dim`."""
+        return cls(*(torch.stack(column, dim) for column in zip(*path, strict=True)))
+
+    @classmethod
+    def join(cls, parts: Iterable[Scores]) -> Scores:
+        """Returns the scores of several parts of a cohort as one."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @dataclass

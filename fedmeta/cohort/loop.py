@@ -24,12 +24,11 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
+    """Returns the scores on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
     sites = []
     for site in range(batch.sites):
         task = batch.task(site)
         path = learner.trajectory(meta_state, task.support, steps)
         with torch.no_grad():
-            sites.append([torch.stack(learner.score(parameters, task.query)) for parameters in path])
-    scores = torch.stack([torch.stack(site) for site in sites])
-    return scores[..., 0], scores[..., 1]
+            sites.append(Scores.of(learner.score(parameters, task.query) for parameters in path))
+    return Scores.of(sites)

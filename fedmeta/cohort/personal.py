@@ -60,21 +60,19 @@ def train_personal(
 def evaluate_personal(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int, personal: Parameters
 ) -> Scores:
-    """Returns scores and losses [sites, steps + 1] of sites that go on from their personal parts [sites, ...]."""
+    """Returns the scores of sites that go on from their personal parts [sites, ...]."""
 
     def site(support: Rows, query: Rows, own: Parameters) -> Scores:
         path = learner.trajectory(meta_state, support, steps, own)
-        scores, losses = zip(*(learner.score(parameters, query) for parameters in path), strict=True)
-        return torch.stack(scores), torch.stack(losses)
+        return Scores.of(learner.score(parameters, query) for parameters in path)
 
     parts = []
     size = _together(learner, batch)
     for start in range(0, batch.sites, size):
         part = batch.chunk(start, start + size)
         own = {name: value[start : start + size] for name, value in personal.items()}
-        parts.append(vmap(site)(part.support, part.query, own))
-    scores, losses = (torch.cat(column).detach() for column in zip(*parts, strict=True))
-    return scores, losses
+        parts.append(Scores(*(tensor.detach() for tensor in vmap(site)(part.support, part.query, own))))
+    return Scores.join(parts)
 
 
 def stack_personal(learner: Learner, meta_state: Mapping[str, Tensor], kept: list[Parameters | None]) -> Parameters:

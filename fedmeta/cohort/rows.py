@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from fedmeta.learners.loss import row_losses
+from fedmeta.learners.loss import calibration_error, row_losses
 from fedmeta.task import Rows
 
 
@@ -53,6 +54,18 @@ class CohortRows:
         if self.y.is_floating_point():
             return self._means(row_losses(outputs, self.y), self.scored).sqrt()
         return self._means((outputs.argmax(-1) == self.y).to(self.scored.dtype), self.scored)
+
+    def figures(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns each site's score, loss and calibration error, each [sites]."""
+        return self.scores(outputs), self.losses(outputs), self.calibration(outputs)
+
+    def calibration(self, outputs: Tensor) -> Tensor:
+        """Returns each site's expected calibration error [sites]; NaN for floating-point y."""
+        shape = self.scored.shape
+        if self.y.is_floating_point():
+            return self.scored.new_full(shape[:1], torch.nan)
+        present = (self.scored > 0).to(self.scored.dtype)
+        return vmap(calibration_error)(outputs.view(*shape, -1), self.y.view(shape), present)
 
     def _means(self, values: Tensor, shares: Tensor) -> Tensor:
         return (values.view_as(shares) * shares).sum(1)

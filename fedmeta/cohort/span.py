@@ -95,7 +95,7 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1].
+    """Returns the scores on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1].
 
     Raises:
         MisfitError: The span form does not fit.
@@ -104,15 +104,13 @@ def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, s
     rates = _all_rates(learner, state, steps)
     support, query = (CohortRows.of(rows, _dtype(meta_state)) for rows in batch)
     adaptation = _adaptation(learner, _leaves(meta_state), batch, batch.support, rates, exact=False)
-    scores, losses = [], []
+    path = []
     for step in range(steps + 1):
         with torch.no_grad():
-            outputs = adaptation.outputs(query)
-            scores.append(query.scores(outputs))
-            losses.append(query.losses(outputs))
+            path.append(query.figures(adaptation.outputs(query)))
         if step < steps:
             adaptation.step(support, rates[step])
-    return torch.stack(scores, 1), torch.stack(losses, 1)
+    return Scores.of(path, dim=1)
 
 
 def _finite_sum(

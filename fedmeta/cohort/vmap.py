@@ -26,13 +26,11 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-    """Returns scores and losses on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
+    """Returns the scores on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
 
     def site(support: Rows, query: Rows) -> Scores:
         path = learner.trajectory(meta_state, support, steps)
-        scores, losses = zip(*(learner.score(parameters, query) for parameters in path), strict=True)
-        return torch.stack(scores), torch.stack(losses)
+        return Scores.of(learner.score(parameters, query) for parameters in path)
 
     with torch.no_grad():
-        scores, losses = vmap(site)(batch.support, batch.query)
-    return scores, losses
+        return Scores(*vmap(site)(batch.support, batch.query))

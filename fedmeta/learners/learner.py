@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.estimator import estimator
 from fedmeta.learners.inner import inner_loop
-from fedmeta.learners.loss import loss, score
+from fedmeta.learners.loss import calibration_error, loss, score
 from fedmeta.models import FunctionalModel, Parameters
 from fedmeta.task import Rows, Task, rows_mask
 
@@ -88,10 +88,10 @@ class Learner(ABC):
         """Returns the mean loss of a model on rows: cross-entropy, or mean squared error for floating-point y."""
         return loss(self.predict(parameters, rows[0]), rows[1], rows_mask(rows))
 
-    def score(self, parameters: Parameters, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Returns (accuracy or RMSE, loss) of a model on rows; a row of an unseen class scores as wrong."""
-        outputs, mask = self.predict(parameters, rows[0]), rows_mask(rows)
-        return score(outputs, rows[1], mask), loss(outputs, rows[1], mask)
+    def score(self, parameters: Parameters, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (accuracy or RMSE, loss, calibration error) of a model; a row of an unseen class scores as wrong."""
+        outputs, y, mask = self.predict(parameters, rows[0]), rows[1], rows_mask(rows)
+        return score(outputs, y, mask), loss(outputs, y, mask), calibration_error(outputs, y, mask)
 
     def trajectory(
         self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None

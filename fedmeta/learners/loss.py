@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
+BINS = 10
+
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean of values [n] over the rows where mask [n] is 1; zero where there is no row."""
@@ -35,6 +37,21 @@ def score(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     if y.is_floating_point():
         return masked_mean(row_losses(outputs, y), mask).sqrt()
     return masked_mean((outputs.argmax(-1) == y).to(mask.dtype), mask)
+
+
+def calibration_error(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Returns the expected calibration error over ten bins of equal width (Guo et al., ICML 2017, eq. 3); a scalar.
+
+    The mean over rows of how far, in a row's bin of confidence, mean confidence and accuracy lie apart. A row of an
+    unseen class counts as wrong. NaN for floating-point y.
+    """
+    if y.is_floating_point():
+        return torch.full_like(mask.sum(), torch.nan)
+    confidence, predicted = outputs.softmax(-1).max(-1)
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    member = (bins[:, None] == torch.arange(BINS, device=bins.device)).to(mask.dtype) * mask[:, None]
+    gaps = (member * ((predicted == y).to(mask.dtype) - confidence.to(mask.dtype))[:, None]).sum(0).abs()
+    return gaps.sum() / mask.sum().clamp(min=1)
 
 
 def concatenate(*parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

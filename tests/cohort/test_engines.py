@@ -150,7 +150,6 @@ MISFITS = {
     "rows that mix later": Custom(lambda layer, x: layer(x).softmax(0)),
     "a path that depends on values": Custom(lambda layer, x: layer(x) if bool(x.sum() > 0) else layer(-x)),
     "a hidden use beside a seen one": Custom(lambda layer, x: layer(x) + Hidden.apply(x, layer.weight)),
-    "batch statistics": nn.Sequential(nn.BatchNorm1d(20, track_running_stats=False), nn.Linear(20, CLASSES)),
     "statistics of the batch as attention": Custom(lambda layer, x: (x @ x.T).softmax(1) @ layer(x)),
 }
 

@@ -237,7 +237,7 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
 def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]
     state = make_state(learner)
-    scores, losses = cohort.evaluate(learner, state, tasks, engine, steps=3)
+    scores, losses, _ = cohort.evaluate(learner, state, tasks, engine, steps=3)
     steps = learner.evaluation_steps(3)
     assert scores.shape == losses.shape == (3, steps + 1)
     for site, task in enumerate(tasks):
