@@ -11,12 +11,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fedmeta.task import Task
-
 if TYPE_CHECKING:
     from fedmeta import cohort, learners
     from fedmeta.experiment import Experiment, load_experiment
     from fedmeta.runtime import Result, run
+    from fedmeta.task import Task
 
 __all__ = ["Experiment", "Result", "Task", "cohort", "learners", "load_experiment", "run"]
 __version__ = "0.1.0"
@@ -30,6 +29,7 @@ _HOMES = {
     "load_experiment": "fedmeta.experiment",
     "Result": "fedmeta.runtime",
     "run": "fedmeta.runtime",
+    "Task": "fedmeta.task",
 }
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from torch import Tensor
-
-from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Report, silent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,9 @@ def run(
     if runtime == "deployment":
         return _deployment(experiment, resume, report)
     experiment = experiment.absolute()
+    # Here and below, imports that take seconds: a command that only asks a SuperLink something needs none of them.
+    from fedmeta import checkpoint
+
     root = Path(experiment.tracking.folder)
     folder = checkpoint.find(root, resume, experiment.to_toml()) if resume else None
     if folder:
@@ -66,6 +68,8 @@ def run(
 
 
 def _local(experiment: Experiment, resume: Path | None, report: Report) -> Result:
+    import torch
+
     from clients.app import app
     from clients.node import node_of
     from fedmeta.runtime.local import LocalGrid
@@ -82,15 +86,20 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
 def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
     from fedmeta.runtime import ray
 
-    summary, folder = ray.run(experiment, resume, report)
-    state, _ = checkpoint.newest(folder)
-    return result_of(summary, pd.read_parquet(folder / "sites.parquet"), dict(state.meta_state), folder)
+    return _result_in(*ray.run(experiment, resume, report))
 
 
 def _deployment(experiment: Experiment, resume: str | None, report: Report) -> Result:
     from fedmeta.runtime import deployment
 
-    summary, folder = deployment.run(experiment, resume, report)
+    return _result_in(*deployment.run(experiment, resume, report))
+
+
+def _result_in(summary: dict[str, Any], folder: Path) -> Result:
+    import pandas as pd
+
+    from fedmeta import checkpoint
+
     state, _ = checkpoint.newest(folder)
     return result_of(summary, pd.read_parquet(folder / "sites.parquet"), dict(state.meta_state), folder)
 

@@ -27,7 +27,6 @@ from typing import Any
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.progress import Progress, Report
-from fedmeta.retrieval import FINISHED, fetch, status_of
 from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_words, write_app, write_run_config
 
 SUPERLINK, ROOT_CERTIFICATES, TRACKING_URI = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES", "FEDMETA_TRACKING_URI"
@@ -59,6 +58,9 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         FedmetaError: The SuperLink or the store cannot be reached, or the run failed.
         KeyboardInterrupt: The user stopped it; the SuperLink was told to stop the run.
     """
+    # MLflow and all that it needs take seconds to import, and `flower` needs none of it.
+    from fedmeta.retrieval import FINISHED, fetch, status_of
+
     uri = tracked(experiment).absolute().tracking.uri
     if uri == UNTRACKED:
         raise FedmetaError('tracking.uri = "none": the result of a deployed run comes back through MLflow')
