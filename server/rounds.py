@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarise
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, Report
-from server.federation import Roll, ask_standardisation
+from server.federation import Federation, Roll, ask_standardisation
 from server.journal import Journal, evaluation_frame, new_folder
 from server.optimizer import ServerOptimizer
 from server.strategy import MetaGradientStrategy
@@ -82,6 +85,9 @@ class Rounds:
         self.grid, self.experiment, self.report = grid, experiment, report
         self.roll = Roll(grid, experiment, earlier)
         federation = self.roll.federation
+        if earlier:
+            moved = _reindexed(earlier.evaluations, earlier.names, federation)
+            earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
         learner = learner_of(experiment, federation.shape, federation.outputs)
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
         constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
@@ -111,7 +117,8 @@ class Rounds:
             self._report(f"refused {site}: {difference}")
         every, last = self.experiment.evaluation.every, self.experiment.server.rounds
         saves = self.experiment.runtime.checkpoint_every
-        if every and self.round_number == 0 and not self.evaluations:
+        # A run that was stopped between a round and its evaluation goes on with the evaluation.
+        if every and self.round_number % every == 0 and not self._evaluated():
             self._evaluate()
         while self.round_number < last:
             self._round(self.round_number + 1)
@@ -123,9 +130,9 @@ class Rounds:
 
     def finish(self) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
-        if not self.evaluations or self.evaluations[-1].round_number < self.round_number:
+        if not self._evaluated():
             self._evaluate()
-        if not self.evaluations or self.evaluations[-1].round_number < self.round_number:
+        if not self._evaluated():
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save(finished=True)
         sites = pd.concat(
@@ -159,28 +166,31 @@ class Rounds:
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
-        for note in self.roll.refresh():
+        strategy, before = self.strategy, self.roll.federation.names
+        notes = self.roll.refresh()
+        self.evaluations = _reindexed(self.evaluations, before, self.roll.federation)
+        for note in notes:
             self._report(note)
-        strategy, timeout = self.strategy, self.experiment.server.round_timeout
         strategy.federation = self.roll.federation
         messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-        replies = self.grid.send_and_receive(messages, timeout=timeout)
-        _, metrics = strategy.aggregate_train(number, replies)
-        self.round_number = number
-        self.idle = 0 if metrics else self.idle + 1
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        with uninterrupted():
+            _, metrics = strategy.aggregate_train(number, replies)
+            self.round_number = number
+            self.idle = 0 if metrics else self.idle + 1
+            seconds = time.perf_counter() - started
+            self._count(seconds)
+            figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
+            figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
+            loss = metrics.get("query_loss") if metrics else None
+            self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
+            self.journal.missed(number, strategy.log.failed)
         if metrics is None:
             self._report(f"round {number} skipped: {_reasons(strategy.log.failed)}")
         elif strategy.log.failed:
             self._report(f"round {number} without {_reasons(strategy.log.failed)}")
-        self.journal.missed(number, strategy.log.failed)
         if self.idle == HOPELESS:
             raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {_reasons(strategy.log.failed)}")
-        seconds = time.perf_counter() - started
-        self._count(seconds)
-        figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
-        figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
-        loss = metrics.get("query_loss") if metrics else None
-        self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
@@ -201,6 +211,9 @@ class Rounds:
         self.journal.evaluation(self.round_number, frame, groups)
         self._report()
 
+    def _evaluated(self) -> bool:
+        return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number
+
     def _count(self, seconds: float) -> None:
         log = self.strategy.log
         gains = {
@@ -218,6 +231,30 @@ class Rounds:
         failures = int(self.totals.get("failures", 0))
         total = self.experiment.server.rounds
         self.report(Progress(self.round_number, total, *self.scores, failures, note, self.journal.run_id))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block, so that a checkpoint never sees half a step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _reindexed(evaluations: Sequence[Evaluation], names: tuple[str, ...], federation: Federation) -> list[Evaluation]:
+    """Returns evaluations whose sites are indices into `names` as ones into the federation's, which sites may join."""
+    if names == federation.names:
+        return list(evaluations)
+    places = federation.indices(names)
+    return [replace(evaluation, sites=places[evaluation.sites]) for evaluation in evaluations]
 
 
 def _reasons(failed: Mapping[str, str]) -> str:
