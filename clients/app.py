@@ -146,7 +146,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
         else:
             budget = request.budget or cohort.BUDGET
             found = cohort.evaluate(learner, meta_state, batch, request.engine, steps=steps, budget=budget)
-        scores[group], losses[group] = (values.double().numpy() for values in found)
+        scores[group], losses[group] = found.score.double().numpy(), found.loss.double().numpy()
     return EvaluateReply(request.names, scores, losses).pack()
 
 
