@@ -60,14 +60,14 @@ def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None 
 
     Raises:
         FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
-        KeyboardInterrupt: The user stopped it; a checkpoint has been written.
+        KeyboardInterrupt, SystemExit: The user stopped it; a checkpoint has been written.
     """
     earlier = checkpoints.newest(resume)[0] if resume else None
     rounds = Rounds(grid, experiment, report, resume or new_folder(experiment), earlier)
     try:
         rounds.train()
         return rounds.finish()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         rounds.save()
         rounds.journal.stop("KILLED")
         raise
