@@ -1,12 +1,14 @@
-"""A federation of plain processes on this machine: SuperLink with TLS and node keys, SuperNodes beside a file each."""
+"""A federation of plain processes on this machine: SuperLink and gate with TLS, and a SuperNode beside each file."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from ssl import create_default_context
 
@@ -20,6 +22,44 @@ from fedmeta.runtime.superlink import environment, free_port, keep
 HERE = "127.0.0.1"
 STARTS_S = 60.0
 FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
+INTRUDER = "intruder"
+"""A site with keys of the federation's making that nobody registers."""
+
+_TLS = {"--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key", "--ssl-ca-certfile": "public/ca.crt"}
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Where a running federation is.
+
+    Attributes:
+        certs: The folder of keys and certificates.
+        gate: The port that sites reach.
+        env: The environment of its processes.
+    """
+
+    certs: Path
+    gate: int
+    env: Mapping[str, str]
+
+    def node(self, site: str, file: Path) -> list[str]:
+        """Returns the command of a site's SuperNode."""
+        return [
+            *self.stranger(site, file),
+            "--auth-supernode-private-key",
+            str(self.certs / "sites" / site / "node.key"),
+        ]
+
+    def stranger(self, site: str, file: Path) -> list[str]:
+        """Returns the command of a SuperNode that shows no registered key."""
+        return [*self.plain(site, file), "--root-certificates", str(self.certs / "sites" / site / "public" / "ca.crt")]
+
+    def plain(self, site: str, file: Path) -> list[str]:
+        """Returns the command of a SuperNode, without what secures it."""
+        return [
+            "flower-supernode", "--superlink", f"{HERE}:{self.gate}", "--port", str(free_port()),
+            "--node-config", f'site="{site}" data="{file}"',
+        ]  # fmt: skip
 
 
 def write_sites(folder: Path, sites: int = 3, rows: int = 24) -> dict[str, Path]:
@@ -41,46 +81,36 @@ def write_sites(folder: Path, sites: int = 3, rows: int = 24) -> dict[str, Path]
 
 
 @contextmanager
-def federation(work: Path, files: Mapping[str, Path], register: Mapping[str, Path] | None = None) -> Iterator[int]:
-    """Runs a SuperLink and a SuperNode for each file; yields the port. Sets the submitter's environment."""
+def federation(work: Path, files: Mapping[str, Path]) -> Iterator[Federation]:
+    """Runs a SuperLink, a gate and a SuperNode for each file, and sets the submitter's environment."""
     certs = work / "certs"
-    make_certs(certs, [HERE], list(files))
-    port = free_port()
-    env = environment(work / "server-home", FAST)
+    make_certs(certs, [HERE], [*files, INTRUDER])
+    tls = [part for option, file in _TLS.items() for part in (option, str(certs / "server" / file))]
+    port, gate = free_port(), free_port()
+    running = Federation(certs, gate, environment(work / "home", FAST))
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        tls = [part for name, file in TLS.items() for part in (name, str(certs / "server" / file))]
         command = ["flower-superlink", *tls, "--enable-supernode-auth", "--database", str(work / "state.db")]
         command += ["--host", HERE, "--port", str(port), "--disable-runtime-dependency-installation"]
-        link = stack.enter_context(keep(command, env, work / "superlink.log"))
-        await_health(port, certs / "ca.crt", link)
+        link = stack.enter_context(keep(command, running.env, work / "superlink.log"))
+        command = [sys.executable, "-m", "fedmeta.gate", *tls, "--superlink", f"{HERE}:{port}", "--host", HERE]
+        command += ["--port", str(gate), "--health-server-address", f"{HERE}:{free_port()}"]
+        stack.enter_context(keep(command, running.env, work / "gate.log"))
+        _await_health(port, certs / "ca.crt", link)
         patch.setenv(deployment.SUPERLINK, f"{HERE}:{port}")
         patch.setenv(deployment.ROOT_CERTIFICATES, str(certs / "ca.crt"))
-        with deployment._flower() as (_, client_env):
-            keys = [certs / "sites" / site / "node.pub" for site in files]
-            calls = [
-                subprocess.Popen(["flwr", "supernode", "register", str(key)], env=client_env, stdout=subprocess.DEVNULL)
-                for key in keys
-            ]
-            assert [call.wait(STARTS_S) for call in calls] == [0] * len(calls)
+        _register([certs / "sites" / site / "node.pub" for site in files])
         for site, file in files.items():
-            stack.enter_context(keep(node_command(certs, port, site, file), env, work / f"{site}.log"))
-        yield port
+            stack.enter_context(keep(running.node(site, file), running.env, work / f"{site}.log"))
+        yield running
 
 
-TLS = {"--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key", "--ssl-ca-certfile": "public/ca.crt"}
+def _register(keys: list[Path]) -> None:
+    command = [sys.executable, "-m", "fedmeta", "flower", "supernode", "register"]
+    calls = [subprocess.Popen([*command, str(key)], stdout=subprocess.DEVNULL) for key in keys]
+    assert [call.wait(STARTS_S) for call in calls] == [0] * len(calls)
 
 
-def node_command(certs: Path, port: int, site: str, file: Path) -> list[str]:
-    """Returns the command of a site's SuperNode."""
-    folder = certs / "sites" / site
-    return [
-        "flower-supernode", "--superlink", f"{HERE}:{port}", "--root-certificates", str(folder / "public" / "ca.crt"),
-        "--auth-supernode-private-key", str(folder / "node.key"), "--port", str(free_port()),
-        "--node-config", f'site="{site}" data="{file}"',
-    ]  # fmt: skip
-
-
-def await_health(port: int, certificate: Path, process: subprocess.Popen[bytes]) -> None:
+def _await_health(port: int, certificate: Path, process: subprocess.Popen[bytes]) -> None:
     """Waits until the SuperLink answers over TLS."""
     context = create_default_context(cafile=str(certificate))
     deadline = time.monotonic() + STARTS_S

@@ -1,12 +1,15 @@
 """A run over a federation of real processes: the same numbers as in one process, over TLS and with node keys."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import fedmeta
-from tests.deployment.processes import federation, write_sites
+from fedmeta.errors import FedmetaError
+from fedmeta.runtime import deployment
+from tests.deployment.processes import HERE, INTRUDER, Federation, federation, write_sites
 
 EXPERIMENT = """
 [data]
@@ -33,6 +36,9 @@ round_timeout = 60.0
 [evaluation]
 every = 0
 
+[runtime]
+engine = "vmap"
+
 [tracking]
 uri = "sqlite:///{store}"
 folder = "{folder}"
@@ -40,7 +46,7 @@ folder = "{folder}"
 
 
 @pytest.mark.slow
-def test_a_deployed_run_is_the_local_one(tmp_path: Path) -> None:
+def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write_sites(tmp_path / "data")
     names = str([*files]).replace("'", '"')
 
@@ -52,8 +58,17 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path) -> None:
         return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
 
     local = fedmeta.run(experiment("local"))
-    with federation(tmp_path, files):
+    with federation(tmp_path, files) as running:
+        strangers = start_strangers(running, files["site-0"])
         deployed = fedmeta.run(experiment("deployed"), runtime="deployment")
+        for stranger in strangers:
+            said, _ = stranger.communicate(timeout=30)
+            assert stranger.returncode != 0
+            assert "SuperNode ID" not in said
+        with monkeypatch.context() as outside:
+            outside.setenv(deployment.SUPERLINK, f"{HERE}:{running.gate}")
+            with pytest.raises(FedmetaError, match="did not take the run"):
+                fedmeta.run(experiment("outside"), runtime="deployment")
 
     assert deployed.meta_state.keys() == local.meta_state.keys()
     for name, value in local.meta_state.items():
@@ -62,3 +77,16 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path) -> None:
     assert deployed.sites[columns].equals(local.sites[columns])
     assert deployed.summary["rounds"] == 2
     assert Path(deployed.summary["checkpoint"]).is_file()
+
+
+def start_strangers(running: Federation, file: Path) -> list[subprocess.Popen[str]]:
+    """Starts SuperNodes that must not get in: with a key that is not registered, with none, and in plain text."""
+    commands = [
+        running.node(INTRUDER, file),
+        running.stranger(INTRUDER, file),
+        [*running.plain(INTRUDER, file), "--insecure", "--max-retries", "1"],
+    ]
+    return [
+        subprocess.Popen(command, env=dict(running.env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]

@@ -1,0 +1,36 @@
+"""The default compose file, brought up from the real image: see `container_check.sh` for what is checked."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = Path(os.environ.get("FEDMETA_CONTAINERS", ROOT.parent / "shared" / "tools" / "containers.sh"))
+"""A script that builds the image, brings the compose file up, and runs a check: `TOOL PROJECT CHECK`."""
+
+
+def missing() -> str:
+    """Returns what this machine lacks, or nothing."""
+    if not TOOL.is_file():
+        return f"no {TOOL} (name it in FEDMETA_CONTAINERS)"
+    if os.geteuid() != 0:
+        return "containers are brought up as root"
+    return "" if shutil.which("apt-get") else "containers are brought up on Debian"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_the_default_compose_file(tmp_path: Path) -> None:
+    env = {
+        "CHECK_S": "600",
+        "ROUNDS": "10",
+        "FEDMETA_CERTS": str(tmp_path / "certs"),
+        "FEDMETA_DATA": str(tmp_path / "data"),
+    }
+    check = Path(__file__).with_name("container_check.sh")
+    command = ["bash", str(TOOL), str(ROOT), str(check)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
