@@ -117,7 +117,7 @@ class Outbox(Generic[Entry]):
 
     def _wait(self) -> None:
         if self._failures and not self._closing:
-            self._changed.wait_for(lambda: self._closing, timeout=min(LONGEST_PAUSE_S, 2.0**self._failures))
+            self._changed.wait_for(lambda: self._closing, timeout=min(2.0 ** min(self._failures, 10), LONGEST_PAUSE_S))
         elif self._failures:
             self._changed.wait(timeout=1.0)
         else:

@@ -72,7 +72,7 @@ def gain_by_rows(sites: pd.DataFrame) -> Figure:
     for kind, part in _groups(judged):
         size = 30 if len(judged) <= NAMED_SITES else 12
         axes.scatter(
-            part["rows"], part["gain"], s=size, color=COLOURS[kind], alpha=0.75, label=LABELS[kind], linewidth=0
+            part["rows"], part["gain"], s=size, color=COLOURS[kind], label=LABELS[kind], edgecolor=GROUND, linewidth=0.3
         )
     axes.axhline(0, color=INK, linewidth=0.8)
     losing = int((judged["gain"] < 0).sum())
@@ -126,7 +126,7 @@ def by_round(sites: pd.DataFrame) -> Figure:
     _title(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
     handles = [Line2D([], [], color=COLOURS[kind], label=LABELS[kind]) for kind, _ in _groups(_judged(sites))]
     handles += [Line2D([], [], color=FAINT, linestyle=style, label=label) for _, _, style, label in LINES]
-    return _finish(figure, axes, handles)
+    return _finish(figure, axes, handles if len(_judged(sites)) else [])
 
 
 PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -160,7 +160,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
     ]
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor=GROUND, linewidth=0, label="global"))
     handles.append(Line2D([], [], color=LOSS, linewidth=2.2, label="made worse"))
-    return _finish(figure, axes, handles)
+    return _finish(figure, axes, handles if len(ranked) else [])
 
 
 def _band(ranked: pd.DataFrame) -> Figure:

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies
 
 from fedmeta.errors import FedmetaError
 
@@ -14,6 +15,7 @@ Value = TypeVar("Value")
 
 SQLITE = "sqlite:///"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+PORTS = {"http": 80, "https": 443, **DATABASE_PORTS}
 # How MLflow behaves where users have not said otherwise: fedmeta tries again by itself, and nothing phones home.
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -73,13 +75,13 @@ def checked_uri(uri: str) -> str:
     except ValueError as error:
         raise _unusable(uri, str(error)) from error
     dialect = parts.scheme.partition("+")[0]
-    if dialect not in ("http", "https", *DATABASE_PORTS):
+    if dialect not in PORTS:
         hint = f" (a SQLite file is written {SQLITE}{uri})" if not parts.scheme else ""
         raise _unusable(uri, f"it must begin with {SQLITE}, http://, https:// or postgresql://{hint}")
     if not host:
         raise _unusable(uri, "it names no host")
-    if dialect in DATABASE_PORTS:
-        _check_listening(uri, host, port or DATABASE_PORTS[dialect])
+    if dialect in DATABASE_PORTS or not getproxies():
+        _check_listening(uri, host, port or PORTS[dialect])
     return uri
 
 
@@ -110,7 +112,12 @@ def within_time(uri: str, call: Callable[[], Value]) -> Value:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's text, shortened."""
+    """Returns an error's reason in one short line: what the network said at the bottom of it, or its first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 

@@ -4,7 +4,6 @@ MLflow is imported where a run starts and not with this module, which therefore 
 """
 
 import json
-import logging
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from fedmeta import experiment_page, run_page
+from fedmeta import experiment_page, results, run_page
 from fedmeta.entries import Artifact, Dataset, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking
@@ -105,15 +104,16 @@ class Tracker:
         Returns:
             What could not be sent; the run's folder holds it as JSON lines.
         """
-        rounds = int(summary["rounds"])
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._outbox.put(self._metrics(0, run_page.final_metrics(summary, sites)))
         self._outbox.put([Tag("mlflow.note.content", run_page.description(summary, sites))])
-        try:
-            self._outbox.put(_results(sites, self._folder, rounds))
-        except Exception as error:
-            # A training that went well does not end over a picture of it.
-            _say(f"the run's tables and pictures could not be made: {first_line(error)}")
-        self._outbox.put(_artifact(path) for path in artifacts)
+        for make in (results.tables, results.drawings):
+            try:
+                self._outbox.put(make(sites, self._folder))
+            except Exception as error:
+                # A training that went well does not end over a picture of it.
+                _say(f"the run's {make.__name__} could not be made: {first_line(error)}")
+        self._outbox.put(results.artifact(path) for path in artifacts)
         return self.stop("FINISHED")
 
     def stop(self, status: Status) -> list[Entry]:
@@ -136,29 +136,6 @@ class Tracker:
 
     def _lost(self, error: Exception) -> None:
         _say(f"{shown(self.uri)} does not answer ({first_line(error)}); the run goes on and keeps what it has to send")
-
-
-def _results(sites: pd.DataFrame, folder: Path, rounds: int) -> list[Entry]:
-    """Writes the tables and pictures of a run into its folder, and returns what sends them."""
-    # Matplotlib would announce, on a fresh machine, that it looks for fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from fedmeta import pictures
-
-    drawn = pictures.save(sites, folder / "pictures")
-    table, history = folder / "per_site.json", folder / "sites.parquet"
-    run_page.per_site(sites).to_json(table, orient="split", index=False)
-    sites.to_parquet(history, index=False)
-    shown_first = [path for path in drawn if path.stem == "sites"]
-    return [
-        Table(str(table.absolute())),
-        *(Picture(str(path.absolute()), experiment_page.PICTURE, rounds) for path in shown_first),
-        _artifact(history),
-        _artifact(folder / "pictures"),
-    ]
-
-
-def _artifact(path: Path) -> Artifact:
-    return Artifact(str(path.absolute()), path.name if path.is_dir() else "")
 
 
 class _Sender:

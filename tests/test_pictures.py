@@ -1,0 +1,136 @@
+"""Pictures of a run: what they show, with few sites and with many, and that odd values do not stop them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedmeta import pictures
+from tests.made_up_run import evaluation, history
+
+BLUE, ORANGE, RED = (0, 0x72, 0xB2), (0xE6, 0x9F, 0), (0xD5, 0x5E, 0)
+
+
+def has_colour(path, colour):
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return bool((np.abs(pixels - colour).max(axis=2) < 12).any())
+
+
+def texts(figure: Figure) -> str:
+    axes = figure.axes[0]
+    parts = [
+        axes.get_title(loc="left"),
+        axes.get_xlabel(),
+        axes.get_ylabel(),
+        *(text.get_text() for text in axes.texts),
+    ]
+    parts += [text.get_text() for text in figure.texts] + ([figure.get_suptitle()] if figure.get_suptitle() else [])
+    return "\n".join(parts)
+
+
+def legend(figure: Figure) -> set[str]:
+    return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+
+@pytest.mark.parametrize(("new", "training", "regression"), [(1, 3, False), (8, 32, True), (200, 800, False)])
+def test_all_pictures_are_drawn(tmp_path, new, training, regression):
+    rounds = [evaluation(new, training, r / 2, round_number=r, regression=regression) for r in range(3)]
+    files = pictures.save(pd.concat(rounds, ignore_index=True), tmp_path / "pictures")
+    assert [file.stem for file in files] == ["sites", "gain_by_rows", "adaptation", "rounds"]
+    for file in files:
+        with Image.open(file) as image:
+            assert image.width == 1400
+            assert image.height < 3200
+        assert has_colour(file, BLUE), f"{file.stem} does not show new sites"
+        assert has_colour(file, ORANGE), f"{file.stem} does not show training sites"
+
+
+def test_few_sites_are_named_best_on_top_and_new_ones_marked():
+    sites = evaluation(8, 32)
+    axes = pictures.site_ranking(sites).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == list(sites.sort_values(["personalized_accuracy", "site"])["site"])
+    bold = {label.get_text() for label in axes.get_yticklabels() if label.get_fontweight() == "bold"}
+    assert bold == set(sites.loc[sites["kind"] == "new", "site"])
+
+
+def test_the_lowest_error_is_best():
+    sites = evaluation(2, 5, regression=True)
+    names = [label.get_text() for label in pictures.site_ranking(sites).axes[0].get_yticklabels()]
+    assert names == list(sites.sort_values(["personalized_rmse", "site"], ascending=[False, True])["site"])
+
+
+def test_many_sites_become_a_band_of_each_group_with_its_worst_tenth():
+    sites = evaluation(200, 800)
+    figure = pictures.site_ranking(sites)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["200 new sites", "800 training sites"]
+    new = sites.loc[sites["kind"] == "new", "personalized_accuracy"]
+    assert f"worst tenth {new.nsmallest(20).mean():.3f}" in texts(figure)
+    losing = (sites["gain"] < 0).sum()
+    assert texts(figure).endswith(f"1000 sites before and after adapting; {losing} made worse")
+
+
+def test_sites_made_worse_stand_out(tmp_path):
+    sites = evaluation(3, 3)
+    better = sites.assign(global_accuracy=0.5, personalized_accuracy=0.6, gain=0.1)
+    worse = better.assign(personalized_accuracy=[0.4, *[0.6] * 5], gain=[-0.1, *[0.1] * 5])
+    lines = {}
+    for name, frame in (("better", better), ("worse", worse)):
+        collection = pictures.site_ranking(frame).axes[0].collections[0]
+        lines[name] = {tuple(np.round(255 * colour[:3]).astype(int)) for colour in collection.get_colors()}
+    assert RED in lines["worse"]
+    assert RED not in lines["better"]
+
+
+def test_adaptation_shows_the_mean_at_every_step():
+    sites = evaluation(4, 6)
+    line = pictures.adaptation(sites).axes[0].lines[0]
+    expected = np.array(sites.loc[sites["kind"] == "new", "steps"].tolist()).mean(axis=0)
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_rounds_show_the_worst_tenth():
+    run = history(4, 6, 20, 5)
+    figure = pictures.by_round(run)
+    assert legend(figure) == {"new sites", "training sites", "personalized", "its worst tenth", "global"}
+    lines = [line.get_ydata() for line in figure.axes[0].lines]
+    worst = run[run["kind"] == "new"].groupby("round")["personalized_accuracy"].min()
+    np.testing.assert_allclose(lines[1], worst)
+
+
+def test_a_run_whose_sites_cannot_be_judged_says_so(tmp_path):
+    sites = evaluation(1, 2).assign(global_accuracy=np.nan, personalized_accuracy=np.nan, gain=np.nan)
+    assert "no site has test rows" in texts(pictures.site_ranking(sites))
+    assert len(pictures.save(sites, tmp_path)) == 4
+
+
+def test_names_are_shown_as_they_are(tmp_path, recwarn):
+    names = ["$x^2$", "病院", "a\nb", "_hidden", "long " * 20, "{}%"]
+    sites = evaluation(2, 4).assign(site=names)
+    labels = {label.get_text() for label in pictures.site_ranking(sites).axes[0].get_yticklabels()}
+    assert {"$x^2$", "病院", "a b", "_hidden", "{}%"} < labels
+    assert all(len(label) <= 28 for label in labels)
+    pictures.save(sites, tmp_path)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_any_scores_are_drawn(data):
+    count = data.draw(st.integers(1, 5))
+    score = st.one_of(st.just(float("nan")), st.floats(0, 1))
+    steps = [data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)) for _ in range(count)]
+    sites = evaluation(0, count).assign(
+        kind=data.draw(st.lists(st.sampled_from(["new", "training"]), min_size=count, max_size=count)),
+        rows=data.draw(st.lists(st.integers(0, 10**6), min_size=count, max_size=count)),
+        global_accuracy=data.draw(st.lists(score, min_size=count, max_size=count)),
+        personalized_accuracy=data.draw(st.lists(score, min_size=count, max_size=count)),
+        steps=steps,
+    )
+    sites["gain"] = sites["personalized_accuracy"] - sites["global_accuracy"]
+    for draw in pictures.PICTURES.values():
+        draw(sites).draw_without_rendering()
