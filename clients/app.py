@@ -6,19 +6,18 @@ import logging
 import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.judging import Judge, judge_sites
 from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
 from clients.personal import Shelf
 from fedmeta import cohort
-from fedmeta.cohort.personal import evaluate_personal, stack_personal, train_personal
+from fedmeta.cohort.personal import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EngineReply,
-    EvaluateReply,
     MessageError,
     SitesReply,
     SumsReply,
@@ -37,6 +36,7 @@ CODES: dict[type[BaseException], str] = {
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
     MemoryError: "out-of-memory",
+    torch.OutOfMemoryError: "out-of-memory",
     Exception: "internal",
 }
 """Which code a node replies with for which error; the first that fits."""
@@ -136,18 +136,9 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state)
     learner = learner_for(node, request.classes)
-    steps = learner.evaluation_steps(request.steps)
-    kept = Shelf.of(context, node.experiment, request).read(after_round=True) if learner.personal(meta_state) else None
-    scores, losses = np.full((len(here), steps + 1), np.nan), np.full((len(here), steps + 1), np.nan)
-    for group, batch in node.evaluation_batches(here, scale, request.classes):
-        if kept:
-            own = stack_personal(learner, meta_state, [kept[site] for site in group])
-            found = evaluate_personal(learner, meta_state, batch, steps, own)
-        else:
-            budget = request.budget or cohort.BUDGET
-            found = cohort.evaluate(learner, meta_state, batch, request.engine, steps=steps, budget=budget)
-        scores[group], losses[group] = found.score.double().numpy(), found.loss.double().numpy()
-    return EvaluateReply(request.names, scores, losses).pack()
+    keeps = learner.personal(meta_state) and not request.reference
+    kept = Shelf.of(context, node.experiment, request).read(after_round=True) if keeps else None
+    return judge_sites(node, here, request, Judge.of(learner, meta_state, request), scale, kept).pack()
 
 
 def memory_budget(gib: float) -> int:

@@ -21,6 +21,7 @@ from fedmeta.data import (
     Standardisation,
     class_codes,
     evaluation_episodes,
+    evaluation_tasks,
     gather,
     group_by_size,
     load,
@@ -28,6 +29,7 @@ from fedmeta.data import (
     split,
     train_sums,
     training_episodes,
+    training_tasks,
 )
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
@@ -76,8 +78,9 @@ class Node:
         return sites
 
     def classes(self) -> tuple[str, ...]:
-        """Returns the labels that occur at the hosted sites."""
-        if self.population.regression or len(self.hosted) == len(self.population):
+        """Returns the labels that occur at the hosted sites; all symbols of a text, all numbers of few-shot tasks."""
+        of_source = self.population.regression or self.population.tokens or self.experiment.data.ways
+        if of_source or len(self.hosted) == len(self.population):
             return self.population.class_names
         codes = np.unique(self.population.labels(self.population.rows(self.hosted).rows))
         return tuple(self.population.class_names[code] for code in codes)
@@ -95,15 +98,26 @@ class Node:
     def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
         """Returns the tasks of some sites in a round."""
         data = self.experiment.data
-        episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
+        if data.ways:
+            episodes = training_tasks(self.split, sites, round_number, data)
+        else:
+            episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
         return self._gather(episodes, scale, classes)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
     ) -> Iterator[tuple[Sites, Batch]]:
-        """Yields positions in `sites` and their batch, in groups of similar size that bound padding and memory."""
-        for group in group_by_size(self.split.test_sizes(sites), GROUP_ROWS):
-            episodes = evaluation_episodes(self.split, sites[group], self.experiment.data.support)
+        """Yields positions in `sites` and their batch, in groups of similar size that bound padding and memory.
+
+        With `data.ways` a batch holds several tasks of each site, one after another; else one.
+        """
+        data = self.experiment.data
+        tasks = self.experiment.evaluation.tasks if data.ways else 1
+        for group in group_by_size(self.split.test_sizes(sites) * tasks, GROUP_ROWS):
+            if data.ways:
+                episodes = evaluation_tasks(self.split, sites[group], tasks, data)
+            else:
+                episodes = evaluation_episodes(self.split, sites[group], data.support)
             yield group, self._gather(episodes, scale, classes)
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:

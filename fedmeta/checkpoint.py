@@ -24,7 +24,9 @@ from torch import Tensor
 from fedmeta.errors import FedmetaError
 
 FORMAT = "1"
-HEADER = ("experiment", "run_id", "round_number", "classes", "names", "new_sites", "engine", "budget", "finished")
+COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
+LISTS = ("classes", "names", "new_sites", "validation_sites")
+HEADER = ("experiment", "run_id", "round_number", *LISTS, "engine", "budget", "finished")
 KEPT = 2
 """How many checkpoints a run keeps: the newest, and one before it in case that one is damaged."""
 
@@ -38,12 +40,19 @@ class Evaluation:
         sites: The sites, as indices into `Checkpoint.names` [sites].
         scores: Accuracy or RMSE after 0, 1, ... inner steps [sites, steps + 1].
         losses: The loss, of the same shape.
+        calibration: The expected calibration error, of the same shape; NaN for regression.
+        chosen: The number of inner steps that each site takes [sites].
+        reference: The score of a site that trains on its support rows alone, from the run's random start [sites]; NaN
+            where it was not asked for.
     """
 
     round_number: int
     sites: NDArray[np.int64]
     scores: NDArray[np.float64]
     losses: NDArray[np.float64]
+    calibration: NDArray[np.float64]
+    chosen: NDArray[np.int64]
+    reference: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Checkpoint:
         classes: The run's class list.
         names: All sites' names, sorted.
         new_sites: Those that never take part in training.
+        validation_sites: Those that only choose how far to adapt.
         evaluations: Every evaluation so far.
         engine: The cohort engine that was chosen before round 1.
         budget: The bytes that one cohort may take, chosen before round 1.
@@ -75,6 +85,7 @@ class Checkpoint:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     new_sites: tuple[str, ...]
+    validation_sites: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
     totals: Mapping[str, float]
     engine: str = "auto"
@@ -188,7 +199,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
     tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
     for evaluation in checkpoint.evaluations:
-        for what in ("sites", "scores", "losses"):
+        for what in COLUMNS:
             tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(getattr(evaluation, what))
     tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     values: dict[str, Any] = {
@@ -218,13 +229,9 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
         group, _, rest = name.partition("/")
         groups[group][rest] = value
     rounds = sorted({int(name.partition("/")[0]) for name in groups["evaluation"]})
-    evaluations = tuple(
-        Evaluation(
-            number, *(groups["evaluation"][f"{number}/{what}"].numpy() for what in ("sites", "scores", "losses"))
-        )
-        for number in rounds
-    )
-    for name in ("classes", "names", "new_sites"):
+    arrays = {name: value.numpy() for name, value in groups["evaluation"].items()}
+    evaluations = tuple(Evaluation(number, *(arrays[f"{number}/{what}"] for what in COLUMNS)) for number in rounds)
+    for name in LISTS:
         values[name] = tuple(values[name])
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}

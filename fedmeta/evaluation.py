@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-NEW, TRAINING = "new", "training"
+from fedmeta.checkpoint import Evaluation
+
+NEW, TRAINING, VALIDATION = "new", "training", "validation"
 GROUPS = {NEW: "new_sites", TRAINING: "training_sites"}
 """The two kinds of sites, and what summaries call them."""
 
@@ -28,47 +29,52 @@ def sites_frame(
     kinds: Sequence[str],
     train_rows: Sequence[int],
     test_rows: Sequence[int],
-    scores: NDArray[np.float64],
-    losses: NDArray[np.float64],
+    evaluation: Evaluation,
     *,
-    round_number: int,
     regression: bool,
 ) -> pd.DataFrame:
     """Returns one evaluation as a frame with one row per site.
 
     Args:
         names: The sites.
-        kinds: "new" or "training", per site.
+        kinds: "new", "training" or "validation", per site.
         train_rows: Train rows per site.
         test_rows: Test rows per site; a site without any has no score (NaN).
-        scores: The score after 0, 1, ... inner steps [sites, steps + 1].
-        losses: The loss, of the same shape.
-        round_number: The round after which the sites were evaluated.
+        evaluation: Their scores.
         regression: Whether scores are RMSE.
 
     Returns:
-        Columns site, kind, rows, test_rows, round, global_accuracy, personalized_accuracy, gain (how much better the
-        personalized score is), global_loss, personalized_loss, steps (the list of scores by inner step); for
-        regression `_rmse` for `_accuracy`.
+        Columns site, kind, rows (train rows), test_rows, round; global_accuracy, personalized_accuracy (after the steps
+        that the site takes), ungated_accuracy (after all steps), local_accuracy (training alone on support rows; NaN
+        where that was not asked for), gain (how much better the personalized score is than the global one),
+        steps_taken; global_loss, personalized_loss, global_ece, personalized_ece (expected calibration errors), steps
+        (the list of scores by inner step). For regression `_rmse` for `_accuracy`.
     """
     name = score_name(regression)
-    judged = np.asarray(test_rows) > 0
-    scores = np.where(judged[:, None], scores, np.nan)
-    losses = np.where(judged[:, None], losses, np.nan)
-    gain = scores[:, -1] - scores[:, 0]
+    unjudged = np.asarray(test_rows) == 0
+    scores, losses, calibration = evaluation.scores, evaluation.losses, evaluation.calibration
+    last = np.arange(len(scores)), evaluation.chosen
+    columns = {
+        f"global_{name}": scores[:, 0],
+        f"personalized_{name}": scores[last],
+        f"ungated_{name}": scores[:, -1],
+        f"local_{name}": evaluation.reference,
+        "gain": (scores[last] - scores[:, 0]) * (-1 if regression else 1),
+        "global_loss": losses[:, 0],
+        "personalized_loss": losses[last],
+        "global_ece": calibration[:, 0],
+        "personalized_ece": calibration[last],
+    }
     return pd.DataFrame(
         {
             "site": list(names),
             "kind": list(kinds),
             "rows": np.asarray(train_rows, dtype=np.int64),
             "test_rows": np.asarray(test_rows, dtype=np.int64),
-            "round": round_number,
-            f"global_{name}": scores[:, 0],
-            f"personalized_{name}": scores[:, -1],
-            "gain": -gain if regression else gain,
-            "global_loss": losses[:, 0],
-            "personalized_loss": losses[:, -1],
-            "steps": list(scores.tolist()),
+            "round": evaluation.round_number,
+            **{column: np.where(unjudged, np.nan, values) for column, values in columns.items()},
+            "steps_taken": evaluation.chosen,
+            "steps": list(np.where(unjudged[:, None], np.nan, scores).tolist()),
         }
     )
 
@@ -77,8 +83,9 @@ def summarise(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the summaries of new and of training sites in a frame of one evaluation.
 
     Returns:
-        Per group n (sites that have test rows), global and personalized (see `summarise_scores`), and helped: the
-        share of sites whose personalized score is at least as good as the global one.
+        Per group n (sites that have test rows), global and personalized (see `summarise_scores`, and "ece", the mean
+        expected calibration error), helped (the share of sites whose personalized score is at least as good as the
+        global one), the mean gain, and the mean scores "ungated" (all take all steps) and "local" (each on its own).
     """
     return {group: _summarise_group(frame[frame["kind"] == kind]) for kind, group in GROUPS.items()}
 
@@ -87,15 +94,21 @@ def _summarise_group(frame: pd.DataFrame) -> dict[str, Any]:
     regression = "global_rmse" in frame.columns
     name = score_name(regression)
     judged = frame[frame[f"global_{name}"].notna() & frame[f"personalized_{name}"].notna()]
-    helped = judged["gain"] >= 0
-    return {
-        "n": len(judged),
-        "global": summarise_scores(judged[f"global_{name}"], judged["global_loss"], worst_is_high=regression),
-        "personalized": summarise_scores(
-            judged[f"personalized_{name}"], judged["personalized_loss"], worst_is_high=regression
-        ),
-        "helped": float(helped.mean()) if len(judged) else None,
-    }
+    summary: dict[str, Any] = {"n": len(judged)}
+    for state in ("global", "personalized"):
+        scores, loss, ece = (judged[f"{state}_{figure}"] for figure in (name, "loss", "ece"))
+        summary[state] = {**summarise_scores(scores, loss, worst_is_high=regression), "ece": _mean(ece)}
+    summary["helped"] = _mean(judged["gain"] >= 0)
+    summary["gain"] = _mean(judged["gain"])
+    for other in ("ungated", "local"):
+        summary[other] = _mean(judged[f"{other}_{name}"])
+    return summary
+
+
+def _mean(values: pd.Series) -> float | None:
+    """Returns the mean; None where there is nothing, or nothing known."""
+    mean = values.mean() if len(values) else math.nan
+    return None if math.isnan(mean) else float(mean)
 
 
 def summarise_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: bool = False) -> dict[str, float | None]:

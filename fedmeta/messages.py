@@ -10,7 +10,8 @@
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
     and whether the gradient was finite.
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
-    replies per site with the score (accuracy or RMSE) and the loss on test rows after 0, 1, ... inner steps.
+    replies per site with the score (accuracy or RMSE), the loss and the calibration error on test rows after 0, 1, ...
+    inner steps, and with the number of steps that the site takes.
 
 A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
 of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
@@ -54,7 +55,9 @@ Floats = NDArray[np.float64]
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
 TRAIN, EVALUATE = "train", "evaluate"
 
-TASK_KEYS = ("round", "classes", "run", "saved_round", "steps", "engine", "budget")
+TASK_KEYS = ("round", "classes", "run", "saved_round", "steps", "rate", "gate", "reference", "engine", "budget")
+
+FIGURES = ("scores", "losses", "calibration")
 
 FAILURES = {
     "bad-experiment": "the node could not use the experiment it was sent; its own log says why",
@@ -112,13 +115,21 @@ class SitesReply:
         names = _read_names(content)
         sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows")
         schema = read_record(content, "schema", ConfigRecord, "classes", "features", "shape", "regression", "tokens")
+        rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
+        if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
+            raise MessageError("a number of rows is negative")
+        if len(set(names)) < len(names):
+            raise MessageError("two sites have the same name")
+        shape = tuple(read_list(schema, "shape", int))
+        if min(shape, default=1) < 1:
+            raise MessageError("the shape of a row is not positive")
         return cls(
             names=names,
-            train_rows=tuple(read_list(sizes, "train_rows", int, len(names))),
-            test_rows=tuple(read_list(sizes, "test_rows", int, len(names))),
+            train_rows=rows["train_rows"],
+            test_rows=rows["test_rows"],
             classes=tuple(read_list(schema, "classes", str)),
             features=tuple(read_list(schema, "features", str)),
-            shape=tuple(read_list(schema, "shape", int)),
+            shape=shape,
             regression=read_scalar(schema, "regression", bool),
             tokens=read_scalar(schema, "tokens", bool),
         )
@@ -181,6 +192,9 @@ class WorkRequest:
         run: The name of the run's folder, under which sites keep what stays with them.
         saved_round: The round of the run's last checkpoint; 0 where there is none.
         steps: The number of inner steps (`evaluate`).
+        rate: What the inner rates are multiplied by (`evaluate`).
+        gate: Whether each site chooses its number of steps on its support rows (`evaluate`).
+        reference: Whether sites train from the meta-state on their own, as the learner "local" does (`evaluate`).
         engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
         budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
     """
@@ -192,6 +206,9 @@ class WorkRequest:
     run: str
     saved_round: int = 0
     steps: int = 0
+    rate: float = 1.0
+    gate: bool = False
+    reference: bool = False
     engine: str = "auto"
     budget: int = 0
 
@@ -204,6 +221,9 @@ class WorkRequest:
             "run": self.run,
             "saved_round": self.saved_round,
             "steps": self.steps,
+            "rate": self.rate,
+            "gate": self.gate,
+            "reference": self.reference,
             "engine": self.engine,
             "budget": self.budget,
         }
@@ -222,6 +242,9 @@ class WorkRequest:
             run=read_scalar(task, "run", str),
             saved_round=read_scalar(task, "saved_round", int),
             steps=read_scalar(task, "steps", int),
+            rate=read_scalar(task, "rate", float),
+            gate=read_scalar(task, "gate", bool),
+            reference=read_scalar(task, "reference", bool),
             engine=read_scalar(task, "engine", str),
             budget=read_scalar(task, "budget", int),
         )
@@ -254,7 +277,10 @@ class EngineReply:
         choice = read_record(content, "choice", ConfigRecord, "engine", "budget")
         times = read_record(content, "seconds", MetricRecord)
         seconds = {name: read_scalar(times, name, float) for name in times}
-        return cls(read_scalar(choice, "engine", str), read_scalar(choice, "budget", int), seconds)
+        budget = read_scalar(choice, "budget", int)
+        if budget < 0:
+            raise MessageError("the budget is negative")
+        return cls(read_scalar(choice, "engine", str), budget, seconds)
 
 
 @dataclass(frozen=True)
@@ -326,11 +352,15 @@ class EvaluateReply:
         names: The sites.
         scores: Accuracy (RMSE for regression) after 0, 1, ... steps, [sites, steps + 1].
         losses: The mean loss, of the same shape.
+        calibration: The expected calibration error, of the same shape; NaN for regression.
+        chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
     """
 
     names: tuple[str, ...]
     scores: Floats
     losses: Floats
+    calibration: Floats
+    chosen: NDArray[np.int64]
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
@@ -338,6 +368,8 @@ class EvaluateReply:
             "columns": int(self.scores.shape[1]),
             "scores": self.scores.ravel().tolist(),
             "losses": self.losses.ravel().tolist(),
+            "calibration": self.calibration.ravel().tolist(),
+            "chosen": self.chosen.tolist(),
         }
         return RecordDict({"figures": MetricRecord(figures), "sites": _names(self.names)})
 
@@ -346,13 +378,16 @@ class EvaluateReply:
         """Reads a reply; raises `MessageError` where it is not one."""
         only(content, "figures", "sites")
         names = _read_names(content)
-        figures = read_record(content, "figures", MetricRecord, "columns", "scores", "losses")
+        figures = read_record(content, "figures", MetricRecord, "columns", *FIGURES, "chosen")
         shape = (len(names), read_scalar(figures, "columns", int))
         if shape[1] < 1:
             raise MessageError("the figures have no column")
-        values = (read_list(figures, key, float, shape[0] * shape[1]) for key in ("scores", "losses"))
-        scores, losses = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
-        return cls(names, scores, losses)
+        values = (read_list(figures, key, float, shape[0] * shape[1]) for key in FIGURES)
+        scores, losses, calibration = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
+        chosen = np.array(read_list(figures, "chosen", int, shape[0]), dtype=np.int64)
+        if ((chosen < 0) | (chosen >= shape[1])).any():
+            raise MessageError("a site takes more steps than there are")
+        return cls(names, scores, losses, calibration, chosen)
 
 
 def _shortest(value: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.data import FeatureSums, draw_new_sites, order_classes, standardisation
 from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     FAILURES,
@@ -27,6 +28,7 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
+from fedmeta.randomness import draws, site_keys
 from server import agreement
 
 POLL_S = 3.0
@@ -44,6 +46,7 @@ class Federation:
         train_rows: Train rows per site.
         test_rows: Test rows per site.
         new: Whether each site is a new site, which never takes part in training.
+        validation: Whether each site is one that only chooses how far to adapt.
         classes: The run's class list, fixed at the start; empty for regression.
         features: Feature names, where rows have them.
         shape: The shape of one row.
@@ -56,6 +59,7 @@ class Federation:
     train_rows: NDArray[np.int64]
     test_rows: NDArray[np.int64]
     new: NDArray[np.bool_]
+    validation: NDArray[np.bool_]
     classes: tuple[str, ...]
     features: tuple[str, ...]
     shape: tuple[int, ...]
@@ -72,6 +76,11 @@ class Federation:
         """The names of the new sites."""
         return tuple(self.names[site] for site in np.flatnonzero(self.new))
 
+    @property
+    def validation_sites(self) -> tuple[str, ...]:
+        """The names of the sites that only choose how far to adapt."""
+        return tuple(self.names[site] for site in np.flatnonzero(self.validation))
+
     def indices(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Returns the indices of named sites."""
         places = {name: index for index, name in enumerate(self.names)}
@@ -79,7 +88,11 @@ class Federation:
 
     def training(self) -> NDArray[np.int64]:
         """Returns the indices of the training sites that have a train row."""
-        return np.flatnonzero(~self.new & (self.train_rows > 0))
+        return np.flatnonzero(~self.new & ~self.validation & (self.train_rows > 0))
+
+    def kind(self, site: int) -> str:
+        """Returns what a site is: "new", "validation" or "training"."""
+        return NEW if self.new[site] else VALIDATION if self.validation[site] else TRAINING
 
     def by_node(self, sites: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
         """Returns the names of some sites (indices, ascending) by the node that hosts them."""
@@ -226,7 +239,8 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
         empty,
         empty,
         empty.astype(bool),
-        classes,
+        empty.astype(bool),
+        earlier.classes if earlier else classes,
         first.features,
         first.shape,
         first.regression,
@@ -237,10 +251,32 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
     if len(federation.training()) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
-        known = set(earlier.names) - set(earlier.new_sites)
-        return replace(federation, new=np.array([name not in known for name in federation.names]))
-    chosen = set(draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed))
-    return replace(federation, new=np.array([name in chosen for name in federation.names]))
+        known, validation = set(earlier.names) - set(earlier.new_sites), earlier.validation_sites
+        return _with_kinds(federation, [name for name in federation.names if name not in known], validation)
+    new = draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed)
+    rest = _with_kinds(federation, new, ())
+    return _with_kinds(federation, new, _draw_validation_sites(rest, experiment))
+
+
+def _draw_validation_sites(federation: Federation, experiment: Experiment) -> tuple[str, ...]:
+    """Returns the training sites that are split off to choose how far to adapt, where the experiment asks for that."""
+    names = [federation.names[site] for site in federation.training()]
+    if experiment.evaluation.schedule != "auto" or len(names) < 2:
+        return ()
+    share = experiment.evaluation.validation_sites
+    count = min(len(names) - 1, max(1, round(share * len(names)))) if share < 1 else int(share)
+    if count > len(names) - 1:
+        raise FedmetaError(
+            f"evaluation.validation_sites = {count} leaves no site to train on: split off at most {len(names) - 1}"
+        )
+    order = np.argsort(draws(experiment.runtime.seed, "validation sites", 0, site_keys(names)), kind="stable")
+    return tuple(names[site] for site in order[:count])
+
+
+def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence[str]) -> Federation:
+    kinds = ({*new}, {*validation})
+    masks = (np.array([name in kind for name in federation.names], dtype=bool) for kind in kinds)
+    return replace(federation, new=next(masks), validation=next(masks))
 
 
 def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool) -> Federation:
@@ -264,6 +300,7 @@ def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool
         train_rows=np.concatenate([train, np.array(more_train)])[order],
         test_rows=np.concatenate([test, np.array(more_test)])[order],
         new=np.concatenate([federation.new, np.array(new, dtype=bool)])[order],
+        validation=np.concatenate([federation.validation, np.zeros(len(new), dtype=bool)])[order],
     )
 
 

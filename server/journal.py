@@ -22,6 +22,7 @@ from fedmeta.messages import EngineReply
 from fedmeta.retrieval import SUMMARY
 from fedmeta.tracking import Dataset, Tracker
 from server.federation import Federation
+from server.schedule import Schedule
 
 MISSED = "missed.json"
 """The file that says who did not take part in which round, and why."""
@@ -46,6 +47,7 @@ class Journal:
         self.experiment = experiment
         self.folder = folder
         self.metrics: dict[int, dict[str, float]] = {}
+        self.schedule: dict[str, Any] = {}
         self._missed = _missed_before(folder / MISSED, earlier)
         _prepare(folder, experiment)
         self.tracker: Tracker | None = None
@@ -74,10 +76,16 @@ class Journal:
         if reasons:
             (self.folder / MISSED).write_text(json.dumps(self._missed, indent=1))
 
-    def evaluation(self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any]) -> None:
-        """Writes down one evaluation."""
+    def evaluation(
+        self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any], schedule: Schedule | None = None
+    ) -> None:
+        """Writes down one evaluation, and how far sites adapted in it where that was chosen."""
+        if schedule:
+            self.schedule = {"steps": schedule.steps, "rate": schedule.rate, "validation_losses": schedule.losses}
         if self.tracker:
             self.tracker.evaluation(number, frame, groups)
+            if schedule:
+                self.tracker.round(number, {"schedule/steps": schedule.steps, "schedule/rate": schedule.rate})
 
     def finish(self, sites: pd.DataFrame, totals: Mapping[str, float], rounds: int, checkpoint: Path) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
@@ -93,6 +101,7 @@ class Journal:
             "failures": int(totals.get("failures", 0)),
             "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
             **summarise(last),
+            **({"schedule": self.schedule} if self.schedule else {}),
             "checkpoint": str(checkpoint),
         }
         summary = _without_nan(summary)
@@ -156,12 +165,10 @@ def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataF
     sites = evaluation.sites
     return sites_frame(
         [federation.names[site] for site in sites],
-        ["new" if new else "training" for new in federation.new[sites]],
+        [federation.kind(site) for site in sites],
         federation.train_rows[sites].tolist(),
         federation.test_rows[sites].tolist(),
-        evaluation.scores,
-        evaluation.losses,
-        round_number=evaluation.round_number,
+        evaluation,
         regression=federation.regression,
     )
 

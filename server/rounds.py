@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta import checkpoint as checkpoints
@@ -22,10 +24,12 @@ from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarise
 from fedmeta.experiment import Experiment
+from fedmeta.messages import EvaluateReply
 from fedmeta.progress import Progress, Report
 from server.federation import Federation, Roll, ask_standardisation
 from server.journal import Journal, evaluation_frame, new_folder
 from server.optimizer import ServerOptimizer
+from server.schedule import Schedule, choose_schedule
 from server.strategy import MetaGradientStrategy
 
 HOPELESS = 10
@@ -88,7 +92,7 @@ class Rounds:
         if earlier:
             moved = _reindexed(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
-        learner = learner_of(experiment, federation.shape, federation.outputs)
+        self.learner = learner = learner_of(experiment, federation.shape, federation.outputs)
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
         constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
         optimizer = ServerOptimizer(experiment.server, learner.sends, start)
@@ -122,7 +126,8 @@ class Rounds:
             self._evaluate()
         while self.round_number < last:
             self._round(self.round_number + 1)
-            if every and self.round_number % every == 0:
+            # The last evaluation, with all that belongs to it, is `finish`'s.
+            if every and self.round_number % every == 0 and self.round_number < last:
                 self._evaluate()
             if saves and self.round_number % saves == 0:
                 self.save()
@@ -130,8 +135,7 @@ class Rounds:
 
     def finish(self) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
-        if not self._evaluated():
-            self._evaluate()
+        self._evaluate(last=True)
         if not self._evaluated():
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save(finished=True)
@@ -153,6 +157,7 @@ class Rounds:
             classes=federation.classes,
             names=federation.names,
             new_sites=federation.new_sites,
+            validation_sites=federation.validation_sites,
             evaluations=tuple(self.evaluations),
             totals=self.totals,
             engine=self.strategy.engine,
@@ -192,24 +197,59 @@ class Rounds:
         if self.idle == HOPELESS:
             raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {_reasons(strategy.log.failed)}")
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, last: bool = False) -> None:
+        """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
+        settings = self.experiment.evaluation
+        schedule = self._schedule() if last and settings.schedule == "auto" else None
+        steps, rate = schedule[:2] if schedule else (self.learner.evaluation_steps(settings.steps), 1.0)
+        reply = self._ask(self.strategy.arrays(), steps=steps, rate=rate, gate=settings.gate)
+        if reply is None:
+            return
+        alone = self._ask(self._start_arrays(), steps=steps, reference=True) if last else None
+        reference = np.full(len(reply.names), np.nan)
+        if alone and alone.names == reply.names:
+            reference = alone.scores[:, -1]
+        federation = self.roll.federation
+        found = (federation.indices(reply.names), reply.scores, reply.losses, reply.calibration, reply.chosen)
+        evaluation = Evaluation(self.round_number, *found, reference)
+        if self._evaluated():
+            self.evaluations.pop()
+        self.evaluations.append(evaluation)
+        frame = evaluation_frame(federation, evaluation)
+        groups = summarise(frame)
+        self.scores = headline(groups)
+        self.journal.evaluation(self.round_number, frame, groups, schedule)
+        self._report()
+
+    def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
+        """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
         started = time.perf_counter()
-        strategy, timeout = self.strategy, self.experiment.server.round_timeout
+        strategy = self.strategy
         strategy.federation = self.roll.federation
-        messages = strategy.configure_evaluate(self.round_number, strategy.arrays(), ConfigRecord(), self.grid)
-        strategy.aggregate_evaluate(self.round_number, self.grid.send_and_receive(messages, timeout=timeout))
+        messages = strategy.configure_evaluate(self.round_number, arrays, ConfigRecord(dict(how)), self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        strategy.aggregate_evaluate(self.round_number, replies)
         self._count(time.perf_counter() - started)
         if strategy.evaluated is None:
             self._report(f"no site was evaluated after round {self.round_number}: {_reasons(strategy.log.failed)}")
-            return
-        reply = strategy.evaluated
-        sites = strategy.federation.indices(reply.names)
-        self.evaluations.append(Evaluation(self.round_number, sites, reply.scores, reply.losses))
-        frame = evaluation_frame(strategy.federation, self.evaluations[-1])
-        groups = summarise(frame)
-        self.scores = headline(groups)
-        self.journal.evaluation(self.round_number, frame, groups)
-        self._report()
+        return strategy.evaluated
+
+    def _schedule(self) -> Schedule | None:
+        """Returns how far sites adapt, by the validation sites; None where there are none or nobody answered."""
+        if not self.learner.adapts or not self.roll.federation.validation.any():
+            return None
+        arrays = self.strategy.arrays()
+
+        def losses_at(rate: float, steps: int) -> NDArray[np.float64] | None:
+            reply = self._ask(arrays, steps=steps, rate=rate, validation=True)
+            return reply.losses if reply else None
+
+        return choose_schedule(losses_at, self.learner.inner_steps)
+
+    def _start_arrays(self) -> ArrayRecord:
+        """Returns the run's random start, from which sites that are on their own train."""
+        start = self.learner.init(self.experiment.runtime.seed)
+        return ArrayRecord.from_torch_state_dict({**start, **self.strategy.constants})
 
     def _evaluated(self) -> bool:
         return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number

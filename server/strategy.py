@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,10 +150,22 @@ class MetaGradientStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Asks for the scores of all sites, or of `evaluation.sites` of them: new sites first, then a seeded draw."""
+        """Asks for the scores of all sites, or of `evaluation.sites` of them: new sites first, then a seeded draw.
+
+        Args:
+            server_round: The last finished round.
+            arrays: The meta-state.
+            config: How: steps, rate, gate, reference as in `WorkRequest`; and validation, true to ask only the sites
+                that choose how far to adapt.
+            grid: Flower's grid.
+        """
         self.log = RoundLog()
-        sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
-        return self._messages(grid, EVALUATE, server_round, sites, arrays)
+        how = dict(config)
+        if how.pop("validation", False):
+            sites = np.flatnonzero(self.federation.validation)
+        else:
+            sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
+        return self._messages(grid, EVALUATE, server_round, sites, arrays, **how)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collects the sites' scores, in site order, into `evaluated`; returns None where none came."""
@@ -175,11 +188,13 @@ class MetaGradientStrategy(Strategy):
             names=tuple(names[index] for index in order),
             scores=np.concatenate([reply.scores for reply in usable])[order],
             losses=np.concatenate([reply.losses for reply in usable])[order],
+            calibration=np.concatenate([reply.calibration for reply in usable])[order],
+            chosen=np.concatenate([reply.chosen for reply in usable])[order],
         )
         return MetricRecord({"sites": len(names)})
 
     def _messages(
-        self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord
+        self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord, **how: Any
     ) -> list[Message]:
         self._asked = self.federation.by_node(sites)
         messages = []
@@ -191,9 +206,9 @@ class MetaGradientStrategy(Strategy):
                 names=names,
                 run=self.run,
                 saved_round=self.saved_round,
-                steps=self.experiment.evaluation_steps,
                 engine=self.engine,
                 budget=self.budget,
+                **how,
             ).pack(arrays)
             self.log.bytes_down += sum(record.count_bytes() for record in content.values())
             messages.append(grid.create_message(content, kind, node, str(server_round)))

@@ -20,7 +20,7 @@ FOLDS = 5
 """Into how many parts a site's support rows are dealt; a site with fewer rows leaves one row out at a time."""
 
 
-def choose_steps(evaluate: Callable[[Batch], Scores], support: Rows, margin: float) -> Tensor:
+def choose_steps(evaluate: Callable[[Batch], Scores], support: Rows, margin: float = 1.0) -> Tensor:
     """Returns the number of inner steps [sites] that each site chooses on its support rows.
 
     Args:

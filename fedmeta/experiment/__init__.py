@@ -1,12 +1,11 @@
 """One typed, validated description of a run: a TOML file, Flower's one run-config key and MLflow's flat params."""
 
+from fedmeta.experiment.data import SOURCES, Data
 from fedmeta.experiment.files import Experiment, Key, describe, load_experiment
 from fedmeta.experiment.sections import (
     LEARNERS,
     MODELS,
-    SOURCES,
     UNTRACKED,
-    Data,
     Evaluation,
     Learner,
     Model,

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple, Self
 from pydantic import ValidationError
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment.data import MADE_SOURCES, Data
 from fedmeta.experiment.refusals import refusal
+from fedmeta.experiment.schema import Section
 from fedmeta.experiment.sections import (
-    MADE_SOURCES,
     UNTRACKED,
-    Data,
     Evaluation,
     Learner,
     Model,
     Privacy,
     Runtime,
-    Section,
     Server,
     Tracking,
 )
@@ -100,7 +99,10 @@ class Experiment(Section):
     def absolute(self) -> Self:
         """Returns this experiment with every path made absolute against the working directory, to be run elsewhere."""
         data, tracking = self.data, self.tracking
-        if data.path and data.source not in (*MADE_SOURCES, "huggingface"):
+        named = data.source in MADE_SOURCES or (
+            data.source == "huggingface" and not Path(data.path).expanduser().exists()
+        )
+        if data.path and not named:
             data = data.model_copy(update={"path": _absolute(data.path)})
         moved = {"folder": _absolute(tracking.folder), "uri": _absolute_uri(tracking.uri)}
         return self.model_copy(update={"data": data, "tracking": tracking.model_copy(update=moved)})

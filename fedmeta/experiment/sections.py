@@ -3,154 +3,23 @@
 A key stands here only if something in the program obeys it. The help of a number ends with its unit in brackets.
 """
 
-import re
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import Field
 
-from fedmeta.experiment.refusals import refuse, refuse_unknown
-from fedmeta.experiment.values import Form, Scalar
+from fedmeta.experiment.schema import ClassPath, Count, FunctionPath, Odd, OpenSection, Section, Share, Texts, Widths
 
-SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
     "imaml", "pfedme", "ditto", "fedrep", "fedper",
 ]  # fmt: skip
 
-SOURCES: tuple[str, ...] = get_args(SourceName)
 MODELS: tuple[str, ...] = get_args(ModelName)
 LEARNERS: tuple[str, ...] = get_args(LearnerName)
 
 UNTRACKED = "none"
 """The `tracking.uri` of a run that MLflow does not hear of."""
-
-MADE_SOURCES = ("digits", "synthetic")
-"""Sources that read no file."""
-
-_DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
-FunctionPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:function"')]
-ClassPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:Class"')]
-
-
-def _widths(value: object) -> object:
-    """Returns one width or a list of widths as the comma-separated text that it is stored as."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return ",".join(str(width) for width in value)
-    return re.sub(r"[\[\]\s]", "", value) if isinstance(value, str) else value
-
-
-def _odd(number: int) -> int:
-    if number % 2 == 0:
-        raise ValueError("even")
-    return number
-
-
-Widths = Annotated[
-    str,
-    Field(pattern=r"^[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*$"),
-    BeforeValidator(_widths),
-    Form('whole numbers of at least 1 with commas between, such as "64,64"'),
-]
-Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), Form("an odd whole number of at least 1")]
-Texts = Annotated[tuple[str, ...], Strict(False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """One section: immutable, no silent conversion between types, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_fit_64_bits(cls, values: object) -> object:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise refuse(key, "must be a number that fits 64 bits")
-        return values
-
-
-class OpenSection(Section):
-    """A section that passes further scalar keys on to code named by its import path, and otherwise refuses them."""
-
-    model_config = ConfigDict(extra="allow")
-
-    __pydantic_extra__: dict[str, Scalar] = Field(init=False)
-
-    name: str = ""
-
-    @property
-    def extra(self) -> dict[str, Scalar]:
-        """The further keys: arguments for the user's own function or class; empty for built-in names."""
-        return dict(self.__pydantic_extra__)
-
-    @model_validator(mode="after")
-    def _extra_only_by_import_path(self) -> Self:
-        for key in self.__pydantic_extra__:
-            if ":" not in self.name or not key.isidentifier():
-                raise refuse_unknown(key)
-        return self
-
-
-class Data(Section):
-    """Where the sites and their rows come from, and how they are split."""
-
-    source: SourceName = Field(default="digits", description="Kind of data set")
-    path: str = Field(default="", description="File or folder of the data; relative to the working directory")
-    label: str = Field(default="label", min_length=1, description="Name of the label column, in tables")
-    site_key: str = Field(
-        default="site", min_length=1, description="Name of the array or column that holds each row's site"
-    )
-    task: Literal["auto", "classification", "regression"] = Field(
-        default="auto",
-        description="What the labels are; auto = regression where they are fractions, else classification",
-    )
-    columns: Texts = Field(
-        default=(),
-        description="Column names, in order, of tables without a header line; empty = the first line has them",
-    )
-    missing: Texts = Field(
-        default=("", "?", "NA", "NaN", "nan", "null"), description="Texts that mean a missing value, in tables"
-    )
-    binarise: float | None = Field(
-        default=None,
-        description="Labels above this become class 1, others class 0; none = leave labels (the label's unit)",
-    )
-    standardise: Literal["auto", "features", "image", "none"] = Field(
-        default="auto",
-        description="What gets mean 0 and variance 1: each feature or the whole image; auto = by the data's shape",
-    )
-    new_sites: Share | Count = Field(
-        default=0.2, description="Sites that never take part in training (share of sites, or a count of sites)"
-    )
-    test: float = Field(
-        default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
-    )
-    split: Literal["random", "blocks"] = Field(
-        default="random", description="How test rows are chosen; blocks = a contiguous part in the site's own order"
-    )
-    support: int = Field(default=20, ge=1, description="What a site adapts on; one with fewer uses what it has (rows)")
-    query: int = Field(default=20, ge=1, description="What judges the adapted model in training (rows)")
-    min_rows: int = Field(default=0, ge=0, description="Sites with fewer are left out; 0 = none is (rows)")
-    sites: int = Field(default=1000, ge=1, description="Size of the synthetic population (sites)")
-    rows: int = Field(default=40, ge=1, description="Size of a synthetic site (rows)")
-    features: int = Field(default=20, ge=1, description="Width of a synthetic row (features)")
-    classes: int = Field(default=5, ge=2, description="Labels in the synthetic population (classes)")
-    heterogeneity: float = Field(
-        default=1.0,
-        ge=0,
-        description="How far synthetic sites differ; 0 = all alike (standard deviations of the common weights)",
-    )
-
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> Self:
-        if self.source not in MADE_SOURCES and not self.path:
-            raise refuse("path", f'must name the data where source = "{self.source}"')
-        return self
 
 
 class Model(OpenSection):
@@ -248,8 +117,18 @@ class Evaluation(Section):
     steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Length of adaptation at evaluation; none = learner.inner_steps (steps)"
     )
-    schedule: Literal["fixed"] = Field(
-        default="fixed", description="How far sites adapt; fixed = all take the same steps"
+    schedule: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="How far sites adapt at the end; auto = steps and rate chosen on validation sites, for all alike",
+    )
+    validation_sites: Share | Count = Field(
+        default=0.2, description="Training sites split off where schedule is auto (share of them, or a count of sites)"
+    )
+    gate: bool = Field(
+        default=False, description="Whether a site chooses its steps, zero too, on its support rows by cross-validation"
+    )
+    tasks: int = Field(
+        default=20, ge=1, description="Few-shot tasks that judge a site, averaged, with data.ways (tasks)"
     )
     sites: int = Field(default=0, ge=0, description="Most that one evaluation visits, new sites first; 0 = all (sites)")
 

@@ -1,0 +1,100 @@
+"""The keys of [data]: where the sites and their rows come from."""
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from fedmeta.experiment.refusals import refuse
+from fedmeta.experiment.schema import Count, Section, Share, Texts
+
+SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
+
+SOURCES: tuple[str, ...] = get_args(SourceName)
+
+MADE_SOURCES = ("digits", "synthetic")
+"""Sources that read no file."""
+
+
+class Data(Section):
+    """Where the sites and their rows come from, and how they are split."""
+
+    source: SourceName = Field(default="digits", description="Kind of data set")
+    path: str = Field(default="", description="File or folder of the data; relative to the working directory")
+    label: str = Field(
+        default="label", min_length=1, description="Name of the label column, in tables and Hugging Face data sets"
+    )
+    site_key: str = Field(
+        default="site", min_length=1, description="Array (npz) or column (huggingface) that says each row's site"
+    )
+    task: Literal["auto", "classification", "regression"] = Field(
+        default="auto",
+        description="What the labels are; auto = regression where they are fractions, else classification",
+    )
+    columns: Texts = Field(
+        default=(),
+        description="All columns of tables without header, in order; in huggingface the features, empty = all others",
+    )
+    missing: Texts = Field(
+        default=("", "?", "NA", "NaN", "nan", "null"), description="Texts that mean a missing value, in tables"
+    )
+    binarise: float | None = Field(
+        default=None,
+        description="Labels above this become class 1, others class 0; none = leave labels (the label's unit)",
+    )
+    standardise: Literal["auto", "features", "image", "none"] = Field(
+        default="auto",
+        description="What gets mean 0 and variance 1: each feature or the whole image; auto = by the data's shape",
+    )
+    new_sites: Share | Count | Texts = Field(
+        default=0.2, description="Sites that never train, drawn or named (share of sites, count of sites, or names)"
+    )
+    test: float = Field(
+        default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
+    )
+    split: Literal["random", "blocks"] = Field(
+        default="random", description="How test rows are chosen; blocks = the last in the site's own order"
+    )
+    support: int = Field(
+        default=20, ge=1, description="What a site adapts on, or all it has; with data.ways see data.shots (rows)"
+    )
+    query: int = Field(
+        default=20, ge=1, description="What judges the adapted model in training; shared by data.ways classes (rows)"
+    )
+    ways: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Size of few-shot tasks, numbered anew each time; none = labels as they are (classes)"
+    )
+    shots: int = Field(default=1, ge=1, description="What a few-shot task adapts on (rows per class)")
+    rotations: bool = Field(
+        default=False, description="Whether images turned by 90, 180 and 270 degrees are classes of few-shot tasks too"
+    )
+    min_rows: int = Field(default=0, ge=0, description="Sites with fewer are left out; 0 = none is (rows)")
+    stride: int = Field(
+        default=10, ge=1, description="From one of shakespeare's windows of text to the next (characters)"
+    )
+    subset: str = Field(default="", description="Configuration of a Hugging Face data set; empty = its default")
+    part: str = Field(
+        default="train", min_length=1, description="Split of a Hugging Face data set that is dealt to sites"
+    )
+    dirichlet: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Deals a Hugging Face set to data.sites by label; none = by data.site_key (concentration)",
+    )
+    sites: int = Field(
+        default=1000, ge=1, description="Size of the synthetic population, or of data.dirichlet's (sites)"
+    )
+    rows: int = Field(default=40, ge=1, description="Size of a synthetic site (rows)")
+    features: int = Field(default=20, ge=1, description="Width of a synthetic row (features)")
+    classes: int = Field(default=5, ge=2, description="Labels in the synthetic population (classes)")
+    heterogeneity: float = Field(
+        default=1.0,
+        ge=0,
+        description="How far synthetic sites differ; 0 = all alike (standard deviations of the common weights)",
+    )
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Self:
+        if self.source not in MADE_SOURCES and not self.path:
+            raise refuse("path", f'must name the data where source = "{self.source}"')
+        if self.rotations and self.ways is None:
+            raise refuse("rotations", "must be false without data.ways: turned images are classes of few-shot tasks")
+        return self
