@@ -90,7 +90,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), WorkRequest.unpack(content)
     _use_threads(node.experiment.runtime.threads)
-    meta_state, scale = split_meta_state(request.meta_state)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = cohort.trial(learner_for(node, request.classes), meta_state, batch)
     return EngineReply(chosen, memory_budget(node.experiment.runtime.memory), seconds).pack()
@@ -103,7 +103,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), WorkRequest.unpack(content)
     _use_threads(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights = node.weights(here)
@@ -122,8 +122,8 @@ def train(content: RecordDict, context: Context) -> RecordDict:
         gradient=gradient,
         weight=weight,
         names=request.names,
-        query_loss=metrics["query_loss"].numpy(),
-        finite=metrics["finite"].numpy().astype(bool),
+        query_loss=metrics["query_loss"].cpu().numpy(),
+        finite=metrics["finite"].cpu().numpy().astype(bool),
     ).pack()
 
 
@@ -134,7 +134,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), WorkRequest.unpack(content)
     _use_threads(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.reference
     kept = Shelf.of(context, node.experiment, request).read(after_round=True) if keeps else None

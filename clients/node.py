@@ -123,7 +123,7 @@ class Node:
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
-        return gather(self.population, episodes, scale, codes, dtype)
+        return gather(self.population, episodes, scale, codes, dtype).to(self.experiment.runtime.device)
 
 
 def node_of(context: Context) -> Node:
@@ -148,9 +148,15 @@ def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
     return _learner(node.experiment, node.population.shape, len(classes) or 1)
 
 
-def split_meta_state(meta_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Standardisation]:
-    """Returns the learned part of a meta-state and its standardisation."""
-    learned = {name: value for name, value in meta_state.items() if not name.startswith("standardisation.")}
+def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dict[str, Tensor], Standardisation]:
+    """Returns the learned part of a meta-state, on a device, and its standardisation.
+
+    Raises:
+        FedmetaError: The device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FedmetaError('[runtime] device = "cuda": there is no CUDA device here; use "cpu"')
+    learned = {name: v.to(device) for name, v in meta_state.items() if not name.startswith("standardisation.")}
     mean, scale = (meta_state[f"standardisation.{name}"].numpy() for name in ("mean", "scale"))
     return learned, Standardisation(mean, scale)
 

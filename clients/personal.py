@@ -89,7 +89,7 @@ def write(folder: Path, site: str, round_number: int, personal: dict[str, Tensor
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        file.write(save({name: value.detach().contiguous().clone() for name, value in personal.items()}))
+        file.write(save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

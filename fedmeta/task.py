@@ -42,6 +42,10 @@ class Batch(NamedTuple):
         """Returns the task of one site without its padding."""
         return Task(_unpad(self.support, site), _unpad(self.query, site))
 
+    def to(self, device: str) -> "Batch":
+        """Returns the batch on a device ("cpu" or "cuda")."""
+        return Batch(*(tuple(tensor.to(device) for tensor in rows) for rows in self))
+
     def chunk(self, start: int, stop: int) -> "Batch":
         """Returns the sites `start` to `stop` (exclusive) as views."""
         return Batch(

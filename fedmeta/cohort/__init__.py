@@ -56,6 +56,7 @@ def meta_gradients(
     """
     batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     own = torch.ones(batch.sites, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
+    own = own.to(batch.support[2].device)
     name = _engine(engine, learner, meta_state, batch)
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     total = Contribution.empty(meta_state)

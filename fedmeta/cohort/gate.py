@@ -31,7 +31,7 @@ def choose_steps(evaluate: Callable[[Batch], Scores], support: Rows, margin: flo
     """
     x, y, mask = (tensor.repeat_interleave(FOLDS, 0) for tensor in support)
     place = (support[2].cumsum(1) - 1).long().repeat_interleave(FOLDS, 0)
-    held = (place % FOLDS == torch.arange(FOLDS).repeat(len(support[2]))[:, None]).to(mask.dtype)
+    held = (place % FOLDS == torch.arange(FOLDS, device=mask.device).repeat(len(support[2]))[:, None]).to(mask.dtype)
     losses = evaluate(Batch((x, y, mask * (1 - held)), (x, y, mask * held))).loss
     losses = losses.reshape(len(support[2]), FOLDS, -1).nan_to_num(nan=torch.inf)
     rows = (mask * held).sum(1).reshape(-1, FOLDS, 1).to(losses.dtype)

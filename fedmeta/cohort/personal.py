@@ -51,7 +51,7 @@ def train_personal(
         # A personal part that ran away counts like a gradient that did: the site has no share in this round.
         first = next(iter(gradients))
         gradients[first] = torch.where(_like(finite, gradients[first]), gradients[first], torch.nan)
-        total.add(gradients, weights[start:stop], metrics)
+        total.add(gradients, weights[start:stop].to(part.support[2].device), metrics)
         kept.append({name: torch.where(_like(finite, value), value, old[name]) for name, value in new.items()})
     figures = {name: torch.cat(values) for name, values in total.metrics.items()}
     return total.total, total.weight, figures, {name: torch.cat([part[name] for part in kept]) for name in personal}
@@ -78,7 +78,7 @@ def evaluate_personal(
 def stack_personal(learner: Learner, meta_state: Mapping[str, Tensor], kept: list[Parameters | None]) -> Parameters:
     """Returns the sites' personal parts stacked; a site that kept none begins with the learner's own."""
     start = learner.personal(meta_state)
-    return {name: torch.stack([(own or start)[name] for own in kept]) for name in start}
+    return {name: torch.stack([(own or start)[name].to(first) for own in kept]) for name, first in start.items()}
 
 
 def _together(learner: Learner, batch: Batch) -> int:

@@ -19,6 +19,9 @@ from fedmeta.task import Batch
 BUDGET = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
 
+CACHE = 1 << 20
+"""How much the outputs of a convolution may take: it loops over sites, and gains from many only what stays in cache."""
+
 TRIAL_SITES = 16
 TRIAL_RUNS = 3
 
@@ -103,18 +106,23 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     if engine == "loop":
         return max(1, batch.sites)
     theta = learner.theta(meta_state)
+    item = next(iter(theta.values())).element_size()
     steps = learner.inner_steps + 1
-    rows = batch.support[0].shape[1] + batch.query[0].shape[1]
-    own, activations = sum(value.numel() for value in theta.values()), 0
+    support, query = (part[0].shape[1] for part in batch)
+    own, activations, largest = sum(value.numel() for value in theta.values()), 0, 0
     if engine == "span":
         forms = span.forms_of(learner, batch, meta_state)
         own = sum(theta[name].numel() for name in forms.dense)
-        activations = sum(call.rows * (call.width + call.outputs) for call in forms.calls)
-    numbers = 4 * steps * (own + rows * activations) + 4 * rows * batch.support[0][0, 0].numel()
-    return max(1, budget // (numbers * next(iter(theta.values())).element_size()))
+        activations = sum(call.rows * call.width + call.size for call in forms.calls)
+        largest = max((call.size for call in forms.calls if call.adapts and call.kind == "convolution"), default=0)
+    numbers = 4 * steps * (own + (support + query) * activations)
+    numbers += 4 * (support + query) * batch.support[0][0, 0].numel()
+    fits_budget, fits_cache = budget // (numbers * item), CACHE // max(1, largest * max(support, query) * item)
+    return max(1, min(fits_budget, fits_cache if largest else fits_budget))
 
 
 def _seconds(engine: Engine, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:
     started = time.perf_counter()
-    engine.meta_gradients(learner, meta_state, batch, torch.ones(batch.sites, dtype=torch.float64))
+    ones = torch.ones(batch.sites, dtype=torch.float64, device=batch.support[2].device)
+    engine.meta_gradients(learner, meta_state, batch, ones)
     return time.perf_counter() - started

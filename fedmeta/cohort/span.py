@@ -248,7 +248,7 @@ def _check(learner: Learner, state: Mapping[str, Tensor], few: Batch) -> None:
     """
     state = _double(state)
     few = Batch(*((x.double().nan_to_num() if x.is_floating_point() else x, y, mask) for x, y, mask in few))
-    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.support[2].device)
     expected = loop.meta_gradients(learner, state, few, weights).total
     gradient, _ = _weighted_sum(learner, state, few, weights)
     size = torch.stack([value.norm() for value in expected.values()]).norm()

@@ -76,8 +76,9 @@ class FunctionalModel:
             x = x.to(dtype)
         state: dict[str, Tensor] = dict(parameters)
         for name, value in [*self.module.named_buffers(), *self.module.named_parameters()]:
-            if name not in state and value.is_floating_point() and value.dtype != dtype:
-                state[name] = value.to(dtype)
+            wanted = dtype if value.is_floating_point() else value.dtype
+            if name not in state and (value.dtype != wanted or value.device != x.device):
+                state[name] = value.to(x.device, wanted)
         outputs: Any = functional_call(self.module, state, (x,))
         if not isinstance(outputs, Tensor):
             raise FedmetaError(
