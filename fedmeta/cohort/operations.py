@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
+from fedmeta.cohort.products import Geometry, convolutions, products
 from fedmeta.errors import FedmetaError
 
 
@@ -30,7 +31,7 @@ class Operands:
         weight: The weight, or None.
         bias: The bias, or None.
         per_site: The result from (x [sites * n, ...], weight [sites, *], bias [sites, *]).
-        kind: "linear", "lookup" (of rows of the weight by number) or "other".
+        kind: "linear", "convolution", "lookup" (of rows of the weight by number) or "other".
     """
 
     x: Tensor
@@ -40,40 +41,11 @@ class Operands:
     kind: str = "other"
 
 
-class SiteProduct(torch.autograd.Function):
-    """x [sites, rows, width] times weight [sites, outputs, width], transposed.
-
-    The derivative of `bmm` would come out transposed as well, and every later operation on it slower.
-    """
-
-    @staticmethod
-    def product(x: Tensor, weight: Tensor) -> Tensor:
-        """Returns x @ weight^T [sites, rows, outputs]."""
-        z: Tensor = SiteProduct.apply(x, weight)  # type: ignore[no-untyped-call]
-        return z
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Returns the product."""
-        context.save_for_backward(x, weight)
-        return torch.bmm(x, weight.transpose(1, 2))
-
-    @staticmethod
-    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the derivatives by x and weight; differentiable again."""
-        x, weight = context.saved_tensors
-        needs_x, needs_weight = context.needs_input_grad
-        return (
-            torch.bmm(errors[0], weight) if needs_x else None,
-            torch.bmm(errors[0].transpose(1, 2), x) if needs_weight else None,
-        )
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operands:  # noqa: A002
     def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         rows = x.reshape(weight.shape[0], -1, x.shape[-1])
-        z = SiteProduct.product(rows, weight)
+        z = products(rows, weight)
         z = z if bias is None else z + bias.unsqueeze(1)
         return z.reshape(*x.shape[:-1], z.shape[-1])
 
@@ -157,22 +129,32 @@ def _embedding(
     return Operands(input, weight, None, per_site, "lookup")
 
 
-def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Operands]:
-    def operands(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Operands:  # noqa: A002
-        if input.dim() != weight.dim():
-            raise MisfitError("a convolution of a single row")
+def _convolution(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Operands:
+    if input.dim() != weight.dim():
+        raise MisfitError("a convolution of a single row")
+    if isinstance(padding, str):
+        raise MisfitError("a convolution whose padding is given by name")
+    dimensions = weight.dim() - 2
+    geometry = Geometry(_each(stride, dimensions), _each(padding, dimensions), _each(dilation, dimensions), groups)
 
-        def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            # One site after the other: a grouped convolution is several times slower on a CPU.
-            assert weight is not None
-            rows = x.reshape(weight.shape[0], -1, *x.shape[1:]).unbind()
-            own = [None] * len(rows) if bias is None else bias.unbind()
-            parts = [convolve(*site, *args, **options) for site in zip(rows, weight.unbind(), own, strict=True)]
-            return torch.cat(parts)
+    def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return convolutions(x.reshape(weight.shape[0], -1, *x.shape[1:]), weight, bias, geometry).flatten(0, 1)
 
-        return Operands(input, weight, bias, per_site)
+    return Operands(input, weight, bias, per_site, "convolution")
 
-    return operands
+
+def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
 
 
 def _fit(shape: Sequence[int], into: Sequence[int]) -> bool:
@@ -207,6 +189,6 @@ OPERATIONS: dict[Any, Callable[..., Operands]] = {
     F.embedding: _embedding,
     **dict.fromkeys((torch.add, Tensor.add), _elementwise(torch.add)),
     **dict.fromkeys((torch.mul, Tensor.mul), _elementwise(torch.mul)),
-    **{convolve: _convolution(convolve) for convolve in (F.conv1d, F.conv2d, F.conv3d)},
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
 }
 """Every operation by the torch function that a module calls."""

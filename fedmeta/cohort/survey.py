@@ -34,13 +34,14 @@ class Call:
     Attributes:
         weight: The weight's name, or None.
         bias: The bias's name, or None.
-        kind: "linear", "lookup" or "other".
+        kind: What operation it is; see `Operands`.
         adapts: Whether one of these parameters adapts.
         fixed: Whether its input is the same in every inner step: no call before it adapts.
         by_rows: Whether its input has a row for each row of the data; else it is one for all, such as positions.
         rows: How many rows of the input come from one row of the data.
         width: The input's last dimension.
         outputs: The output's last dimension.
+        size: The elements of the output for one row of the data.
     """
 
     weight: str | None
@@ -52,6 +53,7 @@ class Call:
     rows: int
     width: int
     outputs: int
+    size: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ class _Observer(TorchFunctionMode):
                 rows=max(1, x.numel() // max(1, x.shape[-1] * self.rows)),
                 width=x.shape[-1],
                 outputs=result.shape[-1],
+                size=result.numel() // self.rows,
             )
         )
         self.outputs.append((result, result._version))

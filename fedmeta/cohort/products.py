@@ -1,0 +1,158 @@
+"""Products of each site's rows with each site's own weights, and their derivatives of any order.
+
+Both are bilinear, so that their derivatives are products of the same kinds. Written as functions of whole cohorts, they
+keep one node per layer in the graph, and not one per site; derivatives come out in the layout of what they belong to.
+Weights that are the same at all sites, an expanded view before the first step, take one product for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def products(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x [sites, rows, width] times weight [sites, outputs, width], transposed: [sites, rows, outputs]."""
+    z: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return z
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input; a number for each of its dimensions."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def convolutions(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Returns x [sites, n, channels, *] convolved with weight [sites, outputs, channels / groups, *], plus the bias.
+
+    One site after the other: a grouped convolution over the sites is several times slower on a CPU.
+    """
+    z: Tensor = _Convolution.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
+    return z
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(x, weight)
+        if shared(weight):
+            return (x.flatten(0, 1) @ weight[0].T).view(*x.shape[:2], -1)
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = context.saved_tensors
+        by_x, by_weight = context.needs_input_grad
+        return (
+            products(errors[0], weight.transpose(1, 2)) if by_x else None,
+            torch.bmm(errors[0].transpose(1, 2), x) if by_weight else None,
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    """C(x, W) + b."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        context.save_for_backward(x, weight)
+        context.geometry = geometry
+        stride, padding, dilation, groups = geometry
+        none = (0,) * len(stride)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            z: Tensor = torch.convolution(x, weight, bias, stride, padding, dilation, False, none, groups)
+            return z
+
+        return _by_site(convolve, x, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = context.saved_tensors
+        by_x, by_weight, by_bias, _ = context.needs_input_grad
+        return (
+            _ByInput.apply(errors[0], weight, x.shape, context.geometry) if by_x else None,  # type: ignore[no-untyped-call]
+            _ByWeight.apply(x, errors[0], weight.shape, context.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
+            errors[0].flatten(3).sum((1, 3)) if by_bias else None,
+            None,
+        )
+
+
+class _ByInput(torch.autograd.Function):
+    """I(D, W), the derivative of <D, C(x, W)> by x."""
+
+    @staticmethod
+    def forward(context: Any, errors: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        context.save_for_backward(errors, weight)
+        context.geometry = geometry
+
+        def by_input(errors: Tensor, weight: Tensor, _: None) -> Tensor:
+            x = errors.new_empty(1).expand(errors.shape[0], *shape[2:])
+            return _derivatives(errors, x, weight, geometry, (True, False))[0]
+
+        return _by_site(by_input, errors, weight, None)
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, ...]:
+        own, weight = context.saved_tensors
+        by_errors, by_weight, _, _ = context.needs_input_grad
+        return (
+            _Convolution.apply(errors[0], weight, None, context.geometry) if by_errors else None,  # type: ignore[no-untyped-call]
+            _ByWeight.apply(errors[0], own, weight.shape, context.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
+            None,
+            None,
+        )
+
+
+class _ByWeight(torch.autograd.Function):
+    """G(x, D), the derivative of <D, C(x, W)> by W."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, errors: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        context.save_for_backward(x, errors)
+        context.geometry = geometry
+        weight = errors.new_empty(1).expand(shape[1:])
+        sites = zip(x.unbind(), errors.unbind(), strict=True)
+        return torch.stack([_derivatives(own, rows, weight, geometry, (False, True))[1] for rows, own in sites])
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, ...]:
+        x, own = context.saved_tensors
+        by_x, by_errors, _, _ = context.needs_input_grad
+        return (
+            _ByInput.apply(own, errors[0], x.shape, context.geometry) if by_x else None,  # type: ignore[no-untyped-call]
+            _Convolution.apply(x, errors[0], None, context.geometry) if by_errors else None,  # type: ignore[no-untyped-call]
+            None,
+            None,
+        )
+
+
+def shared(weight: Tensor) -> bool:
+    """Whether all sites have the same weight: an expanded view."""
+    return weight.stride(0) == 0 or weight.shape[0] == 1
+
+
+def _by_site(function: Callable[..., Tensor], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns function(rows, weight, bias) of every site [sites, n, *]."""
+    own = [None] * len(rows) if bias is None else bias.unbind()
+    if shared(weight) and (bias is None or shared(bias)):
+        together = function(rows.flatten(0, 1), weight[0], own[0])
+        return together.view(*rows.shape[:2], *together.shape[1:])
+    return torch.stack([function(*site) for site in zip(rows.unbind(), weight.unbind(), own, strict=True)])
+
+
+def _derivatives(
+    errors: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    none = (0,) * len(stride)
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        errors, x, weight, None, stride, padding, dilation, False, none, groups, (*wanted, False)
+    )
+    return by_x, by_weight
