@@ -14,18 +14,21 @@ from typing import Any
 
 from fedmeta.data.batches import gather, gather_rows
 from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
+from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, split
 from fedmeta.data.sums import FeatureSums, Standardisation, feature_sums, standardisation, train_sums
 from fedmeta.data.synthetic import SyntheticPopulation
-from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
 
 SOURCES = {
     "npz": "fedmeta.data.npz:load_npz",
     "tables": "fedmeta.data.tables:load_tables",
     "digits": "fedmeta.data.digits:load_digits",
+    "omniglot": "fedmeta.data.omniglot:load_omniglot",
+    "shakespeare": "fedmeta.data.shakespeare:load_shakespeare",
+    "huggingface": "fedmeta.data.huggingface:load_huggingface",
     "synthetic": "fedmeta.data.synthetic:load_synthetic",
 }
 """What `data.source` may be, and the function of a `Data` section that loads it. By import path, since the packages
@@ -38,10 +41,8 @@ def load(data: Data) -> Population:
     Raises:
         FedmetaError: The source is not there, or its data are not as they should be.
     """
-    if data.source not in SOURCES:
-        raise FedmetaError(f'data.source = "{data.source}" is not there yet: use {", ".join(SOURCES)}')
     population: Population = _function(SOURCES[data.source])(data)
-    return population
+    return few_shot(population, data) if data.ways else population
 
 
 def load_site(data: Data, path: str, name: str = "") -> Population:
@@ -55,7 +56,7 @@ def load_site(data: Data, path: str, name: str = "") -> Population:
     npz = Path(path).suffix == ".npz"
     loader = "fedmeta.data.npz:load_npz_site" if npz else "fedmeta.data.tables:load_table_site"
     population: Population = _function(loader)(data, path, name)
-    return population
+    return few_shot(population, data) if data.ways else population
 
 
 def _function(path: str) -> Callable[..., Any]:
@@ -78,6 +79,7 @@ __all__ = [
     "class_codes",
     "draw_new_sites",
     "evaluation_episodes",
+    "evaluation_tasks",
     "feature_sums",
     "gather",
     "gather_rows",
@@ -89,4 +91,5 @@ __all__ = [
     "standardisation",
     "train_sums",
     "training_episodes",
+    "training_tasks",
 ]

@@ -8,6 +8,7 @@ from fedmeta.data.episodes import Episodes, Padded
 from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.sums import Standardisation
+from fedmeta.errors import FedmetaError
 from fedmeta.task import Batch, Rows
 
 _WIDE = (torch.int32, torch.uint32, torch.int64, torch.uint64, torch.float64)
@@ -56,12 +57,15 @@ def gather_rows(
         scored: Whether rows of classes not in the run's list keep mask 1, with label -1.
     """
     sites, length = padded.rows.shape
-    flat = _prepared(population, padded.rows.reshape(-1), standardisation, dtype)
+    raw = population.features(padded.rows.reshape(-1))
+    if padded.turns is not None:
+        raw = turn(raw, padded.turns.reshape(-1))
+    flat = _prepared(population, raw, standardisation, dtype)
     padding = np.flatnonzero(~padded.mask)
     if len(padding):
         flat.index_fill_(0, torch.from_numpy(padding), 0)
     x = flat.view(sites, length, *population.shape)
-    labels = population.labels(padded.rows)
+    labels = population.labels(padded.rows) if padded.labels is None else padded.labels
     if population.regression:
         y = torch.from_numpy(np.where(padded.mask, labels, 0.0)).to(dtype)
         return x, y, torch.from_numpy(padded.mask).to(dtype)
@@ -71,9 +75,26 @@ def gather_rows(
     return x, y, torch.from_numpy(mask).to(dtype)
 
 
-def _prepared(population: Population, rows: IntArray, standardisation: Standardisation, dtype: torch.dtype) -> Tensor:
+def turn(images: Tensor, quarters: IntArray) -> Tensor:
+    """Returns images [n, *shape], each turned in place by its number [n] of quarter turns."""
+    axes = [axis + 1 for axis in square_sides(tuple(images.shape[1:]))]
+    for number in (1, 2, 3):
+        places = torch.from_numpy(np.flatnonzero(quarters == number))
+        images[places] = torch.rot90(images[places], number, axes)
+    return images
+
+
+def square_sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the two axes of a square image's sides; raises `FedmetaError` where rows of this shape are none."""
+    first = 1 if len(shape) == 3 and shape[0] in (1, 3, 4) else 0
+    planes = shape[:first] + shape[first + 2 :]
+    if len(shape) not in (2, 3) or shape[first] != shape[first + 1] or planes not in ((), (1,), (3,), (4,)):
+        raise FedmetaError(f"data.rotations needs square images, not rows of shape {shape}: set it to false")
+    return first, first + 1
+
+
+def _prepared(population: Population, raw: Tensor, standardisation: Standardisation, dtype: torch.dtype) -> Tensor:
     """Returns the features of rows, standardised and imputed [n, *shape]."""
-    raw = population.features(rows)
     if population.tokens:
         return raw.to(torch.int64)
     # Large numbers (times, identifiers) lose their differences in float32 before the mean is off.

@@ -4,14 +4,15 @@ A site's draw depends on the seed, the round, the site's name and its own rows: 
 nor on which other sites the node hosts.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmeta.data.ragged import IntArray, Ragged
 from fedmeta.data.splits import Split
-from fedmeta.randomness import Keys, draws, row_draws, uniform
+from fedmeta.data.strata import stratified
+from fedmeta.randomness import row_draws
 
 
 class Padded(NamedTuple):
@@ -20,10 +21,15 @@ class Padded(NamedTuple):
     Attributes:
         rows: Row numbers [sites, n]; any row where `mask` is false.
         mask: Whether there is a row [sites, n].
+        labels: Each row's code into the population's class names where a task numbers classes itself [sites, n];
+            None = the rows' own labels.
+        turns: By how many quarter turns each row, an image, is turned [sites, n]; None = as it is.
     """
 
     rows: IntArray
     mask: NDArray[np.bool_]
+    labels: IntArray | None = None
+    turns: IntArray | None = None
 
 
 class Episodes(NamedTuple):
@@ -108,33 +114,12 @@ def _drawn_order(split: Split, sites: IntArray, purpose: str, round_number: int)
     if population.regression:
         order = np.lexsort((drawn, rows.owners))
     else:
-        fractions = _stratified(population.labels(rows.rows), rows.owners, drawn, seed, purpose, round_number)
+        fractions = stratified(population.labels(rows.rows), rows.owners, drawn, seed, purpose, round_number)
         # Site and fraction (to 40 bits) as one number: one sort where two keys would take two. Equal fractions of two
         # classes stay in the site's own order.
         within = np.minimum(fractions * 2.0**40, 2.0**40 - 1).astype(np.int64)
         order = np.argsort((rows.owners << 40) + within, kind="stable")
     return Ragged(rows.rows[order], rows.offsets)
-
-
-def _stratified(
-    labels: NDArray[Any], owners: IntArray, drawn: Keys, seed: int, purpose: str, round_number: int
-) -> NDArray[np.float64]:
-    """Returns each row's place in (0, 1) within its class at its site: (rank by draw + the class's phase) / count.
-
-    Sorted by it, a site's rows have each class evenly spread (systematic sampling). The phase is one uniform draw per
-    site and class, keyed by the class's lowest row draw, so that it does not hang on how a node numbers classes.
-    """
-    order = np.lexsort((drawn, labels, owners))
-    labels, owners = labels[order], owners[order]
-    first = np.ones(len(order), dtype=np.bool_)
-    first[1:] = (labels[1:] != labels[:-1]) | (owners[1:] != owners[:-1])
-    starts = np.flatnonzero(first)
-    counts = np.diff(np.append(starts, len(order)))
-    phases = uniform(draws(seed, f"{purpose} phase", round_number, drawn[order[starts]]))
-    ranks = np.arange(len(order)) - np.repeat(starts, counts)
-    fractions = np.empty(len(order))
-    fractions[order] = (ranks + np.repeat(phases, counts)) / np.repeat(counts, counts)
-    return fractions
 
 
 def _pad(rows: IntArray, starts: IntArray, counts: IntArray) -> Padded:

@@ -78,7 +78,10 @@ class Population(ABC):
 
     @abstractmethod
     def labels(self, rows: IntArray) -> NDArray[Any]:
-        """Returns the labels of rows, in the shape of `rows`: int64 codes into `class_names`, or float64 targets."""
+        """Returns the labels of rows, in the shape of `rows`: int64 codes into `class_names`, or float64 targets.
+
+        Of rows that few-shot tasks are drawn from: codes that tell a site's own classes apart.
+        """
 
     @abstractmethod
     def features(self, rows: IntArray) -> Tensor:

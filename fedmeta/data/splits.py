@@ -7,7 +7,8 @@ import numpy as np
 
 from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray, Ragged
-from fedmeta.errors import FedmetaError
+from fedmeta.data.strata import stratified
+from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
 from fedmeta.randomness import draws, row_draws, site_keys
 
@@ -64,31 +65,39 @@ def split(population: Population, data: Data, seed: int) -> Split:
 
     Args:
         population: Whose rows.
-        data: `test` (share of a site's rows) and `split` ("random", or "blocks": the last rows in its order test).
+        data: `test` (share of a site's rows) and `split` ("random", or "blocks": the last rows in its order test); with
+            `ways` each class is split so.
         seed: The run's seed.
     """
     if population.exchangeable:
         return Split(population, seed, data.test, None)
     rows = population.rows(population.all_sites)
-    if data.split == "blocks":
+    blocks = data.split == "blocks"
+    if blocks and not data.ways:
         return Split(population, seed, data.test, rows)
     keys = population.keys(population.all_sites)
     drawn = row_draws(seed, "split", 0, keys[rows.owners], rows.positions)
-    return Split(population, seed, data.test, Ragged(rows.rows[np.lexsort((drawn, rows.owners))], rows.offsets))
+    order = np.lexsort((drawn, rows.owners))
+    if data.ways:
+        labels, within = population.labels(rows.rows), rows.positions if blocks else None
+        order = np.lexsort((stratified(labels, rows.owners, drawn, seed, "split", within=within), rows.owners))
+    return Split(population, seed, data.test, Ragged(rows.rows[order], rows.offsets))
 
 
-def draw_new_sites(names: Sequence[str], new_sites: float, seed: int) -> tuple[str, ...]:
+def draw_new_sites(names: Sequence[str], new_sites: float | Sequence[str], seed: int) -> tuple[str, ...]:
     """Returns the names, sorted, of the sites that never train: a draw over names that does not depend on their order.
 
     Args:
         names: The names of all sites.
         new_sites: Below 1 a share of them (one at the least where the share is above 0 and there are two sites; never
-            all), from 1 on a count.
+            all), from 1 on a count; or their names, and nothing is drawn.
         seed: The run's seed.
 
     Raises:
-        FedmetaError: The count leaves no training site, or is no whole number.
+        FedmetaError: No training site is left, a count is no whole number, or a named site is not there.
     """
+    if not isinstance(new_sites, int | float):
+        return _named(names, new_sites)
     most = len(names) - 1
     if new_sites < 1:
         count = min(most, max(1, round(len(names) * new_sites))) if new_sites > 0 else 0
@@ -103,3 +112,15 @@ def draw_new_sites(names: Sequence[str], new_sites: float, seed: int) -> tuple[s
     ordered = sorted(names)
     chosen = np.argsort(draws(seed, "new sites", 0, site_keys(ordered)), kind="stable")[: max(0, count)]
     return tuple(ordered[site] for site in sorted(chosen.tolist()))
+
+
+def _named(names: Sequence[str], chosen: Sequence[str]) -> tuple[str, ...]:
+    there, distinct = set(names), set(chosen)
+    for name in chosen:
+        if name not in there:
+            raise FedmetaError(
+                f'data.new_sites: no site "{name}" among {len(names)} sites{nearest(name, names[:10_000])}'
+            )
+    if len(distinct) == len(there):
+        raise FedmetaError("data.new_sites names every site and leaves none to train on")
+    return tuple(sorted(distinct))
