@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -45,6 +46,8 @@ CODES: dict[type[BaseException], str] = {
 def guarded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable[[Message, Context], Message]:
     """Returns a handler that turns every error into a code: an error's text, which may hold data, stays in the log."""
 
+    # Under the name by which it is imported: Ray then sends that name to its workers, and not the handler's code.
+    @wraps(answer)
     def handle(message: Message, context: Context) -> Message:
         try:
             content = answer(message.content, context)

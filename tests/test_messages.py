@@ -1,0 +1,390 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clients.app import app
+from fedmeta.assembly import learner_of
+from fedmeta.experiment import Experiment
+from fedmeta.messages import (
+    EVALUATE,
+    FAILURES,
+    QUERY_ENGINE,
+    QUERY_SITES,
+    QUERY_SUMS,
+    TRAIN,
+    EngineReply,
+    EvaluateReply,
+    MessageError,
+    SitesReply,
+    SumsReply,
+    SumsRequest,
+    TrainReply,
+    WorkRequest,
+    failure,
+    pack_failure,
+)
+from fedmeta.runtime.local import NODE_ID, LocalGrid
+
+GRADIENT = {"theta.weight": torch.tensor([[1.0, -2.0], [0.1, 3.0]]), "alpha": torch.tensor(0.5)}
+
+SITES = SitesReply(
+    names=("abbey", "zürich"),
+    train_rows=(12, 0),
+    test_rows=(3, 1),
+    classes=("0", "1"),
+    features=("age", "chol"),
+    shape=(2,),
+    regression=False,
+    tokens=False,
+)
+SUMS = SumsReply(np.array([2.0, 0.0]), np.array([1e9, -3.5]), np.array([4.0, 1e-300]))
+REQUEST = WorkRequest(
+    meta_state={**GRADIENT, "standardisation.mean": torch.zeros(2)},
+    round_number=7,
+    classes=("0", "1"),
+    names=("abbey",),
+    run="maml-digits-0",
+    saved_round=3,
+    steps=5,
+    engine="vmap",
+    budget=1 << 26,
+)
+TRAINED = TrainReply(GRADIENT, 2.5, ("abbey", "zion"), np.array([0.25, math.nan]), np.array([True, False]))
+EVALUATED = EvaluateReply(
+    names=("abbey", "zion"),
+    scores=np.array([[0.5, 1.0], [math.nan, 0.0]]),
+    losses=np.array([[2.0, 0.1], [9.0, math.inf]]),
+    calibration=np.array([[0.2, 0.1], [math.nan, math.nan]]),
+    chosen=np.array([1, 0]),
+)
+ENGINE = EngineReply("span", 1 << 28, {"span": 0.01, "loop": 0.5})
+
+PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
+    (SITES, SitesReply.unpack),
+    (SumsRequest(("abbey", "zion")), SumsRequest.unpack),
+    (SUMS, SumsReply.unpack),
+    (REQUEST, WorkRequest.unpack),
+    (TRAINED, lambda content: TrainReply.unpack(content, GRADIENT)),
+    (EVALUATED, EvaluateReply.unpack),
+    (ENGINE, EngineReply.unpack),
+]
+KINDS = [type(message).__name__ for message, _ in PACKED]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Returns whether two values of a message are equal, types, shapes and NaN included."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return type(one) is type(other) and one == other
+
+
+# ---------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
+def test_every_message_comes_back_as_it_was(message: Any, unpack: Callable[[RecordDict], Any]) -> None:
+    read = unpack(message.pack())
+    assert type(read) is type(message)
+    assert vars(read).keys() == vars(message).keys()
+    for key, value in vars(message).items():
+        assert same(value, getattr(read, key)), key
+
+
+@given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=8))
+def test_numbers_travel_unrounded_whichever_type_they_are_in(values: list[float]) -> None:
+    for gradient in (torch.tensor(values), torch.tensor(values, dtype=torch.float64) * (1 + 2.0**-40)):
+        reply = TrainReply({"theta": gradient}, 1.0, (), np.array([]), np.array([], dtype=bool))
+        read = TrainReply.unpack(reply.pack(), {"theta": torch.zeros(len(values))})
+        assert torch.equal(read.gradient["theta"].double(), gradient.double())
+
+
+def test_a_sum_that_float32_holds_travels_in_half_the_bytes() -> None:
+    sizes = {}
+    for name, value in (("short", 0.5), ("long", 0.1)):
+        gradient = {"theta": torch.full((1000,), value, dtype=torch.float64)}
+        sizes[name] = (
+            TrainReply(gradient, 1.0, (), np.array([]), np.array([], dtype=bool)).pack()["gradient"].count_bytes()
+        )
+    assert sizes["long"] - sizes["short"] == 4000
+
+
+@pytest.mark.parametrize("code", [*FAILURES, "something else"])
+def test_a_failure_is_a_code_of_the_list_and_nothing_else(code: str) -> None:
+    content = pack_failure(code)
+    assert {name: dict(record) for name, record in content.items()} == {
+        "failure": {"code": code if code in FAILURES else "internal"}
+    }
+    assert failure(content) == (code if code in FAILURES else "internal")
+
+
+def test_a_failure_that_says_more_is_told_as_an_internal_one() -> None:
+    assert failure(SITES.pack()) is None
+    assert failure(RecordDict({"failure": ConfigRecord({"code": "patient 63 has no label"})})) == "internal"
+    assert failure(RecordDict({"failure": ConfigRecord({})})) == "internal"
+    assert failure(RecordDict({"failure": MetricRecord({"code": 3})})) == "internal"
+
+
+# ---------------------------------------------------------------- what leaves a site
+
+TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
+Form = dict[str, dict[str, str]]
+
+CONTRACT: dict[str, Form] = {
+    QUERY_SITES: {
+        "sites": {"names": "str*40"},
+        "schema": {"classes": "str*10", "features": "str*0", "shape": "int*2", "regression": "bool", "tokens": "bool"},
+        "sizes": {"train_rows": "int*40", "test_rows": "int*40"},
+    },
+    QUERY_SUMS: {"sums": {"count": "float64(1, 1)", "total": "float64(1, 1)", "square": "float64(1, 1)"}},
+    QUERY_ENGINE: {"choice": {"engine": "str", "budget": "int"}, "seconds": {}},
+    TRAIN: {
+        "sites": {"names": "str*3"},
+        "cohort": {"weight": "float", "query_loss": "float*3", "finite": "int*3"},
+        "gradient": {
+            "theta.1.weight": "float64(8, 64)",
+            "theta.1.bias": "float64(8,)",
+            "theta.3.weight": "float64(10, 8)",
+            "theta.3.bias": "float64(10,)",
+        },
+    },
+    EVALUATE: {
+        "sites": {"names": "str*3"},
+        "figures": {
+            "columns": "int",
+            "scores": "float*9",
+            "losses": "float*9",
+            "calibration": "float*9",
+            "chosen": "int*3",
+        },
+    },
+}
+"""All that a client's replies hold: records, keys, types and lengths."""
+
+
+def form(content: RecordDict) -> Form:
+    """Returns what a message's content holds, in the manner of `CONTRACT`."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, Array):
+            return f"{value.dtype}{tuple(value.shape)}"
+        if isinstance(value, list):
+            kinds = {TYPES[type(entry)] for entry in value} or {"str"}
+            return f"{'|'.join(sorted(kinds))}*{len(value)}"
+        return TYPES[type(value)]
+
+    return {name: {key: one(value) for key, value in record.items()} for name, record in content.items()}
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Callable[[str, RecordDict], RecordDict]:
+    """Returns a way to ask the real client, which hosts the digits, a question."""
+    toml = '[model]\nhidden = "8"\n[learner]\ninner_steps = 2\n[runtime]\nengine = "vmap"\n[tracking]\nuri = "none"'
+    grid = LocalGrid(app, Experiment.from_toml(toml))
+
+    def ask(kind: str, content: RecordDict) -> RecordDict:
+        (reply,) = grid.send_and_receive([grid.create_message(content, kind, NODE_ID, "1")])
+        assert reply.has_content()
+        return reply.content
+
+    ask.experiment = Experiment.from_toml(toml)  # type: ignore[attr-defined]
+    return ask
+
+
+@pytest.fixture(scope="module")
+def work(exchange: Any) -> WorkRequest:
+    """A request that the client can answer."""
+    classes = SitesReply.unpack(exchange(QUERY_SITES, RecordDict())).classes
+    state = learner_of(exchange.experiment, (8, 8), len(classes)).init(0)
+    scale = {f"standardisation.{name}": torch.ones(1, 1) for name in ("mean", "scale")}
+    return WorkRequest(
+        {**state, **scale}, 1, classes, ("site-03", "site-11", "site-30"), "a-run", steps=2, engine="vmap"
+    )
+
+
+@pytest.mark.parametrize("kind", CONTRACT)
+def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, work: WorkRequest, kind: str) -> None:
+    question = {QUERY_SITES: RecordDict(), QUERY_SUMS: SumsRequest(work.names).pack()}.get(kind, work.pack())
+    reply = exchange(kind, question)
+    assert failure(reply) is None
+    found = form(reply)
+    if kind == QUERY_ENGINE:
+        assert set(found.pop("seconds").values()) <= {"float"}
+        assert found == {"choice": CONTRACT[kind]["choice"]}
+    else:
+        assert found == CONTRACT[kind]
+
+
+def test_every_question_that_a_client_answers_is_in_the_contract() -> None:
+    answered = {kind.removesuffix(".default") for kind in app._registered_funcs}
+    assert answered == set(CONTRACT)
+
+
+# ---------------------------------------------------------------- what is not a message
+
+VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.lists(st.integers(-3, 3), max_size=5),
+    st.lists(st.floats(), max_size=5),
+    st.lists(st.text(max_size=3), max_size=5),
+    st.lists(st.booleans(), max_size=5),
+)
+SCALARS = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(), st.lists(st.integers(-3, 3), max_size=5))
+ARRAYS = st.one_of(
+    st.builds(
+        lambda dtype, shape: Array(np.ones(shape, dtype=dtype)),
+        st.sampled_from(["float32", "float64", "float16", "int64", "bool", "complex64", "U3"]),
+        st.lists(st.integers(0, 3), max_size=3),
+    ),
+    st.builds(
+        lambda dtype, shape, data: Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data),
+        st.text(max_size=8),
+        st.lists(st.integers(-2, 3), max_size=2).map(tuple),
+        st.binary(max_size=200),
+    ),
+)
+RECORDS = st.one_of(
+    st.dictionaries(st.text(max_size=4), VALUES, max_size=3).map(lambda values: ConfigRecord(values)),
+    st.dictionaries(st.text(max_size=4), SCALARS, max_size=3).map(lambda values: MetricRecord(values)),
+    st.dictionaries(st.text(max_size=4), ARRAYS, max_size=2).map(lambda values: ArrayRecord(values)),
+)
+
+
+def mutate(content: RecordDict, data: st.DataObject) -> None:
+    """Changes one thing in a message: a record or an entry is added, replaced, taken away or renamed."""
+    name = data.draw(st.sampled_from(sorted(content)))
+    match data.draw(st.sampled_from(["add", "replace", "remove", "rename", "entry", "entry", "entry"])):
+        case "add":
+            content[data.draw(st.text(max_size=5))] = data.draw(RECORDS)
+        case "replace":
+            content[name] = data.draw(RECORDS)
+        case "remove":
+            del content[name]
+        case "rename":
+            content[data.draw(st.text(max_size=5))] = content.pop(name)
+        case _:
+            record: Any = content[name]
+            kind = {ConfigRecord: VALUES, MetricRecord: SCALARS, ArrayRecord: ARRAYS}[type(record)]
+            key = data.draw(st.sampled_from([*sorted(record), "another"]))
+            if data.draw(st.booleans()):
+                record[key] = data.draw(kind)
+            else:
+                record.pop(key, None)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
+@given(data=st.data())
+def test_what_is_not_a_message_is_refused_as_such(
+    message: Any, unpack: Callable[[RecordDict], Any], data: st.DataObject
+) -> None:
+    content = message.pack()
+    for _ in range(data.draw(st.integers(1, 3))):
+        if content:
+            mutate(content, data)
+    try:
+        read = unpack(content)
+    except MessageError:
+        return
+    # What was read is a message all the same: it can be packed and read again.
+    assert type(unpack(read.pack())) is type(message)
+
+
+@given(st.one_of(st.builds(dict), st.dictionaries(st.text(max_size=5), RECORDS, max_size=3)))
+def test_foreign_records_are_refused_by_every_message(records: dict[str, Any]) -> None:
+    for _, unpack in PACKED:
+        with pytest.raises(MessageError):
+            unpack(RecordDict(records))
+
+
+def changed(message: Any, record: str, key: str, value: Any) -> RecordDict:
+    content: RecordDict = message.pack()
+    content[record][key] = value
+    return content
+
+
+WRONG = [
+    ("SitesReply", changed(SITES, "sizes", "train_rows", [12]), '"train_rows" has 1 values and not 2'),
+    ("SitesReply", changed(SITES, "sizes", "train_rows", [12.0, 1.0]), '"train_rows" is not a list of int'),
+    ("SitesReply", changed(SITES, "sizes", "test_rows", [-1, 1]), "a number of rows is negative"),
+    ("SitesReply", changed(SITES, "sites", "names", ["abbey", "abbey"]), "two sites have the same name"),
+    ("SitesReply", changed(SITES, "schema", "regression", 1), '"regression" is not of type bool'),
+    ("SitesReply", changed(SITES, "schema", "shape", [-2]), "the shape of a row is not positive"),
+    ("SitesReply", changed(SITES, "schema", "rows", "63,male"), "it holds "),
+    ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0]))), "the sums are not of one shape"),
+    ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0, np.nan]))), "the sums are not finite float64"),
+    ("SumsReply", changed(SUMS, "sums", "total", Array(np.float32([1, 2]))), "the sums are not finite float64"),
+    (
+        "SumsReply",
+        changed(SUMS, "sums", "count", Array(np.array([-1.0, 2]))),
+        "a count or a sum of squares is negative",
+    ),
+    (
+        "TrainReply",
+        changed(TRAINED, "gradient", "alpha", Array(np.float32([1, 2]))),
+        "the gradient of alpha has another",
+    ),
+    ("TrainReply", changed(TRAINED, "gradient", "alpha", Array(np.array(1))), "the gradient of alpha has another"),
+    (
+        "TrainReply",
+        changed(TRAINED, "gradient", "alpha", Array(np.array(np.nan, dtype=np.float32))),
+        "the gradient of alpha is not fin",
+    ),
+    (
+        "TrainReply",
+        changed(TRAINED, "gradient", "alpha", Array(np.array(np.inf, dtype=np.float32))),
+        "the gradient of alpha is not fin",
+    ),
+    ("TrainReply", changed(TRAINED, "gradient", "beta", Array(np.array(0, dtype=np.float32))), "it holds "),
+    ("TrainReply", changed(TRAINED, "cohort", "weight", -1.0), "the weight is not a finite number of at least 0"),
+    ("TrainReply", changed(TRAINED, "cohort", "weight", math.inf), "the weight is not a finite number of at least 0"),
+    ("TrainReply", changed(TRAINED, "cohort", "query_loss", [0.5]), '"query_loss" has 1 values and not 2'),
+    ("TrainReply", changed(TRAINED, "cohort", "finite", [1, 0, 1]), '"finite" has 3 values and not 2'),
+    ("TrainReply", changed(TRAINED, "sites", "names", "abbey"), '"names" is not a list of str'),
+    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 0), "the figures have no column"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "columns", -2), "the figures have no column"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 2**62), '"scores" has 4 values and not'),
+    ("EvaluateReply", changed(EVALUATED, "figures", "losses", [1.0] * 3), '"losses" has 3 values and not 4'),
+    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2]), "a site takes more steps than there are"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, -1]), "a site takes more steps than there are"),
+    ("WorkRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
+    ("WorkRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
+    ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is negative"),
+    ("EngineReply", changed(ENGINE, "seconds", "span", [1.0]), '"span" is not of type float'),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "said"), WRONG)
+def test_what_is_wrong_with_a_message_is_said(kind: str, content: RecordDict, said: str) -> None:
+    unpack = dict(zip(KINDS, (unpack for _, unpack in PACKED), strict=True))[kind]
+    with pytest.raises(MessageError) as refusal:
+        unpack(content)
+    assert str(refusal.value).startswith(said)
+
+
+@pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
+def test_a_record_more_or_less_is_refused(message: Any, unpack: Callable[[RecordDict], Any]) -> None:
+    more = message.pack()
+    more["text"] = ConfigRecord({"error": "63 years, male"})
+    with pytest.raises(MessageError):
+        unpack(more)
+    for name in message.pack():
+        less = message.pack()
+        del less[name]
+        with pytest.raises(MessageError):
+            unpack(less)
