@@ -52,8 +52,8 @@ every = 0
 [runtime]
 engine = "vmap"
 X
-tool -v "$DATA:/data:ro" -v "$WORK:/work" -w /work/local "$IMAGE" \
-    fedmeta run /work/heart.toml --set tracking.uri=none --json >"$WORK/local.json" 2>"$WORK/local.log" &
+tool -v "$DATA:/data:ro" -v "$WORK:/here" -w /here/local "$IMAGE" \
+    fedmeta run /here/heart.toml --set tracking.uri=none --json >"$WORK/local.json" 2>"$WORK/local.log" &
 LOCAL=$!
 
 within 60 podman healthcheck run "${P}_superlink_1" || die "the SuperLink is not well"
@@ -75,7 +75,7 @@ server fedmeta run /tmp/heart.toml --runtime deployment --json >"$WORK/deployed.
     { cat "$WORK/deployed.log"; die "the deployed run failed"; }
 say "$ROUNDS rounds over containers are done"
 tail -1 "$WORK/deployed.json" | server sh -c 'cat >/tmp/deployed.json'
-tail -1 "$WORK/local.json" | sed 's#/work/local#/tmp/local#g' | server sh -c 'cat >/tmp/local.json'
+tail -1 "$WORK/local.json" | sed 's#/here/local#/tmp/local#g' | server sh -c 'cat >/tmp/local.json'
 tar -C "$WORK" -c local | server tar -C /tmp -x
 server python - /tmp/deployed.json /tmp/local.json http://mlflow:5000 "${SITES[@]}" <tests/deployment/compare_runs.py ||
     die "the deployed run is not the local one"
