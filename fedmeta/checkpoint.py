@@ -202,20 +202,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         for what in COLUMNS:
             tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(getattr(evaluation, what))
     tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-    values: dict[str, Any] = {
-        name: getattr(checkpoint, name)
-        for name in (
-            "experiment",
-            "run_id",
-            "round_number",
-            "classes",
-            "names",
-            "new_sites",
-            "finished",
-            "engine",
-            "budget",
-        )
-    }
+    values: dict[str, Any] = {name: getattr(checkpoint, name) for name in HEADER}
     values |= {"totals": dict(checkpoint.totals)}
     values |= {"metrics": {str(number): dict(figures) for number, figures in checkpoint.metrics.items()}}
     header = {"format": FORMAT, **{name: json.dumps(value) for name, value in values.items()}}

@@ -106,6 +106,7 @@ class Rounds:
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         self.scores: tuple[float | None, float | None] = (None, None)
+        self.finished = bool(earlier and earlier.finished)
         self.idle = 0
         self.journal = Journal(experiment, federation, folder, earlier)
         if earlier:
@@ -135,7 +136,8 @@ class Rounds:
 
     def finish(self) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
-        self._evaluate(last=True)
+        if not (self.finished and self._evaluated()):
+            self._evaluate(last=True)
         if not self._evaluated():
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save(finished=True)

@@ -119,7 +119,19 @@ def federation_of(new: list[bool]) -> Federation:
     rows = np.ones(len(new), dtype=np.int64)
     names = tuple(f"site-{number:03d}" for number in range(len(new)))
     homes = np.zeros(len(new), dtype=np.uint64)
-    return Federation(names, homes, rows, rows, np.array(new), ("a", "b"), (), (1,), regression=False, tokens=False)
+    return Federation(
+        names,
+        homes,
+        rows,
+        rows,
+        np.array(new),
+        np.zeros(len(new), dtype=bool),
+        ("a", "b"),
+        (),
+        (1,),
+        regression=False,
+        tokens=False,
+    )
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 70), st.integers(0, 3))
@@ -150,7 +162,7 @@ def test_the_cohort_does_not_hang_on_nodes(tmp_path: Path) -> None:
 def test_every_site_is_evaluated_new_ones_too(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 3)
     strategy = strategy_over(grid)
-    messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord(), grid))
+    messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
     assert {message.metadata.message_type for message in messages} == {EVALUATE}
     strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
     assert strategy.evaluated is not None
