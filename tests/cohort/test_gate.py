@@ -1,0 +1,78 @@
+"""A site that chooses its steps does so on its support rows, and needs a reason to adapt."""
+
+import torch
+from torch import Tensor, nn
+
+from fedmeta import cohort
+from fedmeta.cohort.accumulate import Scores
+from fedmeta.cohort.gate import FOLDS, choose_steps
+from fedmeta.learners import build
+from fedmeta.task import Batch, Rows
+
+STEPS = 3
+
+
+def rows(sites: int, n: int, mask: Tensor | None = None) -> Rows:
+    x = torch.randn(sites, n, 4, generator=torch.Generator().manual_seed(0))
+    return x, torch.zeros(sites, n, dtype=torch.long), torch.ones(sites, n) if mask is None else mask
+
+
+def with_losses(losses: Tensor) -> Scores:
+    return Scores(losses, losses, losses)
+
+
+def test_takes_the_steps_with_the_smallest_loss() -> None:
+    def evaluate(batch: Batch) -> Scores:
+        assert batch.sites == 2 * FOLDS
+        noise = torch.linspace(0, 0.01, FOLDS).repeat(2)[:, None]
+        falling = torch.tensor([[1.0, 0.5, 0.2, 0.4], [0.2, 0.5, 0.7, 0.9]]).repeat_interleave(FOLDS, 0)
+        return with_losses(falling + noise)
+
+    assert choose_steps(evaluate, rows(2, 10)).tolist() == [2, 0]
+
+
+def test_stays_where_the_gain_is_within_its_own_spread() -> None:
+    def evaluate(batch: Batch) -> Scores:
+        gains = torch.tensor([1.0, -0.9, 0.8, -0.9, 0.2])[:, None]
+        return with_losses(torch.cat([torch.ones(FOLDS, 1), 1 - gains.expand(-1, STEPS)], 1))
+
+    assert choose_steps(evaluate, rows(1, 10), margin=1.0).tolist() == [0]
+
+
+def test_folds_hold_out_each_row_once_and_never_train_on_it() -> None:
+    mask = torch.ones(2, 7)
+    mask[1, 4:] = 0
+    seen: list[Batch] = []
+
+    def evaluate(batch: Batch) -> Scores:
+        seen.append(batch)
+        return with_losses(torch.ones(batch.sites, STEPS + 1))
+
+    choose_steps(evaluate, rows(2, 7, mask))
+    train, held = (part[2].reshape(2, FOLDS, 7) for part in seen[0])
+    assert torch.equal(held.sum(1), mask)
+    assert not (train * held).any()
+    assert torch.equal(train + held, mask[:, None].expand(-1, FOLDS, -1))
+
+
+def test_no_rows_and_diverging_steps_mean_no_adaptation() -> None:
+    def evaluate(batch: Batch) -> Scores:
+        losses = torch.ones(batch.sites, STEPS + 1)
+        losses[:, 1:] = torch.nan
+        return with_losses(losses)
+
+    assert choose_steps(evaluate, rows(2, 5, torch.tensor([[1.0] * 5, [0.0] * 5]))).tolist() == [0, 0]
+
+
+def test_a_site_that_gains_adapts_and_one_with_random_labels_does_not() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 40, 4, generator=generator)
+    y = (x[..., 0] > 0).long()
+    y[1] = torch.randint(0, 2, (40,), generator=generator)
+    learner = build("maml", nn.Linear(4, 2), inner_steps=5, inner_lr=0.5)
+    state = learner.init(0)
+    chosen = choose_steps(
+        lambda batch: cohort.evaluate(learner, state, batch, "vmap", steps=5), (x, y, torch.ones(2, 40))
+    )
+    assert chosen[0] == 5
+    assert chosen[1] < 5
