@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.cohort.accumulate import Contribution, Scores
-from fedmeta.cohort.rules import BUDGET, ENGINES, choose_engine, chunk_sites, trial
+from fedmeta.cohort.accumulate import Scores
+from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
+from fedmeta.cohort.rules import ENGINES, choose_engine, run, trial
 from fedmeta.cohort.span import fits
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
@@ -58,15 +59,9 @@ def meta_gradients(
     own = torch.ones(batch.sites, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
     own = own.to(batch.support[2].device)
     name = _engine(engine, learner, meta_state, batch)
-    size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
-    total = Contribution.empty(meta_state)
-    for start in range(0, batch.sites, size):
-        # Fused attention has no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
-            part = batch.chunk(start, start + size)
-            total.merge(ENGINES[name].meta_gradients(learner, meta_state, part, own[start : start + size]))
+    total = run(name, learner, meta_state, batch, own, chunk, budget)
     gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in total.total.items()}
-    return gradient, total.weight, {name: torch.cat(values) for name, values in total.metrics.items()}
+    return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
 
 
 def evaluate(
@@ -97,11 +92,13 @@ def evaluate(
     taken = learner.evaluation_steps(steps)
     name = _engine(engine, learner, meta_state, batch)
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
-    parts = []
-    for start in range(0, batch.sites, size):
+    parts, places = [], []
+    for sites, part in chunks(batch, size):
         with sdpa_kernel(SDPBackend.MATH):
-            parts.append(ENGINES[name].evaluate(learner, meta_state, batch.chunk(start, start + size), taken))
-    return Scores.join(parts)
+            parts.append(ENGINES[name].evaluate(learner, meta_state, part, taken))
+        places.append(sites)
+    order = torch.cat(places).argsort()
+    return Scores(*(figure[order] for figure in Scores.join(parts)))
 
 
 def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:

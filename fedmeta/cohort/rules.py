@@ -1,4 +1,4 @@
-"""Which engine computes a cohort, and how many of its sites at once."""
+"""Which engine computes a cohort, and running it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.cohort import loop, span, vmap
 from fedmeta.cohort.accumulate import Contribution, Scores
+from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
 from fedmeta.cohort.operations import MisfitError
 from fedmeta.cohort.survey import ROWS_MIX
 from fedmeta.learners import Learner
 from fedmeta.task import Batch
-
-BUDGET = 1 << 29
-"""How much memory the sites that are computed together may take, by prediction (512 MiB)."""
-
-CACHE = 1 << 20
-"""How much the outputs of a convolution may take: it loops over sites, and gains from many only what stays in cache."""
 
 TRIAL_SITES = 16
 TRIAL_RUNS = 3
@@ -82,12 +78,13 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     if not unsure(learner, batch, meta_state):
         return choose_engine(learner, batch, meta_state), {}
     few = batch.chunk(0, TRIAL_SITES)
-    spans = span.fits(learner, batch, meta_state) is None
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES if spans or name != "span"}
+    reason = span.fits(learner, batch, meta_state)
+    refused = set() if reason is None else {"span", "vmap"} if reason == ROWS_MIX else {"span"}
+    seconds: dict[str, list[float]] = {name: [] for name in ENGINES if name not in refused}
     for _ in range(TRIAL_RUNS):
         for name in list(seconds):
             try:
-                seconds[name].append(_seconds(ENGINES[name], learner, meta_state, few))
+                seconds[name].append(_seconds(name, learner, meta_state, few))
             except RuntimeError:
                 # Operations without a batching rule make vmap raise; what the loop raises is an error of the model.
                 if name == "loop":
@@ -97,32 +94,30 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     return min(figures, key=figures.__getitem__), figures
 
 
-def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, engine: str, budget: int) -> int:
-    """Returns how many sites can be computed together in `budget` bytes, by prediction; at least 1.
-
-    A site keeps its rows and, for every step and in each of about four passes (forward, derivative, and backward
-    through both), its activations, and its weights where it has its own.
-    """
-    if engine == "loop":
-        return max(1, batch.sites)
-    theta = learner.theta(meta_state)
-    item = next(iter(theta.values())).element_size()
-    steps = learner.inner_steps + 1
-    support, query = (part[0].shape[1] for part in batch)
-    own, activations, largest = sum(value.numel() for value in theta.values()), 0, 0
-    if engine == "span":
-        forms = span.forms_of(learner, batch, meta_state)
-        own = sum(theta[name].numel() for name in forms.dense)
-        activations = sum(call.rows * call.width + call.size for call in forms.calls)
-        largest = max((call.size for call in forms.calls if call.adapts and call.kind == "convolution"), default=0)
-    numbers = 4 * steps * (own + (support + query) * activations)
-    numbers += 4 * (support + query) * batch.support[0][0, 0].numel()
-    fits_budget, fits_cache = budget // (numbers * item), CACHE // max(1, largest * max(support, query) * item)
-    return max(1, min(fits_budget, fits_cache if largest else fits_budget))
+def run(
+    engine: str,
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    batch: Batch,
+    weights: Tensor,
+    chunk: int | None,
+    budget: int,
+) -> Contribution:
+    """Returns a cohort's contribution by one engine, chunk by chunk, with the figures in site order."""
+    total, places = Contribution.empty(meta_state), []
+    size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        for sites, part in chunks(batch, size):
+            total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
+            places.append(sites)
+    order = torch.cat(places).argsort() if places else torch.arange(0)
+    total.metrics = {name: [torch.cat(values)[order]] for name, values in total.metrics.items()}
+    return total
 
 
-def _seconds(engine: Engine, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:
-    started = time.perf_counter()
+def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:
     ones = torch.ones(batch.sites, dtype=torch.float64, device=batch.support[2].device)
-    engine.meta_gradients(learner, meta_state, batch, ones)
+    started = time.perf_counter()
+    run(engine, learner, meta_state, batch, ones, None, BUDGET)
     return time.perf_counter() - started

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedmeta import cohort, models
 from fedmeta.cohort import span
-from fedmeta.cohort.rules import ENGINES, chunk_sites
+from fedmeta.cohort.chunks import chunk_sites, chunks
+from fedmeta.cohort.rules import ENGINES
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner, build
 from fedmeta.learners.estimator import estimates
@@ -244,6 +245,22 @@ def test_the_budget_bounds_what_is_computed_together() -> None:
         sizes = [chunk_sites(learner, own, batch, engine, budget) for budget in (1, 10**6, 10**8)]
         assert sizes == sorted(sizes)
         assert sizes[0] == 1
+
+
+def test_short_sites_are_not_padded_to_long_ones() -> None:
+    learner, sizes = mlp(), [(2, 2), (40, 40), (3, 2), (1, 1), (38, 30), (2, 3)]
+    batch = tasks(sizes, (20,))
+    own = state(learner)
+    parts = list(chunks(batch, 4))
+    assert sorted(torch.cat([sites for sites, _ in parts]).tolist()) == [0, 1, 2, 3, 4, 5]
+    assert sum(part.support[0].shape[0] * part.support[0].shape[1] for _, part in parts) < 120
+    expected = cohort.meta_gradients(learner, own, batch, "loop", weights=range(1, 7))
+    for engine in ENGINES:
+        actual = cohort.meta_gradients(learner, own, batch, engine, weights=range(1, 7), chunk=4)
+        assert distance(actual[0], expected[0]) < 1e-10
+        assert distance(actual[2], expected[2]) < 1e-10
+        losses = cohort.evaluate(learner, own, batch, engine)[1]
+        assert torch.allclose(losses, cohort.evaluate(learner, own, batch, "loop", chunk=6)[1])
 
 
 def test_trial_names_an_engine_that_works() -> None:

