@@ -2,9 +2,9 @@
 
 Cross-validation: a site's support rows are dealt to folds in turn (they come in a stratified order); it adapts on all
 folds but one and is judged on that one, after every number of steps. It then takes the number with the smallest mean
-loss over its rows, unless not adapting at all is as good within a quarter of a standard error (after Breiman et al. 1984,
-section 3.4.3: of two choices that cannot be told apart, the simpler one; a whole error cost HAR and the digits, on their
-training sites, two points more than this).
+loss over its rows, unless not adapting at all is as good within a quarter of a standard error: of two choices that
+cannot be told apart, the simpler one (after Breiman et al. 1984, section 3.4.3; a whole standard error cost two points
+on the training sites of HAR and the digits).
 """
 
 from __future__ import annotations
