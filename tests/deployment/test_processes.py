@@ -1,6 +1,8 @@
 """A run over a federation of real processes: the same numbers as in one process, over TLS and with node keys."""
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import fedmeta
 from fedmeta.errors import FedmetaError
 from fedmeta.runtime import deployment
+from fedmeta.runtime.superlink import keep
 from tests.deployment.processes import HERE, INTRUDER, Federation, federation, write_sites
 
 EXPERIMENT = """
@@ -58,13 +61,11 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.Mon
         return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
 
     local = fedmeta.run(experiment("local"))
-    with federation(tmp_path, files) as running:
-        strangers = start_strangers(running, files["site-0"])
+    with federation(tmp_path, files) as running, strangers(running, files["site-0"], tmp_path) as outsiders:
         deployed = fedmeta.run(experiment("deployed"), runtime="deployment")
-        for stranger in strangers:
-            said, _ = stranger.communicate(timeout=30)
-            assert stranger.returncode != 0
-            assert "SuperNode ID" not in said
+        for log, process in outsiders.items():
+            assert process.wait(30) != 0
+            assert "SuperNode ID" not in log.read_text()
         with monkeypatch.context() as outside:
             outside.setenv(deployment.SUPERLINK, f"{HERE}:{running.gate}")
             with pytest.raises(FedmetaError, match="did not take the run"):
@@ -79,14 +80,14 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert Path(deployed.summary["checkpoint"]).is_file()
 
 
-def start_strangers(running: Federation, file: Path) -> list[subprocess.Popen[str]]:
+@contextmanager
+def strangers(running: Federation, file: Path, work: Path) -> Iterator[dict[Path, subprocess.Popen[bytes]]]:
     """Starts SuperNodes that must not get in: with a key that is not registered, with none, and in plain text."""
-    commands = [
-        running.node(INTRUDER, file),
-        running.stranger(INTRUDER, file),
-        [*running.plain(INTRUDER, file), "--insecure", "--max-retries", "1"],
-    ]
-    return [
-        subprocess.Popen(command, env=dict(running.env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
+    commands = {
+        "unregistered": running.node(INTRUDER, file),
+        "keyless": running.stranger(INTRUDER, file),
+        "plain": [*running.plain(INTRUDER, file), "--insecure", "--max-retries", "1"],
+    }
+    with ExitStack() as stack:
+        logs = {work / f"{name}.log": command for name, command in commands.items()}
+        yield {log: stack.enter_context(keep(command, running.env, log)) for log, command in logs.items()}

@@ -1,0 +1,92 @@
+"""What the compose files promise: no site beside another's data, no way out for submitted code, keys for nodes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DOCKER = Path(__file__).parents[2] / "docker"
+SITES = tuple(f"hospital-{letter}" for letter in "abcde")
+
+
+def compose(name: str = "compose.yaml") -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
+    return loaded
+
+
+def sources(service: dict[str, Any]) -> dict[str, str]:
+    """Returns what a service mounts, by where: `${VARIABLE:-default}/rest` and volumes by name."""
+    found = {}
+    for volume in service.get("volumes", []):
+        source, target, *options = volume.replace(":-", "~").split(":")
+        found[target] = " ".join([source.replace("~", ":-"), *options])
+    return found
+
+
+def apps() -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    """Returns every service that runs submitted code at a site, with its file and where its data come from."""
+    whole, alone = compose(), compose("site.compose.yaml")
+    found = [(whole, whole["services"][f"{site}-app"], f"${{FEDMETA_DATA:-./data}}/{site} ro") for site in SITES]
+    return [*found, (alone, alone["services"]["app"], "${FEDMETA_DATA:-./data} ro")]
+
+
+def test_each_site_sees_its_own_data_alone() -> None:
+    for whole, app, source in apps():
+        assert sources(app)["/data"] == source
+        others = [service for service in whole["services"].values() if service is not app]
+        assert not [service for service in others if source in sources(service).values()]
+
+
+def test_what_runs_submitted_code_has_no_key_and_no_way_out() -> None:
+    for whole, app, _ in apps():
+        assert sources(app)["/certs"].endswith("/public ro")
+        (network,) = app["networks"]
+        assert whole["networks"][network] == {"internal": True}
+        beside = [name for name, service in whole["services"].items() if network in service["networks"]]
+        assert len(beside) == 2
+        assert "ports" not in app
+
+
+def test_sites_share_no_network_and_no_volume() -> None:
+    services = compose()["services"]
+    for one in SITES:
+        for other in SITES:
+            if one == other:
+                continue
+            ours, theirs = ([services[f"{site}-node"], services[f"{site}-app"]] for site in (one, other))
+            assert not {net for service in ours for net in service["networks"]} & {
+                net for service in theirs for net in service["networks"]
+            }
+            assert not {source for service in ours for source in sources(service).values()} & {
+                source for service in theirs for source in sources(service).values()
+            }
+
+
+def test_only_the_gate_is_open_to_others() -> None:
+    services = compose()["services"]
+    published = {name: port for name, service in services.items() for port in service.get("ports", [])}
+    assert published.pop("gate") == "${FEDMETA_LISTEN:-0.0.0.0:8443}:8443"
+    assert sorted(published) == ["mlflow", "superlink"]
+    assert all(port.startswith("127.0.0.1:") for port in published.values())
+    sites = {net for name, service in services.items() if "hospital" in name for net in service["networks"]}
+    assert [
+        name for name, service in services.items() if sites & set(service["networks"]) and "hospital" not in name
+    ] == ["gate"]
+    assert not [service for service in compose("site.compose.yaml")["services"].values() if "ports" in service]
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "site.compose.yaml"])
+def test_every_service_is_confined_encrypted_and_watched(name: str) -> None:
+    for service_name, service in compose(name)["services"].items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges"]
+        assert isinstance(service["healthcheck"]["test"], str), "podman-compose takes a string only"
+        assert "--insecure" not in service["command"], service_name
+        assert all(source.endswith((" ro", "state")) for source in sources(service).values())
+        if service["command"].startswith("flower-supernode"):
+            assert "--isolation process" in service["command"]
+            assert "--auth-supernode-private-key" in service["command"]
+    links = [service for service in compose()["services"].values() if service["command"].startswith("flower-superlink")]
+    assert ["--enable-supernode-auth" in service["command"] for service in links] == [True]
