@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -110,10 +111,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
             os.fsync(file.fileno())
         part.replace(path)
         _sync_folder(folder)
-        for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT]:
+        for old in _files(folder)[KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise FedmetaError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
     return path
 
@@ -145,7 +147,7 @@ def newest(folder: Path) -> tuple[Checkpoint, Path]:
         FedmetaError: There is none; says what is wrong with the newest.
     """
     problems = []
-    for path in sorted(folder.glob("round-*.safetensors"), reverse=True):
+    for path in _files(folder):
         try:
             return read(path), path
         except FedmetaError as error:
@@ -167,7 +169,7 @@ def find(root: Path, run: str, experiment: str) -> Path:
     """
     if run != "auto":
         for folder in (root / run, Path(run)):
-            if any(folder.glob("round-*.safetensors")):
+            if _files(folder):
                 return folder
         for folder in _newest_first(root):
             if _run_id(folder) == run:
@@ -183,11 +185,16 @@ def find(root: Path, run: str, experiment: str) -> Path:
     raise FedmetaError(f"no unfinished run of this experiment in {root}; leave out --resume to start one")
 
 
-def _run_id(folder: Path) -> str:
+def _run_id(folder: Path) -> str | None:
     try:
         return newest(folder)[0].run_id
     except FedmetaError:
-        return ""
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, the newest first (names grow longer beyond round 999 999)."""
+    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
@@ -228,9 +235,9 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     content = blake2b(json.dumps(dict(sorted(header.items()))).encode(), digest_size=16)
     for name in sorted(tensors):
-        array = tensors[name].numpy()
-        content.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        content.update(array.tobytes())
+        tensor = tensors[name]
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 
