@@ -1,0 +1,189 @@
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmeta.checkpoint import Evaluation
+from fedmeta.evaluation import headline, left_behind, sites_frame, summarise, summarise_scores
+
+
+def frame_of(
+    before: list[float],
+    after: list[float],
+    *,
+    kinds: list[str] | None = None,
+    test_rows: list[int] | None = None,
+    chosen: list[int] | None = None,
+    reference: list[float] | None = None,
+    regression: bool = False,
+) -> pd.DataFrame:
+    """Returns the frame of sites with these scores before and after two inner steps; halfway after one."""
+    first, last = np.array(before, dtype=float), np.array(after, dtype=float)
+    scores = np.stack([first, (first + last) / 2, last], axis=1)
+    sites = len(before)
+    evaluation = Evaluation(
+        round_number=4,
+        sites=np.arange(sites),
+        scores=scores,
+        losses=10 * scores,
+        calibration=scores / 10,
+        chosen=np.array(chosen or [2] * sites, dtype=np.int64),
+        reference=np.array(reference or [math.nan] * sites),
+    )
+    return sites_frame(
+        [f"site-{site}" for site in range(sites)],
+        kinds or ["new"] * sites,
+        [7] * sites,
+        test_rows or [5] * sites,
+        evaluation,
+        regression=regression,
+    )
+
+
+# ---------------------------------------------------------------- one row per site
+
+
+def test_a_row_says_before_after_and_every_step() -> None:
+    frame = frame_of([0.5, 0.8], [0.7, 0.4], kinds=["new", "training"])
+    assert frame["site"].tolist() == ["site-0", "site-1"]
+    assert frame["kind"].tolist() == ["new", "training"]
+    assert frame["round"].tolist() == [4, 4]
+    assert frame["global_accuracy"].tolist() == [0.5, 0.8]
+    assert frame["personalized_accuracy"].tolist() == [0.7, 0.4]
+    assert frame["gain"].tolist() == pytest.approx([0.2, -0.4])
+    assert frame["global_loss"].tolist() == [5.0, 8.0]
+    assert frame["personalized_loss"].tolist() == [7.0, 4.0]
+    assert frame["steps"].tolist()[0] == pytest.approx([0.5, 0.6, 0.7])
+
+
+def test_what_counts_is_the_score_after_the_steps_that_a_site_takes() -> None:
+    frame = frame_of([0.5, 0.5, 0.5], [0.1, 0.1, 0.1], chosen=[0, 1, 2])
+    assert frame["personalized_accuracy"].tolist() == pytest.approx([0.5, 0.3, 0.1])
+    assert frame["personalized_loss"].tolist() == pytest.approx([5.0, 3.0, 1.0])
+    assert frame["ungated_accuracy"].tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert frame["gain"].tolist() == pytest.approx([0.0, -0.2, -0.4])
+    assert frame["steps_taken"].tolist() == [0, 1, 2]
+    assert left_behind(frame) == 2
+
+
+def test_an_error_that_falls_is_a_gain() -> None:
+    frame = frame_of([2.0, 1.0], [1.5, 1.25], regression=True)
+    assert "global_accuracy" not in frame
+    assert frame["global_rmse"].tolist() == [2.0, 1.0]
+    assert frame["personalized_rmse"].tolist() == [1.5, 1.25]
+    assert frame["gain"].tolist() == [0.5, -0.25]
+    assert left_behind(frame) == 1
+
+
+def test_a_site_without_test_rows_has_no_score() -> None:
+    frame = frame_of([0.5, 0.0], [0.7, 0.0], test_rows=[5, 0])
+    row = frame.iloc[1]
+    unknown = ["global_accuracy", "personalized_accuracy", "gain", "global_loss", "personalized_loss"]
+    assert row[unknown].isna().all()
+    assert np.isnan(row["steps"]).all()
+    assert row["rows"] == 7
+    summary = summarise(frame)["new_sites"]
+    assert summary["n"] == 1
+    assert summary["global"]["mean"] == 0.5
+    assert summary["helped"] == 1.0
+    assert left_behind(frame) == 0
+
+
+# ---------------------------------------------------------------- summaries by hand
+
+
+def test_scores_are_summarised_as_by_hand() -> None:
+    scores, losses = pd.Series([0.2, 0.4, 0.6, 0.8]), pd.Series([4.0, 3.0, 2.0, 1.0])
+    assert summarise_scores(scores, losses) == pytest.approx(
+        {"mean": 0.5, "std": math.sqrt(0.05), "worst_decile": 0.2, "min": 0.2, "loss": 2.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sites", "worst"), [(1, [0]), (9, [0]), (10, [0]), (11, [0, 1]), (20, [0, 1]), (21, [0, 1, 2]), (100, range(10))]
+)
+def test_the_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(sites: int, worst: list[int]) -> None:
+    values = np.random.default_rng(sites).permutation(sites)
+    summary = summarise_scores(pd.Series(values / 100), pd.Series(values * 0.0))
+    assert summary["worst_decile"] == pytest.approx(np.mean(list(worst)) / 100)
+    highest = summarise_scores(pd.Series(values / 100), pd.Series(values * 0.0), worst_is_high=True)
+    assert highest["worst_decile"] == pytest.approx((sites - 1 - np.mean(list(worst))) / 100)
+
+
+def test_groups_are_summarised_apart() -> None:
+    frame = frame_of(
+        [0.5, 0.6, 0.7, 0.9],
+        [0.7, 0.5, 0.7, 0.1],
+        kinds=["new", "new", "training", "validation"],
+        reference=[0.3, 0.5, math.nan, math.nan],
+    )
+    summary = summarise(frame)
+    assert set(summary) == {"new_sites", "training_sites"}
+    new, training = summary["new_sites"], summary["training_sites"]
+    assert (new["n"], training["n"]) == (2, 1)
+    assert new["global"]["mean"] == pytest.approx(0.55)
+    assert new["personalized"]["mean"] == pytest.approx(0.6)
+    assert new["personalized"]["worst_decile"] == new["personalized"]["min"] == 0.5
+    assert new["personalized"]["loss"] == pytest.approx(6.0)
+    assert new["helped"] == 0.5
+    assert new["gain"] == pytest.approx(0.05)
+    assert new["local"] == pytest.approx(0.4)
+    assert training["global"]["std"] == 0.0
+    # As good as before is helped.
+    assert training["helped"] == 1.0
+    assert training["local"] is None
+
+
+def test_for_regression_the_worst_errors_are_the_highest() -> None:
+    summary = summarise(frame_of([2.0, 1.0], [1.5, 1.25], regression=True))["new_sites"]
+    assert summary["global"]["worst_decile"] == 2.0
+    assert summary["personalized"]["worst_decile"] == 1.5
+    assert summary["global"]["mean"] == 1.5
+    assert summary["helped"] == 0.5
+
+
+def test_a_group_without_sites_is_empty_and_no_error() -> None:
+    summary = summarise(frame_of([0.5], [0.7]))["training_sites"]
+    assert summary["n"] == 0
+    assert summary["helped"] is None
+    assert set(summary["global"].values()) == {None}
+    assert set(summarise(frame_of([], []))["new_sites"]["personalized"].values()) == {None}
+
+
+def test_a_site_whose_score_is_unknown_is_not_counted() -> None:
+    frame = frame_of([0.5, 0.5], [math.nan, 0.7])
+    summary = summarise(frame)["new_sites"]
+    assert summary["n"] == 1
+    assert summary["personalized"]["mean"] == 0.7
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["new", "training"])), min_size=1, max_size=30)
+)
+def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) -> None:
+    before, after, kinds = (list(column) for column in zip(*rows, strict=True))
+    frame = frame_of(before, after, kinds=kinds)  # type: ignore[arg-type]
+    for group in summarise(frame).values():
+        if not group["n"]:
+            continue
+        for state in ("global", "personalized"):
+            figures: dict[str, Any] = group[state]
+            assert figures["min"] <= figures["worst_decile"] + 1e-12 <= figures["mean"] + 2e-12
+            assert 0 <= figures["std"] <= 0.5 + 1e-12
+        assert 0 <= group["helped"] <= 1
+    helped = sum(group["helped"] * group["n"] for group in summarise(frame).values() if group["n"])
+    assert round(helped) == len(rows) - left_behind(frame)
+
+
+# ---------------------------------------------------------------- what is told first
+
+
+def test_the_headline_is_of_new_sites_where_there_are_any() -> None:
+    mixed = summarise(frame_of([0.5, 0.9], [0.7, 0.9], kinds=["new", "training"]))
+    assert headline(mixed) == (0.5, 0.7)
+    assert headline(summarise(frame_of([0.9], [0.8], kinds=["training"]))) == (0.9, 0.8)
+    assert headline(summarise(frame_of([0.9], [0.8], kinds=["training"], test_rows=[0]))) == (None, None)
