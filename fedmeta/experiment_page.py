@@ -20,6 +20,7 @@ BARS = (
     "final/sites_left_behind",
     "final/training_sites_personalized",
 )
+COLUMN_WIDTH = 190
 
 
 class Section(NamedTuple):
@@ -60,10 +61,13 @@ def view() -> str:
 
 
 def _state() -> dict[str, Any]:
+    columns = [*(f"metrics.`{name}`" for name in BARS), "params.`learner.name`", "params.`runtime.seed`"]
     return {
         "orderByKey": f"metrics.`{PRIMARY_METRIC}`",
         "orderByAsc": False,
-        "selectedColumns": [*(f"metrics.`{name}`" for name in BARS), "params.`learner.name`", "params.`runtime.seed`"],
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "columnWidths": dict.fromkeys(columns[: len(BARS)], COLUMN_WIDTH),
         "runsHiddenMode": "FIRST_20_RUNS",
         "hideEmptyCharts": True,
         "isAccordionReordered": True,

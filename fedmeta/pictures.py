@@ -19,15 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarise
+from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarise, summarise_scores
 from fedmeta.run_page import latest, score_of, worst_first
 
 DOTS_PER_INCH = 200
 NAMED_SITES = 60
 LONGEST_NAME = 28
 GROUND, INK, FAINT = "#FAFAF8", "#222222", "#8C8C8C"
-COLOURS = {NEW: "#0072B2", TRAINING: "#E69F00"}
-LABELS = {NEW: "new sites", TRAINING: "training sites"}
+COLOURS = {NEW: "#0072B2", TRAINING: "#E69F00", "validation": "#009E73"}
 LOSS = "#D55E00"
 LineStyle = Literal["-", ":", "--"]
 LINES: tuple[tuple[str, str, LineStyle, str], ...] = (
@@ -72,7 +71,7 @@ def gain_by_rows(sites: pd.DataFrame) -> Figure:
     for kind, part in _groups(judged):
         size = 30 if len(judged) <= NAMED_SITES else 12
         axes.scatter(
-            part["rows"], part["gain"], s=size, color=COLOURS[kind], label=LABELS[kind], edgecolor=GROUND, linewidth=0.3
+            part["rows"], part["gain"], s=size, color=COLOURS[kind], label=_label(kind), edgecolor=GROUND, linewidth=0.3
         )
     axes.axhline(0, color=INK, linewidth=0.8)
     losing = int((judged["gain"] < 0).sum())
@@ -102,7 +101,7 @@ def adaptation(sites: pd.DataFrame) -> Figure:
     for kind, part in _groups(judged):
         scores = _by_step(part["steps"])
         steps = np.arange(scores.shape[1])
-        axes.plot(steps, np.nanmean(scores, axis=0), color=COLOURS[kind], marker="o", markersize=4, label=LABELS[kind])
+        axes.plot(steps, np.nanmean(scores, axis=0), color=COLOURS[kind], marker="o", markersize=4, label=_label(kind))
         low, high = np.nanpercentile(scores, [10, 90], axis=0)
         axes.fill_between(steps, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
         for edge in (low, high):
@@ -118,15 +117,16 @@ def by_round(sites: pd.DataFrame) -> Figure:
     rounds = sorted(set(sites["round"].tolist()))
     summaries = [summarise(sites[sites["round"] == number]) for number in rounds]
     marker = "o" if len(summaries) < 30 else ""
-    for kind, _ in _groups(_judged(sites)):
+    kinds = [kind for kind, _ in _groups(_judged(sites)) if kind in GROUPS]
+    for kind in kinds:
         for when, statistic, style, _ in LINES:
             values = [summary[GROUPS[kind]][when][statistic] for summary in summaries]
             axes.plot(rounds, _numbers(values), style, color=COLOURS[kind], marker=marker, markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _title(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
-    handles = [Line2D([], [], color=COLOURS[kind], label=LABELS[kind]) for kind, _ in _groups(_judged(sites))]
+    handles = [Line2D([], [], color=COLOURS[kind], label=_label(kind)) for kind in kinds]
     handles += [Line2D([], [], color=FAINT, linestyle=style, label=label) for _, _, style, label in LINES]
-    return _finish(figure, axes, handles if len(_judged(sites)) else [])
+    return _finish(figure, axes, handles if kinds else [])
 
 
 PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -155,7 +155,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
     axes.grid(visible=False, axis="y")
     _title(axes, _ranking_title(ranked), score, "")
     handles = [
-        Line2D([], [], color=COLOURS[kind], marker="o", linewidth=0, label=f"personalized, {LABELS[kind]}")
+        Line2D([], [], color=COLOURS[kind], marker="o", linewidth=0, label=f"personalized, {_label(kind)}")
         for kind, _ in _groups(ranked)
     ]
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor=GROUND, linewidth=0, label="global"))
@@ -178,13 +178,14 @@ def _band(ranked: pd.DataFrame) -> Figure:
         axes.scatter(share, before, s=5, color=FAINT, linewidth=0, zorder=2)
         axes.plot(share, after, color=COLOURS[kind], linewidth=2.2, zorder=3)
         axes.axvspan(0, 10, color=LOSS, alpha=0.1, linewidth=0)
-        worst = summarise(part)[GROUPS[kind]]["personalized"]["worst_decile"]
+        scores, losses = part[f"personalized_{score}"], part["personalized_loss"]
+        worst = summarise_scores(scores, losses, worst_is_high=score == "rmse")["worst_decile"]
         box = {"facecolor": GROUND, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
         axes.text(
             12, 0.03, f"worst tenth {worst:.3f}", transform=axes.get_xaxis_transform(), fontsize=8, color=INK, bbox=box
         )
         axes.set_xlim(0, 100)
-        _title(axes, f"{len(part)} {LABELS[kind]}", "sites, worst to best (%)", score if axes is first else "")
+        _title(axes, f"{len(part)} {_label(kind)}", "sites, worst to best (%)", score if axes is first else "")
     figure.suptitle(_ranking_title(ranked), x=0.02, ha="left", fontsize=11, fontweight="bold", color=INK)
     handles = [Line2D([], [], color=COLOURS[kind], linewidth=2.2, label="personalized") for kind, _ in groups[:1]]
     handles.append(Line2D([], [], color=FAINT, marker="o", markersize=3, linewidth=0, label="global, same site"))
@@ -198,8 +199,12 @@ def _judged(sites: pd.DataFrame) -> pd.DataFrame:
     return worst_first(sites.dropna(subset=[f"global_{score}", f"personalized_{score}"]))
 
 
+def _label(kind: str) -> str:
+    return f"{kind} sites"
+
+
 def _groups(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    return ((kind, part) for kind in (NEW, TRAINING) if len(part := sites[sites["kind"] == kind]))
+    return ((kind, part) for kind in COLOURS if len(part := sites[sites["kind"] == kind]))
 
 
 def _by_step(steps: pd.Series) -> NDArray[np.float64]:

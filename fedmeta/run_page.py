@@ -20,6 +20,7 @@ HEADINGS = ("", "sites", "global", "personalized", "worst tenth", "helped")
 RESULTS = "final/"
 DESCRIPTION_LIMIT = 8000
 NAMED_SITES = 12
+GAP = "\N{NO-BREAK SPACE}" * 3
 # Of Okabe and Ito (2008), so that a learner looks alike in every chart and to every eye.
 COLOURS = {"local": "#999999", "fedavg": "#56B4E9", "fedavg-ft": "#0072B2", "fomaml": "#E69F00", "maml": "#D55E00"}
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#F0E442", "#000000")
@@ -173,7 +174,7 @@ def description(summary: Mapping[str, Any], sites: pd.DataFrame) -> str:
             tuple(number(cell) if isinstance(cell, float) else str(cell) for cell in row)
             for row in worst.itertuples(index=False)
         ]
-        lines += ["Lowest first:", "", *markdown_table([name.replace("_", " ") for name in worst.columns], cells), ""]
+        lines += ["Worst first:", "", *markdown_table([name.replace("_", " ") for name in worst.columns], cells), ""]
     rounds, seconds = summary.get("rounds"), summary.get("wall_s")
     if rounds is not None and seconds is not None:
         lines.append(f"{rounds} rounds in {seconds:.0f} s.")
@@ -199,6 +200,7 @@ def verdict(summary: Mapping[str, Any], sites: pd.DataFrame) -> list[str]:
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Returns a Markdown table's lines; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "|".join([" --- ", *[" ---: "] * (len(headings) - 1)]) + "|"]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|")[:80] for cell in row) + " |" for row in rows]
+    """Returns a Markdown table's lines; MLflow leaves no space between columns, so that the cells bring their own."""
+    every = [[f"{cell.replace('|', ' ')[:80]}{GAP}" for cell in row] for row in (headings, *rows)]
+    lines = ["|".join(["", *row, ""]) for row in every]
+    return [lines[0], "|".join(["", *[" --- "] * len(headings), ""]), *lines[1:]]

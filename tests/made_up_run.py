@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedmeta.evaluation import sites_frame, summarise
+from fedmeta.evaluation import summarise
 
 STEPS = 5
 
@@ -26,15 +26,28 @@ def evaluation(
         1 - np.exp(-STEPS / 3)
     )
     scores = np.clip(steps, 0.02, 0.99)
-    return sites_frame(
-        [f"new-{i:03}" for i in range(new)] + [f"site-{i:03}" for i in range(training)],
-        ["new"] * new + ["training"] * training,
-        [int(count) for count in rows],
-        [int(count) for count in rows],
-        3 - 2 * scores if regression else scores,
-        -np.log(scores),
-        round_number=round_number,
-        regression=regression,
+    if regression:
+        scores = 3 - 2 * scores
+    score = "rmse" if regression else "accuracy"
+    return pd.DataFrame(
+        {
+            "site": [f"new-{i:03}" for i in range(new)] + [f"site-{i:03}" for i in range(training)],
+            "kind": ["new"] * new + ["training"] * training,
+            "rows": rows,
+            "test_rows": rows,
+            "round": round_number,
+            f"global_{score}": scores[:, 0],
+            f"personalized_{score}": scores[:, -1],
+            f"ungated_{score}": scores[:, -1],
+            f"local_{score}": np.nan,
+            "gain": (scores[:, -1] - scores[:, 0]) * (-1 if regression else 1),
+            "global_loss": scores[:, 0],
+            "personalized_loss": scores[:, -1],
+            "global_ece": 0.1,
+            "personalized_ece": 0.1,
+            "steps_taken": STEPS,
+            "steps": scores.tolist(),
+        }
     )
 
 

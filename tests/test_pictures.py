@@ -125,7 +125,7 @@ def test_any_scores_are_drawn(data):
     score = st.one_of(st.just(float("nan")), st.floats(0, 1))
     steps = [data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)) for _ in range(count)]
     sites = evaluation(0, count).assign(
-        kind=data.draw(st.lists(st.sampled_from(["new", "training"]), min_size=count, max_size=count)),
+        kind=data.draw(st.lists(st.sampled_from(["new", "training", "validation"]), min_size=count, max_size=count)),
         rows=data.draw(st.lists(st.integers(0, 10**6), min_size=count, max_size=count)),
         global_accuracy=data.draw(st.lists(score, min_size=count, max_size=count)),
         personalized_accuracy=data.draw(st.lists(score, min_size=count, max_size=count)),
