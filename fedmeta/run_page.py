@@ -21,9 +21,16 @@ RESULTS = "final/"
 DESCRIPTION_LIMIT = 8000
 NAMED_SITES = 12
 GAP = "\N{NO-BREAK SPACE}" * 3
-# Of Okabe and Ito (2008), so that a learner looks alike in every chart and to every eye.
-COLOURS = {"local": "#999999", "fedavg": "#56B4E9", "fedavg-ft": "#0072B2", "fomaml": "#E69F00", "maml": "#D55E00"}
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#F0E442", "#000000")
+# Of Okabe and Ito (2008), the others of Tol (2021): a learner looks alike in every chart and to every eye.
+COLOURS = {
+    "local": "#999999",
+    "fedavg": "#56B4E9",
+    "fedavg-ft": "#0072B2",
+    "fomaml": "#E69F00",
+    "maml": "#D55E00",
+    "meta-sgd": "#009E73",
+}
+OTHER_COLOURS = ("#CC79A7", "#882255", "#44AA99", "#999933", "#332288", "#000000")
 
 
 def score_of(sites: pd.DataFrame) -> str:

@@ -61,6 +61,8 @@ def summary(sites: pd.DataFrame, rounds: int, learner: str = "maml") -> dict[str
         "wall_s": 12.3,
         "bytes_down": 1_000_000,
         "bytes_up": 1_000_000,
+        "failures": 0,
+        "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
         **summarise(last),
         "checkpoint": str(Path("checkpoint")),
     }
