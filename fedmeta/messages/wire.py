@@ -65,3 +65,13 @@ def read_list(record: ConfigRecord | MetricRecord, key: str, kind: type[V], leng
     if length is not None and len(values) != length:
         raise MessageError(f'"{key}" has {len(values)} values and not {length}')
     return values
+
+
+def write_names(names: tuple[str, ...]) -> ConfigRecord:
+    """Returns the names of sites as a record."""
+    return ConfigRecord({"names": list(names)})
+
+
+def read_names(content: RecordDict) -> tuple[str, ...]:
+    """Returns the names of the sites that a message is about."""
+    return tuple(read_list(read_record(content, "sites", ConfigRecord, "names"), "names", str))

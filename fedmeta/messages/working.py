@@ -1,21 +1,4 @@
-"""The contract between clients/ and server/: what each message holds. Nothing else leaves a site.
-
-`query.sites`: a node replies with its sites' names and numbers of train and test rows, the labels that occur there,
-    the feature names and the shape of a row.
-`query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
-    feature over those sites' train rows, added up.
-`query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
-    that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
-`train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
-    with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
-    and whether the gradient was finite.
-`evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
-    replies per site with the score (accuracy or RMSE), the loss and the calibration error on test rows after 0, 1, ...
-    inner steps, and with the number of steps that the site takes.
-
-A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
-of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
-"""
+"""What the server asks of sites in a round, and what a node answers: meta-gradients or scores."""
 
 from __future__ import annotations
 
@@ -29,155 +12,22 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.wire import MessageError, only, read_arrays, read_list, read_record, read_scalar, write_arrays
-
-__all__ = [
-    "EVALUATE",
-    "FAILURES",
-    "QUERY_ENGINE",
-    "QUERY_SITES",
-    "QUERY_SUMS",
-    "TRAIN",
-    "EngineReply",
-    "EvaluateReply",
-    "MessageError",
-    "SitesReply",
-    "SumsReply",
-    "SumsRequest",
-    "TrainReply",
-    "WorkRequest",
-    "failure",
-    "pack_failure",
-]
+from fedmeta.messages.wire import (
+    MessageError,
+    only,
+    read_arrays,
+    read_list,
+    read_names,
+    read_record,
+    read_scalar,
+    write_arrays,
+    write_names,
+)
 
 Floats = NDArray[np.float64]
 
-QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
-TRAIN, EVALUATE = "train", "evaluate"
-
 TASK_KEYS = ("round", "classes", "run", "saved_round", "steps", "rate", "gate", "reference", "engine", "budget")
-
 FIGURES = ("scores", "losses", "calibration")
-
-FAILURES = {
-    "bad-experiment": "the node could not use the experiment it was sent; its own log says why",
-    "bad-data": "the site's data could not be read; its own log names the file and the cell",
-    "bad-message": "the node could not read the message",
-    "unknown-site": "the node does not host a site that it was asked for",
-    "out-of-memory": "the node ran out of memory",
-    "internal": "the node failed for another reason; its own log has the traceback",
-}
-"""Every code that a node may reply with instead of an answer, and what it means."""
-
-
-@dataclass(frozen=True)
-class SitesReply:
-    """Which sites a node hosts.
-
-    Attributes:
-        names: The sites' names.
-        train_rows: Train rows per site.
-        test_rows: Test rows per site.
-        classes: The labels that occur at them, as text; empty for regression.
-        features: Feature names, where rows have them.
-        shape: The shape of one row.
-        regression: Whether labels are numbers.
-        tokens: Whether features are integer codes that must not be scaled.
-    """
-
-    names: tuple[str, ...]
-    train_rows: tuple[int, ...]
-    test_rows: tuple[int, ...]
-    classes: tuple[str, ...]
-    features: tuple[str, ...]
-    shape: tuple[int, ...]
-    regression: bool
-    tokens: bool
-
-    def pack(self) -> RecordDict:
-        """Returns the reply's content."""
-        schema: dict[str, Any] = {
-            "classes": list(self.classes),
-            "features": list(self.features),
-            "shape": list(self.shape),
-            "regression": self.regression,
-            "tokens": self.tokens,
-        }
-        sizes: dict[str, Any] = {"train_rows": list(self.train_rows), "test_rows": list(self.test_rows)}
-        return RecordDict(
-            {"sites": _names(self.names), "schema": ConfigRecord(schema), "sizes": MetricRecord(sizes)},
-        )
-
-    @classmethod
-    def unpack(cls, content: RecordDict) -> SitesReply:
-        """Reads a reply; raises `MessageError` where it is not one."""
-        only(content, "sites", "schema", "sizes")
-        names = _read_names(content)
-        sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows")
-        schema = read_record(content, "schema", ConfigRecord, "classes", "features", "shape", "regression", "tokens")
-        rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
-        if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
-            raise MessageError("a number of rows is negative")
-        if len(set(names)) < len(names):
-            raise MessageError("two sites have the same name")
-        shape = tuple(read_list(schema, "shape", int))
-        if min(shape, default=1) < 1:
-            raise MessageError("the shape of a row is not positive")
-        return cls(
-            names=names,
-            train_rows=rows["train_rows"],
-            test_rows=rows["test_rows"],
-            classes=tuple(read_list(schema, "classes", str)),
-            features=tuple(read_list(schema, "features", str)),
-            shape=shape,
-            regression=read_scalar(schema, "regression", bool),
-            tokens=read_scalar(schema, "tokens", bool),
-        )
-
-
-@dataclass(frozen=True)
-class SumsRequest:
-    """Asks a node for the feature sums of some of its sites, which are training sites."""
-
-    names: tuple[str, ...]
-
-    def pack(self) -> RecordDict:
-        """Returns the message's content."""
-        return RecordDict({"sites": _names(self.names)})
-
-    @classmethod
-    def unpack(cls, content: RecordDict) -> SumsRequest:
-        """Reads a message; raises `MessageError` where it is not one."""
-        only(content, "sites")
-        return cls(_read_names(content))
-
-
-@dataclass(frozen=True)
-class SumsReply:
-    """Feature sums over the train rows of the sites asked for, missing values left out; float64, all of one shape."""
-
-    count: Floats
-    total: Floats
-    square: Floats
-
-    def pack(self) -> RecordDict:
-        """Returns the reply's content."""
-        sums = {"count": self.count, "total": self.total, "square": self.square}
-        return RecordDict({"sums": write_arrays({name: torch.from_numpy(value) for name, value in sums.items()})})
-
-    @classmethod
-    def unpack(cls, content: RecordDict) -> SumsReply:
-        """Reads a reply; raises `MessageError` where it is not one."""
-        only(content, "sums")
-        sums = {name: value.numpy() for name, value in read_arrays(content, "sums").items()}
-        only(sums, "count", "total", "square")
-        if len({value.shape for value in sums.values()}) != 1:
-            raise MessageError("the sums are not of one shape")
-        if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in sums.values()):
-            raise MessageError("the sums are not finite float64 numbers")
-        if (sums["count"] < 0).any() or (sums["square"] < 0).any():
-            raise MessageError("a count or a sum of squares is negative")
-        return cls(**sums)
 
 
 @dataclass(frozen=True)
@@ -227,7 +77,7 @@ class WorkRequest:
             "engine": self.engine,
             "budget": self.budget,
         }
-        return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": _names(self.names)})
+        return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> WorkRequest:
@@ -238,7 +88,7 @@ class WorkRequest:
             meta_state=read_arrays(content, "meta_state"),
             round_number=read_scalar(task, "round", int),
             classes=tuple(read_list(task, "classes", str)),
-            names=_read_names(content),
+            names=read_names(content),
             run=read_scalar(task, "run", str),
             saved_round=read_scalar(task, "saved_round", int),
             steps=read_scalar(task, "steps", int),
@@ -312,7 +162,7 @@ class TrainReply:
         }
         gradient = {name: _shortest(value) for name, value in self.gradient.items()}
         return RecordDict(
-            {"gradient": write_arrays(gradient), "cohort": MetricRecord(figures), "sites": _names(self.names)}
+            {"gradient": write_arrays(gradient), "cohort": MetricRecord(figures), "sites": write_names(self.names)}
         )
 
     @classmethod
@@ -330,7 +180,7 @@ class TrainReply:
                 raise MessageError(f"the gradient of {name} has another shape or type than it should")
             if not value.isfinite().all():
                 raise MessageError(f"the gradient of {name} is not finite")
-        names = _read_names(content)
+        names = read_names(content)
         cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
         weight = read_scalar(cohort, "weight", float)
         if not (np.isfinite(weight) and weight >= 0):
@@ -371,13 +221,13 @@ class EvaluateReply:
             "calibration": self.calibration.ravel().tolist(),
             "chosen": self.chosen.tolist(),
         }
-        return RecordDict({"figures": MetricRecord(figures), "sites": _names(self.names)})
+        return RecordDict({"figures": MetricRecord(figures), "sites": write_names(self.names)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> EvaluateReply:
         """Reads a reply; raises `MessageError` where it is not one."""
         only(content, "figures", "sites")
-        names = _read_names(content)
+        names = read_names(content)
         figures = read_record(content, "figures", MetricRecord, "columns", *FIGURES, "chosen")
         shape = (len(names), read_scalar(figures, "columns", int))
         if shape[1] < 1:
@@ -394,24 +244,3 @@ def _shortest(value: Tensor) -> Tensor:
     """Returns a float64 tensor as float32 where that is the same numbers."""
     short = value.float()
     return short if value.dtype == torch.float64 and torch.equal(short.double(), value) else value
-
-
-def pack_failure(code: str) -> RecordDict:
-    """Returns the content of a reply that says why there is no answer: a code of `FAILURES`."""
-    return RecordDict({"failure": ConfigRecord({"code": code if code in FAILURES else "internal"})})
-
-
-def failure(content: RecordDict) -> str | None:
-    """Returns the failure code of a reply, or None where it is an answer."""
-    if "failure" not in content:
-        return None
-    code = content["failure"].get("code") if isinstance(content["failure"], ConfigRecord) else None
-    return code if isinstance(code, str) and code in FAILURES else "internal"
-
-
-def _names(names: tuple[str, ...]) -> ConfigRecord:
-    return ConfigRecord({"names": list(names)})
-
-
-def _read_names(content: RecordDict) -> tuple[str, ...]:
-    return tuple(read_list(read_record(content, "sites", ConfigRecord, "names"), "names", str))

@@ -1,0 +1,72 @@
+"""The contract between clients/ and server/: what each message holds. Nothing else leaves a site.
+
+`query.sites`: a node replies with its sites' names and numbers of train and test rows, the labels that occur there,
+    the feature names and the shape of a row.
+`query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
+    feature over those sites' train rows, added up.
+`query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
+    that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
+`train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
+    with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
+    and whether the gradient was finite.
+`evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
+    replies per site with the score (accuracy or RMSE), the loss and the calibration error on test rows after 0, 1, ...
+    inner steps, and with the number of steps that the site takes.
+
+A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
+of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
+"""
+
+from __future__ import annotations
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedmeta.messages.joining import SitesReply, SumsReply, SumsRequest
+from fedmeta.messages.wire import MessageError
+from fedmeta.messages.working import EngineReply, EvaluateReply, TrainReply, WorkRequest
+
+__all__ = [
+    "EVALUATE",
+    "FAILURES",
+    "QUERY_ENGINE",
+    "QUERY_SITES",
+    "QUERY_SUMS",
+    "TRAIN",
+    "EngineReply",
+    "EvaluateReply",
+    "MessageError",
+    "SitesReply",
+    "SumsReply",
+    "SumsRequest",
+    "TrainReply",
+    "WorkRequest",
+    "failure",
+    "pack_failure",
+]
+
+QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
+TRAIN, EVALUATE = "train", "evaluate"
+
+
+FAILURES = {
+    "bad-experiment": "the node could not use the experiment it was sent; its own log says why",
+    "bad-data": "the site's data could not be read; its own log names the file and the cell",
+    "bad-message": "the node could not read the message",
+    "unknown-site": "the node does not host a site that it was asked for",
+    "out-of-memory": "the node ran out of memory",
+    "internal": "the node failed for another reason; its own log has the traceback",
+}
+"""Every code that a node may reply with instead of an answer, and what it means."""
+
+
+def pack_failure(code: str) -> RecordDict:
+    """Returns the content of a reply that says why there is no answer: a code of `FAILURES`."""
+    return RecordDict({"failure": ConfigRecord({"code": code if code in FAILURES else "internal"})})
+
+
+def failure(content: RecordDict) -> str | None:
+    """Returns the failure code of a reply, or None where it is an answer."""
+    if "failure" not in content:
+        return None
+    code = content["failure"].get("code") if isinstance(content["failure"], ConfigRecord) else None
+    return code if isinstance(code, str) and code in FAILURES else "internal"
