@@ -72,7 +72,9 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     console = Console(stderr=True)
     score = summary["metric"]
     unit = "RMSE" if score == "rmse" else "accuracy"
-    caption = f"{unit} on each site's test rows, before and after it adapts on {experiment.data.support} rows"
+    data = experiment.data
+    rows = data.ways * data.shots if data.ways else data.support
+    caption = f"{unit} on each site's test rows, before and after it adapts on {rows} rows"
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
     for heading in ("", "sites", "global", "personalized", "worst tenth", "helped"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
