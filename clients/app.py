@@ -67,7 +67,7 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
     node = node_of(context)
     population, hosted = node.population, node.hosted
     return SitesReply(
-        names=tuple(population.names[site] for site in hosted),
+        names=population.names_of(hosted),
         train_rows=tuple(node.split.train_sizes(hosted).tolist()),
         test_rows=tuple(node.split.test_sizes(hosted).tolist()),
         classes=node.classes(),

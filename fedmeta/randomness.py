@@ -35,7 +35,8 @@ def _stream(seed: int, purpose: str, round_number: int) -> np.uint64:
 
 def site_keys(names: Sequence[str]) -> Keys:
     """Returns a stable 64-bit key [sites] for each site name."""
-    return np.array([_hash(name) for name in names], dtype=np.uint64)
+    digests = b"".join([blake2b(name.encode(), digest_size=8).digest() for name in names])
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def draws(seed: int, purpose: str, round_number: int, keys: Keys) -> Keys:

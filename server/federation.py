@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,6 +35,9 @@ from server import agreement
 
 POLL_S = 3.0
 """How long to wait before asking again who is there, while sites that must be present are missing."""
+
+_FEW = 16
+"""Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ class Federation:
 
     def indices(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Returns the indices of named sites."""
+        if len(names) < len(self.names) // _FEW:
+            return np.array([bisect_left(self.names, name) for name in names], dtype=np.int64)
         places = {name: index for index, name in enumerate(self.names)}
         return np.array([places[name] for name in names], dtype=np.int64)
 
+    @cached_property
     def training(self) -> NDArray[np.int64]:
-        """Returns the indices of the training sites that have a train row."""
+        """The indices of the training sites that have a train row."""
         return np.flatnonzero(~self.new & ~self.validation & (self.train_rows > 0))
 
     def kind(self, site: int) -> str:
@@ -179,7 +187,7 @@ class Roll:
                 said.append(
                     f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
                 )
-            federation = _admit(federation, node, reply, as_new=not self._experiment.server.admit)
+            federation = _admit(federation, {node: reply}, as_new=not self._experiment.server.admit)
         self.federation = federation
         return said
 
@@ -206,7 +214,7 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
     Raises:
         FedmetaError: A node did not answer; without it the run would not be the one that was asked for.
     """
-    shares = federation.by_node(federation.training())
+    shares = federation.by_node(federation.training)
     contents = {node: SumsRequest(names).pack() for node, names in shares.items()}
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
     parts: list[tuple[tuple[str, ...], FeatureSums]] = []
@@ -246,9 +254,8 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
         first.regression,
         first.tokens,
     )
-    for node, reply in replies.items():
-        federation = _admit(federation, node, reply, as_new=False)
-    if len(federation.training()) == 0:
+    federation = _admit(federation, replies, as_new=False)
+    if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
         known, validation = set(earlier.names) - set(earlier.new_sites), earlier.validation_sites
@@ -260,9 +267,9 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
 
 def _draw_validation_sites(federation: Federation, experiment: Experiment) -> tuple[str, ...]:
     """Returns the training sites that are split off to choose how far to adapt, where the experiment asks for that."""
-    names = [federation.names[site] for site in federation.training()]
-    if experiment.evaluation.schedule != "auto" or len(names) < 2:
+    if experiment.evaluation.schedule != "auto" or len(federation.training) < 2:
         return ()
+    names = [federation.names[site] for site in federation.training]
     share = experiment.evaluation.validation_sites
     count = min(len(names) - 1, max(1, round(share * len(names)))) if share < 1 else int(share)
     if count > len(names) - 1:
@@ -274,40 +281,39 @@ def _draw_validation_sites(federation: Federation, experiment: Experiment) -> tu
 
 
 def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence[str]) -> Federation:
-    kinds = ({*new}, {*validation})
-    masks = (np.array([name in kind for name in federation.names], dtype=bool) for kind in kinds)
-    return replace(federation, new=next(masks), validation=next(masks))
+    masks = np.zeros((2, len(federation.names)), dtype=bool)
+    for mask, kind in zip(masks, (new, validation), strict=True):
+        mask[federation.indices(kind)] = True
+    return replace(federation, new=masks[0], validation=masks[1])
 
 
-def _admit(federation: Federation, node: int, reply: SitesReply, *, as_new: bool) -> Federation:
-    rows = dict(zip(federation.names, range(len(federation.names)), strict=True))
-    homes, train, test = federation.homes.copy(), federation.train_rows.copy(), federation.test_rows.copy()
-    fresh = []
-    for name, train_rows, test_rows in zip(reply.names, reply.train_rows, reply.test_rows, strict=True):
-        if name in rows:
-            homes[rows[name]], train[rows[name]], test[rows[name]] = node, train_rows, test_rows
-        else:
-            fresh.append((name, node, train_rows, test_rows, as_new))
-    if not fresh:
-        return replace(federation, homes=homes, train_rows=train, test_rows=test)
-    names, nodes, more_train, more_test, new = zip(*fresh, strict=True)
-    order = np.array(sorted(range(len(rows) + len(fresh)), key=[*federation.names, *names].__getitem__))
-    every = [*federation.names, *names]
-    return replace(
+def _admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
+    """Returns the federation with what nodes host; where two claim one site, the later one is believed."""
+    everyone = [*federation.names, *(name for reply in replies.values() for name in reply.names)]
+    nodes = (np.full(len(reply.names), node, dtype=np.uint64) for node, reply in replies.items())
+    train = (np.array(reply.train_rows, dtype=np.int64) for reply in replies.values())
+    test = (np.array(reply.test_rows, dtype=np.int64) for reply in replies.values())
+    said_last = {name: place for place, name in enumerate(everyone)}
+    names = tuple(sorted(said_last))
+    last = np.array([said_last[name] for name in names], dtype=np.int64)
+    grown = replace(
         federation,
-        names=tuple(every[index] for index in order),
-        homes=np.concatenate([homes, np.array(nodes, dtype=np.uint64)])[order],
-        train_rows=np.concatenate([train, np.array(more_train)])[order],
-        test_rows=np.concatenate([test, np.array(more_test)])[order],
-        new=np.concatenate([federation.new, np.array(new, dtype=bool)])[order],
-        validation=np.concatenate([federation.validation, np.zeros(len(new), dtype=bool)])[order],
+        names=names,
+        homes=np.concatenate([federation.homes, *nodes])[last],
+        train_rows=np.concatenate([federation.train_rows, *train])[last],
+        test_rows=np.concatenate([federation.test_rows, *test])[last],
     )
+    known = grown.indices(federation.names)
+    new, validation = np.full(len(names), as_new), np.zeros(len(names), dtype=bool)
+    new[known], validation[known] = federation.new, federation.validation
+    return replace(grown, new=new, validation=validation)
 
 
 def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
     if isinstance(wanted, int):
         return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
-    return ", ".join(name for name in wanted if name not in set(present))
+    there = set(present)
+    return ", ".join(name for name in wanted if name not in there)
 
 
 def _nobody(problems: Sequence[str], missing: str, refused: Mapping[str, str]) -> str:

@@ -77,13 +77,16 @@ class MetaGradientStrategy(Strategy):
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._asked: dict[int, tuple[str, ...]] = {}
+        self._packed: ArrayRecord | None = None
 
     def summary(self) -> None:
         """Prints nothing: what a run is, the experiment says."""
 
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
-        return ArrayRecord.from_torch_state_dict({**self.optimizer.meta_state, **self.constants})
+        if self._packed is None:
+            self._packed = ArrayRecord.from_torch_state_dict({**self.optimizer.meta_state, **self.constants})
+        return self._packed
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -91,7 +94,7 @@ class MetaGradientStrategy(Strategy):
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
         size = self.experiment.server.sites_per_round
-        cohort = sample_cohort(self.federation.training(), size, self.experiment.runtime.seed, server_round)
+        cohort = sample_cohort(self.federation.training, size, self.experiment.runtime.seed, server_round)
         return self._messages(grid, TRAIN, server_round, cohort, arrays)
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
@@ -104,7 +107,7 @@ class MetaGradientStrategy(Strategy):
         if self.engine != "auto" and self.budget:
             return None
         size, seed = self.experiment.server.sites_per_round, self.experiment.runtime.seed
-        cohort = sample_cohort(self.federation.training(), size, seed, 1)
+        cohort = sample_cohort(self.federation.training, size, seed, 1)
         here = cohort[self.federation.homes[cohort] == self.federation.homes[cohort[0]]]
         messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
         for _, content in self._answers(grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)):
@@ -144,6 +147,7 @@ class MetaGradientStrategy(Strategy):
         if worked < max(1, self.experiment.server.min_sites) or weight <= 0:
             return None, None
         self.optimizer.step(_mean(usable, weight))
+        self._packed = None
         losses = np.concatenate([reply.query_loss[reply.finite] for reply in usable])
         return self.arrays(), MetricRecord({"query_loss": float(losses.mean()), "sites": worked})
 

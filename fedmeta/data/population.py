@@ -55,6 +55,10 @@ class Population(ABC):
         """The numbers of all sites."""
         return np.arange(len(self.names))
 
+    def names_of(self, sites: IntArray) -> tuple[str, ...]:
+        """Returns the names of some sites."""
+        return tuple(self.names[site] for site in sites.tolist())
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:

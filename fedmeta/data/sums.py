@@ -18,10 +18,10 @@ from fedmeta.errors import FedmetaError
 
 Floats = NDArray[np.float64]
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """How many values are summed at once."""
 
-_SITE_ROWS = 1 << 18
+_SITE_ROWS = 1 << 16
 """How many rows sites have that are summed at once."""
 
 _SMALLEST_SPREAD = 1e-6
@@ -132,11 +132,11 @@ def train_sums(split: Split, sites: IntArray, standardise: str) -> FeatureSums:
 
 def _chunk_sums(population: Population, rows: IntArray, axes: tuple[int, ...]) -> FeatureSums:
     x = population.features(rows).to(torch.float64)
-    observed = ~x.isnan() if population.missing else torch.ones((), dtype=torch.bool).expand(x.shape)
+    missing = x.isnan().sum(axes, keepdim=True)[0].double().numpy() if population.missing else 0.0
     x = x.nan_to_num_(nan=0.0) if population.missing else x
-    parts = (observed.sum(axes, keepdim=True), x.sum(axes, keepdim=True), x.square_().sum(axes, keepdim=True))
-    count, total, square = (part[0].to(torch.float64).numpy() for part in parts)
-    return FeatureSums(count, total, square)
+    total = x.sum(axes, keepdim=True)[0].numpy()
+    square = x.square_().sum(axes, keepdim=True)[0].numpy()
+    return FeatureSums(np.full(total.shape, x.numel() / total.size) - missing, total, square)
 
 
 def standardisation(sums: FeatureSums) -> Standardisation:

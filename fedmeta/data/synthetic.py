@@ -1,6 +1,6 @@
 """A population that is not stored: site i is made from its number, so that a million sites exist and cost nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import overload
@@ -46,15 +46,28 @@ class NumberedNames(Sequence[str]):
         width = self._width
         return [f"site-{number:0{width}d}" for number in numbers]
 
-    def number(self, name: object) -> int | None:
-        """Returns the number of a name, or None where it is not one of these."""
-        if not isinstance(name, str) or len(name) != 5 + self._width or not name[5:].isdecimal():
-            return None
-        number = int(name[5:])
-        return number if number < self._count and self[number] == name else None
+    def numbers(self, names: Sequence[str]) -> list[int]:
+        """Returns the numbers of names, all at once; raises `KeyError` with the first that is not one of these."""
+        try:
+            numbers = [int(name[5:]) for name in names]
+        except ValueError:
+            numbers = []
+        # Making the names again is quicker than looking at each, and sees every other spelling of a number.
+        if numbers and min(numbers) >= 0 and max(numbers) < self._count and self.of(numbers) == list(names):
+            return numbers
+        for name in names:
+            if name not in self:
+                raise KeyError(name)
+        return numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return map(f"site-{{:0{self._width}d}}".format, range(self._count))
 
     def __contains__(self, name: object) -> bool:
-        return self.number(name) is not None
+        if not isinstance(name, str) or len(name) != 5 + self._width or not name[5:].isdecimal():
+            return False
+        number = int(name[5:])
+        return number < self._count and self[number] == name
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,14 @@ class SyntheticPopulation(Population):
 
     def find(self, names: Sequence[str]) -> IntArray:
         """Returns the numbers of the named sites; raises `FedmetaError` where there is no such site."""
-        numbers = [self.names.number(name) for name in names]
-        if None in numbers:
-            raise unknown_site(names[numbers.index(None)], self.names)
-        return np.array(numbers, dtype=np.int64)
+        try:
+            return np.array(self.names.numbers(names), dtype=np.int64)
+        except KeyError as error:
+            raise unknown_site(error.args[0], self.names) from None
+
+    def names_of(self, sites: IntArray) -> tuple[str, ...]:
+        """Returns the names of some sites."""
+        return tuple(self.names.of(sites.tolist()))
 
     def keys(self, sites: IntArray) -> Keys:
         """Returns the random key of each site."""

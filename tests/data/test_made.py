@@ -1,5 +1,6 @@
 """The populations that need no file: synthetic and digits."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,17 @@ def synthetic(**keys: Any) -> SyntheticPopulation:
 def test_names_are_numbers_and_sorted(count: int, data: Any) -> None:
     names = NumberedNames(count)
     some = sorted(data.draw(st.lists(st.integers(0, count - 1), max_size=5)))
-    assert [names.number(names[number]) for number in some] == some
+    assert names.numbers([names[number] for number in some]) == some
     assert [names[number] for number in some] == sorted(names[number] for number in some)
     assert names[-1] == names[count - 1]
     assert names[:3] == [names[number] for number in range(min(3, count))]
     assert len(names) == count
-    for foreign in ("site-", "site-x", "", "ward-1", f"site-{count}", f"site-0{count - 1}", 7):
+    assert list(itertools.islice(names, 3)) == names[:3]
+    for foreign in ("site-", "site-x", "", "ward-1", f"site-{count}", f"site-0{count - 1}", "site--1", "site- 1"):
         assert foreign not in names
+        with pytest.raises(KeyError):
+            names.numbers([*(names[number] for number in some), foreign])
+    assert 7 not in names
 
 
 def test_a_site_is_made_from_its_number() -> None:

@@ -47,8 +47,8 @@ def test_new_sites_are_drawn_over_names_and_not_over_nodes(tmp_path: Path) -> No
         grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, name) for name in order])
         federation = Roll(grid, experiment).federation
         drawn.append(federation.new_sites)
-        assert len(federation.training()) == 3
-        assert not set(federation.new_sites) & {federation.names[site] for site in federation.training()}
+        assert len(federation.training) == 3
+        assert not set(federation.new_sites) & {federation.names[site] for site in federation.training}
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 2
 
@@ -154,7 +154,7 @@ def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> 
     roll = Roll(grid, experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey"))
     assert roll.refresh() == ["abbey joined as training"]
-    assert roll.federation.training().tolist() == [0, 1]
+    assert roll.federation.training.tolist() == [0, 1]
 
 
 def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) ->
     grid = SeveralNodes(app, experiment, node_configs=configs)
     federation = Roll(grid, experiment).federation
     rows = []
-    for site in federation.training():
+    for site in federation.training:
         table = (tmp_path / f"{federation.names[site]}.csv").read_text().splitlines()[1:]
         values = [[float(cell) for cell in line.split(",")[:2]] for line in table]
         rows += values[: federation.train_rows[site]]
