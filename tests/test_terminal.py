@@ -11,7 +11,7 @@ import pytest
 from fedmeta import terminal
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
-from tests.made_up_run import evaluation, summary
+from tests.tracking.made_up_run import evaluation, summary
 
 RUN = """
 from fedmeta import terminal

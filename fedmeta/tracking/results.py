@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedmeta import run_page
-from fedmeta.entries import Artifact, Entry, Picture, Table
-from fedmeta.experiment_page import PICTURE
+from fedmeta.tracking import run_page
+from fedmeta.tracking.entries import Artifact, Entry, Picture, Table
+from fedmeta.tracking.experiment_page import PICTURE
 
 
 def tables(sites: pd.DataFrame, folder: Path) -> list[Entry]:
@@ -22,7 +22,7 @@ def drawings(sites: pd.DataFrame, folder: Path) -> list[Entry]:
     """Draws a run's pictures into its folder; the sites before and after adapting also go among MLflow's charts."""
     # Matplotlib would announce, on a fresh machine, that it looks for fonts.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from fedmeta import pictures
+    from fedmeta.tracking import pictures
 
     last = int(sites["round"].max())
     charts = [path for path in pictures.save(sites, folder / "pictures") if path.stem == "sites"]

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment_page import VIEW, VIEW_TAG
-from fedmeta.store import MLFLOW_DEFAULTS, checked_uri, shown, sqlite_file
+from fedmeta.tracking.experiment_page import VIEW, VIEW_TAG
+from fedmeta.tracking.store import MLFLOW_DEFAULTS, checked_uri, shown, sqlite_file
 
 LOOPBACK = "127.0.0.1"
 USUAL_PORT = 5000

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmeta import outbox
-from fedmeta.outbox import Outbox, batches, deliver
+from fedmeta.tracking import outbox
+from fedmeta.tracking.outbox import Outbox, batches, deliver
 
 
 class Number(NamedTuple):

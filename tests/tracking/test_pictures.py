@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedmeta import pictures
-from tests.made_up_run import evaluation, history
+from fedmeta.tracking import pictures
+from tests.tracking.made_up_run import evaluation, history
 
 BLUE, ORANGE, RED = (0, 0x72, 0xB2), (0xE6, 0x9F, 0), (0xD5, 0x5E, 0)
 

@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from fedmeta import experiment_page, results, run_page
-from fedmeta.entries import Artifact, Dataset, End, Entry, Metric, Picture, Table, Tag, read_unsent, write_unsent
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking
-from fedmeta.outbox import Outbox, deliver
-from fedmeta.store import MLFLOW_DEFAULTS, artifact_folder, checked_uri, first_line, shown, within_time
+from fedmeta.tracking import experiment_page, results, run_page
+from fedmeta.tracking.entries import (
+    Artifact,
+    Dataset,
+    End,
+    Entry,
+    Metric,
+    Picture,
+    Table,
+    Tag,
+    read_unsent,
+    write_unsent,
+)
+from fedmeta.tracking.outbox import Outbox, deliver
+from fedmeta.tracking.store import MLFLOW_DEFAULTS, artifact_folder, checked_uri, first_line, shown, within_time
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +96,7 @@ class Tracker:
 
         Args:
             round_number: the round that was evaluated; 0 is before training.
-            sites: one row per site, as `fedmeta.run_page` describes it.
+            sites: one row per site, as `fedmeta.tracking.run_page` describes it.
             groups: summaries of "new_sites" and "training_sites".
         """
         if self._suffixes is None:

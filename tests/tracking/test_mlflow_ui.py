@@ -12,14 +12,14 @@ from urllib.request import urlopen
 import pandas as pd
 import pytest
 
-from fedmeta.entries import Dataset
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarise
 from fedmeta.experiment import Experiment
-from fedmeta.mlflow_ui import experiment_link, run_link, serving, ui
-from fedmeta.tracking import Tracker, open_client
-from tests.browser import CHROMIUM, browser
-from tests.made_up_run import history, summary
+from fedmeta.tracking.entries import Dataset
+from fedmeta.tracking.tracker import Tracker, open_client
+from fedmeta.tracking.ui import experiment_link, run_link, serving, ui
+from tests.tracking.browser import CHROMIUM, browser
+from tests.tracking.made_up_run import history, summary
 
 NEW, TRAINING, ROUNDS, EVERY = 6, 24, 20, 5
 PATIENCE_S = 60.0
@@ -60,7 +60,7 @@ def test_a_browser_finds_the_sites_of_a_run_and_the_bars_of_the_experiment(track
     uri, runs = tracked
     run_id, run = runs["maml"]
     client = open_client(uri)
-    command = f"from fedmeta.mlflow_ui import ui; ui({uri!r}, 'fedmeta')"
+    command = f"from fedmeta.tracking.ui import ui; ui({uri!r}, 'fedmeta')"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
     try:
         link = process.stdout.readline().strip()

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedmeta import outbox, run_page
-from fedmeta.entries import Dataset, End, Metric, read_unsent
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarise
 from fedmeta.experiment import Experiment
-from fedmeta.mlflow_ui import serving
-from fedmeta.tracking import UNSENT, Tracker, open_client, send_unsent
-from tests.made_up_run import evaluation, history, summary
+from fedmeta.tracking import outbox, run_page
+from fedmeta.tracking.entries import Dataset, End, Metric, read_unsent
+from fedmeta.tracking.tracker import UNSENT, Tracker, open_client, send_unsent
+from fedmeta.tracking.ui import serving
+from tests.tracking.made_up_run import evaluation, history, summary
 
 NEW, TRAINING, ROUNDS, EVERY = 3, 5, 4, 2
 NAMES = [*(f"new-{i:03}" for i in range(NEW)), *(f"site-{i:03}" for i in range(TRAINING))]

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarise, summarise_scores
-from fedmeta.run_page import latest, score_of, worst_first
+from fedmeta.tracking.run_page import latest, score_of, worst_first
 
 DOTS_PER_INCH = 200
 NAMED_SITES = 60
