@@ -94,3 +94,13 @@ def test_new_sites_follow_the_seed() -> None:
     assert draw_new_sites(["only"], 0.5, 0) == ()
     with pytest.raises(FedmetaError, match="whole number"):
         draw_new_sites(names, 1.5, 0)
+
+
+def test_new_sites_by_name() -> None:
+    names = [f"n{number}" for number in range(20)]
+    assert draw_new_sites(names, ("n7", "n12", "n7"), 0) == ("n12", "n7")
+    assert draw_new_sites(names, (), 0) == ()
+    with pytest.raises(FedmetaError, match=r'data\.new_sites: no site "n71" among 20 sites; did you mean "n7"\?'):
+        draw_new_sites(names, ("n1", "n71"), 0)
+    with pytest.raises(FedmetaError, match="names every site"):
+        draw_new_sites(names, names, 0)
