@@ -136,7 +136,7 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
 ) -> None:
     """Opens the MLflow UI on the runs of an experiment, best new-site accuracy first. Ctrl-C ends it."""
-    from fedmeta.mlflow_ui import ui as serve
+    from fedmeta.tracking.ui import ui as serve
 
     experiment = load_experiment(file, overrides or []) if file else Experiment().with_overrides(overrides or [])
     chosen = uri or experiment.absolute().tracking.uri

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedmeta.checkpoint import Checkpoint, Evaluation
-from fedmeta.entries import Dataset
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarise
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.messages import EngineReply
-from fedmeta.retrieval import SUMMARY
-from fedmeta.tracking import Tracker
+from fedmeta.tracking.entries import Dataset
+from fedmeta.tracking.retrieval import SUMMARY
+from fedmeta.tracking.tracker import Tracker
 from server.federation import Federation
 from server.schedule import Schedule
 

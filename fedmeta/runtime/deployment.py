@@ -59,7 +59,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         KeyboardInterrupt: The user stopped it; the SuperLink was told to stop the run.
     """
     # MLflow and all that it needs take seconds to import, and `flower` needs none of it.
-    from fedmeta.retrieval import FINISHED, fetch, status_of
+    from fedmeta.tracking.retrieval import FINISHED, fetch, status_of
 
     uri = tracked(experiment).absolute().tracking.uri
     if uri == UNTRACKED:
