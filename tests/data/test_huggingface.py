@@ -91,6 +91,17 @@ def test_another_split_and_chosen_columns(tmp_path: Path) -> None:
     assert (len(there.x), there.feature_names) == (6, ("weight",))
 
 
+def test_a_configuration_of_a_folder(tmp_path: Path) -> None:
+    path = of_parquet(tmp_path)
+    made().select(range(12)).to_parquet(tmp_path / "files" / "few.parquet")
+    configurations = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("train", "few"))
+    (tmp_path / "files" / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
+    assert len(read(path, subset="few").x) == 12
+    assert len(read(path, subset="train").x) == 30
+    with pytest.raises(FedmetaError, match=r"'train', 'few'"):
+        read(path)
+
+
 def test_rows_are_dealt_by_a_dirichlet_draw(tmp_path: Path) -> None:
     path = saved(tmp_path, made(person=None))
     there = read(path, dirichlet=0.3, sites=4)
