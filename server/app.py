@@ -15,7 +15,7 @@ from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.runtime.deployment import print_progress, tracked
-from fedmeta.runtime.handover import RESUME_VARIABLE, launcher_folder, reporter, write_result
+from fedmeta.runtime.handover import RESUME_VARIABLE, announce, launcher_folder, reporter, write_result
 from server import rounds
 
 app = ServerApp()
@@ -25,6 +25,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the experiment of the run config. Flower reports success whatever happens, so the outcome goes to a file."""
     folder = launcher_folder()
+    if folder:
+        announce(folder)
     try:
         experiment, resume = _task(context)
         outcome = rounds.run(grid, experiment, reporter(folder) if folder else print_progress, resume)

@@ -21,13 +21,28 @@ RESULT_VARIABLE = "FEDMETA_RESULT"
 RESUME_VARIABLE = "FEDMETA_RESUME"
 """Environment variable of the ServerApp: the folder of the run to go on with."""
 
-_PROGRESS, _RESULT, _STOP = "progress.jsonl", "result.json", "stop"
+_PROCESS, _PROGRESS, _RESULT, _STOP = "server.pid", "progress.jsonl", "result.json", "stop"
 
 
 def launcher_folder() -> Path | None:
     """Returns the folder in which this process's launcher waits, or None where nobody does."""
     folder = os.environ.get(RESULT_VARIABLE)
     return Path(folder) if folder else None
+
+
+def announce(folder: Path) -> None:
+    """Tells the launcher which process the ServerApp is, for Flower itself takes a minute to miss it."""
+    part = folder / f"{_PROCESS}.part"
+    part.write_text(str(os.getpid()))
+    part.replace(folder / _PROCESS)
+
+
+def server_process(folder: Path) -> int | None:
+    """Returns the id of the ServerApp's process, or None while it has not started."""
+    try:
+        return int((folder / _PROCESS).read_text())
+    except FileNotFoundError:
+        return None
 
 
 def reporter(folder: Path) -> Report:

@@ -66,6 +66,11 @@ def descendants(ancestor: int) -> Iterator[int]:
         yield process
 
 
+def is_alive(process: int) -> bool:
+    """Returns whether there is a process of this id that has not ended, reaped or not."""
+    return any(process == other for other, _ in _processes())
+
+
 def _processes() -> Iterator[tuple[int, int]]:
     """Yields the id and the parent's id of every process that is no zombie."""
     if Path("/proc/self/stat").exists():

@@ -28,7 +28,15 @@ from fedmeta.data import load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Report
-from fedmeta.runtime.handover import RESULT_VARIABLE, RESUME_VARIABLE, ProgressTail, ask_to_stop, read_result
+from fedmeta.runtime.handover import (
+    RESULT_VARIABLE,
+    RESUME_VARIABLE,
+    ProgressTail,
+    ask_to_stop,
+    read_result,
+    server_process,
+)
+from fedmeta.runtime.keeper import is_alive
 from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_words, superlink, write_app, write_run_config
 
 _QUIET_RAY = {
@@ -37,10 +45,12 @@ _QUIET_RAY = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _POLL_S = 0.1
+_LOOK_S = 2.0
+"""How often to look whether the ServerApp's process is still there (seconds)."""
 _START_S = 300.0
 """How long a run may take to report for the first time, beyond its own timeouts (seconds)."""
 _GRACE_S = 5.0
-"""How long a result may come after `flwr run` has ended (seconds)."""
+"""How long a result may come after a process that it takes has ended (seconds)."""
 _STOP_S = 60.0
 """How long a stopped run may take for its checkpoint (seconds)."""
 
@@ -62,7 +72,7 @@ def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[di
     """
     # Whatever is wrong with the data is said in full here, where nobody else is listening.
     nodes = min(experiment.runtime.nodes, len(load(experiment.data)))
-    work = Path(tempfile.mkdtemp(prefix="fedmeta-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    work = _work_folder()
     log = work / "log.txt"
     try:
         with _terminable():
@@ -108,7 +118,7 @@ def _wait(
     tail = ProgressTail(folder)
     # Between two reports lie at most a refresh, a round and an evaluation, of which each has its own timeout.
     patience = _START_S + 3 * experiment.server.round_timeout
-    heard, ended = time.monotonic(), None
+    heard, looked, ended = time.monotonic(), 0.0, None
     while True:
         result = read_result(folder)
         for progress in tail.fresh():
@@ -119,6 +129,9 @@ def _wait(
         now = time.monotonic()
         if ended is None and any(process.poll() is not None for process in processes):
             ended = now
+        if ended is None and now - looked > _LOOK_S:
+            server, looked = server_process(folder), now
+            ended = now if server is not None and not is_alive(server) else None
         if ended is not None and now - ended > _GRACE_S:
             raise FedmetaError(f"Flower's run ended without a result: {last_words(log)}")
         if now - heard > patience:
@@ -146,6 +159,11 @@ def _federation(experiment: Experiment, nodes: int) -> str:
     parts = [f"{key}={value}" for key, value in settings.items()]
     gpus = 1.0 / at_once if experiment.runtime.device == "cuda" else 0.0
     return " ".join([*parts, f"client-resources-num-gpus={gpus}", 'init-args-logging-level="ERROR"'])
+
+
+def _work_folder() -> Path:
+    """Returns a new folder whose path is short, as those of sockets have to be."""
+    return Path(tempfile.mkdtemp(prefix="fedmeta-", dir="/tmp" if os.path.isdir("/tmp") else None))
 
 
 def _kept(log: Path, folder: Path) -> str:

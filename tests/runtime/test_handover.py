@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ from fedmeta.progress import Progress
 from fedmeta.runtime.handover import (
     RESULT_VARIABLE,
     ProgressTail,
+    announce,
     ask_to_stop,
     launcher_folder,
     read_result,
     reporter,
+    server_process,
     write_result,
 )
 
@@ -65,3 +68,9 @@ def test_the_launcher_is_known_by_a_variable(monkeypatch: pytest.MonkeyPatch, tm
     assert launcher_folder() is None
     monkeypatch.setenv(RESULT_VARIABLE, str(tmp_path))
     assert launcher_folder() == tmp_path
+
+
+def test_the_server_says_which_process_it_is(tmp_path: Path) -> None:
+    assert server_process(tmp_path) is None
+    announce(tmp_path)
+    assert server_process(tmp_path) == os.getpid()

@@ -96,3 +96,13 @@ def test_what_a_command_says_is_in_its_log(tmp_path: Path) -> None:
     with keep([sys.executable, "-c", program], os.environ, tmp_path / "log") as process:
         process.wait(30)
     assert sorted((tmp_path / "log").read_text().split()) == ["error", "out"]
+
+
+def test_a_process_that_ended_is_not_alive_although_nobody_has_reaped_it() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert keeper.is_alive(child.pid)
+    assert child.stdin is not None
+    child.stdin.close()
+    assert wait_until(lambda: not keeper.is_alive(child.pid))
+    assert child.wait(30) == 1
+    assert keeper.is_alive(os.getpid())

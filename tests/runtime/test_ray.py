@@ -17,6 +17,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
 from fedmeta.runtime import Result, run
 from fedmeta.runtime import ray as module
+from fedmeta.runtime.superlink import free_port
 from tests.runtime.processes import MARK, marked, wait_until
 from tests.server import digits as quick
 
@@ -44,8 +45,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a run works, which must be empty again afterwards. The name is short: sockets have short names."""
     with tempfile.TemporaryDirectory(prefix="f-", dir="/tmp") as folder:
-        inside = tempfile.mkdtemp
-        monkeypatch.setattr(module.tempfile, "mkdtemp", lambda **_: inside(prefix="r-", dir=folder))
+        monkeypatch.setattr(module, "_work_folder", lambda: Path(tempfile.mkdtemp(dir=folder)))
         yield Path(folder)
         assert list(Path(folder).iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_a_server_that_dies_is_noticed(tmp_path: Path, mark: str) -> None:
 
 @pytest.mark.slow
 def test_what_the_server_refuses_is_told_as_it_is(tmp_path: Path) -> None:
-    uri = f"tracking.uri=sqlite:///{tmp_path / 'nowhere' / 'else' / 'mlflow.db'}"
+    uri = f"tracking.uri=http://127.0.0.1:{free_port()}"
     messages = []
     for runtime in ("local", "ray"):
         with pytest.raises(FedmetaError) as refusal:
