@@ -83,7 +83,7 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
         table.add_row(
             name,
             str(own["n"]),
-            _number(own.get("local")),
+            _number(own["local"]),
             _number(own["global"]["mean"]),
             f"[bold]{_number(own['personalized']['mean'])}[/]",
             _number(own["personalized"]["worst_decile"]),

@@ -89,6 +89,7 @@ def test_the_table_has_both_groups(capsys, regression):
     worst = new[f"personalized_{score}"].max() if regression else new[f"personalized_{score}"].min()
     assert table["new sites"] == [
         "10",
+        "-",
         f"{new[f'global_{score}'].mean():.3f}",
         f"{new[f'personalized_{score}'].mean():.3f}",
         f"{worst:.3f}",
@@ -101,4 +102,4 @@ def test_the_table_has_both_groups(capsys, regression):
 
 def test_a_group_without_sites_has_dashes(capsys):
     _, table = results(evaluation(0, 3), capsys)
-    assert table["new sites"] == ["0", "-", "-", "-", "-"]
+    assert table["new sites"] == ["0", "-", "-", "-", "-", "-"]
