@@ -194,7 +194,7 @@ def _explained(path: str) -> Iterator[None]:
     except FedmetaError:
         raise
     except _BROKEN as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = " ".join(str(error).split())[:300] or type(error).__name__
         raise FedmetaError(f"data.path: {path} cannot be read as a Hugging Face data set: {told}") from None
 
 

@@ -98,7 +98,7 @@ def test_a_configuration_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "files" / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     assert len(read(path, subset="few").x) == 12
     assert len(read(path, subset="train").x) == 30
-    with pytest.raises(FedmetaError, match=r"'train', 'few'"):
+    with pytest.raises(FedmetaError, match=r"Config name is missing\. Please pick one .*'train', 'few'"):
         read(path)
 
 
