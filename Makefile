@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/fedmeta run experiments/digits.toml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
