@@ -84,12 +84,14 @@ say "it is the local run, and MLflow has every site"
 # A run that loses a hospital, and strangers meanwhile. A reply is given up after twice the time that a round took.
 round_s=$(last 'int(s["wall_s"] / (s["rounds"] + 1)) + 1' "$WORK/deployed.json")
 say "a round took about $round_s s"
+second_rounds() { podman logs "${P}_hospital-c-node_1" 2>&1 | grep -c "ROUND 2\]" || true; }
+before=$(second_rounds)
 server fedmeta run /tmp/heart.toml --runtime deployment --json --set server.rounds=2 \
     --set server.round_timeout=$((2 * round_s + 5)) \
     >"$WORK/killed.json" 2>"$WORK/killed.log" & RUN=$!
 stranger() { # NAME WORDS...: a SuperNode beside hospital-a's that must not get in
     local name=$1; shift
-    timeout 40 podman run --rm --name "${P}_$name" --network "${P}_hospital-a-out" --tmpfs /tmp \
+    timeout 90 podman run --rm --name "${P}_$name" --network "${P}_hospital-a-out" --tmpfs /tmp \
         -v "$CERTS/sites/intruder:/certs:ro" -v "$DATA/$name:/data:ro" "$IMAGE" \
         flower-supernode --superlink gate:8443 --max-retries 2 --node-config "site=\"$name\" data=\"/data/$name.csv\"" \
         "$@" >"$WORK/$name.log" 2>&1
@@ -108,15 +110,19 @@ podman exec -e FEDMETA_SUPERLINK=gate:8443 "${P}_serverapp_1" fedmeta flower lis
     die "runs can be submitted from outside, through the gate"
 say "the gate keeps the SuperLink's other interfaces, and a hospital's app reaches its node alone"
 
-begun() { podman logs --tail 200 "${P}_serverapp_1" 2>&1 | grep -q '"round_number": 1, "rounds": 2'; }
-within 90 begun || { cat "$WORK/killed.log"; die "the second run does not get to its first round"; }
+begun() { [ "$(second_rounds)" -gt "$before" ]; }
+within $((5 * round_s + 60)) begun || { cat "$WORK/killed.log"; die "the second run does not get to its second round"; }
 podman kill "${P}_hospital-c-node_1" >/dev/null
 say "hospital-c is killed in round 2"
-! wait "$KEY" && ! grep -q "SuperNode ID" "$WORK/intruder.log" || die "an unregistered key got in"
-! wait "$PLAIN" && ! grep -q "SuperNode ID" "$WORK/eavesdropper.log" || die "a plain-text client got in"
+refused() { ! wait "$1" && grep -q "Failed to initialize the connection" "$2" && ! grep -q "SuperNode ID" "$2"; }
+refused "$KEY" "$WORK/intruder.log" || { cat "$WORK/intruder.log"; die "an unregistered key was not refused"; }
+refused "$PLAIN" "$WORK/eavesdropper.log" || { cat "$WORK/eavesdropper.log"; die "plain text was not refused"; }
 say "an unregistered key and a plain-text client are refused"
 wait "$RUN" || { cat "$WORK/killed.log"; die "the run did not survive a hospital's end"; }
 grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "nobody says who failed"; }
 [ "$(last 's["rounds"]' "$WORK/killed.json")" = 2 ] || die "the second run is too short"
 [ "$(last 's["failures"]' "$WORK/killed.json")" -ge 1 ] || die "no failure was counted"
+server python -c "import sys; from mlflow import MlflowClient
+path = MlflowClient('http://mlflow:5000').download_artifacts(sys.argv[1], 'missed.json', '/tmp'); print(open(path).read())" \
+    "$(last 's["run_id"]' "$WORK/killed.json")" | grep -q hospital-c || die "MLflow does not name who was lost"
 say "the run finished without hospital-c and named it"
