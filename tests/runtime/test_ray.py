@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,7 +211,7 @@ run(Experiment.from_toml(open(sys.argv[1]).read()), runtime="ray", report=lambda
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_outlives_a_launcher_that_is_ended(tmp_path: Path, mark: str, work: Path, number: int) -> None:
+def test_nothing_outlives_a_launcher_that_is_ended(tmp_path: Path, mark: str, number: int) -> None:
     (tmp_path / "run.toml").write_text(digits(tmp_path, "server.rounds=10000", "evaluation.every=0").to_toml())
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "run.toml")]
     launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -221,6 +222,11 @@ def test_nothing_outlives_a_launcher_that_is_ended(tmp_path: Path, mark: str, wo
     os.kill(launcher.pid, number)
     launcher.communicate(timeout=60)
     assert wait_until(lambda: marked(mark) == [])
+    left = [path.parent for path in Path("/tmp").glob("fedmeta-*/run.toml") if str(tmp_path) in path.read_text()]
+    # Only a killed launcher leaves the folder that it worked in.
+    assert len(left) == (number == signal.SIGKILL)
+    for folder in left:
+        shutil.rmtree(folder)
     (folder,) = (tmp_path / "runs").iterdir()
     # Asked to stop, the run has written down where it was; killed, it could not.
     assert any(folder.glob("round-*.safetensors")) == (number != signal.SIGKILL)
