@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Installed once per change of what is asked for.
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint ui clean
+.PHONY: install demo test lint ui bench clean
 
 install: $(READY)
 
@@ -27,6 +27,10 @@ lint: $(READY)
 
 ui: $(READY)
 	$(BIN)/fedmeta ui experiments/digits.toml
+
+# BENCH takes the options of experiments/benchmarks/run.py.
+bench: $(READY)
+	$(BIN)/python experiments/benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(5, folder)
@@ -71,7 +72,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     times = (f"{figures[name]:.2f} ms" for name in ("round_ms", "learner_ms", "outside_ms"))
     print(f"| {figures['rounds']} | {figures['sites_per_round']} | " + " | ".join(times) + " |")
-    print(json.dumps(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.profile:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(40)
 

@@ -146,7 +146,7 @@ def ratios(runs: dict[str, list[float]]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     rows = [
-        (name, len(seconds), f"{1e3 * median(seconds):.1f}", f"{1e3 * min(seconds):.1f}")
+        (name, str(len(seconds)), f"{1e3 * median(seconds):.1f}", f"{1e3 * min(seconds):.1f}")
         for name, seconds in result["seconds"].items()
     ]
     rows += [(name, "-", f"not measured: {reason}", "-") for name, reason in result["skipped"].items()]
