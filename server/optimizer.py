@@ -76,8 +76,8 @@ class ServerOptimizer:
 def _make(name: str, values: list[Tensor], lr: float, settings: Server) -> torch.optim.Optimizer:
     decay = settings.weight_decay
     if name == "adam":
-        return torch.optim.Adam(values, lr=lr, weight_decay=decay)
+        return torch.optim.Adam(values, lr=lr, eps=settings.eps, weight_decay=decay)
     if name == "adamw":
-        return torch.optim.AdamW(values, lr=lr, weight_decay=decay)
+        return torch.optim.AdamW(values, lr=lr, eps=settings.eps, weight_decay=decay)
     momentum = settings.momentum if name == "momentum" else 0.0
     return torch.optim.SGD(values, lr=lr, momentum=momentum, weight_decay=decay)

@@ -97,6 +97,11 @@ class Server(Section):
     momentum: float = Field(
         default=0.9, ge=0, lt=1, description="Decay of the momentum optimizer's memory (share per round)"
     )
+    eps: float = Field(
+        default=1e-4,
+        gt=0,
+        description="What adam, adamw add to a gradient's size; far less turns rounding into steps (the gradient's unit)",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Pull of the parameters towards 0 (per round, times lr)")
     aggregator: Literal["mean"] = Field(default="mean", description="How the sites' replies are combined")
     weighting: Literal["uniform", "examples"] = Field(

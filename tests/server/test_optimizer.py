@@ -37,7 +37,7 @@ def by_hand(settings: Server, value: Tensor, gradients: list[Tensor]) -> Tensor:
             value = value - lr * decay * value
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
-        value = value - lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        value = value - lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + Server().eps)
     return value
 
 
