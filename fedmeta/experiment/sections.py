@@ -100,7 +100,7 @@ class Server(Section):
     eps: float = Field(
         default=1e-4,
         gt=0,
-        description="What adam, adamw add to a gradient's size; far less turns rounding into steps (the gradient's unit)",
+        description="Adam's and adamw's floor of a gradient's size; less turns rounding into steps (its unit)",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Pull of the parameters towards 0 (per round, times lr)")
     aggregator: Literal["mean"] = Field(default="mean", description="How the sites' replies are combined")
