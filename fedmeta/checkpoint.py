@@ -208,7 +208,8 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     for evaluation in checkpoint.evaluations:
         for what in COLUMNS:
             tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(getattr(evaluation, what))
-    tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    # `contiguous` leaves any stride to a dimension of size 1, as of a lone site, and then bytes cannot be viewed.
+    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     values: dict[str, Any] = {name: getattr(checkpoint, name) for name in HEADER}
     values |= {"totals": dict(checkpoint.totals)}
     values |= {"metrics": {str(number): dict(figures) for number, figures in checkpoint.metrics.items()}}
