@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOL = Path(os.environ.get("FEDMETA_CONTAINERS", ROOT.parent / "shared" / "tools" / "containers.sh"))
-"""A script that builds the image, brings the compose file up, and runs a check: `TOOL PROJECT CHECK`."""
+TOOL = Path(os.environ.get("FEDMETA_CONTAINERS", ""))
+"""A script that builds the image, brings the compose file up, and runs a check: `TOOL PROJECT CHECK`. It takes ten
+minutes and more, so that it runs where it is named."""
 
 
 def missing() -> str:
     """Returns what this machine lacks, or nothing."""
     if not TOOL.is_file():
-        return f"no {TOOL} (name it in FEDMETA_CONTAINERS)"
+        return "containers: name a script that brings them up in FEDMETA_CONTAINERS"
     if os.geteuid() != 0:
         return "containers are brought up as root"
     return "" if shutil.which("apt-get") else "containers are brought up on Debian"
@@ -25,7 +26,7 @@ def missing() -> str:
 @pytest.mark.skipif(bool(missing()), reason=missing())
 def test_the_default_compose_file(tmp_path: Path) -> None:
     env = {
-        "CHECK_S": "600",
+        "CHECK_S": "1200",
         "ROUNDS": "10",
         "FEDMETA_CERTS": str(tmp_path / "certs"),
         "FEDMETA_DATA": str(tmp_path / "data"),
