@@ -15,6 +15,7 @@ from clients.judging import Judge, judge_sites
 from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
 from clients.personal import Shelf
 from fedmeta import cohort
+from fedmeta.allocation import keep_freed_memory
 from fedmeta.cohort.personal import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
@@ -92,7 +93,7 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), WorkRequest.unpack(content)
-    _use_threads(node.experiment.runtime.threads)
+    _use_machine(node.experiment.runtime.threads)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = cohort.trial(learner_for(node, request.classes), meta_state, batch)
@@ -104,7 +105,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here."""
     node, request = node_of(context), WorkRequest.unpack(content)
-    _use_threads(node.experiment.runtime.threads)
+    _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
@@ -135,7 +136,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
     node, request = node_of(context), WorkRequest.unpack(content)
-    _use_threads(node.experiment.runtime.threads)
+    _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
@@ -152,6 +153,7 @@ def memory_budget(gib: float) -> int:
     return min(max(free // 16, 1 << 26), 1 << 29)
 
 
-def _use_threads(threads: int) -> None:
+def _use_machine(threads: int) -> None:
+    keep_freed_memory()
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
