@@ -125,8 +125,8 @@ def test_rows_of_an_unseen_class_count_for_nothing_and_score_as_wrong(learner: L
     ours, theirs = (learner.meta_gradient(state, each)[0] for each in (unseen, task))
     assert flat(ours).sub(flat(theirs)).norm() <= 1e-12 * flat(theirs).norm()
     own = learner.adapt(state, task.support)
-    accuracy, _ = learner.score(own, task.query)
-    with_unseen, _ = learner.score(own, unseen.query)
+    accuracy, _, _ = learner.score(own, task.query)
+    with_unseen, _, _ = learner.score(own, unseen.query)
     assert float(with_unseen) == pytest.approx(float(accuracy) * 5 / 7, rel=1e-6)
 
 
@@ -138,7 +138,7 @@ def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> No
     ours, theirs = (linear.meta_gradient(state, each)[0] for each in (column, task))
     assert float((flat(ours) - flat(theirs)).abs().max()) == 0
     outputs = linear.predict(linear.theta(state), task.query[0])
-    score, mean = linear.score(linear.theta(state), task.query)
+    score, mean, _ = linear.score(linear.theta(state), task.query)
     assert float(mean) == pytest.approx(float((outputs[:, 0] - task.query[1]).square().mean()))
     assert float(score) == pytest.approx(float(mean) ** 0.5)
 
