@@ -76,7 +76,7 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     rows = data.ways * data.shots if data.ways else data.support
     caption = f"{unit} on each site's test rows: trained alone on {rows} rows, or before and after adapting on them"
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
-    for heading in ("", "sites", "alone", "global", "personalized", "worst tenth", "helped"):
+    for heading in ("", "n", "alone", "global", "personalized", "worst tenth", "helped"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for group, name in (("new_sites", "new sites"), ("training_sites", "training sites")):
         own = summary[group]
