@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from fedmeta.comparison import Comparison, interval, spread
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking
 from fedmeta.progress import Progress as Stand
 from fedmeta.progress import Report
+from fedmeta.tracking.store import shown
 
 MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
@@ -139,7 +141,7 @@ def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
     lines = [f"checkpoint  {summary['checkpoint']}"]
     tracking, usual = experiment.tracking, Tracking()
     if tracking.uri != UNTRACKED:
-        options = "" if tracking.uri == usual.uri else f" --uri {tracking.uri}"
+        options = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(shown(tracking.uri))}"
         options += (
             "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
         )
