@@ -319,6 +319,13 @@ def test_an_unknown_run_cannot_be_resumed(store, tmp_path):
         start(experiment(store), tmp_path, "0123456789")
 
 
+def unused_port() -> int:
+    """Returns a port that is free, and not MLflow's usual one, which another test may take meanwhile."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_mlflow_is_imported_only_where_a_run_starts():
     code = "import fedmeta.tracking, sys; print('mlflow' in sys.modules, 'matplotlib' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -338,7 +345,7 @@ def test_a_run_outlives_its_store_and_loses_nothing(tmp_path, monkeypatch, capsy
     store, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
     open_client(store).search_experiments()
     run = history(NEW, TRAINING, 6, EVERY)
-    with serving(store) as server:
+    with serving(store, unused_port()) as server:
         uri = server.address
         tracker = start(experiment(uri), folder)
         log(tracker, run, range(3))
@@ -374,7 +381,7 @@ def test_a_store_that_comes_back_gets_what_it_missed(tmp_path):
     store = f"sqlite:///{tmp_path}/mlflow.db"
     run = history(NEW, TRAINING, ROUNDS, EVERY)
     open_client(store).search_experiments()
-    with serving(store) as server:
+    with serving(store, unused_port()) as server:
         port = int(server.address.rpartition(":")[2])
         tracker = start(experiment(server.address), tmp_path / "run")
         log(tracker, run, range(2))
