@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Installed once per change of what is asked for.
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint ui bench clean
+.PHONY: install demo test test-all lint ui bench clean
 
 install: $(READY)
 
@@ -18,6 +18,10 @@ demo: $(READY)
 	$(BIN)/fedmeta run experiments/digits.toml
 
 test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# With Ray, deployed processes, a browser and real data: many minutes.
+test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
