@@ -277,12 +277,16 @@ class Rounds:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, so that a checkpoint never sees half a step."""
-    if threading.current_thread() is not threading.main_thread():
+    """Holds Ctrl-C back until the end of the block, so that a checkpoint never sees half a step.
+
+    Where Ctrl-C is ignored, as in a job that `nohup` or a CI system started, it stays so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
     try:
         yield
     finally:

@@ -1,5 +1,8 @@
 """What all tests share."""
 
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,17 @@ SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 def one_thread() -> None:
     """Tests run side by side: more threads than one each only get in one another's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heeds_ctrl_c() -> Iterator[None]:
+    """A job in the background inherits that Ctrl-C is ignored, and hands it on: tests and their children heed it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -274,6 +274,17 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(monkeypatch: pytest.Mo
     assert_same(unbroken, run(experiment, resume="auto"))
 
 
+def test_ctrl_c_that_is_ignored_stays_ignored_in_a_step() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with rounds.uninterrupted():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_finished_run_can_be_resumed_by_name_and_stays_as_it_is(tmp_path: Path) -> None:
     experiment = digits(tmp_path)
     first = run(experiment)
