@@ -80,7 +80,8 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
     for heading in ("", "n", "alone", "global", "personalized", "worst tenth", "helped"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for group, name in (("new_sites", "new sites"), ("training_sites", "training sites")):
+    judges = summary.get("judge", "new_sites").replace("_", " ")
+    for group, name in (("new_sites", judges), ("training_sites", "training sites")):
         own = summary[group]
         table.add_row(
             name,

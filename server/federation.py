@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import Checkpoint
-from fedmeta.data import FeatureSums, draw_new_sites, order_classes, standardisation
+from fedmeta.data import FeatureSums, draw_new_sites, draw_validation_sites, order_classes, standardisation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
@@ -30,7 +30,6 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
-from fedmeta.randomness import draws, site_keys
 from server import agreement
 
 POLL_S = 3.0
@@ -50,7 +49,8 @@ class Federation:
             one.
         train_rows: Train rows per site.
         test_rows: Test rows per site.
-        new: Whether each site is a new site, which never takes part in training.
+        new: Whether each site is a new site, which never takes part in training; where `evaluation.judge` is
+            "validation_sites", these stand in for the real new sites, which are left out.
         validation: Whether each site is one that only chooses how far to adapt.
         classes: The run's class list, fixed at the start; empty for regression.
         features: Feature names, where rows have them.
@@ -183,6 +183,10 @@ class Roll:
                 continue
             known = set(federation.names)
             joined = [name for name in reply.names if name not in known]
+            if joined and _judged_on_validation_sites(self._experiment):
+                said.append(f"{', '.join(joined[:5])} left out: the run is judged on validation sites")
+                federation = _only(_admit(federation, {node: reply}, as_new=True), known)
+                continue
             if joined:
                 said.append(
                     f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
@@ -258,26 +262,42 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
     if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
+        if _judged_on_validation_sites(experiment):
+            federation = _only(federation, set(earlier.names))
         known, validation = set(earlier.names) - set(earlier.new_sites), earlier.validation_sites
         return _with_kinds(federation, [name for name in federation.names if name not in known], validation)
     new = draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed)
-    rest = _with_kinds(federation, new, ())
-    return _with_kinds(federation, new, _draw_validation_sites(rest, experiment))
+    if _judged_on_validation_sites(experiment):
+        federation = _only(federation, set(federation.names) - set(new))
+        new = _split_off(federation, experiment)
+    federation = _with_kinds(federation, new, ())
+    # How far to adapt is chosen on sites of its own, not on those that judge.
+    choosing = experiment.evaluation.schedule == "auto" and len(federation.training) > 1
+    return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 
 
-def _draw_validation_sites(federation: Federation, experiment: Experiment) -> tuple[str, ...]:
-    """Returns the training sites that are split off to choose how far to adapt, where the experiment asks for that."""
-    if experiment.evaluation.schedule != "auto" or len(federation.training) < 2:
-        return ()
+def _judged_on_validation_sites(experiment: Experiment) -> bool:
+    return experiment.evaluation.judge == "validation_sites"
+
+
+def _split_off(federation: Federation, experiment: Experiment) -> tuple[str, ...]:
+    """Returns the training sites that are split off to choose or to judge by."""
     names = [federation.names[site] for site in federation.training]
-    share = experiment.evaluation.validation_sites
-    count = min(len(names) - 1, max(1, round(share * len(names)))) if share < 1 else int(share)
-    if count > len(names) - 1:
-        raise FedmetaError(
-            f"evaluation.validation_sites = {count} leaves no site to train on: split off at most {len(names) - 1}"
-        )
-    order = np.argsort(draws(experiment.runtime.seed, "validation sites", 0, site_keys(names)), kind="stable")
-    return tuple(names[site] for site in order[:count])
+    return draw_validation_sites(names, experiment.evaluation.validation_sites, experiment.runtime.seed)
+
+
+def _only(federation: Federation, names: Set[str]) -> Federation:
+    """Returns the federation of those sites alone whose names these are."""
+    kept = np.array([name in names for name in federation.names], dtype=bool)
+    return replace(
+        federation,
+        names=tuple(name for name in federation.names if name in names),
+        homes=federation.homes[kept],
+        train_rows=federation.train_rows[kept],
+        test_rows=federation.test_rows[kept],
+        new=federation.new[kept],
+        validation=federation.validation[kept],
+    )
 
 
 def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence[str]) -> Federation:

@@ -101,6 +101,7 @@ class Journal:
             "bytes_up": int(totals.get("bytes_up", 0)),
             "failures": int(totals.get("failures", 0)),
             "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
+            **({} if self.experiment.evaluation.judge == "new_sites" else {"judge": self.experiment.evaluation.judge}),
             **summarise(last),
             **({"schedule": self.schedule} if self.schedule else {}),
             "checkpoint": str(checkpoint),

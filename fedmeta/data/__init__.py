@@ -17,7 +17,7 @@ from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_b
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
-from fedmeta.data.splits import Split, draw_new_sites, split
+from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
 from fedmeta.data.sums import FeatureSums, Standardisation, feature_sums, standardisation, train_sums
 from fedmeta.data.synthetic import SyntheticPopulation
 from fedmeta.experiment import Data
@@ -78,6 +78,7 @@ __all__ = [
     "SyntheticPopulation",
     "class_codes",
     "draw_new_sites",
+    "draw_validation_sites",
     "evaluation_episodes",
     "evaluation_tasks",
     "feature_sums",

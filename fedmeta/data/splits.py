@@ -109,8 +109,37 @@ def draw_new_sites(names: Sequence[str], new_sites: float | Sequence[str], seed:
             raise FedmetaError(
                 f"data.new_sites = {count} leaves no site to train on: there are {len(names)} sites, so at most {most}"
             )
+    return _drawn(names, "new sites", max(0, count), seed)
+
+
+def draw_validation_sites(names: Sequence[str], validation_sites: float, seed: int) -> tuple[str, ...]:
+    """Returns the names, sorted, of the training sites that are split off to choose by: a draw over names.
+
+    Sites are taken in an order that is fixed by the seed: a second draw, from those that a first one left, takes the
+    next ones in it.
+
+    Args:
+        names: The names of the training sites.
+        validation_sites: Below 1 a share of them (one at the least, never all), from 1 on a count.
+        seed: The run's seed.
+
+    Raises:
+        FedmetaError: No training site is left.
+    """
+    most = len(names) - 1
+    count = min(most, max(1, round(validation_sites * len(names)))) if validation_sites < 1 else int(validation_sites)
+    if count > most or most < 1:
+        raise FedmetaError(
+            f"evaluation.validation_sites = {validation_sites} leaves no site to train on: there are {len(names)} "
+            f"training sites, so split off at most {max(0, most)}"
+        )
+    return _drawn(names, "validation sites", count, seed)
+
+
+def _drawn(names: Sequence[str], purpose: str, count: int, seed: int) -> tuple[str, ...]:
+    """Returns so many of the names, sorted: the first ones in an order that the seed gives each purpose."""
     ordered = sorted(names)
-    chosen = np.argsort(draws(seed, "new sites", 0, site_keys(ordered)), kind="stable")[: max(0, count)]
+    chosen = np.argsort(draws(seed, purpose, 0, site_keys(ordered)), kind="stable")[:count]
     return tuple(ordered[site] for site in sorted(chosen.tolist()))
 
 

@@ -122,12 +122,17 @@ class Evaluation(Section):
     steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Length of adaptation at evaluation; none = learner.inner_steps (steps)"
     )
+    judge: Literal["new_sites", "validation_sites"] = Field(
+        default="new_sites",
+        description="Who is judged as new; validation_sites = training sites split off, and the new sites stay unseen",
+    )
     schedule: Literal["fixed", "auto"] = Field(
         default="fixed",
         description="How far sites adapt at the end; auto = steps and rate chosen on validation sites, for all alike",
     )
     validation_sites: Share | Count = Field(
-        default=0.2, description="Training sites split off where schedule is auto (share of them, or a count of sites)"
+        default=0.2,
+        description="Training sites split off to choose or to judge by (share of them, or a count of sites)",
     )
     gate: bool = Field(
         default=False, description="Whether a site chooses its steps, zero too, on its support rows by cross-validation"

@@ -106,14 +106,16 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
 def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, float]:
     """Returns the metrics that compare runs, logged once at the end.
 
-    MLflow draws those as bars whose only round is 0; the others would be curves of one point.
+    MLflow draws those as bars whose only round is 0; the others would be curves of one point. Scores of validation
+    sites that stood in for new ones are named so, that nobody takes them for new sites'.
     """
     new, training = summary["new_sites"], summary["training_sites"]
+    judges = summary.get("judge", "new_sites")
     return finite(
         {
-            f"{RESULTS}new_sites_personalized": new["personalized"].get("mean"),
-            f"{RESULTS}new_sites_global": new["global"].get("mean"),
-            f"{RESULTS}new_sites_worst_decile": new["personalized"].get("worst_decile"),
+            f"{RESULTS}{judges}_personalized": new["personalized"].get("mean"),
+            f"{RESULTS}{judges}_global": new["global"].get("mean"),
+            f"{RESULTS}{judges}_worst_decile": new["personalized"].get("worst_decile"),
             f"{RESULTS}helped": new.get("helped"),
             f"{RESULTS}training_sites_personalized": training["personalized"].get("mean"),
             f"{RESULTS}sites_left_behind": len(left_behind(latest(sites))),
@@ -130,7 +132,8 @@ def per_site(sites: pd.DataFrame) -> pd.DataFrame:
 
 def run_name(params: Mapping[str, Any]) -> str:
     """Returns what tells this run from its neighbours, such as "maml · digits · seed 0"."""
-    return f"{params['learner.name']} · {data_name(params)} · seed {params['runtime.seed']}"
+    judged = " · on validation sites" if params.get("evaluation.judge") == "validation_sites" else ""
+    return f"{params['learner.name']} · {data_name(params)} · seed {params['runtime.seed']}{judged}"
 
 
 def data_name(params: Mapping[str, Any]) -> str:
@@ -193,6 +196,7 @@ def verdict(summary: Mapping[str, Any], sites: pd.DataFrame) -> list[str]:
     label, group = next(
         ((GROUPS[key], summary[key]) for key in GROUPS if summary[key]["n"]), ("sites", summary["new_sites"])
     )
+    label = f"{summary['judge'].replace('_', ' ')} (no new site was seen)" if "judge" in summary else label
     before, after = group["global"].get("mean"), group["personalized"].get("mean")
     first = (
         f"**{summary['learner']}: {score_of(sites)} {number(after)} on {group['n']} {label}**"
