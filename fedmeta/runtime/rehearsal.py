@@ -25,8 +25,14 @@ from fedmeta.progress import silent
 from fedmeta.runtime.local import LocalGrid
 
 _PAIR = re.compile(r'\s*([A-Za-z][\w-]*)=("[^"]*"|[^\s"]+)(?=\s|$)')
-_ALONE = ("data.new_sites=0", "server.rounds=1", "server.wait_for=0", "server.min_sites=1", "evaluation.every=0")
-_ALONE += ("evaluation.judge=new_sites",)
+_ALONE = (
+    "data.new_sites=0",
+    "server.rounds=1",
+    "server.wait_for=0",
+    "server.min_sites=1",
+    "evaluation.every=0",
+    "evaluation.judge=new_sites",
+)
 
 
 @dataclass(frozen=True)
