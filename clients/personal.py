@@ -7,7 +7,6 @@ newest files stay, and the newest one that the run's last checkpoint covers.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedmeta.durable import write_whole
 from fedmeta.experiment import Experiment
 from fedmeta.messages import WorkRequest
 
@@ -86,13 +86,7 @@ def write(folder: Path, site: str, round_number: int, personal: dict[str, Tensor
         saved_round: The round of the run's last checkpoint; 0 where there is none.
     """
     path = _file(folder, site, round_number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
     rounds = _rounds(path.parent)
     covered = [number for number in rounds if number <= saved_round]
     keep = {*rounds[-KEPT:], *covered[-1:]}

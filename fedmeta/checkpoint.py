@@ -7,9 +7,7 @@ it, so that a damaged file is known as one and the file before it is used.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,12 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedmeta.durable import PART, write_whole
 from fedmeta.errors import FedmetaError
 
 FORMAT = "1"
 COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
 LISTS = ("classes", "names", "new_sites", "validation_sites")
-HEADER = ("experiment", "run_id", "round_number", *LISTS, "engine", "budget", "finished")
+HEADER = ("experiment", "run_id", "round_number", *LISTS, "engine", "budget", "schedule", "finished")
+UNFINISHED = "unfinished"
+"""The file in a run's folder that is there until its results are written down and handed over."""
+
 KEPT = 2
 """How many checkpoints a run keeps: the newest, and one before it in case that one is damaged."""
 
@@ -75,7 +77,8 @@ class Checkpoint:
         budget: The bytes that one cohort may take, chosen before round 1.
         totals: Sums over the rounds so far: seconds and bytes.
         metrics: Per-round figures that tracking may not have been sent yet, by round.
-        finished: Whether the run has ended.
+        schedule: How far sites adapted at the end, where the run chose that.
+        finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
     experiment: str
@@ -92,6 +95,7 @@ class Checkpoint:
     engine: str = "auto"
     budget: int = 0
     metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -102,20 +106,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
         FedmetaError: The folder or the disk does not take it.
     """
     path = folder / f"round-{checkpoint.round_number:06d}.safetensors"
-    part = path.with_suffix(".part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(_encode(checkpoint))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(folder)
-        for old in _files(folder)[KEPT:]:
+        write_whole(path, _encode(checkpoint))
+        for old in [*_files(folder)[KEPT:], *folder.glob(f"round-*{PART}")]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise FedmetaError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
     return path
 
@@ -180,7 +175,8 @@ def find(root: Path, run: str, experiment: str) -> Path:
             checkpoint, _ = newest(folder)
         except FedmetaError:
             continue
-        if not checkpoint.finished and checkpoint.experiment == experiment:
+        ended = checkpoint.finished and not (folder / UNFINISHED).exists()
+        if not ended and checkpoint.experiment == experiment:
             return folder
     raise FedmetaError(f"no unfinished run of this experiment in {root}; leave out --resume to start one")
 
@@ -240,11 +236,3 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

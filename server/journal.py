@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.checkpoint import UNFINISHED, Checkpoint, Evaluation
+from fedmeta.durable import write_whole
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarise
 from fedmeta.experiment import UNTRACKED, Experiment
@@ -34,27 +35,35 @@ class Journal:
 
     Args:
         experiment: The run's description.
-        federation: The sites.
         folder: The run's folder; created.
         earlier: The checkpoint that the run goes on from; what tracking has not had of it is sent first.
 
     Raises:
-        FedmetaError: The folder cannot be written, or tracking cannot be reached.
+        FedmetaError: The folder cannot be written.
     """
 
-    def __init__(
-        self, experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None
-    ) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, earlier: Checkpoint | None) -> None:
         self.experiment = experiment
         self.folder = folder
         self.metrics: dict[int, dict[str, float]] = {}
-        self.schedule: dict[str, Any] = {}
+        self.schedule: dict[str, Any] = dict(earlier.schedule) if earlier else {}
+        self._earlier = earlier
         self._missed = _missed_before(folder / MISSED, earlier)
         _prepare(folder, experiment)
         self.tracker: Tracker | None = None
-        if experiment.tracking.uri != UNTRACKED:
-            self.tracker = _start_tracker(experiment, federation, folder, earlier)
-        self.run_id = self.tracker.run_id if self.tracker else (earlier.run_id if earlier else secrets.token_hex(16))
+        tracked = experiment.tracking.uri != UNTRACKED
+        self.run_id = earlier.run_id if earlier else "" if tracked else secrets.token_hex(16)
+
+    def start(self, federation: Federation) -> None:
+        """Opens the tracked run, and says again what it may not have heard before the checkpoint.
+
+        Raises:
+            FedmetaError: Tracking cannot be reached.
+        """
+        earlier = self._earlier
+        if self.experiment.tracking.uri != UNTRACKED:
+            self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier)
+            self.run_id = self.tracker.run_id
         if earlier:
             self._replay(earlier, federation)
 
@@ -71,11 +80,19 @@ class Journal:
         if self.tracker:
             self.tracker.round(number, figures)
 
-    def missed(self, number: int, reasons: Mapping[str, str]) -> None:
-        """Writes down who did not take part in a round, and why; round 0 is the start."""
-        self._missed += [{"round": number, "site": site, "reason": reason} for site, reason in reasons.items()]
-        if reasons:
-            (self.folder / MISSED).write_text(json.dumps(self._missed, indent=1))
+    def missed(self, number: int, reasons: Mapping[str, str], what: str = "training") -> None:
+        """Writes down who did not take part in a round, and why; round 0 is the start.
+
+        Args:
+            number: The round.
+            reasons: Sites, and why each is missing.
+            what: What they were missed at: "start", "training" or "evaluation".
+        """
+        entries = [{"round": number, "what": what, "site": site, "reason": why} for site, why in reasons.items()]
+        fresh = [entry for entry in entries if entry not in self._missed]
+        self._missed += fresh
+        if fresh:
+            _write(self.folder / MISSED, json.dumps(self._missed, indent=1))
 
     def evaluation(
         self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any], schedule: Schedule | None = None
@@ -107,12 +124,13 @@ class Journal:
             "checkpoint": str(checkpoint),
         }
         summary = _without_nan(summary)
-        (self.folder / SUMMARY).write_text(json.dumps(summary))
+        _write(self.folder / SUMMARY, json.dumps(summary))
         if self.tracker:
             files = [self.folder / name for name in (SUMMARY, MISSED, "experiment.toml")]
             self.tracker.finish(summary, sites, [checkpoint, *(file for file in files if file.exists())])
         else:
-            sites.to_parquet(self.folder / "sites.parquet", index=False)
+            _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
         return summary
 
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
@@ -125,15 +143,29 @@ class Journal:
             self.round(number, figures)
         for evaluation in earlier.evaluations:
             frame = evaluation_frame(federation, evaluation)
-            self.evaluation(evaluation.round_number, frame, summarise(frame))
+            last = evaluation is earlier.evaluations[-1] and earlier.finished
+            schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
+            self.evaluation(evaluation.round_number, frame, summarise(frame), schedule)
 
 
 def _prepare(folder: Path, experiment: Experiment) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "experiment.toml").write_text(experiment.to_toml())
+        (folder / UNFINISHED).touch()
+        write_whole(folder / "experiment.toml", experiment.to_toml().encode())
     except OSError as error:
         raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    try:
+        write_whole(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _schedule_of(entries: Mapping[str, Any]) -> Schedule:
+    return Schedule(entries["steps"], entries["rate"], entries["validation_losses"])
 
 
 def _start_tracker(experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None) -> Tracker:
@@ -151,8 +183,11 @@ def _missed_before(path: Path, earlier: Checkpoint | None) -> list[dict[str, Any
     """Returns who had missed a round up to the checkpoint; later rounds come a second time."""
     if earlier is None or not path.exists():
         return []
-    entries: list[dict[str, Any]] = json.loads(path.read_text())
-    return [entry for entry in entries if entry["round"] <= earlier.round_number]
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())
+        return [entry for entry in entries if entry["round"] <= earlier.round_number]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedmetaError(f"{path}: not the list of who missed a round; move it away to go on") from error
 
 
 def _remove(folder: Path) -> None:

@@ -69,11 +69,13 @@ def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None 
     earlier = checkpoints.newest(resume)[0] if resume else None
     rounds = Rounds(grid, experiment, report, resume or new_folder(experiment), earlier)
     try:
+        rounds.begin()
         rounds.train()
         return rounds.finish()
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         rounds.save()
         rounds.journal.stop("KILLED")
+        rounds.say_how_to_go_on()
         raise
     except BaseException:
         rounds.journal.stop("FAILED")
@@ -107,23 +109,37 @@ class Rounds:
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         self.scores: tuple[float | None, float | None] = (None, None)
         self.finished = bool(earlier and earlier.finished)
+        self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
-        self.journal = Journal(experiment, federation, folder, earlier)
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
-        elif experiment.server.rounds:
-            self.journal.engine(self.strategy.choose_engine(grid))
+        self.journal = Journal(experiment, folder, earlier)
+
+    def begin(self) -> None:
+        """Opens the tracked run, and has the engine chosen where that is not done.
+
+        A checkpoint stands on the disk before the tracked run is opened: whenever the process dies from here on, the
+        run can be gone on with, and in the same tracked run.
+        """
+        fresh = self.experiment.runtime.checkpoint_every and not self.opened
+        if fresh:
+            self.save()
+        self.journal.start(self.roll.federation)
+        if not self.round_number and self.experiment.server.rounds:
+            self.journal.engine(self.strategy.choose_engine(self.grid))
+        if fresh:
+            self.save()
 
     def train(self) -> None:
         """Runs the rounds that are left, with an evaluation before the first one."""
         self._report()
-        self.journal.missed(0, self.roll.refused)
+        self.journal.missed(0, self.roll.refused, "start")
         for site, difference in self.roll.refused.items():
             self._report(f"refused {site}: {difference}")
         every, last = self.experiment.evaluation.every, self.experiment.server.rounds
         saves = self.experiment.runtime.checkpoint_every
         # A run that was stopped between a round and its evaluation goes on with the evaluation.
-        if every and self.round_number % every == 0 and not self._evaluated():
+        if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
             self._evaluate()
         while self.round_number < last:
             self._round(self.round_number + 1)
@@ -136,18 +152,22 @@ class Rounds:
 
     def finish(self) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
-        if not (self.finished and self._evaluated()):
+        if not self.finished:
             self._evaluate(last=True)
-        if not self._evaluated():
+        if not self.finished:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
-        path = self.save(finished=True)
+        path = self.save()
         sites = pd.concat(
             [evaluation_frame(self.roll.federation, evaluation) for evaluation in self.evaluations], ignore_index=True
         )
         summary = self.journal.finish(sites, self.totals, self.round_number, path)
         return Outcome(summary, sites, self._meta_state(), self.journal.folder)
 
-    def save(self, finished: bool = False) -> Path:
+    def say_how_to_go_on(self) -> None:
+        """Tells a user who stopped the run where it is."""
+        self._report(f"stopped after round {self.round_number}; to go on: --resume {self.journal.folder.name}")
+
+    def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
         federation = self.roll.federation
         checkpoint = Checkpoint(
@@ -165,7 +185,8 @@ class Rounds:
             engine=self.strategy.engine,
             budget=self.strategy.budget,
             metrics=self.journal.metrics,
-            finished=finished,
+            schedule=self.journal.schedule,
+            finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.journal.folder)
         self.strategy.saved_round = self.round_number
@@ -201,27 +222,42 @@ class Rounds:
 
     def _evaluate(self, last: bool = False) -> None:
         """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
+        counted = self.totals
+        try:
+            found = self._scores(last)
+        except BaseException:
+            # It comes a second time, should the run be gone on with, and is then counted.
+            self.totals = counted
+            raise
+        if found is None:
+            return
+        evaluation, schedule = found
+        with uninterrupted():
+            if self._evaluated():
+                self.evaluations.pop()
+            self.evaluations.append(evaluation)
+            frame = evaluation_frame(self.roll.federation, evaluation)
+            groups = summarise(frame)
+            self.scores = headline(groups)
+            self.journal.evaluation(self.round_number, frame, groups, schedule)
+            self.finished = last
+        self._report()
+
+    def _scores(self, last: bool) -> tuple[Evaluation, Schedule | None] | None:
+        """Returns the sites' scores and, where that was chosen, how far they adapted; None where nobody answered."""
         settings = self.experiment.evaluation
         schedule = self._schedule() if last and settings.schedule == "auto" else None
         steps, rate = schedule[:2] if schedule else (self.learner.evaluation_steps(settings.steps), 1.0)
         reply = self._ask(self.strategy.arrays(), steps=steps, rate=rate, gate=settings.gate)
         if reply is None:
-            return
+            return None
         alone = self._ask(self._start_arrays(), steps=steps, reference=True) if last else None
         reference = np.full(len(reply.names), np.nan)
         if alone and alone.names == reply.names:
             reference = alone.scores[:, -1]
-        federation = self.roll.federation
-        found = (federation.indices(reply.names), reply.scores, reply.losses, reply.calibration, reply.chosen)
-        evaluation = Evaluation(self.round_number, *found, reference)
-        if self._evaluated():
-            self.evaluations.pop()
-        self.evaluations.append(evaluation)
-        frame = evaluation_frame(federation, evaluation)
-        groups = summarise(frame)
-        self.scores = headline(groups)
-        self.journal.evaluation(self.round_number, frame, groups, schedule)
-        self._report()
+        sites = self.roll.federation.indices(reply.names)
+        figures = (reply.scores, reply.losses, reply.calibration, reply.chosen, reference)
+        return Evaluation(self.round_number, sites, *figures), schedule
 
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
         """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
@@ -232,8 +268,11 @@ class Rounds:
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         strategy.aggregate_evaluate(self.round_number, replies)
         self._count(time.perf_counter() - started)
+        self.journal.missed(self.round_number, strategy.log.failed, "evaluation")
         if strategy.evaluated is None:
             self._report(f"no site was evaluated after round {self.round_number}: {_reasons(strategy.log.failed)}")
+        elif strategy.log.failed:
+            self._report(f"evaluation after round {self.round_number} without {_reasons(strategy.log.failed)}")
         return strategy.evaluated
 
     def _schedule(self) -> Schedule | None:

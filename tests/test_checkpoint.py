@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedmeta import checkpoint as module
+from fedmeta import durable
 from fedmeta.checkpoint import KEPT, Checkpoint, Evaluation, find, newest, read, write
 from fedmeta.errors import FedmetaError
 
@@ -126,7 +127,7 @@ def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatc
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(durable.os, "fsync", full)
     for number in (7, 8):
         with pytest.raises(
             FedmetaError, match=r"round-00000\d\.safetensors: cannot write the checkpoint: No space left"

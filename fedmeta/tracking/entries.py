@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from fedmeta.durable import write_whole
+from fedmeta.errors import FedmetaError
+
 
 class Metric(NamedTuple):
     """A metric's value at a round; `timestamp`, in ms since 1970, makes sending it twice harmless."""
@@ -67,8 +70,7 @@ def write_unsent(path: Path, run_id: str, entries: Iterable[Entry]) -> None:
     """Writes the run and its entries as JSON lines; removes the file where there are none."""
     lines = [json.dumps({"kind": type(entry).__name__, **entry._asdict()}) for entry in entries]
     if lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([json.dumps({"run_id": run_id}), *lines]) + "\n", encoding="utf-8")
+        write_whole(path, ("\n".join([json.dumps({"run_id": run_id}), *lines]) + "\n").encode())
     else:
         path.unlink(missing_ok=True)
 
@@ -78,8 +80,14 @@ def read_unsent(path: Path) -> tuple[str, list[Entry]]:
 
     Returns:
         The run's id and its entries in order; an empty id and no entries where there is no file.
+
+    Raises:
+        FedmetaError: The file holds something else.
     """
     if not path.is_file():
         return "", []
-    head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return str(head["run_id"]), [KINDS[line.pop("kind")](**line) for line in lines]
+    try:
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return str(head["run_id"]), [KINDS[line.pop("kind")](**line) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FedmetaError(f"{path}: not what a run kept to send later; move it away to go on without") from error

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -83,6 +85,34 @@ def checked_uri(uri: str) -> str:
     if dialect in DATABASE_PORTS or not getproxies():
         _check_listening(uri, host, port or PORTS[dialect])
     return uri
+
+
+def create_sqlite(uri: str, initialise: Callable[[str], object]) -> None:
+    """Creates a SQLite store's file, whole or not at all, where there is none.
+
+    MLflow builds its tables in dozens of steps; a process that dies between two leaves a file that no later one can
+    use. So they are built elsewhere, and the file appears at once. Where two do that at once, the first one's is taken.
+
+    Args:
+        uri: The store, of any kind.
+        initialise: Builds the tables at the address that it is given.
+    """
+    file = sqlite_file(uri)
+    if file is None or file.exists() or not file.parent.is_dir():
+        return
+    with tempfile.TemporaryDirectory(prefix="fedmeta-") as folder:
+        made = Path(folder, "mlflow.db")
+        initialise(f"{SQLITE}{made}")
+        content = made.read_bytes()
+    own = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        own.write_bytes(content)
+        with suppress(FileExistsError):
+            os.link(own, file)
+    except OSError as error:
+        raise _unusable(uri, f"{file}: {error.strerror or error}") from error
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def within_time(uri: str, call: Callable[[], Value]) -> Value:

@@ -29,7 +29,15 @@ from fedmeta.tracking.entries import (
     write_unsent,
 )
 from fedmeta.tracking.outbox import Outbox, deliver
-from fedmeta.tracking.store import MLFLOW_DEFAULTS, artifact_folder, checked_uri, first_line, shown, within_time
+from fedmeta.tracking.store import (
+    MLFLOW_DEFAULTS,
+    artifact_folder,
+    checked_uri,
+    create_sqlite,
+    first_line,
+    shown,
+    within_time,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +46,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARAMS_PER_BATCH = 100
 LONGEST_PARAM = 6000
 UNSENT = "unsent.jsonl"
+FOLDER_TAG = "fedmeta.folder"
+"""The tag that names the run's folder, which is known before MLflow's id of the run is."""
 
 
 class Tracker:
@@ -70,16 +80,17 @@ class Tracker:
             params: the whole experiment as flat "section.key" values.
             folder: the run's folder, for the files that go up as artifacts and for what could not be sent.
             dataset: the data to list as the run's input.
-            resume_run_id: the MLflow run to go on with; what `folder` holds unsent of it goes first.
+            resume_run_id: the MLflow run to go on with; what `folder` holds unsent of it goes first. Empty where it is
+                not known whether the run was opened before the process died: then it is looked for.
 
         Raises:
             FedmetaError: the store cannot be reached or written, or has no such run.
         """
         uri = checked_uri(settings.uri)
-        client, run_id = within_time(uri, lambda: _open(uri, settings, params, dataset, resume_run_id))
+        client, run_id = within_time(uri, lambda: _open(uri, settings, params, dataset, folder, resume_run_id))
         tracker = cls(client, uri, run_id, folder, settings.site_curves, resume_run_id is not None)
         unsent_id, unsent = read_unsent(folder / UNSENT)
-        if unsent_id == resume_run_id:
+        if unsent_id == run_id:
             tracker._outbox.put(entry for entry in unsent if not isinstance(entry, End))
         return tracker
 
@@ -134,10 +145,22 @@ class Tracker:
             self._outbox.close()
         finally:
             unsent = self._outbox.pending()
-            write_unsent(self._folder / UNSENT, self.run_id, unsent)
-            if unsent:
-                _say(f"{shown(self.uri)} did not take {len(unsent)} entries; they are in {self._folder / UNSENT}")
+            self._keep(unsent)
         return unsent
+
+    def _keep(self, unsent: list[Entry]) -> None:
+        """Writes what could not be sent into the run's folder, and says how it gets to the store later."""
+        path = self._folder / UNSENT
+        try:
+            write_unsent(path, self.run_id, unsent)
+        except OSError as error:
+            _say(f"{len(unsent)} entries are lost: {path} cannot be written ({error.strerror or error})")
+        else:
+            if unsent:
+                _say(
+                    f"{shown(self.uri)} did not take {len(unsent)} entries; they are in {path}; "
+                    f"once it is back: fedmeta sync {self._folder}"
+                )
 
     def _metrics(self, round_number: int, metrics: Mapping[str, float]) -> list[Metric]:
         fresh = {key: value for key, value in metrics.items() if self._steps.get(key, -1) < round_number}
@@ -156,7 +179,7 @@ class _Sender:
         self._client = client
         self._run_id = run_id
         self._resumed = resumed
-        self._logged: dict[str, set[int]] = {}
+        self._logged: dict[str, dict[int, float]] = {}
 
     def __call__(self, entries: list[Entry]) -> None:
         metrics = [entry for entry in entries if isinstance(entry, Metric)]
@@ -171,20 +194,24 @@ class _Sender:
         fresh = {(metric.key, metric.step): metric for metric in metrics if not self._is_there(metric)}
         self._client.log_batch(self._run_id, metrics=[Entity(*metric) for metric in fresh.values()])
         if self._resumed:
-            for key, step in fresh:
-                self._logged[key].add(step)
+            for (key, step), metric in fresh.items():
+                self._logged[key][step] = metric.value
 
     def _is_there(self, metric: Metric) -> bool:
         """Says whether a resumed run has the metric: the rounds after its checkpoint come a second time.
 
-        Results are not asked for: a run that goes on after its end has better ones.
+        Results may come a second time, where they differ: a run that goes on after its end has better ones.
         """
         if not self._resumed:
             return False
         if metric.key not in self._logged:
             history = self._client.get_metric_history(self._run_id, metric.key)
-            self._logged[metric.key] = {before.step for before in history}
-        return metric.step in self._logged[metric.key] and not metric.key.startswith(run_page.RESULTS)
+            before = sorted(history, key=lambda entry: entry.timestamp)
+            self._logged[metric.key] = {entry.step: entry.value for entry in before}
+        there = self._logged[metric.key]
+        if metric.key.startswith(run_page.RESULTS):
+            return there.get(metric.step) == metric.value
+        return metric.step in there
 
     def _send(self, entry: Entry) -> None:
         client, run_id = self._client, self._run_id
@@ -241,21 +268,30 @@ def open_client(uri: str) -> "MlflowClient":
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
+    create_sqlite(uri, lambda new: MlflowClient(new).search_experiments(max_results=1))
     return MlflowClient(uri)
 
 
 def _open(
-    uri: str, settings: Tracking, params: Mapping[str, Any], dataset: Dataset | None, resume_run_id: str | None
+    uri: str,
+    settings: Tracking,
+    params: Mapping[str, Any],
+    dataset: Dataset | None,
+    folder: Path,
+    resume_run_id: str | None,
 ) -> tuple["MlflowClient", str]:
     client = open_client(uri)
-    if resume_run_id is not None:
+    if resume_run_id:
         client.update_run(resume_run_id, status="RUNNING")
         return client, resume_run_id
     from mlflow.entities import Param
 
-    experiment_id = _experiment(client, uri, settings.experiment)
-    name = settings.name or run_page.run_name(params)
-    run_id: str = client.create_run(experiment_id, tags=run_page.tags(params), run_name=name).info.run_id
+    experiment_id = experiment_of(client, uri, settings.experiment)
+    run_id = _begun_for(client, experiment_id, folder) if resume_run_id is not None else None
+    if run_id is None:
+        tags = {**run_page.tags(params), FOLDER_TAG: folder.name}
+        name = settings.name or run_page.run_name(params)
+        run_id = str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
     entries = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
     for start in range(0, len(entries), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=entries[start : start + PARAMS_PER_BATCH])
@@ -264,7 +300,13 @@ def _open(
     return client, run_id
 
 
-def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
+def _begun_for(client: "MlflowClient", experiment_id: str, folder: Path) -> str | None:
+    """Returns the run that was created for a folder, where its process died before it could write down which."""
+    runs = client.search_runs([experiment_id], filter_string=f"tags.{FOLDER_TAG} = '{folder.name}'")
+    return str(runs[0].info.run_id) if runs else None
+
+
+def experiment_of(client: "MlflowClient", uri: str, name: str) -> str:
     """Returns the experiment's id; its artifacts lie beside a database, wherever the process runs."""
     from mlflow import MlflowException
 
