@@ -25,8 +25,9 @@ from fedmeta.errors import FedmetaError
 
 FORMAT = "1"
 COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
-LISTS = ("classes", "names", "new_sites", "validation_sites")
-HEADER = ("experiment", "run_id", "round_number", *LISTS, "engine", "budget", "schedule", "finished")
+LISTS = ("classes", "names", "new_sites", "validation_sites", "features", "shape")
+FIGURES = ("regression", "tokens", "engine", "budget", "schedule", "finished")
+HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
 """The file in a run's folder that is there until its results are written down and handed over."""
 
@@ -78,6 +79,10 @@ class Checkpoint:
         totals: Sums over the rounds so far: seconds and bytes.
         metrics: Per-round figures that tracking may not have been sent yet, by round.
         schedule: How far sites adapted at the end, where the run chose that.
+        features: The features' names where a row is a vector.
+        shape: The shape of one row.
+        regression: Whether labels are numbers.
+        tokens: Whether features are codes of symbols.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -96,6 +101,10 @@ class Checkpoint:
     budget: int = 0
     metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    regression: bool = False
+    tokens: bool = False
     finished: bool = False
 
 
@@ -223,7 +232,7 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     arrays = {name: value.numpy() for name, value in groups["evaluation"].items()}
     evaluations = tuple(Evaluation(number, *(arrays[f"{number}/{what}"] for what in COLUMNS)) for number in rounds)
     for name in LISTS:
-        values[name] = tuple(values[name])
+        values[name] = tuple(values.get(name, ()))
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}
     return Checkpoint(**values)
