@@ -9,6 +9,9 @@ from fedmeta import models
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner, build, learner_class, settings_of
 
+AUTOMATIC = {"gradient": ("adam", 0.003), "displacement": ("sgd", 1.0), "nothing": ("sgd", 1.0)}
+"""The server's optimizer and learning rate by what a learner's sites send, where the experiment says "auto"."""
+
 
 def learner_of(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> Learner:
     """Builds the learner and the model that an experiment describes.

@@ -73,6 +73,9 @@ def compare(
     file: File,
     learners: Annotated[str, typer.Option(help="Which learners, with commas between.")] = "local,fedavg,fedavg-ft,maml",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the experiment's upwards.")] = 3,
+    tune: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Settings to try for each learner first, on validation sites.")
+    ] = 0,
     overrides: Overrides = None,
     runtime: Annotated[RuntimeName, typer.Option(help="As for run.")] = RuntimeName.LOCAL,
     out: Annotated[Path | None, typer.Option(help="Where to write comparison.md and comparison.json too.")] = None,
@@ -87,9 +90,8 @@ def compare(
     experiment = load_experiment(file, overrides or [])
     names = [name.strip() for name in learners.split(",") if name.strip()]
     with terminal.several(experiment) as report:
-        found = comparison.compare(experiment, names, seeds, runtime=runtime.value, report=report)
+        found = comparison.compare(experiment, names, seeds, tune=tune, runtime=runtime.value, report=report)
     terminal.comparison(found)
-    comparison.write(found, found.folder)
     if out:
         comparison.write(found, out)
     if as_json:

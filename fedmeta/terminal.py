@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,6 +18,7 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking
 from fedmeta.progress import Progress as Stand
 from fedmeta.progress import Report
 from fedmeta.tracking.store import shown
+from fedmeta.tuning import words
 
 MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
@@ -100,7 +102,7 @@ def comparison(found: Comparison) -> None:
     """Shows several learners beside one another, best for new sites first, and the verdict."""
     console = Console(stderr=True)
     console.print(f"[bold]{found.verdict}[/]", soft_wrap=True)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # an interval has to fit into 80 columns
     for heading in ("learner", "global", "personalized", "worst", "helped", f"against {found.baseline}"):
         table.add_column(heading, justify="left" if heading == "learner" else "right", no_wrap=True)
     for _, row in found.table.iterrows():
@@ -109,6 +111,15 @@ def comparison(found: Comparison) -> None:
         scores = (f"{row['global']:.3f}", personalized, f"{row['worst_decile']:.3f}", f"{row['helped']:.0%}")
         table.add_row(str(row["learner"]), *scores, against)
     console.print(table)
+    if found.trials:
+        count = len(next(iter(found.trials.values())))
+        caption = f"the best of {count} for each learner, on validation sites of the first seed"
+        best = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+        best.add_column("learner", no_wrap=True)
+        best.add_column("best settings")
+        for name in found.table["learner"]:
+            best.add_row(str(name), words(found.trials[name][0].settings))
+        console.print(best)
     console.print(f"table  {found.folder / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
 
 

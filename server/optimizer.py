@@ -7,10 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedmeta.assembly import AUTOMATIC
 from fedmeta.experiment import Server
-
-AUTOMATIC = {"gradient": ("adam", 0.003), "displacement": ("sgd", 1.0), "nothing": ("sgd", 1.0)}
-"""Optimizer and learning rate by what a learner's sites send, where the experiment says "auto"."""
 
 
 def resolve(settings: Server, sends: str) -> tuple[str, float]:

@@ -12,6 +12,8 @@ VIEW = "fedmeta"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 PRIMARY_METRIC = "final/new_sites_personalized"
 PICTURE = "0_summary/sites"
+COMPARISON = "comparison"
+"""What the charts of a comparison's own run begin with."""
 BARS = (
     PRIMARY_METRIC,
     "final/new_sites_global",
@@ -20,6 +22,16 @@ BARS = (
     "final/sites_left_behind",
     "final/training_sites_personalized",
 )
+COMPARED = (
+    "new_sites_personalized",
+    "new_sites_global",
+    "new_sites_worst",
+    "helped",
+    "difference",
+    "seconds",
+    "bytes_up",
+)
+"""Sections of such a run's charts, a chart for each learner."""
 COLUMN_WIDTH = 190
 
 
@@ -43,6 +55,8 @@ SECTIONS = (
     Section("time", open=False),
     Section("traffic", open=False),
     Section("failures", open=False),
+    Section(COMPARISON, columns=1, height=420),
+    *(Section(f"{COMPARISON}/{name}", open=False) for name in COMPARED),
 )
 
 

@@ -67,7 +67,7 @@ def site_ranking(sites: pd.DataFrame) -> Figure:
 def gain_by_rows(sites: pd.DataFrame) -> Figure:
     """Draws how much each site gains against how many rows it has to train on: do small sites lose?"""
     judged = _judged(latest(sites))
-    figure, axes = _figure(7.0, 4.4)
+    figure, axes = figure_of(7.0, 4.4)
     for kind, part in _groups(judged):
         size = 30 if len(judged) <= NAMED_SITES else 12
         axes.scatter(
@@ -85,7 +85,7 @@ def gain_by_rows(sites: pd.DataFrame) -> Figure:
         low, _ = axes.get_ylim()
         axes.axhspan(min(low, 0), 0, color=LOSS, alpha=0.08, linewidth=0)
         axes.set_ylim(bottom=low)
-    _title(
+    entitle(
         axes,
         f"Gain against rows: {losing or 'none'} of {len(judged)} sites lose",
         "train rows at the site",
@@ -97,7 +97,7 @@ def gain_by_rows(sites: pd.DataFrame) -> Figure:
 def adaptation(sites: pd.DataFrame) -> Figure:
     """Draws the score against the inner step: mean over sites, and the middle 80 % of them as a band."""
     judged = _judged(latest(sites))
-    figure, axes = _figure(7.0, 4.4)
+    figure, axes = figure_of(7.0, 4.4)
     for kind, part in _groups(judged):
         scores = _by_step(part["steps"])
         steps = np.arange(scores.shape[1])
@@ -107,13 +107,13 @@ def adaptation(sites: pd.DataFrame) -> Figure:
         for edge in (low, high):
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score_of(sites))
+    entitle(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score_of(sites))
     return _finish(figure, axes)
 
 
 def by_round(sites: pd.DataFrame) -> Figure:
     """Draws scores over rounds: personalized, its worst tenth, and global, for new and for training sites."""
-    figure, axes = _figure(7.0, 4.4)
+    figure, axes = figure_of(7.0, 4.4)
     rounds = sorted(set(sites["round"].tolist()))
     summaries = [summarise(sites[sites["round"] == number]) for number in rounds]
     marker = "o" if len(summaries) < 30 else ""
@@ -123,7 +123,7 @@ def by_round(sites: pd.DataFrame) -> Figure:
             values = [summary[GROUPS[kind]][when][statistic] for summary in summaries]
             axes.plot(rounds, _numbers(values), style, color=COLOURS[kind], marker=marker, markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
+    entitle(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
     handles = [Line2D([], [], color=COLOURS[kind], label=_label(kind)) for kind in kinds]
     handles += [Line2D([], [], color=FAINT, linestyle=style, label=label) for _, _, style, label in LINES]
     return _finish(figure, axes, handles if kinds else [])
@@ -139,7 +139,7 @@ PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 def _dumbbells(ranked: pd.DataFrame) -> Figure:
     score = score_of(ranked)
-    figure, axes = _figure(7.0, 1.6 + 0.21 * max(len(ranked), 3))
+    figure, axes = figure_of(7.0, 1.6 + 0.21 * max(len(ranked), 3))
     before, after = ranked[f"global_{score}"].to_numpy(), ranked[f"personalized_{score}"].to_numpy()
     places = np.arange(len(ranked))
     widths = np.where(ranked["gain"] < 0, LOSS, "#BDBDBD")
@@ -153,7 +153,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
             label.set(color=COLOURS[NEW], fontweight="bold")
     axes.set_ylim(-0.8, max(len(ranked), 3) - 0.2)
     axes.grid(visible=False, axis="y")
-    _title(axes, _ranking_title(ranked), score, "")
+    entitle(axes, _ranking_title(ranked), score, "")
     handles = [
         Line2D([], [], color=COLOURS[kind], marker="o", linewidth=0, label=f"personalized, {_label(kind)}")
         for kind, _ in _groups(ranked)
@@ -166,7 +166,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
 def _band(ranked: pd.DataFrame) -> Figure:
     score = score_of(ranked)
     groups = list(_groups(ranked))
-    figure, first = _figure(7.0, 4.6, columns=len(groups))
+    figure, first = figure_of(7.0, 4.6, columns=len(groups))
     for axes, (kind, part) in zip(figure.axes, groups, strict=True):
         before, after = part[f"global_{score}"].to_numpy(), part[f"personalized_{score}"].to_numpy()
         share = 100 * (np.arange(len(part)) + 0.5) / len(part)
@@ -185,7 +185,7 @@ def _band(ranked: pd.DataFrame) -> Figure:
             12, 0.03, f"worst tenth {worst:.3f}", transform=axes.get_xaxis_transform(), fontsize=8, color=INK, bbox=box
         )
         axes.set_xlim(0, 100)
-        _title(axes, f"{len(part)} {_label(kind)}", "sites, worst to best (%)", score if axes is first else "")
+        entitle(axes, f"{len(part)} {_label(kind)}", "sites, worst to best (%)", score if axes is first else "")
     figure.suptitle(_ranking_title(ranked), x=0.02, ha="left", fontsize=11, fontweight="bold", color=INK)
     handles = [Line2D([], [], color=COLOURS[kind], linewidth=2.2, label="personalized") for kind, _ in groups[:1]]
     handles.append(Line2D([], [], color=FAINT, marker="o", markersize=3, linewidth=0, label="global, same site"))
@@ -231,7 +231,8 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:
+    """Returns an empty figure of the common look (inches), and its first axes."""
     figure = Figure(
         figsize=(width, height),
         dpi=DOTS_PER_INCH,
@@ -249,7 +250,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes
     return figure, every[0, 0]
 
 
-def _title(axes: Axes, title: str, x: str, y: str) -> None:
+def entitle(axes: Axes, title: str, x: str, y: str) -> None:
+    """Sets the title and the names of both axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)

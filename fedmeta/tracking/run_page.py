@@ -144,7 +144,9 @@ def data_name(params: Mapping[str, Any]) -> str:
 def tags(params: Mapping[str, Any]) -> dict[str, str]:
     """Returns the tags by which runs are found and grouped, and the colour of their learner."""
     learner = str(params["learner.name"])
+    parent = str(params.get("tracking.parent") or "")
     return {
+        **({"mlflow.parentRunId": parent} if parent else {}),
         "fedmeta.learner": learner,
         "fedmeta.data": data_name(params),
         "fedmeta.seed": str(params["runtime.seed"]),

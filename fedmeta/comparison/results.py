@@ -1,0 +1,154 @@
+"""What came of a comparison: one row per learner, paired differences with intervals, a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedmeta.comparison.settings import Trial
+from fedmeta.randomness import generator
+from fedmeta.runtime import Result
+
+BASELINE = "fedavg-ft"
+RESAMPLES = 2000
+LEVEL = 0.95
+SCORES = ("global", "personalized", "worst_decile", "helped")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of several learners on the same sites.
+
+    Attributes:
+        runs: One row per run: learner, seed, run_id, rounds, wall_s, bytes_up, bytes_down, and of new sites global,
+            personalized, worst_decile, helped.
+        sites: The final evaluation of every run, one row per site, with learner and seed.
+        table: One row per learner: means and standard deviations over seeds, and the paired difference of the
+            personalized score of new sites from the baseline's, with its interval.
+        baseline: What the others are held against.
+        score: "accuracy" or "rmse".
+        verdict: One sentence.
+        folder: Where it is kept, and goes on from when it is interrupted.
+        trials: Every setting that was tried for each learner, the best one first; empty where nothing was tuned.
+    """
+
+    runs: pd.DataFrame
+    sites: pd.DataFrame
+    table: pd.DataFrame
+    baseline: str
+    score: str
+    verdict: str
+    folder: Path
+    trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
+
+
+def tabulate(
+    results: Sequence[Result],
+    learners: Sequence[str],
+    folder: Path,
+    seed: int,
+    trials: Mapping[str, Sequence[Trial]] | None = None,
+) -> Comparison:
+    """Returns the results of all runs set beside one another.
+
+    Args:
+        results: The runs.
+        learners: The learners' names.
+        folder: Where the comparison is kept.
+        seed: Key of the intervals' resampling.
+        trials: The settings that were tried for each learner, the best one first.
+    """
+    runs = pd.DataFrame([_run_row(result.summary) for result in results])
+    sites = pd.concat(
+        [result.sites.assign(learner=result.summary["learner"], seed=result.summary["seed"]) for result in results],
+        ignore_index=True,
+    )
+    score = results[0].summary["metric"]
+    baseline = BASELINE if BASELINE in learners else learners[0]
+    rows = []
+    for learner in learners:
+        own = runs[runs["learner"] == learner]
+        row: dict[str, Any] = {"learner": learner, "seeds": len(own)}
+        for column in SCORES:
+            values = own[column].astype(float)
+            row[column] = values.mean()
+            row[f"{column}_sd"] = values.std(ddof=1) if len(own) > 1 else np.nan
+        for column in ("rounds", "bytes_up", "bytes_down", "wall_s"):
+            row[column] = own[column].mean()
+        row["difference"], row["low"], row["high"] = difference(sites, learner, baseline, score, seed)
+        rows.append(row)
+    table = pd.DataFrame(rows).sort_values("personalized", ascending=score == "rmse", ignore_index=True)
+    return Comparison(runs, sites, table, baseline, score, verdict(table, baseline, score), folder, trials or {})
+
+
+def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    new = summary["new_sites"] if summary["new_sites"]["n"] else summary["training_sites"]
+    return {
+        **{key: summary[key] for key in ("learner", "seed", "run_id", "rounds", "wall_s", "bytes_up", "bytes_down")},
+        "sites": new["n"],
+        "global": new["global"]["mean"],
+        "personalized": new["personalized"]["mean"],
+        "worst_decile": new["personalized"]["worst_decile"],
+        "helped": new["helped"],
+    }
+
+
+def compared_kind(sites: pd.DataFrame) -> str:
+    """Returns the kind of sites that learners are compared on: "new", or "training" where no site is new."""
+    return "new" if (sites["kind"] == "new").any() else "training"
+
+
+def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, seed: int) -> tuple[float, float, float]:
+    """Returns how much better a learner serves new sites than the baseline, and the 95 % interval of that.
+
+    The difference is paired: site by site, under the same seed. The interval is the percentile bootstrap over sites
+    (Efron and Tibshirani 1993, chapter 13), drawn from `seed`. Where no site is new, training sites are compared.
+
+    Args:
+        sites: As in `Comparison`.
+        learner: The learner.
+        baseline: The learner that it is held against.
+        score: "accuracy" (higher is better) or "rmse" (lower is better).
+        seed: Key of the resampling.
+    """
+    own = sites[sites["kind"] == compared_kind(sites)].set_index(["seed", "site"])
+    pair = [own[own["learner"] == name][f"personalized_{score}"] for name in (learner, baseline)]
+    gains = (pair[0] - pair[1]).dropna().to_numpy() * (-1 if score == "rmse" else 1)
+    if not len(gains):
+        return np.nan, np.nan, np.nan
+    draws = generator(seed, "bootstrap").integers(len(gains), size=(RESAMPLES, len(gains)))
+    low, high = np.quantile(gains[draws].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(gains.mean()), float(low), float(high)
+
+
+def verdict(table: pd.DataFrame, baseline: str, score: str) -> str:
+    """Returns in one sentence which learner serves new sites best, and whether that is more than chance."""
+    best = table.iloc[0]
+    said = f"Best for new sites: {best['learner']} ({score} {best['personalized']:.3f})"
+    if best["learner"] == baseline:
+        return f"{said}; no other learner does better than this baseline here."
+    sure = "surely" if best["low"] > 0 else "not surely"
+    by = f"{best['difference']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
+    return f"{said}, {sure} better than {baseline} ({by}, 95 % over sites)."
+
+
+def sites_by_learner(comparison: Comparison) -> pd.DataFrame:
+    """Returns the personalized score of each new site under each learner, the mean over the seeds in which it is new.
+
+    Returns:
+        Columns site, rows (train rows), seeds (in how many it is new), and one per learner in the table's order; the
+        site that the best learner serves worst comes first.
+    """
+    own = comparison.sites[comparison.sites["kind"] == compared_kind(comparison.sites)]
+    order = list(comparison.table["learner"])
+    scores = own.pivot_table(index="site", columns="learner", values=f"personalized_{comparison.score}")
+    frame = scores.reindex(columns=order)
+    frame.insert(0, "rows", own.groupby("site")["rows"].first())
+    frame.insert(1, "seeds", own.groupby("site")["seed"].nunique())
+    worst_first = frame.sort_values(order[0], ascending=comparison.score == "accuracy")
+    return worst_first.rename_axis(columns=None).reset_index().round(4)

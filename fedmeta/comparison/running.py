@@ -1,0 +1,120 @@
+"""Runs every learner with every seed, and before that, where it is asked for, looks for each learner's settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import pandas as pd
+
+from fedmeta import checkpoint
+from fedmeta.comparison import settings
+from fedmeta.comparison.page import write
+from fedmeta.comparison.results import Comparison, tabulate
+from fedmeta.comparison.tracked import ComparisonPage
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Experiment
+from fedmeta.progress import Report
+from fedmeta.runtime import Result, result_of, run
+from fedmeta.tuning import with_settings
+
+Reports = Callable[[str, int, int], Report]
+"""Returns what takes a run's progress, given the run's title, its number (from 1) and the number of runs."""
+
+
+def compare(
+    experiment: Experiment,
+    learners: Sequence[str],
+    seeds: int,
+    *,
+    tune: int = 0,
+    runtime: str = "local",
+    report: Reports,
+) -> Comparison:
+    """Runs every learner with every seed, unless that was done before, and sets the results beside one another.
+
+    Args:
+        experiment: All but the learner's name and the seed.
+        learners: The learners' names.
+        seeds: How many seeds, from `runtime.seed` upwards.
+        tune: How many settings to try for each learner, with the first seed on validation sites; 0 = those of the
+            experiment as they are.
+        runtime: As for `fedmeta.runtime.run`.
+        report: Gives each run what takes its progress.
+
+    Raises:
+        FedmetaError: As for `fedmeta.runtime.run`; or a learner is named twice.
+    """
+    if len(set(learners)) != len(learners):
+        raise FedmetaError(f"--learners names one twice: {', '.join(learners)}")
+    experiment = experiment.absolute()
+    folder = Path(experiment.tracking.folder) / f"compare-{_digest(experiment)}{'-tuned' if tune else ''}"
+    page = ComparisonPage.open(experiment, learners, seeds, folder, runtime)
+    with page:
+        variants = {name: experiment.with_overrides([f"learner.name={name}"]) for name in learners}
+        trials = {}
+        for place, (name, variant) in enumerate(variants.items() if tune else ()):
+            nested = page.parent_of(variant)
+
+            def reports(title: str, number: int, place: int = place) -> Report:
+                return report(title, place * tune + number, len(learners) * tune)
+
+            def run_trial(trial: Experiment, report: Report) -> Result:
+                return _resumed(trial, runtime, report)
+
+            trials[name] = settings.tried(nested, tune, folder / "trials", run_trial, reports)
+            variants[name] = with_settings(variant, settings.chosen(trials[name]))
+        results = _run_all(list(variants.values()), seeds, folder, runtime, report)
+        found = tabulate(results, learners, folder, experiment.runtime.seed, trials)
+        write(found, folder)
+        page.publish(found)
+    return found
+
+
+def _run_all(variants: Sequence[Experiment], seeds: int, folder: Path, runtime: str, report: Reports) -> list[Result]:
+    """Returns the results of every variant with every seed."""
+    results: list[Result] = []
+    for offset in range(seeds):
+        for variant in variants:
+            seeded = variant.with_overrides([f"runtime.seed={variant.runtime.seed + offset}"])
+            title = f"{seeded.learner.name}, seed {seeded.runtime.seed}"
+            results.append(_run_once(seeded, folder, runtime, report(title, len(results) + 1, seeds * len(variants))))
+    return results
+
+
+def _run_once(experiment: Experiment, folder: Path, runtime: str, report: Report) -> Result:
+    """Returns a run's result: from an earlier, finished or interrupted, call, or from a new run."""
+    name = experiment.learner.name.replace(":", ".").replace("/", ".")
+    done = folder / f"{name}-{experiment.runtime.seed}.json"
+    if done.exists():
+        kept = json.loads(done.read_text())
+        run_folder = Path(kept["folder"])
+        # A longer search may have found other settings since.
+        if kept.get("experiment") == experiment.to_toml() and (run_folder / "sites.parquet").exists():
+            state, _ = checkpoint.newest(run_folder)
+            history = pd.read_parquet(run_folder / "sites.parquet")
+            return result_of(kept["summary"], history, dict(state.meta_state), run_folder)
+    result = _resumed(experiment, runtime, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = done.with_suffix(".part")
+    entry = {"summary": result.summary, "folder": str(result.folder), "experiment": experiment.to_toml()}
+    part.write_text(json.dumps(entry))
+    part.replace(done)
+    return result
+
+
+def _resumed(experiment: Experiment, runtime: str, report: Report) -> Result:
+    """Runs an experiment; goes on with a run of it that was interrupted."""
+    try:
+        checkpoint.find(Path(experiment.tracking.folder), "auto", experiment.to_toml())
+        resume: str | None = "auto"
+    except FedmetaError:
+        resume = None
+    return run(experiment, runtime=runtime, resume=resume, report=report)
+
+
+def _digest(experiment: Experiment) -> str:
+    """Returns a name for the comparisons of an experiment: the same call, or one with more learners, finds the runs."""
+    return blake2b(experiment.to_toml().encode(), digest_size=6).hexdigest()

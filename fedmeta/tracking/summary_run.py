@@ -1,0 +1,141 @@
+"""An MLflow run about other runs: a comparison, or a search for settings, with its figures, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from fedmeta.experiment import Experiment
+from fedmeta.tracking.run_page import DESCRIPTION_LIMIT, data_name, finite
+from fedmeta.tracking.store import checked_uri, first_line, shown, within_time
+from fedmeta.tracking.tracker import LONGEST_PARAM, PARAMS_PER_BATCH, experiment_of, open_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DESCRIPTION = "mlflow.note.content"
+VARIED = ("learner.", "tracking.", "runtime.seed", "evaluation.judge")
+"""Params that differ between the runs that this one is about, or that say where they are and not what they are."""
+COLOUR = "#222222"
+
+
+class SummaryRun:
+    """One run of the store. After `open` nothing that happens to the store raises: it is said on stderr."""
+
+    def __init__(self, client: MlflowClient, uri: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._client = client
+
+    @classmethod
+    def open(
+        cls, experiment: Experiment, kind: Literal["comparison", "search"], name: str, earlier: str = ""
+    ) -> SummaryRun:
+        """Opens the store and a run in it: a new one, or an earlier one that goes on.
+
+        Args:
+            experiment: What the runs that it is about have in common.
+            kind: What it is; becomes a tag.
+            name: The run's name: what is compared, or searched for.
+            earlier: The run to go on with; a new one where it is gone.
+
+        Raises:
+            FedmetaError: The store cannot be reached or written.
+        """
+        uri = checked_uri(experiment.tracking.uri)
+        client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier))
+        return cls(client, uri, run_id)
+
+    def publish(
+        self,
+        description: str,
+        metrics: Mapping[str, float | None],
+        tables: Mapping[str, pd.DataFrame],
+        files: list[Path],
+        pictures: Mapping[str, Path],
+    ) -> None:
+        """Logs results; of a run that has the same ones already, nothing.
+
+        Args:
+            description: Markdown, its verdict in the first lines; also what tells new results from old ones.
+            metrics: Figures by name.
+            tables: What the artifact view shows as tables, by file name.
+            files: Further files.
+            pictures: PNG files by the name of their chart.
+        """
+        description = description[:DESCRIPTION_LIMIT]
+        try:
+            if self._client.get_run(self.run_id).data.tags.get(DESCRIPTION) == description:
+                return
+            self._log_metrics(finite(metrics))
+            for name, frame in tables.items():
+                self._log_table(frame, name)
+            for key, path in pictures.items():
+                self._log_picture(path, key)
+            for path in [*files, *pictures.values()]:
+                self._client.log_artifact(self.run_id, str(path), "pictures" if path.suffix == ".png" else None)
+            self._client.set_tag(self.run_id, DESCRIPTION, description)
+        except Exception as error:
+            self._say(error)
+
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Ends the run; it may go on later."""
+        try:
+            self._client.set_terminated(self.run_id, status)
+        except Exception as error:
+            self._say(error)
+
+    def _log_metrics(self, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+
+    def _log_table(self, frame: pd.DataFrame, name: str) -> None:
+        there = {file.path for file in self._client.list_artifacts(self.run_id)}
+        if name in there:  # `log_table` would add its rows to those that are there
+            columns: dict[str, Any] = json.loads(frame.to_json(orient="split", index=False))
+            self._client.log_text(self.run_id, json.dumps(columns), name)
+        else:
+            self._client.log_table(self.run_id, frame, name)
+
+    def _log_picture(self, path: Path, key: str) -> None:
+        from PIL import Image
+
+        name = f"{key.replace('/', '~')}+step+"
+        earlier = [file.path for file in self._client.list_artifacts(self.run_id, "images") if name in file.path]
+        steps = {path.split("+step+")[1].partition("+")[0] for path in earlier}
+        with Image.open(path) as image:
+            self._client.log_image(self.run_id, image, key=key, step=len(steps))
+
+    def _say(self, error: Exception) -> None:
+        print(f"fedmeta: tracking: {shown(self.uri)} did not take the results: {first_line(error)}", file=sys.stderr)
+
+
+def _open(uri: str, experiment: Experiment, kind: str, name: str, earlier: str) -> tuple[MlflowClient, str]:
+    client = open_client(uri)  # and only then MLflow: it reads how much to say where it is imported
+    from mlflow import MlflowException
+    from mlflow.entities import Param
+
+    if earlier:
+        try:
+            client.update_run(earlier, status="RUNNING", name=name)
+        except MlflowException:
+            earlier = ""
+    if earlier:
+        return client, earlier
+    params = experiment.params()
+    tags = {"fedmeta.kind": kind, "fedmeta.data": data_name(params), "mlflow.runColor": COLOUR}
+    created = client.create_run(experiment_of(client, uri, experiment.tracking.experiment), tags=tags, run_name=name)
+    run_id: str = created.info.run_id
+    common = {key: value for key, value in params.items() if not key.startswith(VARIED)}
+    entries = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in common.items()]
+    for start in range(0, len(entries), PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=entries[start : start + PARAMS_PER_BATCH])
+    return client, run_id
