@@ -83,7 +83,7 @@ def test_an_interrupted_search_goes_on_and_its_best_settings_are_used(tmp_path: 
         assert trials[0].score == max(trial.score for trial in trials if trial.score is not None)
         assert sum(trial.untuned for trial in trials) == 1
         kept = json.loads((found.folder / f"{name}-1.json").read_text())
-        run = Experiment.from_toml(kept["experiment"]).params()
+        run = Experiment.from_toml((Path(kept["folder"]) / "experiment.toml").read_text()).params()
         assert {key: run[key] for key in trials[0].settings} == trials[0].settings
         assert run["evaluation.judge"] == "new_sites"
     _, again = started(experiment, ["fedavg-ft", "maml"], 3)
@@ -151,3 +151,9 @@ def test_there_is_one_comparison_run_however_often_the_command_is_given(tmp_path
 def comparison_runs(client):
     experiment = client.get_experiment_by_name("fedmeta")
     return client.search_runs([experiment.experiment_id], "tags.`fedmeta.kind` = 'comparison'")
+
+
+def test_an_experiment_is_known_by_what_it_says_and_not_by_what_it_leaves_to_the_defaults() -> None:
+    spoken = Experiment().with_overrides(["learner.inner_lr=0.1", "server.rounds=7"])
+    assert spoken.identity() == Experiment().with_overrides(["server.rounds=7"]).identity()
+    assert spoken.identity() != Experiment().with_overrides(["server.rounds=8"]).identity()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import pandas as pd
@@ -50,7 +49,8 @@ def compare(
     if len(set(learners)) != len(learners):
         raise FedmetaError(f"--learners names one twice: {', '.join(learners)}")
     experiment = experiment.absolute()
-    folder = Path(experiment.tracking.folder) / f"compare-{_digest(experiment)}{'-tuned' if tune else ''}"
+    # The same call, or one with more learners, seeds or settings, finds here what was done before.
+    folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     page = ComparisonPage.open(experiment, learners, seeds, folder, runtime)
     with page:
         variants = {name: experiment.with_overrides([f"learner.name={name}"]) for name in learners}
@@ -92,14 +92,14 @@ def _run_once(experiment: Experiment, folder: Path, runtime: str, report: Report
         kept = json.loads(done.read_text())
         run_folder = Path(kept["folder"])
         # A longer search may have found other settings since.
-        if kept.get("experiment") == experiment.to_toml() and (run_folder / "sites.parquet").exists():
+        if kept.get("experiment") == experiment.identity() and (run_folder / "sites.parquet").exists():
             state, _ = checkpoint.newest(run_folder)
             history = pd.read_parquet(run_folder / "sites.parquet")
             return result_of(kept["summary"], history, dict(state.meta_state), run_folder)
     result = _resumed(experiment, runtime, report)
     folder.mkdir(parents=True, exist_ok=True)
     part = done.with_suffix(".part")
-    entry = {"summary": result.summary, "folder": str(result.folder), "experiment": experiment.to_toml()}
+    entry = {"summary": result.summary, "folder": str(result.folder), "experiment": experiment.identity()}
     part.write_text(json.dumps(entry))
     part.replace(done)
     return result
@@ -113,8 +113,3 @@ def _resumed(experiment: Experiment, runtime: str, report: Report) -> Result:
     except FedmetaError:
         resume = None
     return run(experiment, runtime=runtime, resume=resume, report=report)
-
-
-def _digest(experiment: Experiment) -> str:
-    """Returns a name for the comparisons of an experiment: the same call, or one with more learners, finds the runs."""
-    return blake2b(experiment.to_toml().encode(), digest_size=6).hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def tried(
     for number, settings in enumerate(candidates(experiment, count), 1):
         name = f"{experiment.learner.name} · {words(settings)}"
         variant = _variant(experiment, settings, folder, name)
-        kept = folder / f"{blake2b(variant.to_toml().encode(), digest_size=8).hexdigest()}.json"
+        kept = folder / f"{variant.identity()}.json"
         if kept.exists():
             entry = json.loads(kept.read_text())
         else:

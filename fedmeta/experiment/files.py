@@ -1,8 +1,10 @@
 """The experiment as a value, and its three views: TOML text, `--set` overrides and MLflow's flat params."""
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -95,6 +97,12 @@ class Experiment(Section):
             for section, values in self.model_dump().items()
             for key, value in values.items()
         }
+
+    def identity(self, size: int = 8) -> str:
+        """Returns a name of 2 * `size` characters for what this experiment says, whatever keys later versions add."""
+        usual = type(self)().params()
+        said = {key: value for key, value in self.params().items() if key not in usual or value != usual[key]}
+        return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=size).hexdigest()
 
     def absolute(self) -> Self:
         """Returns this experiment with every path made absolute against the working directory, to be run elsewhere."""
