@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     FAILURES,
-    QUERY_SITES,
     QUERY_SUMS,
     MessageError,
     SitesReply,
@@ -30,10 +28,6 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
-from server import agreement
-
-POLL_S = 3.0
-"""How long to wait before asking again who is there, while sites that must be present are missing."""
 
 _FEW = 16
 """Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
@@ -110,92 +104,6 @@ class Federation:
         return {node: tuple(names) for node, names in shares.items()}
 
 
-class Roll:
-    """Keeps a federation up to date while nodes come and go."""
-
-    def __init__(self, grid: Grid, experiment: Experiment, earlier: Checkpoint | None = None) -> None:
-        """Waits for the sites that must be present.
-
-        Args:
-            grid: Flower's grid.
-            experiment: The run's description.
-            earlier: The checkpoint to go on from: all its sites must be present, and what it fixed stays.
-
-        Sites whose rows have another form than most sites' are refused, and the others go on without them.
-
-        Raises:
-            FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
-                refused.
-        """
-        self._grid = grid
-        self._experiment = experiment
-        self._earlier = earlier
-        self._seen: set[int] = set()
-        self.refused: dict[str, str] = {}
-        self.federation = self._assemble()
-
-    def refresh(self) -> list[str]:
-        """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
-        fresh = set(self._grid.get_node_ids()) - self._seen
-        return self._join(fresh) if fresh else []
-
-    def _assemble(self) -> Federation:
-        wanted = self._earlier.names if self._earlier else self._experiment.server.wait_for
-        deadline = time.monotonic() + self._experiment.server.round_timeout
-        replies: dict[int, SitesReply] = {}
-        problems: list[str] = []
-        while True:
-            fresh = set(self._grid.get_node_ids()) - self._seen
-            answers, failed = self._ask_sites(fresh)
-            replies.update(answers)
-            problems += failed
-            accepted, self.refused = agreement.agreeing(replies)
-            missing = _missing(wanted, [name for reply in accepted.values() for name in reply.names])
-            if accepted and not missing:
-                return _federate(accepted, self._experiment, self._earlier)
-            needed = [] if isinstance(wanted, int) else [name for name in wanted if name in self.refused]
-            if needed or time.monotonic() > deadline or (problems and not replies):
-                raise FedmetaError(_nobody(problems, missing, self.refused))
-            time.sleep(POLL_S)
-
-    def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], list[str]]:
-        contents = {node: RecordDict() for node in nodes}
-        self._seen |= nodes
-        answers: dict[int, SitesReply] = {}
-        problems: list[str] = []
-        for node, content in ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout).items():
-            try:
-                if isinstance(content, str):
-                    raise MessageError(content)
-                answers[node] = SitesReply.unpack(content)
-            except MessageError as error:
-                problems.append(f"node {node}: {error}")
-        return answers, problems
-
-    def _join(self, nodes: set[int]) -> list[str]:
-        answers, said = self._ask_sites(nodes)
-        federation = self.federation
-        for node, reply in answers.items():
-            difference = agreement.difference(reply, federation)
-            if difference:
-                self.refused.update(dict.fromkeys(reply.names, difference))
-                said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
-                continue
-            known = set(federation.names)
-            joined = [name for name in reply.names if name not in known]
-            if joined and _judged_on_validation_sites(self._experiment):
-                said.append(f"{', '.join(joined[:5])} left out: the run is judged on validation sites")
-                federation = _only(_admit(federation, {node: reply}, as_new=True), known)
-                continue
-            if joined:
-                said.append(
-                    f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
-                )
-            federation = _admit(federation, {node: reply}, as_new=not self._experiment.server.admit)
-        self.federation = federation
-        return said
-
-
 def ask(
     grid: Grid, contents: Mapping[int, RecordDict], message_type: str, timeout: float
 ) -> dict[int, RecordDict | str]:
@@ -241,7 +149,12 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
     }
 
 
-def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
+def federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
+    """Returns the federation of what nodes host, with its new sites drawn, or as a checkpoint fixed them.
+
+    Raises:
+        FedmetaError: No site has a train row.
+    """
     first = next(iter(replies.values()))
     classes = order_classes(name for reply in replies.values() for name in reply.classes)
     empty = np.array([], dtype=np.int64)
@@ -258,17 +171,17 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
         first.regression,
         first.tokens,
     )
-    federation = _admit(federation, replies, as_new=False)
+    federation = admit(federation, replies, as_new=False)
     if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
-        if _judged_on_validation_sites(experiment):
-            federation = _only(federation, set(earlier.names))
+        if judged_on_validation_sites(experiment):
+            federation = only(federation, set(earlier.names))
         known, validation = set(earlier.names) - set(earlier.new_sites), earlier.validation_sites
         return _with_kinds(federation, [name for name in federation.names if name not in known], validation)
     new = draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed)
-    if _judged_on_validation_sites(experiment):
-        federation = _only(federation, set(federation.names) - set(new))
+    if judged_on_validation_sites(experiment):
+        federation = only(federation, set(federation.names) - set(new))
         new = _split_off(federation, experiment)
     federation = _with_kinds(federation, new, ())
     # How far to adapt is chosen on sites of its own, not on those that judge.
@@ -276,7 +189,8 @@ def _federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 
 
-def _judged_on_validation_sites(experiment: Experiment) -> bool:
+def judged_on_validation_sites(experiment: Experiment) -> bool:
+    """Returns whether validation sites stand in for the new ones."""
     return experiment.evaluation.judge == "validation_sites"
 
 
@@ -286,7 +200,7 @@ def _split_off(federation: Federation, experiment: Experiment) -> tuple[str, ...
     return draw_validation_sites(names, experiment.evaluation.validation_sites, experiment.runtime.seed)
 
 
-def _only(federation: Federation, names: Set[str]) -> Federation:
+def only(federation: Federation, names: Set[str]) -> Federation:
     """Returns the federation of those sites alone whose names these are."""
     kept = np.array([name in names for name in federation.names], dtype=bool)
     return replace(
@@ -307,7 +221,7 @@ def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence
     return replace(federation, new=masks[0], validation=masks[1])
 
 
-def _admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
+def admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
     """Returns the federation with what nodes host; where two claim one site, the later one is believed."""
     everyone = [*federation.names, *(name for reply in replies.values() for name in reply.names)]
     nodes = (np.full(len(reply.names), node, dtype=np.uint64) for node, reply in replies.items())
@@ -327,19 +241,3 @@ def _admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new:
     new, validation = np.full(len(names), as_new), np.zeros(len(names), dtype=bool)
     new[known], validation[known] = federation.new, federation.validation
     return replace(grown, new=new, validation=validation)
-
-
-def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
-    if isinstance(wanted, int):
-        return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
-    there = set(present)
-    return ", ".join(name for name in wanted if name not in there)
-
-
-def _nobody(problems: Sequence[str], missing: str, refused: Mapping[str, str]) -> str:
-    if refused:
-        site, difference = next(iter(refused.items()))
-        return f"server.wait_for is not met, still missing: {missing}; {site} cannot take part: {difference}"
-    if problems:
-        return f"no node could say which sites it hosts: {problems[0]}"
-    return f"server.wait_for is not met, still missing: {missing}" if missing else "no node is connected"

@@ -26,9 +26,10 @@ from fedmeta.evaluation import headline, summarise
 from fedmeta.experiment import Experiment
 from fedmeta.messages import EvaluateReply
 from fedmeta.progress import Progress, Report
-from server.federation import Federation, Roll, ask_standardisation
+from server.federation import Federation, ask_standardisation
 from server.journal import Journal, evaluation_frame, new_folder
 from server.optimizer import ServerOptimizer
+from server.roll import Roll
 from server.schedule import Schedule, choose_schedule
 from server.strategy import MetaGradientStrategy
 
@@ -199,7 +200,10 @@ class Rounds:
     def _round(self, number: int) -> None:
         started = time.perf_counter()
         strategy, before = self.strategy, self.roll.federation.names
+        refused = dict(self.roll.refused)
         notes = self.roll.refresh()
+        fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
+        self.journal.missed(number, fresh, "start")
         self.evaluations = _reindexed(self.evaluations, before, self.roll.federation)
         for note in notes:
             self._report(note)

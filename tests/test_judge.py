@@ -12,7 +12,7 @@ from clients.app import app
 from fedmeta.data import draw_new_sites, draw_validation_sites
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from server.federation import Roll
+from server.roll import Roll
 from tests.server.digits import digits
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes

@@ -31,6 +31,8 @@ MLFLOW_DEFAULTS = {
 CONNECTION_S = 5.0
 OPENING_HTTP_S = 15.0
 OPENING_DATABASE_S = 60.0
+OPENING_FILE_S = 600.0
+"""A file is never out of reach; but to build a new one's tables takes a busy machine minutes."""
 
 
 def shown(uri: str) -> str:
@@ -122,6 +124,7 @@ def within_time(uri: str, call: Callable[[], Value]) -> Value:
         FedmetaError: the call failed or took too long.
     """
     seconds = OPENING_HTTP_S if uri.startswith("http") else OPENING_DATABASE_S
+    seconds = OPENING_FILE_S if uri.startswith(SQLITE) else seconds
     values: list[Value] = []
     errors: list[Exception] = []
 

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from clients.app import app
 from fedmeta.errors import FedmetaError
-from server import federation as module
-from server.federation import Roll, ask_standardisation
+from server import roll as module
+from server.federation import ask_standardisation
+from server.roll import Roll
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, breaks, silence
 
@@ -177,6 +179,75 @@ def test_a_node_that_comes_back_under_a_new_id_keeps_its_site(tmp_path: Path) ->
     assert roll.federation.homes.tolist() == [NODE_IDS[4], NODE_IDS[1]]
     assert roll.federation.names == before.names
     assert roll.federation.new.tolist() == before.new.tolist()
+
+
+def test_a_node_that_comes_back_while_its_old_id_still_stands_keeps_its_site(tmp_path: Path) -> None:
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
+    roll = Roll(grid, grid.experiment)
+    # For the better part of a minute Flower lists a node that was killed.
+    grid.faults[NODE_IDS[0]] = breaks
+    grid.join(NODE_IDS[4], dict(grid.contexts[NODE_IDS[0]].node_config))
+    assert roll.refresh() == []
+    assert roll.federation.homes.tolist() == [NODE_IDS[4]]
+    assert roll.refused == {}
+
+
+def test_two_nodes_with_one_sites_name_are_refused_at_the_start_and_the_others_go_on(tmp_path: Path) -> None:
+    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "abbey", 20)]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
+    roll = Roll(grid, grid.experiment)
+    assert roll.federation.names == ("mercy",)
+    assert roll.refused == {"abbey": "another node serves this site too; stop one of the two"}
+    experiment = hospitals(tmp_path, 'server.wait_for=["abbey", "mercy"]')
+    with pytest.raises(FedmetaError, match=r"still missing: abbey; abbey cannot take part: another node serves this"):
+        Roll(SeveralNodes(app, experiment, node_configs=configs), experiment)
+
+
+def test_a_second_node_of_a_site_is_refused_and_taken_once_the_first_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
+    roll = Roll(grid, grid.experiment)
+    grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", 20))
+    assert roll.refresh() == ["refused abbey: another node serves this site too; stop one of the two"]
+    assert roll.federation.homes.tolist() == [NODE_IDS[0]]
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    grid.leave(NODE_IDS[0])
+    roll._paused.clear()
+    assert roll.refresh() == []
+    assert roll.federation.homes.tolist() == [NODE_IDS[4]]
+
+
+def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
+    grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
+    grid.faults[NODE_IDS[1]] = breaks
+    roll = Roll(grid, grid.experiment)
+    assert roll.federation.names == ("abbey",)
+    del grid.faults[NODE_IDS[1]]
+    assert roll.refresh() == []
+    asked = [message.metadata.dst_node_id for message in grid.sent]
+    assert sorted(asked) == sorted(NODE_IDS[:2])
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
+    assert roll.refresh() == ["mercy joined as new"]
+    # A site that is waited for is asked for again until then.
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    experiment = hospitals(tmp_path, 'server.wait_for=["abbey"]', "server.round_timeout=60")
+    grid = SeveralNodes(app, experiment, node_configs=configs[:1])
+    failed: list[Message] = []
+
+    def fails_twice(message: Message, reply: Message) -> Message:
+        failed.append(message)
+        return reply if len(failed) > 2 else breaks(message, reply)
+
+    grid.faults[NODE_IDS[0]] = fails_twice
+    assert Roll(grid, experiment).federation.names == ("abbey",)
 
 
 def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, silent
 from fedmeta.runtime import run
 from fedmeta.tracking.tracker import open_client
-from server import federation, rounds
+from server import roll, rounds
 from tests.server.digits import digits
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, silence
@@ -205,7 +205,7 @@ def test_a_site_that_joins_between_two_parts_of_a_run_is_new(tmp_path: Path) -> 
 
 
 def test_a_resumed_run_waits_for_all_its_sites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(federation, "POLL_S", 0.01)
+    monkeypatch.setattr(roll, "POLL_S", 0.01)
     experiment = hospitals(tmp_path, "server.rounds=4", "server.round_timeout=0.05")
     configs = [hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
     with pytest.raises(KeyboardInterrupt):

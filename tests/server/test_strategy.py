@@ -12,8 +12,9 @@ from torch import Tensor
 from clients.app import app
 from fedmeta.assembly import learner_of
 from fedmeta.messages import EVALUATE, FAILURES, TRAIN, TrainReply, WorkRequest, pack_failure
-from server.federation import Federation, Roll, ask_standardisation
+from server.federation import Federation, ask_standardisation
 from server.optimizer import ServerOptimizer
+from server.roll import Roll
 from server.strategy import MetaGradientStrategy, sample_cohort, sites_to_evaluate
 from tests.server.digits import digits
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes, breaks, lost, silence

@@ -1,0 +1,206 @@
+"""Who is there as time goes on: nodes that come, come back under another id, fail, or claim a site of another's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedmeta.checkpoint import Checkpoint
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Experiment
+from fedmeta.messages import QUERY_SITES, MessageError, SitesReply
+from server import agreement
+from server.federation import Federation, admit, ask, federate, judged_on_validation_sites, only
+
+POLL_S = 3.0
+"""How long to wait before asking again who is there, while sites that must be present are missing."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
+"""How long a node that could not say whom it hosts, or may not, is left alone before it is asked again."""
+
+PATIENCE = 4.0
+"""How many times as long as it took to fail a node is left alone at least: one that hangs must not hold up the rest."""
+
+CONTESTED = "another node serves this site too; stop one of the two"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """When a node is asked again, and how long it was left alone for that."""
+
+    until: float
+    seconds: float
+
+
+class Roll:
+    """Keeps a federation up to date while nodes come and go."""
+
+    def __init__(self, grid: Grid, experiment: Experiment, earlier: Checkpoint | None = None) -> None:
+        """Waits for the sites that must be present.
+
+        Args:
+            grid: Flower's grid.
+            experiment: The run's description.
+            earlier: The checkpoint to go on from: all its sites must be present, and what it fixed stays.
+
+        Sites whose rows have another form than most sites' are refused, and the others go on without them.
+
+        Raises:
+            FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
+                refused.
+        """
+        self._grid = grid
+        self._experiment = experiment
+        self._earlier = earlier
+        self._seen: set[int] = set()
+        self._paused: dict[int, Pause] = {}
+        self.refused: dict[str, str] = {}
+        self.federation = self._assemble()
+
+    def refresh(self) -> list[str]:
+        """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
+        fresh = self._fresh()
+        return self._join(fresh) if fresh else []
+
+    def _fresh(self) -> set[int]:
+        """Returns the nodes to ask: those that were not there before, and those whose pause is over."""
+        now = time.monotonic()
+        left_alone = {node for node, pause in self._paused.items() if now < pause.until}
+        return set(self._grid.get_node_ids()) - self._seen - left_alone
+
+    def _assemble(self) -> Federation:
+        wanted = self._earlier.names if self._earlier else self._experiment.server.wait_for
+        deadline = time.monotonic() + self._experiment.server.round_timeout
+        replies: dict[int, SitesReply] = {}
+        problems: dict[int, str] = {}
+        while True:
+            answers, failed = self._ask_sites(self._fresh())
+            problems |= failed
+            homes = {name: node for node, reply in replies.items() for name in reply.names}
+            contested = self._contested(homes, answers)
+            for node, reply in answers.items():
+                if node not in contested:
+                    for gone in {homes[name] for name in reply.names if name in homes}:
+                        del replies[gone]
+                    replies[node] = reply
+            accepted, self.refused = agreement.agreeing(replies)
+            self.refused |= {name: CONTESTED for names in contested.values() for name in names}
+            missing = _missing(wanted, [name for reply in accepted.values() for name in reply.names])
+            if accepted and not missing:
+                return federate(accepted, self._experiment, self._earlier)
+            needed = [] if isinstance(wanted, int) else [name for name in wanted if name in self.refused]
+            if needed or time.monotonic() > deadline or (problems and not replies and not wanted):
+                raise FedmetaError(_nobody([*problems.values()], missing, self.refused, bool(replies)))
+            time.sleep(POLL_S)
+
+    def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], dict[int, str]]:
+        """Returns what nodes host, and in words why the others could not say that; those are asked again later."""
+        started = time.monotonic()
+        self._seen |= nodes
+        answers: dict[int, SitesReply] = {}
+        problems: dict[int, str] = {}
+        contents = {node: RecordDict() for node in nodes}
+        for node, content in ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout).items():
+            try:
+                if isinstance(content, str):
+                    raise MessageError(content)
+                answers[node] = SitesReply.unpack(content)
+            except MessageError as error:
+                problems[node] = f"node {node}: {error}"
+                self._pause(node, time.monotonic() - started)
+        return answers, problems
+
+    def _pause(self, node: int, took: float = 0.0) -> None:
+        """Leaves a node alone for a while, longer each time."""
+        before = self._paused.get(node)
+        seconds = min(2 * before.seconds, LONGEST_PAUSE_S) if before else FIRST_PAUSE_S
+        seconds = max(seconds, PATIENCE * took)
+        self._paused[node] = Pause(time.monotonic() + seconds, seconds)
+        self._seen.discard(node)
+
+    def _contested(self, homes: Mapping[str, int], answers: Mapping[int, SitesReply]) -> dict[int, list[str]]:
+        """Returns the nodes among those that answered whose sites other living nodes serve too, with these sites.
+
+        A node that comes back under another id is none of them: the one that it was does not answer any more.
+
+        Args:
+            homes: The node of each site so far.
+            answers: What nodes say that were not there before.
+        """
+        claims: dict[str, list[int]] = {}
+        if homes or len(answers) > 1:
+            for node, reply in answers.items():
+                for name in reply.names:
+                    claims.setdefault(name, []).append(node)
+        alive = self._alive({homes[name] for name in claims if name in homes})
+        contested: dict[int, list[str]] = {}
+        for name, nodes in claims.items():
+            if len(nodes) > 1 or homes.get(name) in alive:
+                for node in nodes:
+                    contested.setdefault(node, []).append(name)
+        for node in contested:
+            self._pause(node)
+        return contested
+
+    def _alive(self, nodes: set[int]) -> set[int]:
+        """Returns those of some nodes that answer now."""
+        contents = {node: RecordDict() for node in nodes and nodes & set(self._grid.get_node_ids())}
+        if not contents:
+            return set()
+        answers = ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout)
+        return {node for node, content in answers.items() if not isinstance(content, str)}
+
+    def _join(self, nodes: set[int]) -> list[str]:
+        answers, problems = self._ask_sites(nodes)
+        said = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
+        federation = self.federation
+        homes = dict(zip(federation.names, federation.homes.tolist(), strict=True)) if answers else {}
+        for node, names in self._contested(homes, answers).items():
+            del answers[node]
+            if any(self.refused.get(name) != CONTESTED for name in names):
+                said.append(f"refused {', '.join(names[:5])}: {CONTESTED}")
+            self.refused.update(dict.fromkeys(names, CONTESTED))
+        for node, reply in answers.items():
+            difference = agreement.difference(reply, federation)
+            if difference:
+                self.refused.update(dict.fromkeys(reply.names, difference))
+                said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
+                continue
+            known = set(federation.names)
+            joined = [name for name in reply.names if name not in known]
+            if joined and judged_on_validation_sites(self._experiment):
+                said.append(f"{', '.join(joined[:5])} left out: the run is judged on validation sites")
+                federation = only(admit(federation, {node: reply}, as_new=True), known)
+                continue
+            if joined:
+                said.append(
+                    f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
+                )
+            federation = admit(federation, {node: reply}, as_new=not self._experiment.server.admit)
+        self.federation = federation
+        return said
+
+
+def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
+    if isinstance(wanted, int):
+        return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
+    there = set(present)
+    return ", ".join(name for name in wanted if name not in there)
+
+
+def _nobody(problems: Sequence[str], missing: str, refused: Mapping[str, str], some: bool) -> str:
+    """Returns in words why a run cannot start; `some` says whether at least one node answered."""
+    if refused:
+        site, difference = next(iter(refused.items()))
+        if missing:
+            return f"server.wait_for is not met, still missing: {missing}; {site} cannot take part: {difference}"
+        return f"no site can take part; {site}: {difference}"
+    if problems and not some:
+        return f"no node could say which sites it hosts: {problems[0]}"
+    if missing:
+        return "; ".join([f"server.wait_for is not met, still missing: {missing}", *problems[:1]])
+    return "no node is connected"
