@@ -83,9 +83,10 @@ def summarise(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the summaries of new and of training sites in a frame of one evaluation.
 
     Returns:
-        Per group n (sites that have test rows), global and personalized (see `summarise_scores`, and "ece", the mean
-        expected calibration error), helped (the share of sites whose personalized score is at least as good as the
-        global one), the mean gain, and the mean scores "ungated" (all take all steps) and "local" (each on its own).
+        Per group n (sites that have a score), diverged (see `diverged`), global and personalized (see
+        `summarise_scores`, and "ece", the mean expected calibration error), helped (the share of sites whose
+        personalized score is at least as good as the global one; a diverged site is not helped), the mean gain, and the
+        mean scores "ungated" (all take all steps) and "local" (each on its own).
     """
     return {group: _summarise_group(frame[frame["kind"] == kind]) for kind, group in GROUPS.items()}
 
@@ -94,11 +95,13 @@ def _summarise_group(frame: pd.DataFrame) -> dict[str, Any]:
     regression = "global_rmse" in frame.columns
     name = score_name(regression)
     judged = frame[frame[f"global_{name}"].notna() & frame[f"personalized_{name}"].notna()]
-    summary: dict[str, Any] = {"n": len(judged)}
+    lost = diverged(frame)
+    summary: dict[str, Any] = {"n": len(judged), "diverged": int(lost.sum())}
     for state in ("global", "personalized"):
         scores, loss, ece = (judged[f"{state}_{figure}"] for figure in (name, "loss", "ece"))
         summary[state] = {**summarise_scores(scores, loss, worst_is_high=regression), "ece": _mean(ece)}
-    summary["helped"] = _mean(judged["gain"] >= 0)
+    everyone = frame[lost | frame.index.isin(judged.index)]
+    summary["helped"] = _mean((everyone["gain"] >= 0) & ~lost[everyone.index])
     summary["gain"] = _mean(judged["gain"])
     for other in ("ungated", "local"):
         summary[other] = _mean(judged[f"{other}_{name}"])
@@ -129,9 +132,19 @@ def summarise_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: boo
     }
 
 
+def diverged(frame: pd.DataFrame) -> pd.Series:
+    """Returns per site whether it has test rows and its adapted model no finite score or loss on them.
+
+    Such a model says nothing, though an accuracy can be counted of it: adaptation has run away.
+    """
+    name = "rmse" if "global_rmse" in frame.columns else "accuracy"
+    figures = frame[[f"personalized_{name}", "personalized_loss"]].to_numpy(dtype=np.float64)
+    return (frame["test_rows"] > 0) & ~np.isfinite(figures).all(axis=1)
+
+
 def left_behind(frame: pd.DataFrame) -> int:
-    """Returns how many sites personalisation leaves worse than the global model."""
-    return int((frame["gain"] < 0).sum())
+    """Returns how many sites personalisation leaves worse than the global model, or without a model that works."""
+    return int(((frame["gain"] < 0) | diverged(frame)).sum())
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -144,6 +144,8 @@ def _cell(column: str, value: Any) -> str:
 
 def _title(summary: Mapping[str, Any]) -> str:
     failed = f", {summary['failures']} failed replies" if summary["failures"] else ""
+    diverged = sum(summary[group].get("diverged", 0) for group in ("new_sites", "training_sites"))
+    failed += f", {diverged} sites diverged" if diverged else ""
     return (
         f"{summary['learner']}, seed {summary['seed']}: {summary['rounds']} rounds in {summary['wall_s']:.1f} s{failed}"
     )

@@ -154,11 +154,19 @@ def test_a_group_without_sites_is_empty_and_no_error() -> None:
     assert set(summarise(frame_of([], []))["new_sites"]["personalized"].values()) == {None}
 
 
-def test_a_site_whose_score_is_unknown_is_not_counted() -> None:
-    frame = frame_of([0.5, 0.5], [math.nan, 0.7])
+def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
+    frame = frame_of([2.0, 2.0], [math.nan, 0.7], regression=True)
     summary = summarise(frame)["new_sites"]
-    assert summary["n"] == 1
+    assert (summary["n"], summary["diverged"], summary["helped"]) == (1, 1, 0.5)
     assert summary["personalized"]["mean"] == 0.7
+    assert left_behind(frame) == 1
+    # An accuracy can be counted even of outputs that are no numbers; the loss gives them away.
+    frame = frame_of([0.5, 0.5], [0.6, 0.7])
+    frame.loc[0, "personalized_loss"] = math.nan
+    summary = summarise(frame)["new_sites"]
+    assert (summary["n"], summary["diverged"], summary["helped"]) == (2, 1, 0.5)
+    assert left_behind(frame) == 1
+    assert summarise(frame_of([0.5], [math.nan], test_rows=[0]))["new_sites"]["diverged"] == 0
 
 
 @given(

@@ -51,8 +51,13 @@ def latest(sites: pd.DataFrame) -> pd.DataFrame:
 
 
 def left_behind(sites: pd.DataFrame) -> list[str]:
-    """Returns the sites that personalisation leaves below their global score, the one that loses most first."""
-    losing = sites[sites["gain"] < 0].sort_values(["gain", "site"])
+    """Returns the sites that personalisation leaves below their global score, the one that loses most first.
+
+    Those whose adaptation has run away come last.
+    """
+    from fedmeta.evaluation import diverged  # here, for it imports torch, and opening the UI needs none of that
+
+    losing = sites[(sites["gain"] < 0) | diverged(sites)].sort_values(["gain", "site"])
     return [str(name) for name in losing["site"]]
 
 
@@ -96,6 +101,8 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
         for statistic in ("mean", "std", "worst_decile"):
             metrics[f"{group}/personalized_{score}_{statistic}"] = personalized.get(statistic)
         metrics[f"{group}/global_{score}_mean"] = before.get("mean")
+        if summary.get("diverged"):
+            metrics[f"{group}/diverged"] = summary["diverged"]
     curved = sites[sites["site"].isin(list(suffixes))]
     for name in (f"personalized_{score}", f"global_{score}"):
         values = zip(curved["site"].astype(str), curved[name], strict=True)
