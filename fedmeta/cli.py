@@ -1,4 +1,4 @@
-"""The command line: fedmeta run | sites | ui | certs."""
+"""The command line: fedmeta run | sites | ui | sync | certs."""
 
 from __future__ import annotations
 
@@ -145,6 +145,24 @@ def ui(
     if chosen == UNTRACKED:
         raise FedmetaError('[tracking] uri = "none": such runs are not tracked, and there is nothing to open')
     serve(chosen, experiment.tracking.experiment, port or None, browser)
+
+
+@app.command()
+def sync(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A run's folder, or the folder of all runs.", show_default=False)
+    ] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store, in place of the one that each run names.")] = "",
+) -> None:
+    """Sends to MLflow what runs could not send while it was away. May be repeated; nothing is logged twice."""
+    from fedmeta.tracking.sync import sync as send
+
+    left = 0
+    for sent in send(folder or Path(Experiment().tracking.folder), uri):
+        print(f"{sent.folder}: {sent.arrived} entries sent, {sent.left} left")
+        left += sent.left
+    if left:
+        raise FedmetaError(f"the store did not take {left} entries; try again later")
 
 
 @app.command()

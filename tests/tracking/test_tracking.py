@@ -21,7 +21,8 @@ from fedmeta.evaluation import summarise
 from fedmeta.experiment import Experiment
 from fedmeta.tracking import outbox, run_page
 from fedmeta.tracking.entries import Dataset, End, Metric, read_unsent
-from fedmeta.tracking.tracker import UNSENT, Tracker, open_client, send_unsent
+from fedmeta.tracking.sync import sync
+from fedmeta.tracking.tracker import UNSENT, Tracker, open_client
 from fedmeta.tracking.ui import serving
 from tests.tracking.made_up_run import evaluation, history, summary
 
@@ -358,13 +359,17 @@ def test_a_run_outlives_its_store_and_loses_nothing(tmp_path, monkeypatch, capsy
     assert f"{uri} does not answer (Connection refused); the run goes on" in said
     assert f"{uri} did not take {len(unsent)} entries; they are in {folder / UNSENT}" in said
     assert read_unsent(folder / UNSENT) == (tracker.run_id, unsent)
+    assert f"once it is back: fedmeta sync {folder}" in said
     assert {entry.step for entry in unsent if isinstance(entry, Metric)} == {0, 3, 4, 5, 6}
     assert isinstance(unsent[-1], End)
+    with pytest.raises(FedmetaError, match="cannot be used: nothing answers"):
+        list(sync(folder, uri))
 
     # The server is back, on the same database.
     port = int(uri.rpartition(":")[2])
     with serving(store, port):
-        assert send_unsent(uri, folder) == []
+        assert list(sync(tmp_path, uri)) == [(folder, len(unsent), 0)]
+        assert list(sync(tmp_path, uri)) == []
         there = {file.path for file in open_client(uri).list_artifacts(tracker.run_id)}
         assert there == {"images", "per_site.json", "pictures", "sites.parquet"}
     assert not (folder / UNSENT).exists()
