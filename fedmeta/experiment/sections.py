@@ -153,6 +153,7 @@ class Tracking(Section):
     )
     experiment: str = Field(default="fedmeta", min_length=1, description="MLflow experiment that the run belongs to")
     name: str = Field(default="", description="Name of the run; empty = made from learner and seed")
+    parent: str = Field(default="", description="Run that this one is shown under, by its MLflow id; empty = none")
     site_curves: int = Field(
         default=50, ge=0, description="How many get curves of their own by round, new first (sites)"
     )
@@ -170,7 +171,6 @@ class Runtime(Section):
     threads: int = Field(default=0, ge=0, description="Processor use of torch; 0 = torch's own default (threads)")
     memory: float = Field(default=0.0, ge=0, description="Budget for one cohort; 0 = a share of what is free (GiB)")
     checkpoint_every: int = Field(
-    parent: str = Field(default="", description="Run that this one is shown under, by its MLflow id; empty = none")
         default=0, ge=0, description="Interval between checkpoints; 0 = only at the end (rounds)"
     )
     nodes: int = Field(
