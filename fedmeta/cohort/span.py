@@ -89,9 +89,9 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
         MisfitError: The span form does not fit.
     """
     gradient, losses, finite = _finite_sum(learner, meta_state, batch, weights)
-    total = Contribution.empty(meta_state)
-    total.add_sum(gradient, float(weights[finite].sum()), {"query_loss": losses, "finite": finite})
-    return total
+    metrics = {"query_loss": [losses.double()], "finite": [finite.double()]}
+    total = {name: gradient[name].double() for name in meta_state}
+    return Contribution(total, float(weights[finite].sum()), metrics)
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
@@ -171,8 +171,8 @@ def _objective_gradient(
             adaptation.step(support, rates[step])
     leaves = {name: value for name, value in state.items() if value.requires_grad}
     gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    gradient = {name: torch.zeros_like(value) for name, value in meta_state.items()}
-    return gradient | dict(zip(leaves, gradients, strict=True)), losses.detach()
+    constant = {name: torch.zeros_like(value) for name, value in meta_state.items() if name not in leaves}
+    return constant | dict(zip(leaves, gradients, strict=True)), losses.detach()
 
 
 def _displacement(
@@ -188,8 +188,11 @@ def _displacement(
     for step in rates:
         adaptation.step(own, step)
     with torch.no_grad():
-        moved = adaptation.displacement(weights) if sends else {}
-        return with_theta(meta_state, moved), query.losses(adaptation.outputs(query))
+        if not sends:
+            return with_theta(meta_state, {}), query.losses(adaptation.outputs(query))
+        # The query rows are the last of the rows adapted on, whose products with shared weights are known.
+        outputs = adaptation.outputs(own).unflatten(0, rows[2].shape)[:, batch.support[2].shape[1] :]
+        return with_theta(meta_state, adaptation.displacement(weights)), query.losses(outputs.flatten(0, 1))
 
 
 def _leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
