@@ -73,25 +73,31 @@ def choose_forms(found: Survey, steps: Sharing, rows: int) -> Forms:
         name
         for name, calls in by_name.items()
         if all(call.kind == "linear" and call.weight == name for call in calls)
-        and sum(_saved(call, rows, len(steps)) for call in calls) > 0
+        and _saved(calls, rows, len(steps)) > 0
     }
     absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
     dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
     return Forms(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
 
 
-def _saved(call: Call, rows: int, steps: int) -> float:
+def _saved(calls: Sequence[Call], rows: int, steps: int) -> float:
     """Returns about how many operations per site the span form of a linear layer saves over one weight per site.
 
     Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
-    element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed.
+    element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed. The rows
+    of all calls of one weight, as in a recurrence, count together: each call's meet every other's.
+
+    Args:
+        calls: The calls of one weight.
+        rows: Support rows per site.
+        steps: Inner steps.
     """
-    own = call.rows * rows
-    weights = steps * (own + 30) * call.width * call.outputs
+    width, outputs = calls[0].width, calls[0].outputs
+    own = sum(call.rows for call in calls) * rows
+    weights = steps * (own + 30) * width * outputs
     pairs = own * own * steps
-    return weights - (
-        pairs * call.outputs + own * own * call.width if call.fixed else pairs * steps / 2 * (call.width + call.outputs)
-    )
+    fixed = all(call.fixed for call in calls)
+    return weights - (pairs * outputs + own * own * width if fixed else pairs * steps / 2 * (width + outputs))
 
 
 def _moves_along(
