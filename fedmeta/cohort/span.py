@@ -191,7 +191,7 @@ def _displacement(
         if not sends:
             return with_theta(meta_state, {}), query.losses(adaptation.outputs(query))
         # The query rows are the last of the rows adapted on, whose products with shared weights are known.
-        outputs = adaptation.outputs(own).unflatten(0, rows[2].shape)[:, batch.support[2].shape[1] :]
+        outputs = adaptation.outputs(own).view(*rows[2].shape, -1)[:, batch.support[2].shape[1] :]
         return with_theta(meta_state, adaptation.displacement(weights)), query.losses(outputs.flatten(0, 1))
 
 
