@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sqlite3
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,8 @@ PORTS = {"http": 80, "https": 443, **DATABASE_PORTS}
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    # It logs each error that it raises, with the whole traceback.
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -145,11 +147,13 @@ def within_time(uri: str, call: Callable[[], Value]) -> Value:
 
 
 def first_line(error: Exception) -> str:
-    """Returns an error's reason in one short line: what the network said at the bottom of it, or its first line."""
+    """Returns an error's reason in one short line: what the network or SQLite said at its bottom, or its first line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) and cause.strerror:
             return cause.strerror
+        if isinstance(cause, sqlite3.Error):
+            return str(cause)
         cause = cause.__cause__ or cause.__context__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 

@@ -162,7 +162,7 @@ def kill_and_compare(tmp_path: Path, aims: Sequence[str], **settings: object) ->
 def test_thirty_kills_leave_no_trace(tmp_path: Path) -> None:
     aims = ["start"] * 4 + ["rounds", "rounds", "rounds", "start"] * 5 + ["end"] * 6
     assert len(aims) == 30
-    kill_and_compare(tmp_path, aims, learner="maml", rounds=400, schedule="fixed", engine="auto")
+    kill_and_compare(tmp_path, aims, learner="maml", rounds=300, schedule="fixed", engine="auto")
 
 
 @pytest.mark.slow
