@@ -45,3 +45,7 @@ Report = Callable[[Progress], None]
 
 def silent(progress: Progress) -> None:
     """Takes progress and says nothing."""
+
+
+class Pruned(KeyboardInterrupt):
+    """Raised by what takes progress to end a run before its time: it stops as cleanly as at Ctrl-C."""

@@ -80,11 +80,11 @@ def _run_all(variants: Sequence[Experiment], seeds: int, folder: Path, runtime: 
         for variant in variants:
             seeded = variant.with_overrides([f"runtime.seed={variant.runtime.seed + offset}"])
             title = f"{seeded.learner.name}, seed {seeded.runtime.seed}"
-            results.append(_run_once(seeded, folder, runtime, report(title, len(results) + 1, seeds * len(variants))))
+            results.append(run_once(seeded, folder, runtime, report(title, len(results) + 1, seeds * len(variants))))
     return results
 
 
-def _run_once(experiment: Experiment, folder: Path, runtime: str, report: Report) -> Result:
+def run_once(experiment: Experiment, folder: Path, runtime: str, report: Report) -> Result:
     """Returns a run's result: from an earlier, finished or interrupted, call, or from a new run."""
     name = experiment.learner.name.replace(":", ".").replace("/", ".")
     done = folder / f"{name}-{experiment.runtime.seed}.json"

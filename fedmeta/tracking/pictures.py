@@ -91,7 +91,7 @@ def gain_by_rows(sites: pd.DataFrame) -> Figure:
         "train rows at the site",
         _gain_label(sites),
     )
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
 def adaptation(sites: pd.DataFrame) -> Figure:
@@ -108,7 +108,7 @@ def adaptation(sites: pd.DataFrame) -> Figure:
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     entitle(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score_of(sites))
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
 def by_round(sites: pd.DataFrame) -> Figure:
@@ -126,7 +126,7 @@ def by_round(sites: pd.DataFrame) -> Figure:
     entitle(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
     handles = [Line2D([], [], color=COLOURS[kind], label=_label(kind)) for kind in kinds]
     handles += [Line2D([], [], color=FAINT, linestyle=style, label=label) for _, _, style, label in LINES]
-    return _finish(figure, axes, handles if kinds else [])
+    return finish(figure, axes, handles if kinds else [])
 
 
 PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -160,7 +160,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
     ]
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor=GROUND, linewidth=0, label="global"))
     handles.append(Line2D([], [], color=LOSS, linewidth=2.2, label="made worse"))
-    return _finish(figure, axes, handles if len(ranked) else [])
+    return finish(figure, axes, handles if len(ranked) else [])
 
 
 def _band(ranked: pd.DataFrame) -> Figure:
@@ -190,7 +190,7 @@ def _band(ranked: pd.DataFrame) -> Figure:
     handles = [Line2D([], [], color=COLOURS[kind], linewidth=2.2, label="personalized") for kind, _ in groups[:1]]
     handles.append(Line2D([], [], color=FAINT, marker="o", markersize=3, linewidth=0, label="global, same site"))
     handles.append(Line2D([], [], color=LOSS, label="made worse"))
-    return _finish(figure, first, handles)
+    return finish(figure, first, handles)
 
 
 def _judged(sites: pd.DataFrame) -> pd.DataFrame:
@@ -257,7 +257,7 @@ def entitle(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=9, color=INK)
 
 
-def _finish(figure: Figure, axes: Axes, handles: list[Line2D] | None = None) -> Figure:
+def finish(figure: Figure, axes: Axes, handles: list[Line2D] | None = None) -> Figure:
     """Puts the legend below, where it hides no data."""
     entries = axes.get_legend_handles_labels()[0] if handles is None else handles
     if entries:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DESCRIPTION = "mlflow.note.content"
+PARENT = "mlflow.parentRunId"
 VARIED = ("learner.", "tracking.", "runtime.seed", "evaluation.judge")
 """Params that differ between the runs that this one is about, or that say where they are and not what they are."""
 COLOUR = "#222222"
+METRICS_PER_BATCH = 1000
 
 
 class SummaryRun:
@@ -35,7 +38,12 @@ class SummaryRun:
 
     @classmethod
     def open(
-        cls, experiment: Experiment, kind: Literal["comparison", "search"], name: str, earlier: str = ""
+        cls,
+        experiment: Experiment,
+        kind: Literal["comparison", "search"],
+        name: str,
+        earlier: str = "",
+        parent: str = "",
     ) -> SummaryRun:
         """Opens the store and a run in it: a new one, or an earlier one that goes on.
 
@@ -44,12 +52,13 @@ class SummaryRun:
             kind: What it is; becomes a tag.
             name: The run's name: what is compared, or searched for.
             earlier: The run to go on with; a new one where it is gone.
+            parent: The run that it is shown under; "" = none.
 
         Raises:
             FedmetaError: The store cannot be reached or written.
         """
         uri = checked_uri(experiment.tracking.uri)
-        client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier))
+        client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier, parent))
         return cls(client, uri, run_id)
 
     def publish(
@@ -59,6 +68,7 @@ class SummaryRun:
         tables: Mapping[str, pd.DataFrame],
         files: list[Path],
         pictures: Mapping[str, Path],
+        curves: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Logs results; of a run that has the same ones already, nothing.
 
@@ -68,12 +78,13 @@ class SummaryRun:
             tables: What the artifact view shows as tables, by file name.
             files: Further files.
             pictures: PNG files by the name of their chart.
+            curves: Figures by name that have a value at every step, from 0.
         """
         description = description[:DESCRIPTION_LIMIT]
         try:
             if self._client.get_run(self.run_id).data.tags.get(DESCRIPTION) == description:
                 return
-            self._log_metrics(finite(metrics))
+            self._log_metrics({name: [value] for name, value in finite(metrics).items()} | dict(curves or {}))
             for name, frame in tables.items():
                 self._log_table(frame, name)
             for key, path in pictures.items():
@@ -91,11 +102,13 @@ class SummaryRun:
         except Exception as error:
             self._say(error)
 
-    def _log_metrics(self, metrics: Mapping[str, float]) -> None:
+    def _log_metrics(self, curves: Mapping[str, Sequence[float]]) -> None:
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+        metrics = [Metric(key, value, now, step) for key, values in curves.items() for step, value in enumerate(values)]
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
     def _log_table(self, frame: pd.DataFrame, name: str) -> None:
         there = {file.path for file in self._client.list_artifacts(self.run_id)}
@@ -118,7 +131,9 @@ class SummaryRun:
         print(f"fedmeta: tracking: {shown(self.uri)} did not take the results: {first_line(error)}", file=sys.stderr)
 
 
-def _open(uri: str, experiment: Experiment, kind: str, name: str, earlier: str) -> tuple[MlflowClient, str]:
+def _open(
+    uri: str, experiment: Experiment, kind: str, name: str, earlier: str, parent: str
+) -> tuple[MlflowClient, str]:
     client = open_client(uri)  # and only then MLflow: it reads how much to say where it is imported
     from mlflow import MlflowException
     from mlflow.entities import Param
@@ -132,6 +147,7 @@ def _open(uri: str, experiment: Experiment, kind: str, name: str, earlier: str) 
         return client, earlier
     params = experiment.params()
     tags = {"fedmeta.kind": kind, "fedmeta.data": data_name(params), "mlflow.runColor": COLOUR}
+    tags |= {PARENT: parent} if parent else {}
     created = client.create_run(experiment_of(client, uri, experiment.tracking.experiment), tags=tags, run_name=name)
     run_id: str = created.info.run_id
     common = {key: value for key, value in params.items() if not key.startswith(VARIED)}
@@ -139,3 +155,11 @@ def _open(uri: str, experiment: Experiment, kind: str, name: str, earlier: str) 
     for start in range(0, len(entries), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=entries[start : start + PARAMS_PER_BATCH])
     return client, run_id
+
+
+def annotate(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags of a run that has ended; where the store does not answer, they are left out."""
+    with suppress(Exception):
+        client = open_client(uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)

@@ -44,7 +44,11 @@ class Range:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = low + share * (high - low)
         value = math.exp(value) if self.log else value
-        return round(value) if self.whole else float(f"{value:.{DIGITS}g}")
+        return round(value) if self.whole else rounded(value)
+
+    def holds(self, value: Scalar) -> bool:
+        """Says whether a value lies in the range."""
+        return not isinstance(value, bool | str) and self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,17 @@ class Choices:
         """Returns the value at a share of the way through the list, from 0 to below 1."""
         return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
 
+    def holds(self, value: Scalar) -> bool:
+        """Says whether a value is one of them."""
+        return value in self.values
+
 
 Dimension = Range | Choices
+
+
+def rounded(value: float) -> float:
+    """Returns a value with as many digits as one wants to read."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def usual_space(experiment: Experiment) -> list[Range]:

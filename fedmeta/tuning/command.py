@@ -1,0 +1,139 @@
+"""What `fedmeta tune` does: it makes a plan of its options, runs it, and shows what was found. All words on stderr."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmeta import terminal
+from fedmeta.comparison import interval
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment import Experiment
+from fedmeta.tuning import page, strategies
+from fedmeta.tuning.judging import judge as judge_settings
+from fedmeta.tuning.language import space_of
+from fedmeta.tuning.plan import Plan
+from fedmeta.tuning.results import Search
+from fedmeta.tuning.samplers import SAMPLERS
+from fedmeta.tuning.searching import Report, search
+from fedmeta.tuning.space import usual_space, words
+
+MOST_ROWS = 10
+
+
+def plan_of(
+    experiment: Experiment, over: Sequence[str], trials: int, sampler: str, pruner: str, workers: int, runtime: str
+) -> Plan:
+    """Returns the search that the options ask for.
+
+    Raises:
+        FedmetaError: An option cannot be.
+    """
+    experiment = experiment.absolute()
+    space = space_of(over, experiment) if over else usual_space(experiment)
+    seed = experiment.runtime.seed
+    return Plan(experiment, tuple(space), trials, sampler, pruner, seed, workers, runtime)
+
+
+def tune(plan: Plan, seeds: int, out: Path | None) -> str:
+    """Runs a search, sets the best against the experiment's own on new sites with so many seeds, and shows it."""
+
+    def judge(found: Search) -> Search:
+        with terminal.several(plan.experiment) as report:
+            own = plan.experiment
+            judged = judge_settings(found.experiment, own, seeds, plan.folder, plan.runtime, report)
+        return replace(found, judged=judged)
+
+    with _bar(plan) as report:
+        found = search(plan, report(plan.sampler), judge if seeds else None)
+    _show(found)
+    if out:
+        page.write(found, out)
+    return page.to_json(found)
+
+
+def compare(plan: Plan, names: Sequence[str], seeds: int, out: Path | None) -> str:
+    """Gives each way of searching the same trials, and shows them beside one another."""
+    for name in names:
+        if name not in SAMPLERS:
+            raise FedmetaError(f'--compare: no way "{name}"{nearest(name, SAMPLERS)} (known: {", ".join(SAMPLERS)})')
+    with _bar(plan) as report:
+        found = strategies.compare_strategies(plan, names, seeds, report)
+    _show_strategies(found)
+    if out:
+        strategies.write(found, out)
+    return strategies.to_json(found)
+
+
+@contextmanager
+def _bar(plan: Plan) -> Iterator[Callable[[str], Report]]:
+    """Shows a bar of trials where stderr is a terminal; yields what gives each search (its title) what takes it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[best]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+
+        def next_search(title: str) -> Report:
+            for earlier in bar.task_ids:
+                bar.remove_task(earlier)
+            task = bar.add_task(title, total=plan.trials, best="no trial yet")
+
+            def take(found: Search) -> None:
+                best = f"best {found.best.score:.3f}, {words(found.best.settings)}" if found.done else "no trial yet"
+                behind = sum(each.state != "waiting" for each in found.attempts)
+                bar.update(task, completed=behind, best=best)
+                if behind >= plan.trials:
+                    bar.update(task, visible=False)
+
+            return take
+
+        yield next_search
+
+
+def _show(found: Search) -> None:
+    console = Console(stderr=True)
+    console.print(f"[bold]{page.verdict(found)}[/]", soft_wrap=True, highlight=False)
+    keys = [each.key for each in found.plan.space]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (found.metric, *(key.removeprefix("learner.") for key in keys), ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    shown = found.done[:MOST_ROWS]
+    shown += [found.own] if found.own and found.own not in shown else []
+    for each in shown:
+        cells = [words({key: each.settings[key]}).rpartition(" ")[2] for key in keys]
+        table.add_row(f"{each.score:.3f}", *cells, "as it was" if each == found.own else "")
+    console.print(table)
+    if found.judged:
+        judged = found.judged
+        gain = interval(judged.difference, judged.low, judged.high)
+        console.print(f"new sites   {judged.best:.3f}, as it was {judged.own:.3f}: {gain}", highlight=False)
+    best = shlex.quote(str(found.plan.folder / "best.toml"))
+    console.print(f"page        {found.plan.folder / 'tuning.md'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"run it      fedmeta run {best}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_strategies(found: strategies.Strategies) -> None:
+    console = Console(stderr=True)
+    console.print(f"[bold]{found.verdict()}[/]", soft_wrap=True, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    counts = found.milestones()
+    for heading in ("strategy", *(f"after {count}" for count in counts), "sd", "pruned", "seconds"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right", no_wrap=True)
+    for _, row in found.table().iterrows():
+        cells = [f"{row[f'after_{count}']:.3f}" for count in counts]
+        table.add_row(row["strategy"], *cells, f"{row['sd']:.3f}", f"{row['pruned']:.0%}", f"{row['seconds']:.0f}")
+    console.print(table)
+    console.print(f"page  {found.folder / 'strategies.md'}", highlight=False, markup=False, soft_wrap=True)
