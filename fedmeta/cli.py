@@ -1,4 +1,4 @@
-"""The command line: fedmeta run | sites | ui | sync | certs."""
+"""The command line: fedmeta run | sites | report | ui | sync | certs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 import typer
 
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import UNTRACKED, Experiment, load_experiment
+from fedmeta.experiment import UNTRACKED, Experiment, Tracking, load_experiment
 
 app = typer.Typer(
     help="Federated meta-learning: a start from which every site, also a new one, adapts in a few steps.",
@@ -193,6 +193,26 @@ def sites(
         print(frame.to_json(orient="records", lines=True), end="")
     else:
         terminal.sites(frame)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="A run's folder, checkpoint or MLflow id; a comparison's folder or MLflow id; or several runs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+) -> None:
+    """Writes one page about a run, or about runs beside one another: HTML that needs no network, and Markdown."""
+    from fedmeta.report import write
+
+    for path in write(runs, out, Path(Tracking().folder), uri):
+        print(path)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from fedmeta.messages import EngineReply
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.retrieval import SUMMARY
 from fedmeta.tracking.tracker import Tracker
+from fedmeta.versions import versions
 from server.federation import Federation
 from server.schedule import Schedule
 
@@ -121,6 +122,7 @@ class Journal:
             **({} if self.experiment.evaluation.judge == "new_sites" else {"judge": self.experiment.evaluation.judge}),
             **summarise(last),
             **({"schedule": self.schedule} if self.schedule else {}),
+            "versions": versions(),
             "checkpoint": str(checkpoint),
         }
         summary = _without_nan(summary)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fedmeta.comparison.settings import Trial
 from fedmeta.randomness import generator
@@ -119,11 +120,16 @@ def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, see
     own = sites[sites["kind"] == compared_kind(sites)].set_index(["seed", "site"])
     pair = [own[own["learner"] == name][f"personalized_{score}"] for name in (learner, baseline)]
     gains = (pair[0] - pair[1]).dropna().to_numpy() * (-1 if score == "rmse" else 1)
-    if not len(gains):
+    return mean_interval(gains, seed)
+
+
+def mean_interval(values: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    """Returns the mean of values over sites and its 95 % interval, by the bootstrap of `difference`; NaN of none."""
+    if not len(values):
         return np.nan, np.nan, np.nan
-    draws = generator(seed, "bootstrap").integers(len(gains), size=(RESAMPLES, len(gains)))
-    low, high = np.quantile(gains[draws].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(gains.mean()), float(low), float(high)
+    draws = generator(seed, "bootstrap").integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(values.mean()), float(low), float(high)
 
 
 def verdict(table: pd.DataFrame, baseline: str, score: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,26 @@ def fetch(uri: str, run_id: str, folder: Path) -> dict[str, Any]:
     if checkpoints:
         summary["checkpoint"] = str(folder / checkpoints[-1])
     return summary
+
+
+def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> bool:
+    """Downloads some of a run's files into a folder, if it has them all; returns whether it has.
+
+    Raises:
+        FedmetaError: The store cannot be reached, has no such run, or the folder cannot be written.
+    """
+    uri = checked_uri(uri)
+    status_of(uri, run_id)
+    client = open_client(uri)
+    try:
+        there = {file.path for file in client.list_artifacts(run_id)}
+        if not there.issuperset(names):
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            client.download_artifacts(run_id, name, str(folder))
+    except OSError as error:
+        raise FedmetaError(f"cannot fetch run {run_id} into {folder}: {error.strerror or error}") from error
+    except Exception as error:
+        raise FedmetaError(f"cannot fetch run {run_id} from {shown(uri)}: {first_line(error)}") from error
+    return True

@@ -1,0 +1,5 @@
+"""One page about a run or a comparison, to hand on: HTML that opens without a network, and Markdown beside it."""
+
+from fedmeta.report.writing import write
+
+__all__ = ["write"]

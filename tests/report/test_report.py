@@ -1,0 +1,213 @@
+"""A report says what the run's files say, loads nothing, and its experiment file repeats the run."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fedmeta import comparison
+from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import summarise
+from fedmeta.experiment import Experiment, load_experiment
+from fedmeta.progress import silent
+from fedmeta.report import write
+from fedmeta.report.parts import EXPERIMENT_FILE, differing
+from fedmeta.report.reading import labelled, read
+from fedmeta.runtime import run
+from tests.tracking.browser import CHROMIUM, browser
+
+TOML = """
+[data]
+source = "synthetic"
+sites = 12
+new_sites = 4
+[model]
+hidden = "8"
+[server]
+rounds = 4
+[evaluation]
+every = 2
+[tracking]
+uri = "{uri}"
+folder = "{folder}"
+"""
+NOWHERE = "sqlite:////nowhere/mlflow.db"
+HOSTILE = '</td><script>alert("1")</script> & `a|b` *c*'
+
+
+class Parsed(HTMLParser):
+    """What a browser would load, and what it would show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.cells: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "td":
+            self.cells.append("")
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.addresses.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.cells:
+            self.cells[-1] += data
+
+
+def described(folder: Path, *overrides: str, uri: str = "none") -> Experiment:
+    return Experiment.from_toml(TOML.format(uri=uri, folder=folder), "a test", overrides)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return root, run(described(root))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compared")
+    found = comparison.compare(
+        described(root, "runtime.seed=3"), ["local", "fedavg-ft", "maml"], 2, report=lambda *_: silent
+    )
+    return root, found
+
+
+def page_of(*names: str, root: Path, out: Path) -> str:
+    html, markdown = write(names, out, root, NOWHERE)
+    assert {path.name for path in out.iterdir()} >= {html.name, markdown.name}
+    return html.read_text()
+
+
+def assert_loads_nothing(page: str) -> Parsed:
+    parsed = Parsed(page)
+    assert not parsed.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert all(address.startswith("#") for address in parsed.addresses), "only parts of the page itself"
+    assert {address[1:] for address in parsed.addresses} <= set(parsed.ids)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert len(parsed.ids) == len(set(parsed.ids)), "two pictures may not share names of their parts"
+    return parsed
+
+
+def test_a_run_report_holds_its_numbers_and_loads_nothing(made, tmp_path):
+    root, result = made
+    page = page_of(result.folder.name, root=root, out=tmp_path)
+    parsed = assert_loads_nothing(page)
+    for group in ("new_sites", "training_sites"):
+        own = result.summary[group]
+        wanted = [own["n"], own["local"], own["global"]["mean"], own["personalized"]["mean"]]
+        shown = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in wanted]
+        at = parsed.cells.index(group.replace("_", " "), 5 * 2)
+        assert parsed.cells[at + 1 : at + 5] == shown
+    assert page.count("<svg") == 4
+    assert "prefers-color-scheme: dark" in page
+    text = (tmp_path / "report.md").read_text()
+    assert f"{result.summary['new_sites']['personalized']['mean']:.3f}" in text
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / picture).is_file()
+
+
+def test_who_is_left_behind_is_named_whatever_the_name(made, tmp_path):
+    root, result = made
+    folder = shutil.copytree(result.folder, tmp_path / "run")
+    sites = pd.read_parquet(folder / "sites.parquet")
+    score = "personalized_accuracy"
+    losing = [result.sites["site"].iloc[0], result.sites["site"].iloc[5]]
+    sites.loc[sites["site"].isin(losing), "gain"] = [-0.25] * int(sites["site"].isin(losing).sum())
+    sites.loc[~sites["site"].isin(losing), "gain"] = 0.125
+    sites.loc[sites["site"] == losing[0], "site"] = HOSTILE
+    sites.to_parquet(folder / "sites.parquet", index=False)
+    assert score in sites.columns
+    parsed = assert_loads_nothing(page_of(str(folder), root=root, out=tmp_path / "out"))
+    section = "".join(parsed.words).partition("Left behind")[2].partition("How to do it again")[0]
+    assert HOSTILE in section
+    assert losing[1] in section
+    assert "2 sites are served worse" in section
+    assert section.count("-0.250") == 2
+    assert "0.125" not in section
+
+
+def test_the_experiment_file_repeats_the_run(made, tmp_path):
+    root, result = made
+    page_of(str(result.folder / "round-000004.safetensors"), root=root, out=tmp_path)
+    again = load_experiment(tmp_path / EXPERIMENT_FILE, ["tracking.uri=none", f"tracking.folder={tmp_path}"])
+    assert run(again).summary["new_sites"] == result.summary["new_sites"]
+    assert Experiment.from_toml(differing(again)) == again
+    assert "[learner]\nname = " in differing(again), "the learner is named though it may be the default"
+
+
+def test_a_comparison_report_holds_every_learner(compared, tmp_path):
+    root, found = compared
+    page = page_of(str(found.folder), root=root, out=tmp_path)
+    parsed = assert_loads_nothing(page)
+    for _, row in found.table.iterrows():
+        assert any(cell.startswith(f"{row['personalized']:.3f}") for cell in parsed.cells)
+    assert page.count("<svg") == 3
+    command = "fedmeta compare report.toml --learners local,fedavg-ft,maml --seeds 2"
+    assert command in page
+    assert load_experiment(tmp_path / EXPERIMENT_FILE).runtime.seed == 3
+    assert found.verdict in (tmp_path / "report.md").read_text().replace("\\", "")
+
+
+def test_runs_beside_one_another_are_told_apart(made, tmp_path):
+    root, first = made
+    other = run(described(root, "learner.inner_lr=0.5"))
+    page = page_of(first.folder.name, other.folder.name, root=root, out=tmp_path)
+    assert_loads_nothing(page)
+    for name, result in (("maml, inner_lr 0.1", first), ("maml, inner_lr 0.5", other)):
+        assert name in page
+        assert f"{result.summary['new_sites']['personalized']['mean']:.3f}" in page
+    elsewhere = run(described(root, "data.heterogeneity=2"))
+    with pytest.raises(FedmetaError, match="different data"):
+        read([first.folder.name, elsewhere.folder.name], root, NOWHERE)
+    assert labelled([described(root)] * 2) == ["maml", "maml (2)"]
+
+
+def test_what_cannot_be_reported_is_refused_in_a_line(made, compared, tmp_path):
+    root, result = made
+    folder = shutil.copytree(result.folder, tmp_path / "unfinished")
+    (folder / "summary.json").unlink()
+    with pytest.raises(FedmetaError, match="has not ended.*--resume"):
+        read([str(folder)], root, NOWHERE)
+    with pytest.raises(FedmetaError, match="neither a finished run nor a comparison"):
+        read(["no-such-run"], root, NOWHERE)
+    with pytest.raises(FedmetaError, match="name them apart"):
+        read([str(compared[1].folder), str(result.folder)], root, NOWHERE)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = run(described(tmp_path / "runs", uri=uri))
+    at_hand = write([str(result.folder)], tmp_path / "a", tmp_path, NOWHERE)[0].read_text()
+    fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
+    assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
+    assert summarise(result.sites)["new_sites"]["n"] == 4
+    found = comparison.compare(described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: silent)
+    run_id = json.loads((found.folder / "mlflow.json").read_text())["run_id"]
+    assert found.verdict in write([run_id], tmp_path / "c", tmp_path / "none", uri)[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_loads_nothing_but_the_page(made, tmp_path):
+    root, result = made
+    html = write([result.folder.name], tmp_path, root, NOWHERE)[0]
+    with browser(tmp_path / "profile") as page:
+        page.open(html.as_uri())
+        assert page.wait_for({"How to do it again"}, 60) == set()
+        assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") is True
