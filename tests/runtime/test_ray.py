@@ -132,7 +132,7 @@ def har(folder: Path, data: Path, *overrides: str) -> Experiment:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [("runtime.engine=vmap",), ("runtime.engine=span", "model.dtype=float64")])
+@pytest.mark.parametrize("overrides", [(), ("runtime.engine=vmap",), ("model.dtype=float64",)])
 def test_ray_and_local_agree_on_har(tmp_path: Path, shared_data: Path, overrides: tuple[str, ...]) -> None:
     experiment = har(tmp_path, shared_data, *overrides)
     assert_agree(run(experiment), run(experiment, runtime="ray"))
