@@ -182,8 +182,8 @@ class MetaGradientStrategy(Strategy):
                 self._fail(node, f"bad reply: {error}")
                 continue
             usable.append(reply)
-        columns = {reply.scores.shape[1] for reply in usable}
-        if not usable or len(columns) != 1:
+        usable = self._of_one_width(usable)
+        if not usable:
             self.evaluated = None
             return None
         names = [name for reply in usable for name in reply.names]
@@ -196,6 +196,15 @@ class MetaGradientStrategy(Strategy):
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
         )
         return MetricRecord({"sites": len(names)})
+
+    def _of_one_width(self, replies: list[EvaluateReply]) -> list[EvaluateReply]:
+        """Returns the replies with as many inner steps as most have; the others fail."""
+        widths = [reply.scores.shape[1] for reply in replies]
+        usual = max(widths, key=widths.count, default=0)
+        for reply in replies:
+            if reply.scores.shape[1] != usual:
+                self.log.failed.update(dict.fromkeys(reply.names, "bad reply: it has scores of other steps than asked"))
+        return [reply for reply in replies if reply.scores.shape[1] == usual]
 
     def _messages(
         self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord, **how: Any

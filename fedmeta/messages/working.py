@@ -234,6 +234,8 @@ class EvaluateReply:
             raise MessageError("the figures have no column")
         values = (read_list(figures, key, float, shape[0] * shape[1]) for key in FIGURES)
         scores, losses, calibration = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
+        if (scores < 0).any() or (calibration < 0).any():
+            raise MessageError("a score or a calibration error is negative")
         chosen = np.array(read_list(figures, "chosen", int, shape[0]), dtype=np.int64)
         if ((chosen < 0) | (chosen >= shape[1])).any():
             raise MessageError("a site takes more steps than there are")

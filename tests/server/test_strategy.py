@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clients.app import app
 from fedmeta.assembly import learner_of
-from fedmeta.messages import EVALUATE, FAILURES, TRAIN, TrainReply, WorkRequest, pack_failure
+from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, TrainReply, WorkRequest, pack_failure
 from server.federation import Federation, ask_standardisation
 from server.optimizer import ServerOptimizer
 from server.roll import Roll
@@ -169,6 +169,25 @@ def test_every_site_is_evaluated_new_ones_too(tmp_path: Path) -> None:
     assert strategy.evaluated is not None
     assert strategy.evaluated.names == strategy.federation.names
     assert strategy.evaluated.scores.shape == (40, 3)
+
+
+def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
+    grid = SeveralNodes(app, digits(tmp_path), 4)
+    strategy = strategy_over(grid)
+
+    def one_step_too_few(message: Message, reply: Message) -> Message:
+        whole = EvaluateReply.unpack(reply.content)
+        figures = [getattr(whole, name)[:, :-1] for name in ("scores", "losses", "calibration")]
+        content = EvaluateReply(whole.names, *figures, whole.chosen - 1).pack()
+        return Message(content, reply_to=message)
+
+    grid.faults[NODE_IDS[1]] = one_step_too_few
+    messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
+    strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
+    assert strategy.evaluated is not None
+    assert strategy.evaluated.scores.shape == (30, 3)
+    assert set(strategy.log.failed.values()) == {"bad reply: it has scores of other steps than asked"}
+    assert set(strategy.log.failed) == set(strategy.federation.names) - set(strategy.evaluated.names)
 
 
 # ---------------------------------------------------------------- what the aggregate is
