@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Installed once per change of what is asked for.
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-all lint ui bench clean
+.PHONY: install demo test test-all lint audit ui bench clean
 
 install: $(READY)
 
@@ -28,6 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known vulnerabilities of what is installed, where PyPI's list of them answers.
+audit: $(READY)
+	$(BIN)/python .ci/audit.py
 
 ui: $(READY)
 	$(BIN)/fedmeta ui experiments/digits.toml
