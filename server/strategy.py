@@ -26,6 +26,7 @@ from fedmeta.messages import (
     TrainReply,
     WorkRequest,
     failure,
+    payload_bytes,
 )
 from fedmeta.randomness import generator
 from server.federation import Federation
@@ -223,7 +224,7 @@ class MetaGradientStrategy(Strategy):
                 budget=self.budget,
                 **how,
             ).pack(arrays)
-            self.log.bytes_down += sum(record.count_bytes() for record in content.values())
+            self.log.bytes_down += payload_bytes(content)
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
 
@@ -239,7 +240,7 @@ class MetaGradientStrategy(Strategy):
             elif code := failure(reply.content):
                 self._fail(node, f"{code}: {FAILURES[code]}")
             else:
-                self.log.bytes_up += sum(record.count_bytes() for record in reply.content.values())
+                self.log.bytes_up += payload_bytes(reply.content)
                 yield node, reply.content
 
     def _check_names(self, node: int, names: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, RecordDict
 
 from fedmeta.messages.joining import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.wire import MessageError
+from fedmeta.messages.wire import MessageError, payload_bytes
 from fedmeta.messages.working import EngineReply, EvaluateReply, TrainReply, WorkRequest
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "WorkRequest",
     "failure",
     "pack_failure",
+    "payload_bytes",
 ]
 
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"

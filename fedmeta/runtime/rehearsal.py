@@ -21,6 +21,7 @@ from clients.app import app
 from clients.node import node_of
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.messages import payload_bytes
 from fedmeta.progress import silent
 from fedmeta.runtime.local import LocalGrid
 
@@ -133,8 +134,7 @@ class _RecordingGrid(LocalGrid):
 
 def _reply(message: Message) -> Reply:
     content: RecordDict = message.content
-    size = sum(record.count_bytes() for record in content.values())
-    return Reply(message.metadata.message_type, size, tuple(_entries(content)))
+    return Reply(message.metadata.message_type, payload_bytes(content), tuple(_entries(content)))
 
 
 def _entries(content: RecordDict) -> Iterator[tuple[str, str, Any]]:

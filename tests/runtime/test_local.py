@@ -1,0 +1,67 @@
+"""Whole runs in this process, over every kind of rows and labels that a file may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmeta import run
+from fedmeta.experiment import LEARNERS, Experiment
+
+ROWS = 160
+RNG = np.random.default_rng(0)
+SITE = RNG.integers(0, 6, ROWS)
+X = RNG.normal(size=(ROWS, 5)).astype(np.float32)
+X[RNG.random(X.shape) < 0.1] = np.nan
+X[:, 3] = 2.0
+TARGET = (np.nan_to_num(X[:, 0]) + 0.3 * SITE + 0.1 * RNG.normal(size=ROWS)).astype(np.float32)
+LABEL = (TARGET > 1).astype(np.int64)
+NAMES = np.array(["Zürich/Ost", "a b", "c:d", "//", "x" * 300, "plain"])
+ODD = np.where(np.arange(ROWS) == 0, 9, LABEL)
+
+FILES: dict[str, dict[str, Any]] = {
+    "regression": {"x": X, "y": TARGET, "site": SITE},
+    "regression in float64": {"x": X.astype(np.float64), "y": TARGET.astype(np.float64), "site": SITE},
+    "odd names": {"x": X, "y": LABEL, "site": SITE, "site_names": NAMES, "class_names": np.array(["no", "yes"])},
+    "sites and labels as texts": {"x": X, "y": np.array(["u", "v"])[LABEL], "site": NAMES[SITE]},
+    "truths": {"x": RNG.integers(0, 5, (ROWS, 5)), "y": LABEL > 0, "site": SITE},
+    "float16, a label and a row of a site alone": {
+        "x": X.astype(np.float16),
+        "y": ODD,
+        "site": np.where(np.arange(ROWS) == 1, 7, SITE),
+    },
+    "images": {"x": RNG.integers(0, 255, (ROWS, 6, 6)).astype(np.uint8), "y": LABEL, "site": SITE},
+}
+
+
+def experiment(folder: Path, columns: dict[str, Any], *overrides: str) -> Experiment:
+    np.savez(folder / "sites.npz", **columns)
+    settings = ("data.source=npz", f"data.path={folder / 'sites.npz'}", "server.rounds=2", "evaluation.every=1")
+    own = ("model.hidden=8", "tracking.uri=none", f"tracking.folder={folder / 'runs'}", "data.support=6")
+    return Experiment().with_overrides([*settings, *own, *overrides])
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_of_file_is_trained_on_and_judged(tmp_path: Path, kind: str) -> None:
+    result = run(experiment(tmp_path, FILES[kind], "evaluation.gate=true", "evaluation.schedule=auto"))
+    score = "rmse" if kind.startswith("regression") else "accuracy"
+    assert result.summary["metric"] == score
+    assert result.summary["failures"] == 0
+    sites = set(FILES[kind]["site"].tolist())
+    assert len(result.sites) == len(sites)
+    judged = result.sites[result.sites["test_rows"] > 0]
+    assert len(judged) >= len(sites) - 1
+    assert judged[f"personalized_{score}"].notna().all()
+    assert np.isfinite([result.summary["new_sites"][when]["mean"] for when in ("global", "personalized")]).all()
+    assert result.summary["bytes_up"] > 0
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_takes_regression(tmp_path: Path, learner: str) -> None:
+    columns = FILES["regression"]
+    result = run(experiment(tmp_path, columns, f"learner.name={learner}", "learner.inner_lr=0.05"))
+    assert result.summary["failures"] == 0
+    assert np.isfinite(result.sites["personalized_rmse"]).all()
