@@ -64,9 +64,8 @@ def judge(report: dict[str, Any], accepted: dict[str, str]) -> tuple[list[str], 
             if entry["id"] in accepted:
                 continue
             fix = ", ".join(entry["fix_versions"])
-            known.append(
-                f"{package['name']} {package['version']}: {entry['id']}, {fix and 'mended in ' + fix or 'open'}"
-            )
+            state = f"mended in {fix}" if fix else "open"
+            known.append(f"{package['name']} {package['version']}: {entry['id']}, {state}")
             mended += bool(fix)
     return known, mended
 
