@@ -132,14 +132,14 @@ def summarise_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: boo
     }
 
 
-def diverged(frame: pd.DataFrame) -> pd.Series:
+def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
     """Returns per site whether it has test rows and its adapted model no finite score or loss on them.
 
     Such a model says nothing, though an accuracy can be counted of it: adaptation has run away.
     """
     name = "rmse" if "global_rmse" in frame.columns else "accuracy"
     figures = frame[[f"personalized_{name}", "personalized_loss"]].to_numpy(dtype=np.float64)
-    return (frame["test_rows"] > 0) & ~np.isfinite(figures).all(axis=1)
+    return pd.Series((frame["test_rows"].to_numpy() > 0) & ~np.isfinite(figures).all(axis=1), index=frame.index)
 
 
 def left_behind(frame: pd.DataFrame) -> int:
