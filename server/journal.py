@@ -136,9 +136,9 @@ class Journal:
         return summary
 
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
-        """Ends the tracked run before its time."""
+        """Ends the tracked run before its time, with who missed what in it."""
         if self.tracker:
-            self.tracker.stop(status)
+            self.tracker.stop(status, [path for path in (self.folder / MISSED,) if path.exists()])
 
     def _replay(self, earlier: Checkpoint, federation: Federation) -> None:
         for number, figures in earlier.metrics.items():

@@ -138,8 +138,9 @@ class Tracker:
         self._outbox.put(results.artifact(path) for path in artifacts)
         return self.stop("FINISHED")
 
-    def stop(self, status: Status) -> list[Entry]:
-        """Ends the run with what it has logged, and returns what could not be sent, as `finish` does."""
+    def stop(self, status: Status, artifacts: Sequence[Path] = ()) -> list[Entry]:
+        """Ends the run with what it has logged and further files; returns what could not be sent, as `finish` does."""
+        self._outbox.put(results.artifact(path) for path in artifacts)
         self._outbox.put([End(status, _now_ms())])
         try:
             self._outbox.close()

@@ -236,8 +236,10 @@ def test_regression_is_tracked_by_rmse(store, tmp_path):
 def test_a_run_that_breaks_is_marked_so(store, tmp_path):
     tracker = start(experiment(store, "broken"), tmp_path)
     tracker.round(1, figures(1))
-    assert tracker.stop("FAILED") == []
+    (tmp_path / "missed.json").write_text("[]")
+    assert tracker.stop("FAILED", [tmp_path / "missed.json"]) == []
     run = open_client(store).get_run(tracker.run_id)
+    assert [file.path for file in open_client(store).list_artifacts(tracker.run_id)] == ["missed.json"]
     assert (run.info.status, run.data.metrics["traffic/bytes_up"]) == ("FAILED", 9.0)
 
 
