@@ -103,24 +103,37 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 @app.train()
 @guarded
 def train(content: RecordDict, context: Context) -> RecordDict:
-    """Computes the weighted sum of the meta-gradients of the cohort's sites that are here."""
+    """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = node_of(context), WorkRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
-    weights = node.weights(here)
+    weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
         kept = Shelf.of(context, node.experiment, request)
         gradient, weight, metrics, own = train_personal(
-            learner, meta_state, batch, weights, stack_personal(learner, meta_state, kept.read())
+            learner,
+            meta_state,
+            batch,
+            weights,
+            stack_personal(learner, meta_state, kept.read()),
+            clip_norm=clip_norm,
+            per_site=request.per_site,
         )
         kept.write(own)
     else:
-        budget = request.budget or cohort.BUDGET
         gradient, weight, metrics = cohort.meta_gradients(
-            learner, meta_state, batch, request.engine, weights=weights, budget=budget, dtype=torch.float64
+            learner,
+            meta_state,
+            batch,
+            request.engine,
+            weights=weights,
+            budget=request.budget or cohort.BUDGET,
+            dtype=None if request.per_site else torch.float64,
+            clip_norm=clip_norm,
+            per_site=request.per_site,
         )
     return TrainReply(
         gradient=gradient,

@@ -153,6 +153,8 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
     lines = [f"checkpoint  {summary['checkpoint']}"]
+    if spent := summary.get("privacy"):
+        lines.insert(0, f"privacy     epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}")
     tracking, usual = experiment.tracking, Tracking()
     if tracking.uri != UNTRACKED:
         options = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(shown(tracking.uri))}"

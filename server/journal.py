@@ -106,7 +106,14 @@ class Journal:
             if schedule:
                 self.tracker.round(number, {"schedule/steps": schedule.steps, "schedule/rate": schedule.rate})
 
-    def finish(self, sites: pd.DataFrame, totals: Mapping[str, float], rounds: int, checkpoint: Path) -> dict[str, Any]:
+    def finish(
+        self,
+        sites: pd.DataFrame,
+        totals: Mapping[str, float],
+        rounds: int,
+        checkpoint: Path,
+        privacy: Mapping[str, float],
+    ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
         last = sites[sites["round"] == sites["round"].max()]
         summary: dict[str, Any] = {
@@ -122,6 +129,7 @@ class Journal:
             **({} if self.experiment.evaluation.judge == "new_sites" else {"judge": self.experiment.evaluation.judge}),
             **summarise(last),
             **({"schedule": self.schedule} if self.schedule else {}),
+            **({"privacy": dict(privacy)} if privacy else {}),
             "versions": versions(),
             "checkpoint": str(checkpoint),
         }

@@ -26,9 +26,11 @@ from fedmeta.evaluation import headline, summarise
 from fedmeta.experiment import Experiment
 from fedmeta.messages import EvaluateReply
 from fedmeta.progress import Progress, Report
+from server import aggregation
 from server.federation import Federation, ask_standardisation
 from server.journal import Journal, evaluation_frame, new_folder
 from server.optimizer import ServerOptimizer
+from server.privacy import private_rounds
 from server.roll import Roll
 from server.schedule import Schedule, choose_schedule
 from server.strategy import MetaGradientStrategy
@@ -98,17 +100,22 @@ class Rounds:
         self.learner = learner = learner_of(experiment, federation.shape, federation.outputs)
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
         constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
+        self.round_number = earlier.round_number if earlier else 0
+        aggregation.check(experiment.server, len(federation.training))
+        self.privacy = private_rounds(experiment, learner, start, len(federation.training), folder, self.round_number)
         optimizer = ServerOptimizer(experiment.server, learner.sends, start)
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
             constants = ask_standardisation(grid, federation, experiment)
-        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name)
-        self.round_number = earlier.round_number if earlier else 0
+        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name, self.privacy)
         self.strategy.saved_round = self.round_number
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         self.scores: tuple[float | None, float | None] = (None, None)
+        self.last = experiment.server.rounds
+        if self.privacy:
+            self.last = self.round_number + self.privacy.rounds_left(self.last - self.round_number)
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
@@ -137,7 +144,10 @@ class Rounds:
         self.journal.missed(0, self.roll.refused, "start")
         for site, difference in self.roll.refused.items():
             self._report(f"refused {site}: {difference}")
-        every, last = self.experiment.evaluation.every, self.experiment.server.rounds
+        every, last = self.experiment.evaluation.every, self.last
+        if last < self.experiment.server.rounds:
+            budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
+            self._report(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
         saves = self.experiment.runtime.checkpoint_every
         # A run that was stopped between a round and its evaluation goes on with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
@@ -161,7 +171,8 @@ class Rounds:
         sites = pd.concat(
             [evaluation_frame(self.roll.federation, evaluation) for evaluation in self.evaluations], ignore_index=True
         )
-        summary = self.journal.finish(sites, self.totals, self.round_number, path)
+        privacy = self.privacy.summary() if self.privacy else {}
+        summary = self.journal.finish(sites, self.totals, self.round_number, path, privacy)
         return Outcome(summary, sites, self._meta_state(), self.journal.folder)
 
     def say_how_to_go_on(self) -> None:
@@ -213,11 +224,15 @@ class Rounds:
         with uninterrupted():
             _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
-            self.idle = 0 if metrics else self.idle + 1
+            # A private round steps also where nobody answered, for who was asked is not to be seen.
+            idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
+            self.idle = self.idle + 1 if idle else 0
             seconds = time.perf_counter() - started
             self._count(seconds)
             figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
             figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
+            if self.privacy:
+                figures["privacy/epsilon"] = self.privacy.epsilon
             loss = metrics.get("query_loss") if metrics else None
             self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.journal.missed(number, strategy.log.failed)
@@ -318,8 +333,7 @@ class Rounds:
 
     def _report(self, note: str = "") -> None:
         failures = int(self.totals.get("failures", 0))
-        total = self.experiment.server.rounds
-        self.report(Progress(self.round_number, total, *self.scores, failures, note, self.journal.run_id))
+        self.report(Progress(self.round_number, self.last, *self.scores, failures, note, self.journal.run_id))
 
 
 @contextmanager

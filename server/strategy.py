@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -29,8 +28,10 @@ from fedmeta.messages import (
     payload_bytes,
 )
 from fedmeta.randomness import generator
+from server.aggregation import Gradient, combine
 from server.federation import Federation
 from server.optimizer import ServerOptimizer
+from server.privacy import SitePrivacy
 
 
 @dataclass
@@ -49,7 +50,7 @@ class RoundLog:
 
 
 class MetaGradientStrategy(Strategy):
-    """Samples sites by name, averages their meta-gradients, and steps the meta-state with a torch optimizer.
+    """Samples sites by name, combines their meta-gradients, and steps the meta-state with a torch optimizer.
 
     Args:
         experiment: The run's description.
@@ -57,6 +58,7 @@ class MetaGradientStrategy(Strategy):
         optimizer: The server optimizer, which holds the learned part of the meta-state.
         constants: The rest of the meta-state (standardisation), which does not change.
         run: The name of the run's folder.
+        privacy: Draws the cohorts and noises their sums, where the experiment asks for that.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class MetaGradientStrategy(Strategy):
         optimizer: ServerOptimizer,
         constants: Mapping[str, Tensor],
         run: str,
+        privacy: SitePrivacy | None = None,
     ) -> None:
         self.experiment = experiment
         self.federation = federation
         self.optimizer = optimizer
         self.constants = dict(constants)
         self.run = run
+        self.privacy = privacy
         self.saved_round = 0
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
@@ -94,9 +98,12 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        size = self.experiment.server.sites_per_round
-        cohort = sample_cohort(self.federation.training, size, self.experiment.runtime.seed, server_round)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays)
+        training, server = self.federation.training, self.experiment.server
+        if self.privacy:
+            cohort = self.privacy.sample(training)
+        else:
+            cohort = sample_cohort(training, server.sites_per_round, self.experiment.runtime.seed, server_round)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
         """Asks one node which engine is fastest for the first cohort, and takes its word for the whole run.
@@ -124,33 +131,27 @@ class MetaGradientStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Steps the meta-state along the weighted mean of the replies' meta-gradients.
+        """Steps the meta-state along what the aggregator makes of the replies' meta-gradients.
 
         Returns:
             The new meta-state and the round's query loss; or (None, None) where fewer than `server.min_sites` sites
-            gave a usable gradient, and the meta-state stays as it is.
+            gave a usable gradient, or fewer than the aggregator needs, and the meta-state stays as it is. A private
+            round always steps, and tells no loss where nobody was drawn.
         """
-        like = self.optimizer.meta_state
-        usable: list[TrainReply] = []
-        for node, content in self._answers(replies):
-            try:
-                reply = TrainReply.unpack(content, like)
-                self._check_names(node, reply.names)
-            except MessageError as error:
-                self._fail(node, f"bad reply: {error}")
-                continue
-            for name, finite in zip(reply.names, reply.finite, strict=True):
-                if not finite:
-                    self.log.failed[name] = "its meta-gradient was not finite"
-            usable.append(reply)
+        usable = self._train_replies(replies)
         worked = sum(int(reply.finite.sum()) for reply in usable)
-        weight = sum(reply.weight for reply in usable)
-        if worked < max(1, self.experiment.server.min_sites) or weight <= 0:
+        gradient: Gradient | None = None
+        if self.privacy:
+            gradient = self.privacy.release(usable, self.optimizer.meta_state)
+        elif worked >= max(1, self.experiment.server.min_sites):
+            gradient = combine(usable, self.experiment.server)
+        if gradient is None:
             return None, None
-        self.optimizer.step(_mean(usable, weight))
+        self.optimizer.step(gradient)
         self._packed = None
-        losses = np.concatenate([reply.query_loss[reply.finite] for reply in usable])
-        return self.arrays(), MetricRecord({"query_loss": float(losses.mean()), "sites": worked})
+        losses = [loss for reply in usable for loss in reply.query_loss[reply.finite].tolist()]
+        told = {"query_loss": float(np.mean(losses))} if losses else {}
+        return self.arrays(), MetricRecord({**told, "sites": worked})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -197,6 +198,25 @@ class MetaGradientStrategy(Strategy):
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
         )
         return MetricRecord({"sites": len(names)})
+
+    def _train_replies(self, replies: Iterable[Message]) -> list[TrainReply]:
+        """Returns the replies that are what they should be; names the sites of the others, and those left out."""
+        usable: list[TrainReply] = []
+        for node, content in self._answers(replies):
+            try:
+                per_site = self.experiment.server.aggregator != "mean"
+                reply = TrainReply.unpack(content, self.optimizer.meta_state, per_site)
+                self._check_names(node, reply.names)
+                if self.privacy:
+                    self.privacy.check(reply)
+            except MessageError as error:
+                self._fail(node, f"bad reply: {error}")
+                continue
+            for name, finite in zip(reply.names, reply.finite, strict=True):
+                if not finite:
+                    self.log.failed[name] = "its meta-gradient was not finite"
+            usable.append(reply)
+        return usable
 
     def _of_one_width(self, replies: list[EvaluateReply]) -> list[EvaluateReply]:
         """Returns the replies with as many inner steps as most have; the others fail."""
@@ -272,12 +292,3 @@ def sites_to_evaluate(federation: Federation, most: int, seed: int) -> NDArray[n
     chosen = new if len(new) <= most else random.choice(new, most, replace=False, shuffle=False)
     rest = random.choice(training, most - len(chosen), replace=False, shuffle=False)
     return np.sort(np.concatenate([chosen, rest]))
-
-
-def _mean(replies: list[TrainReply], weight: float) -> dict[str, Tensor]:
-    """Returns the weighted mean of meta-gradients, added up in float64 in site order."""
-    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in replies[0].gradient.items()}
-    for reply in replies:
-        for name, value in reply.gradient.items():
-            total[name] += value
-    return {name: value / weight for name, value in total.items()}

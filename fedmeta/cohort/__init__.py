@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.cohort.accumulate import Scores
 from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
-from fedmeta.cohort.rules import ENGINES, choose_engine, run, trial
+from fedmeta.cohort.rules import ENGINES, choose_engine, choose_engine_by_site, run, run_by_site, trial
 from fedmeta.cohort.span import fits
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
@@ -33,6 +33,8 @@ def meta_gradients(
     chunk: int | None = None,
     budget: int = BUDGET,
     dtype: torch.dtype | None = None,
+    clip_norm: float = 0.0,
+    per_site: bool = False,
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Computes the weighted sum of many sites' meta-gradients.
 
@@ -46,11 +48,15 @@ def meta_gradients(
         chunk: The number of sites that are computed together; None for as many as the budget holds.
         budget: Bytes that the sites which are computed together may take, by prediction.
         dtype: The type of the sum, such as float64, in which it was added up; None for the meta-state's own.
+        clip_norm: The longest gradient of one site, over all entries of the meta-state; longer ones are shortened
+            before they are added up; 0 = any length. Needs each site's own gradient, which costs more than the sum.
+        per_site: Whether to return each site's own gradient in place of the sum.
 
     Returns:
-        The weighted sum (the meta-state's keys, summed in float64 in site order and returned in its types), the total
-        weight, and per-site figures [sites], among them "query_loss" and "finite". A site whose gradient or query loss
-        is not finite has neither a share in the sum nor in the weight.
+        The weighted sum (the meta-state's keys, summed in float64 in site order and returned in its types), or with
+        `per_site` the sites' gradients as they are [sites, ...], 0 for one that is not finite; the total weight; and
+        per-site figures [sites], among them "query_loss" and "finite". A site whose gradient or query loss is not
+        finite has neither a share in the sum nor in the weight.
 
     Raises:
         FedmetaError: There is no such engine.
@@ -59,8 +65,13 @@ def meta_gradients(
     own = torch.ones(batch.sites, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
     own = own.to(batch.support[2].device)
     name = _engine(engine, learner, meta_state, batch)
-    total = run(name, learner, meta_state, batch, own, chunk, budget)
-    gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in total.total.items()}
+    if clip_norm or per_site:
+        name = choose_engine_by_site(name, learner, batch, meta_state)
+        total = run_by_site(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
+    else:
+        total = run(name, learner, meta_state, batch, own, chunk, budget)
+    values = total.stacked() if per_site else total.total
+    gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""The streaming weighted sum that every engine adds to: in site order, in float64."""
+"""What every engine adds to: the streaming weighted sum, in site order and in float64, or each site's own gradient."""
 
 from __future__ import annotations
 
@@ -42,33 +42,42 @@ class Contribution:
         total: The weighted sum over finite sites, float64, with the meta-state's keys.
         weight: The sum of their weights.
         metrics: Per-site figures [sites]; "finite" is 0 where a site's gradient was not, and it counts for nothing.
+        clip_norm: The longest gradient of one site, over all its entries; a longer one is shortened; 0 = any length.
+        kept: Each site's own gradient, not weighted, in parts [sites, ...], where that is wanted and not the sum.
     """
 
     total: dict[str, Tensor]
     weight: float = 0.0
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    clip_norm: float = 0.0
+    kept: list[dict[str, Tensor]] | None = None
 
     @classmethod
-    def empty(cls, meta_state: Mapping[str, Tensor]) -> Contribution:
+    def empty(cls, meta_state: Mapping[str, Tensor], clip_norm: float = 0.0, per_site: bool = False) -> Contribution:
         """Returns a sum of nothing for this meta-state."""
-        return cls({name: torch.zeros_like(value, dtype=torch.float64) for name, value in meta_state.items()})
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in meta_state.items()}
+        return cls(total, clip_norm=clip_norm, kept=[] if per_site else None)
 
     def add(self, gradients: Mapping[str, Tensor], weights: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds the gradients [sites, ...] of some sites under their weights [sites]."""
         figures = [*gradients.values(), *(metrics[name].unsqueeze(1) for name in ("query_loss",) if name in metrics)]
         finite = torch.stack([values.flatten(1).isfinite().all(1) for values in figures]).all(0)
         own = torch.where(finite, weights, 0.0).double()
-        all_finite = bool(finite.all())
-        for name, gradient in gradients.items():
-            clean = gradient if all_finite else torch.where(_like(finite, gradient), gradient, 0.0)
-            self.total[name] += torch.tensordot(own, clean.double(), dims=1)
+        clean = gradients
+        if not bool(finite.all()):
+            clean = {name: torch.where(_like(finite, value), value, 0.0) for name, value in gradients.items()}
+        factors = clip_factors(clean, self.clip_norm) if self.clip_norm else torch.ones_like(own)
+        if self.kept is None:
+            for name, value in clean.items():
+                self.total[name] += torch.tensordot(own * factors, value.double(), dims=1)
+        else:
+            self.kept.append({name: value.mul(_like(factors, value)).to(value) for name, value in clean.items()})
         self._note(float(own.sum()), {**metrics, "finite": finite})
 
-    def add_sum(self, total: Mapping[str, Tensor], weight: float, metrics: Mapping[str, Tensor]) -> None:
-        """Adds what is a weighted sum over some sites already, with their figures [sites]."""
-        for name, value in total.items():
-            self.total[name] += value
-        self._note(weight, metrics)
+    def stacked(self) -> dict[str, Tensor]:
+        """Returns the gradients of the sites so far [sites, ...], 0 where one was not finite, where they were kept."""
+        parts = self.kept or [{name: value[None][:0] for name, value in self.total.items()}]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def merge(self, other: Contribution) -> None:
         """Adds the contribution of the sites that come next."""
@@ -82,6 +91,16 @@ class Contribution:
         self.weight += weight
         for name, values in metrics.items():
             self.metrics.setdefault(name, []).append(values.detach().double())
+
+
+def clip_factors(gradients: Mapping[str, Tensor], clip_norm: float) -> Tensor:
+    """Returns what shortens each site's gradient [sites, ...] to `clip_norm`: min(1, clip_norm / norm), [sites].
+
+    The norm is that of all entries together, in float64; a gradient of zeros stays one.
+    """
+    squares = [value.flatten(1).double().square().sum(1) for value in gradients.values()]
+    norms = torch.stack(squares).sum(0).sqrt()
+    return clip_norm / norms.clamp(min=clip_norm)
 
 
 def _like(sites: Tensor, values: Tensor) -> Tensor:

@@ -15,12 +15,19 @@ from fedmeta.task import Batch
 def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> Contribution:
     """Returns the cohort's contribution, site by site; see `fedmeta.cohort.meta_gradients`."""
     total = Contribution.empty(meta_state)
+    add_sites(total, learner, meta_state, batch, weights)
+    return total
+
+
+def add_sites(
+    total: Contribution, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> None:
+    """Adds each site's gradient to what `total` makes of them."""
     for site in range(batch.sites):
         gradient, metrics = learner.meta_gradient(meta_state, batch.task(site))
         stacked = {name: value.unsqueeze(0) for name, value in gradient.items()}
         figures = {name: value.unsqueeze(0) for name, value in metrics.items()}
         total.add(stacked, weights[site : site + 1], figures)
-    return total
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:

@@ -21,7 +21,14 @@ CHUNK_BYTES = 1 << 29
 
 
 def train_personal(
-    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor, personal: Parameters
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    batch: Batch,
+    weights: Tensor,
+    personal: Parameters,
+    *,
+    clip_norm: float = 0.0,
+    per_site: bool = False,
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor], Parameters]:
     """Computes what the sites of a cohort send, and the personal parts that they keep.
 
@@ -31,16 +38,19 @@ def train_personal(
         batch: The sites' tasks.
         weights: The weight of each site [sites].
         personal: What each site kept from its last round, or `learner.personal(meta_state)`, stacked [sites, ...].
+        clip_norm: As for `fedmeta.cohort.meta_gradients`.
+        per_site: As for `fedmeta.cohort.meta_gradients`.
 
     Returns:
-        The weighted sum in float64, total weight and figures as `fedmeta.cohort.meta_gradients` does, and the new
-        personal parts stacked; that of a site whose share was not finite is the old one.
+        The weighted sum in float64, or with `per_site` the sites' gradients as they are; total weight and figures as
+        `fedmeta.cohort.meta_gradients` does; and the new personal parts stacked; that of a site whose share was not
+        finite is the old one.
     """
 
     def site(support: Rows, query: Rows, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
         return learner.train(meta_state, Task(support, query), own)
 
-    total = Contribution.empty(meta_state)
+    total = Contribution.empty(meta_state, clip_norm, per_site)
     kept: list[Parameters] = []
     size = _together(learner, batch)
     for start in range(0, batch.sites, size):
@@ -54,7 +64,8 @@ def train_personal(
         total.add(gradients, weights[start:stop].to(part.support[2].device), metrics)
         kept.append({name: torch.where(_like(finite, value), value, old[name]) for name, value in new.items()})
     figures = {name: torch.cat(values) for name, values in total.metrics.items()}
-    return total.total, total.weight, figures, {name: torch.cat([part[name] for part in kept]) for name in personal}
+    new_parts = {name: torch.cat([part[name] for part in kept]) for name in personal}
+    return total.stacked() if per_site else total.total, total.weight, figures, new_parts
 
 
 def evaluate_personal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -52,8 +52,18 @@ def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tenso
         meta_state: The meta-state; None for a new one.
     """
     reason = span.fits(learner, batch, meta_state)
-    if reason is None:
-        return "span"
+    return "span" if reason is None else _without_span(learner, reason)
+
+
+def choose_engine_by_site(engine: str, learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> str:
+    """Returns the engine that computes each site's own gradient where `engine` computes their sum.
+
+    The span form has nothing but the sum: one of the others stands for it, several times slower.
+    """
+    return _without_span(learner, span.fits(learner, batch, meta_state)) if engine == "span" else engine
+
+
+def _without_span(learner: Learner, reason: str | None) -> str:
     loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
     looped = any(isinstance(layer, loops) for layer in learner.network.module.modules())
     return "loop" if looped or reason == ROWS_MIX else "vmap"
@@ -111,9 +121,40 @@ def run(
         for sites, part in chunks(batch, size):
             total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
             places.append(sites)
-    order = torch.cat(places).argsort() if places else torch.arange(0)
-    total.metrics = {name: [torch.cat(values)[order]] for name, values in total.metrics.items()}
+    _in_site_order(total, places)
     return total
+
+
+def run_by_site(
+    engine: str,
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    batch: Batch,
+    weights: Tensor,
+    chunk: int | None,
+    budget: int,
+    clip_norm: float,
+    per_site: bool,
+) -> Contribution:
+    """Returns the same from each site's own gradient: the sum of clipped ones, or with `per_site` all of them."""
+    total, places = Contribution.empty(meta_state, clip_norm, per_site), []
+    add_sites = {"loop": loop.add_sites, "vmap": vmap.add_sites}[engine]
+    size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
+    with sdpa_kernel(SDPBackend.MATH):
+        for sites, part in chunks(batch, size):
+            add_sites(total, learner, meta_state, part, weights[sites])
+            places.append(sites)
+    order = _in_site_order(total, places)
+    if per_site:
+        total.kept = [{name: values[order] for name, values in total.stacked().items()}]
+    return total
+
+
+def _in_site_order(total: Contribution, places: Sequence[Tensor]) -> Tensor:
+    """Puts the figures of chunks with the sites at these places in order; returns the order."""
+    order = torch.cat(list(places)).argsort() if places else torch.arange(0)
+    total.metrics = {name: [torch.cat(values)[order]] for name, values in total.metrics.items()}
+    return order
 
 
 def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:

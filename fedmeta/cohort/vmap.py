@@ -15,14 +15,21 @@ from fedmeta.task import Batch, Rows, Task
 
 def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> Contribution:
     """Returns the cohort's contribution, every site in one batched call; see `fedmeta.cohort.meta_gradients`."""
+    total = Contribution.empty(meta_state)
+    add_sites(total, learner, meta_state, batch, weights)
+    return total
+
+
+def add_sites(
+    total: Contribution, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> None:
+    """Adds each site's gradient to what `total` makes of them."""
 
     def site(support: Rows, query: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return learner.meta_gradient(meta_state, Task(support, query))
 
     gradients, metrics = vmap(site)(batch.support, batch.query)
-    total = Contribution.empty(meta_state)
     total.add(gradients, weights, metrics)
-    return total
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:

@@ -42,7 +42,8 @@ def refusal(
     field = sections[section].model_fields[key]
     value = table[section].get(key, field.default)
     cure = context.get("cure") or f"must be {wanted(field.annotation, field.metadata)}"
-    guess = nearest(value, choices(field.annotation)) if isinstance(value, str) else ""
+    known = choices(field.annotation)
+    guess = nearest(value, known) if isinstance(value, str) and value not in known else ""
     return FedmetaError(f"{place}: [{section}] {key} = {_shown(value)}: {cure}{guess}")
 
 
@@ -58,7 +59,7 @@ def _unknown_key(section: str, key: str, values: Mapping[str, Any], sections: Se
     start = f"[{section}] {on_one_line(key)} = {_shown(values[key])}"
     if error["type"] != "extra_forbidden":
         return f"{start}: {error.get('ctx', {}).get('cure', 'must be true or false, a number or a text')}"
-    listing = f"; its keys are {', '.join(known)}" if known else "; the section has no keys yet"
+    listing = f"; its keys are {', '.join(known)}"
     return f"unknown key {start}{_elsewhere(key, sections) or nearest(key, known) or listing}"
 
 

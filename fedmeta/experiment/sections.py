@@ -3,10 +3,11 @@
 A key stands here only if something in the program obeys it. The help of a number ends with its unit in brackets.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fedmeta.experiment.refusals import refuse
 from fedmeta.experiment.schema import ClassPath, Count, FunctionPath, Odd, OpenSection, Section, Share, Texts, Widths
 
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
@@ -103,7 +104,16 @@ class Server(Section):
         description="Adam's and adamw's floor of a gradient's size; less turns rounding into steps (its unit)",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Pull of the parameters towards 0 (per round, times lr)")
-    aggregator: Literal["mean"] = Field(default="mean", description="How the sites' replies are combined")
+    aggregator: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound"] = Field(
+        default="mean", description="How the sites' replies are combined; all but mean bound what a few false ones do"
+    )
+    byzantine: Annotated[float, Field(ge=0, lt=0.5)] | Annotated[int, Field(ge=1)] = Field(
+        default=0.2,
+        description="False replies in a round that the aggregator is to withstand (share of its sites, or a count)",
+    )
+    norm_bound: float = Field(
+        default=1.0, gt=0, description="Longest reply that norm-bound leaves as it is (multiples of the median norm)"
+    )
     weighting: Literal["uniform", "examples"] = Field(
         default="uniform", description="What a site's reply weighs in the mean"
     )
@@ -113,6 +123,13 @@ class Server(Section):
     admit: bool = Field(default=False, description="Whether sites that join after the start are trained on too")
     round_timeout: float = Field(default=600.0, gt=0, description="When missing replies are given up (seconds)")
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
+
+    @model_validator(mode="after")
+    def _no_site_weighs_itself(self) -> Self:
+        if self.weighting != "uniform" and self.aggregator != "mean":
+            cure = f'must be "uniform" with aggregator = "{self.aggregator}": a false site would name its own weight'
+            raise refuse("weighting", cure)
+        return self
 
 
 class Evaluation(Section):
@@ -179,4 +196,28 @@ class Runtime(Section):
 
 
 class Privacy(Section):
-    """Differential privacy. The section may be present; it has no keys yet."""
+    """Differential privacy of whole sites: what the sequence of meta-states can tell of any one site is bounded."""
+
+    clip_norm: float = Field(
+        default=0.0, ge=0, description="Length to which a site shortens a longer meta-gradient; 0 = not (its norm)"
+    )
+    noise_multiplier: float = Field(
+        default=0.0, ge=0, description="Noise on a round's sum, drawn by the server; 0 = none (clip_norm)"
+    )
+    delta: float = Field(
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="Chance that epsilon does not hold; below 1 / training sites (probability)",
+    )
+    epsilon: float = Field(
+        default=0.0, ge=0, description="Budget: the round that would go beyond it is not begun; 0 = any (epsilon)"
+    )
+
+    @model_validator(mode="after")
+    def _each_needs_the_other(self) -> Self:
+        if self.noise_multiplier and not self.clip_norm:
+            raise refuse("noise_multiplier", "needs clip_norm above 0: noise hides what has a bound")
+        if self.epsilon and not self.noise_multiplier:
+            raise refuse("epsilon", "needs noise_multiplier above 0: without noise nothing is private")
+        return self

@@ -8,7 +8,8 @@
     that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
 `train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
-    and whether the gradient was finite.
+    and whether the gradient was finite. Where the server's aggregator is not the mean, it asks for each site's own
+    meta-gradient, and a node replies with those in place of the sum.
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the score (accuracy or RMSE), the loss and the calibration error on test rows after 0, 1, ...
     inner steps, and with the number of steps that the site takes.

@@ -26,7 +26,9 @@ from fedmeta.messages.wire import (
 
 Floats = NDArray[np.float64]
 
-TASK_KEYS = ("round", "classes", "run", "saved_round", "steps", "rate", "gate", "reference", "engine", "budget")
+TASK_KEYS = (
+    "round", "classes", "run", "saved_round", "steps", "rate", "gate", "reference", "engine", "budget", "per_site",
+)  # fmt: skip
 FIGURES = ("scores", "losses", "calibration")
 
 
@@ -47,6 +49,7 @@ class WorkRequest:
         reference: Whether sites train from the meta-state on their own, as the learner "local" does (`evaluate`).
         engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
         budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
+        per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
     """
 
     meta_state: Mapping[str, Tensor]
@@ -61,6 +64,7 @@ class WorkRequest:
     reference: bool = False
     engine: str = "auto"
     budget: int = 0
+    per_site: bool = False
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -76,6 +80,7 @@ class WorkRequest:
             "reference": self.reference,
             "engine": self.engine,
             "budget": self.budget,
+            "per_site": self.per_site,
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -97,6 +102,7 @@ class WorkRequest:
             reference=read_scalar(task, "reference", bool),
             engine=read_scalar(task, "engine", str),
             budget=read_scalar(task, "budget", int),
+            per_site=read_scalar(task, "per_site", bool),
         )
 
 
@@ -135,12 +141,13 @@ class EngineReply:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """The weighted sum of meta-gradients over a node's share of the cohort.
+    """The weighted sum of meta-gradients over a node's share of the cohort, or where asked for each site's own.
 
     Attributes:
         gradient: The sum, with the keys and shapes of the learned part of the meta-state. It travels in float32 where
             that loses nothing, as for one site of weight 1, and otherwise in float64, in which it was added up: a
-            node's share of the sum is not rounded before the whole is.
+            node's share of the sum is not rounded before the whole is. Where the request said `per_site`: the sites'
+            own gradients, not weighted, along a leading axis [sites, ...]; 0 where one was not finite.
         weight: The sum of the weights of the sites with a finite gradient.
         names: The sites, in the order of the figures.
         query_loss: The query loss after adaptation, per site.
@@ -166,21 +173,22 @@ class TrainReply:
         )
 
     @classmethod
-    def unpack(cls, content: RecordDict, like: Mapping[str, Tensor]) -> TrainReply:
-        """Reads a reply whose gradient must have the keys and shapes of `like`.
+    def unpack(cls, content: RecordDict, like: Mapping[str, Tensor], per_site: bool = False) -> TrainReply:
+        """Reads a reply whose gradient must have the keys and shapes of `like`, with `per_site` once for each site.
 
         Raises:
             MessageError: It is not one, or its gradient or weight is not finite.
         """
         only(content, "gradient", "cohort", "sites")
+        names = read_names(content)
         gradient = read_arrays(content, "gradient")
         only(gradient, *like)
+        sites = (len(names),) if per_site else ()
         for name, value in gradient.items():
-            if value.shape != like[name].shape or value.dtype not in (torch.float32, torch.float64):
+            if value.shape != (*sites, *like[name].shape) or value.dtype not in (torch.float32, torch.float64):
                 raise MessageError(f"the gradient of {name} has another shape or type than it should")
             if not value.isfinite().all():
                 raise MessageError(f"the gradient of {name} is not finite")
-        names = read_names(content)
         cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
         weight = read_scalar(cohort, "weight", float)
         if not (np.isfinite(weight) and weight >= 0):
