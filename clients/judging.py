@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from fedmeta.cohort.accumulate import Scores
 from fedmeta.cohort.gate import FOLDS, choose_steps
 from fedmeta.cohort.personal import evaluate_personal, stack_personal
 from fedmeta.data import Standardisation
-from fedmeta.learners import ALPHA, Learner, build
+from fedmeta.learners import Learner, build
+from fedmeta.learners.rates import with_rates_times
 from fedmeta.messages import EvaluateReply, WorkRequest
 from fedmeta.models import Parameters
 from fedmeta.task import Batch
@@ -44,8 +45,7 @@ class Judge:
         """Returns the judge that a request asks for."""
         if request.reference:
             learner = build("local", learner.network, inner_steps=learner.inner_steps, inner_lr=learner.inner_lr)
-        scaled = {name: value * request.rate if name.startswith(ALPHA) else value for name, value in meta_state.items()}
-        learner = replace(learner, inner_lr=learner.inner_lr * request.rate)
+        learner, scaled = with_rates_times(learner, meta_state, request.rate)
         steps = learner.evaluation_steps(request.steps)
         return cls(learner, scaled, steps, request.engine, request.budget or cohort.BUDGET)
 

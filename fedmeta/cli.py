@@ -1,4 +1,4 @@
-"""The command line: fedmeta run | sites | report | ui | sync | certs."""
+"""The command line: fedmeta run | compare | sites | adapt | ui | certs."""
 
 from __future__ import annotations
 
@@ -193,6 +193,37 @@ def sites(
         print(frame.to_json(orient="records", lines=True), end="")
     else:
         terminal.sites(frame)
+
+
+@app.command()
+def adapt(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder or checkpoint, its MLflow id, or models:/NAME/VERSION.", show_default=False
+        ),
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="The site's labelled rows: .csv, .parquet or .npz.")],
+    out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
+    test: Annotated[str, typer.Option(metavar="FILE", help="Further rows of the site, which only judge.")] = "",
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
+
+    Nothing leaves this machine.
+    """
+    from fedmeta.adapt import finding, joining, showing, writing
+
+    writing.check_folder(out)
+    start = finding.find_start(run, Path(Tracking().folder), uri)
+    with showing.progress() as report:
+        adapted = joining.adapt(start, data, test, report)
+    written = writing.write(adapted, out)
+    showing.show(adapted, written)
+    if as_json:
+        found = adapted.summary() | {"out": str(out), "files": written.files}
+        print(json.dumps(found | {"onnx_difference": written.onnx_difference}))
 
 
 @app.command()

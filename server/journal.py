@@ -8,12 +8,14 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
+from fedmeta.adapt.handing_on import hand_on
 from fedmeta.checkpoint import UNFINISHED, Checkpoint, Evaluation
 from fedmeta.durable import write_whole
 from fedmeta.errors import FedmetaError
@@ -137,7 +139,9 @@ class Journal:
         _write(self.folder / SUMMARY, json.dumps(summary))
         if self.tracker:
             files = [self.folder / name for name in (SUMMARY, MISSED, "experiment.toml")]
-            self.tracker.finish(summary, sites, [checkpoint, *(file for file in files if file.exists())])
+            artifacts = [checkpoint, *(file for file in files if file.exists())]
+            model = partial(hand_on, checkpoint, self.folder)
+            self.tracker.finish(summary, sites, artifacts, model, self.experiment.tracking.model)
         else:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
         (self.folder / UNFINISHED).unlink(missing_ok=True)

@@ -171,6 +171,7 @@ class Tracking(Section):
     experiment: str = Field(default="fedmeta", min_length=1, description="MLflow experiment that the run belongs to")
     name: str = Field(default="", description="Name of the run; empty = made from learner and seed")
     parent: str = Field(default="", description="Run that this one is shown under, by its MLflow id; empty = none")
+    model: str = Field(default="", description="Name that the run's model is registered under; empty = none")
     site_curves: int = Field(
         default=50, ge=0, description="How many get curves of their own by round, new first (sites)"
     )

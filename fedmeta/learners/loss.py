@@ -21,7 +21,8 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     error, averaged over a row's targets, where y [n] or [n, targets] is floating point.
     """
     if y.is_floating_point():
-        return (outputs.reshape(y.shape) - y).square().flatten(1 if y.dim() > 1 else 0).reshape(y.shape[0], -1).mean(1)
+        errors = (outputs.reshape(y.shape) - y).square()
+        return errors if y.dim() == 1 else errors.flatten(1).mean(1)
     return F.cross_entropy(outputs, y.clamp(min=0), reduction="none")
 
 

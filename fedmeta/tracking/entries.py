@@ -46,6 +46,13 @@ class Picture(NamedTuple):
     step: int
 
 
+class Model(NamedTuple):
+    """The folder of the run's model in MLflow's form, and the name that it is registered under; "" = none."""
+
+    path: str
+    registered: str
+
+
 class Dataset(NamedTuple):
     """The data of a run as MLflow lists it; `digest` has at most 36 characters."""
 
@@ -62,8 +69,8 @@ class End(NamedTuple):
     timestamp: int
 
 
-Entry = Metric | Tag | Artifact | Table | Picture | End
-KINDS: dict[str, type[Entry]] = {kind.__name__: kind for kind in (Metric, Tag, Artifact, Table, Picture, End)}
+Entry = Metric | Tag | Artifact | Table | Picture | Model | End
+KINDS: dict[str, type[Entry]] = {kind.__name__: kind for kind in (Metric, Tag, Artifact, Table, Picture, Model, End)}
 
 
 def write_unsent(path: Path, run_id: str, entries: Iterable[Entry]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +22,14 @@ from fedmeta.tracking.entries import (
     End,
     Entry,
     Metric,
+    Model,
     Picture,
     Table,
     Tag,
     read_unsent,
     write_unsent,
 )
+from fedmeta.tracking.model import log as log_model
 from fedmeta.tracking.outbox import Outbox, deliver
 from fedmeta.tracking.store import (
     MLFLOW_DEFAULTS,
@@ -115,13 +117,22 @@ class Tracker:
         metrics = run_page.evaluation_metrics(sites, groups, self._suffixes)
         self._outbox.put(self._metrics(round_number, metrics), now=True)
 
-    def finish(self, summary: Mapping[str, Any], sites: pd.DataFrame, artifacts: Sequence[Path] = ()) -> list[Entry]:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        sites: pd.DataFrame,
+        artifacts: Sequence[Path] = (),
+        model: Callable[[], Path] | None = None,
+        registered: str = "",
+    ) -> list[Entry]:
         """Logs the results, the pictures and the artifacts, and ends the run. Never raises for the store's sake.
 
         Args:
             summary: the run's JSON object.
             sites: every evaluation with a row per site, told apart by `round`; the last one is the result.
             artifacts: further files and folders to upload, such as the checkpoint and the experiment file.
+            model: writes the run's model in MLflow's form and returns its folder.
+            registered: the name that the model is registered under; "" = none.
 
         Returns:
             What could not be sent; the run's folder holds it as JSON lines.
@@ -129,12 +140,17 @@ class Tracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._outbox.put(self._metrics(0, run_page.final_metrics(summary, sites)))
         self._outbox.put([Tag("mlflow.note.content", run_page.description(summary, sites))])
-        for make in (results.tables, results.drawings):
+
+        def handed_on(sites: pd.DataFrame, folder: Path) -> list[Entry]:
+            return [Model(str(model().absolute()), registered)] if model else []
+
+        makers = {"tables": results.tables, "drawings": results.drawings, "model": handed_on}
+        for name, make in makers.items():
             try:
                 self._outbox.put(make(sites, self._folder))
             except Exception as error:
                 # A training that went well does not end over a picture of it.
-                _say(f"the run's {make.__name__} could not be made: {first_line(error)}")
+                _say(f"the run's {name} could not be made: {first_line(error)}")
         self._outbox.put(results.artifact(path) for path in artifacts)
         return self.stop("FINISHED")
 
@@ -223,6 +239,10 @@ class _Sender:
                 client.set_terminated(run_id, status, timestamp)
             case Table(path):
                 self._send_table(Path(path))
+            case Model(path, registered):
+                problem = log_model(client, run_id, Path(path), registered)
+                if problem:
+                    _say(problem)
             case Picture(path, key, step):
                 self._send_picture(path, key, step)
             case Artifact(path, folder) if Path(path).is_dir():

@@ -1,0 +1,30 @@
+"""What a run leaves for sites to come: its start, and the same as a model that MLflow can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fedmeta import checkpoint
+from fedmeta.adapt.start import FILE, Start
+from fedmeta.tracking import model
+
+
+def hand_on(checkpoint_file: Path, folder: Path) -> Path:
+    """Writes a run's start into its folder, and beside it the MLflow model made of it; returns the model's folder.
+
+    Its input example is the mean of each feature over all training sites, which the server knows: no site's row.
+
+    Raises:
+        FedmetaError: The checkpoint cannot be read.
+        OSError: The folder cannot be written.
+    """
+    start = Start.of(checkpoint.read(checkpoint_file))
+    start.write(folder / FILE)
+    whole, part = folder / model.FOLDER, folder / f"{model.FOLDER}.part"
+    for earlier in (part, whole):
+        shutil.rmtree(earlier, ignore_errors=True)
+    columns = start.form.features if start.form.named else ()
+    model.save(part, folder / FILE, start.example(), columns, regression=start.form.regression, adapts=True)
+    part.replace(whole)
+    return whole

@@ -1,0 +1,123 @@
+"""A site's own model on raw rows: imputation and standardisation included, as torch state in one file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedmeta.adapt.start import Form, Start
+from fedmeta.durable import write_whole
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Experiment
+from fedmeta.models import Parameters
+
+FILE = "model.safetensors"
+FORMAT = "fedmeta-model-1"
+
+
+class SiteModel(nn.Module):
+    """A network with what comes before and after it: raw rows in, probabilities or numbers out.
+
+    Args:
+        network: The network, with the site's parameters.
+        mean: What is subtracted from features, to be broadcast over a row.
+        scale: What they are then divided by.
+        form: What rows and labels look like.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, scale: Tensor, form: Form) -> None:
+        super().__init__()
+        self.network = network
+        self.form = form
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("scale", scale.clone())
+        self.eval()
+
+    @classmethod
+    def of(cls, start: Start, parameters: Parameters) -> SiteModel:
+        """Returns the model of a site that has these parameters."""
+        network = copy.deepcopy(start.learner.network.module)
+        model = cls(network, start.mean, start.scale, start.form)
+        own = {name: value.detach().clone() for name, value in parameters.items()}
+        model.network.load_state_dict(own, strict=False)
+        return model
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Returns raw rows [n, *shape], NaN where a value is missing, standardised; a missing value becomes the mean.
+
+        Symbols' codes stay as they are.
+        """
+        if self.form.tokens:
+            return x
+        kind = next(self.network.parameters()).dtype
+        # Subtracted before the type is changed: float32 would lose the differences of large numbers.
+        x = (x - self.mean.to(x.dtype)) / self.scale.to(x.dtype)
+        return torch.where(torch.isnan(x), torch.zeros_like(x), x).to(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the classes' probabilities [n, classes], or for regression numbers [n], of raw rows [n, *shape]."""
+        outputs: Tensor = self.network(self.prepare(x))
+        return outputs.reshape(-1) if self.form.regression else outputs.softmax(-1)
+
+    def predict(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Returns class names (text) or numbers [n] for raw rows [n, *shape]."""
+        with torch.no_grad():
+            outputs = self(torch.from_numpy(np.ascontiguousarray(x)).to(self.form.dtype))
+        return said(outputs, self.form)
+
+    def write(self, path: Path, start: Start, facts: Mapping[str, Any]) -> None:
+        """Writes the model's state, how it is built, and facts about it into one file, atomically."""
+        texts = {
+            "format": FORMAT,
+            "experiment": start.experiment.to_toml(),
+            "form": json.dumps(asdict(self.form)),
+            "facts": json.dumps(facts),
+        }
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_whole(path, save(state, texts))
+
+    @classmethod
+    def read(cls, path: Path) -> SiteModel:
+        """Reads what `write` wrote.
+
+        Raises:
+            FedmetaError: It is not such a file.
+        """
+        from fedmeta.assembly import learner_of
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts = dict(file.metadata() or {})
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise FedmetaError(f"{path}: not a readable model ({error})") from error
+        if texts.get("format") != FORMAT:
+            raise FedmetaError(f"{path}: not a site's model of this version of fedmeta")
+        form = Form.of(json.loads(texts["form"]))
+        learner = learner_of(Experiment.from_toml(texts["experiment"], str(path)), form.shape, form.outputs)
+        model = cls(learner.network.module, state["mean"], state["scale"], form)
+        model.load_state_dict(state)
+        return model
+
+
+def said(outputs: Tensor, form: Form) -> NDArray[Any]:
+    """Returns class names (text) or numbers [n] for a model's outputs [n, classes] or [n]."""
+    if form.regression:
+        numbers: NDArray[Any] = outputs.double().numpy()
+        return numbers
+    names: NDArray[Any] = np.array(form.classes, dtype=object)[outputs.argmax(-1).numpy()]
+    return names

@@ -1,0 +1,124 @@
+"""What MLflow loads: a run's meta-learned model, which a labelled support in `params` makes a site's own, or a site's.
+
+Named as `loader_module` in the model's `MLmodel`; nothing is unpickled, and MLflow itself is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from fedmeta.adapt.judging import choose
+from fedmeta.adapt.model import FILE as MODEL_FILE
+from fedmeta.adapt.model import SiteModel
+from fedmeta.adapt.start import FILE as START_FILE
+from fedmeta.adapt.start import Form, Start
+from fedmeta.data import class_codes
+from fedmeta.errors import FedmetaError
+
+CHOOSE = -1
+"""The value of the parameter `steps` that leaves the number of inner steps to cross-validation."""
+
+
+def _load_pyfunc(path: str) -> StartServer | ModelServer:
+    """Returns the model in a folder or file, as MLflow's pyfunc flavour wants it."""
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    if (folder / START_FILE).is_file():
+        return StartServer(Start.read(folder / START_FILE))
+    return ModelServer(SiteModel.read(folder / MODEL_FILE))
+
+
+class ModelServer:
+    """A site's own model."""
+
+    def __init__(self, model: SiteModel) -> None:
+        self.model = model
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> NDArray[Any]:
+        """Returns class names or numbers [n] for raw rows."""
+        return self.model.predict(raw_rows(model_input, self.model.form))
+
+
+class StartServer:
+    """A run's meta-learned model.
+
+    Without a support it predicts as the global model. With one it adapts first, for this call alone.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.model = SiteModel.of(start, start.learner.theta(start.state))
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> NDArray[Any]:
+        """Returns class names or numbers [n] for raw rows.
+
+        Args:
+            model_input: A frame with the run's columns, in any order, or an array [n, *shape].
+            params: `support_x`, the JSON of a list of labelled rows, each a list of values or an object by column,
+                null where one is missing; `support_y`, the JSON of their labels; `steps`, inner steps, -1 to have them
+                chosen by cross-validation.
+
+        Raises:
+            FedmetaError: The input or the support is not of the run's form.
+        """
+        own = params or {}
+        x = raw_rows(model_input, self.start.form)
+        if not own.get("support_x") and not own.get("support_y"):
+            return self.model.predict(x)
+        support_x, support_y = self._support(str(own.get("support_x", "")), str(own.get("support_y", "")))
+        steps = int(own.get("steps", CHOOSE))
+        if steps < 0:
+            steps = choose(self.start, support_x, support_y)
+        parameters = self.start.learner.adapt(self.start.state, (support_x, support_y), steps)
+        return SiteModel.of(self.start, parameters).predict(x)
+
+    def _support(self, x: str, y: str) -> tuple[torch.Tensor, torch.Tensor]:
+        form = self.start.form
+        rows, labels = _listed("support_x", x), _listed("support_y", y)
+        if len(rows) != len(labels):
+            raise FedmetaError(f"support_x has {len(rows)} rows, support_y {len(labels)} labels: give each row one")
+        named = all(isinstance(row, dict) for row in rows)
+        raw = raw_rows(pd.DataFrame(rows) if named else np.array(rows, dtype=float), form)
+        prepared = self.model.prepare(torch.from_numpy(raw).to(form.dtype))
+        if form.regression:
+            return prepared, torch.tensor([float(label) for label in labels], dtype=prepared.dtype)
+        codes = class_codes([str(label) for label in labels], form.classes)
+        if (codes < 0).any():
+            wrong = labels[int(np.argmax(codes < 0))]
+            raise FedmetaError(f'support_y: "{wrong}" is no class of the run; they are {", ".join(form.classes)}')
+        return prepared, torch.from_numpy(codes)
+
+
+def raw_rows(model_input: Any, form: Form) -> NDArray[Any]:
+    """Returns raw rows [n, *shape] of a frame with the run's columns, or of an array.
+
+    Raises:
+        FedmetaError: A column is missing, or rows have another shape.
+    """
+    if isinstance(model_input, pd.DataFrame) and form.named:
+        lacking = [name for name in form.features if name not in model_input.columns]
+        if lacking:
+            raise FedmetaError(f"the input lacks the columns {', '.join(lacking[:5])}")
+        model_input = model_input[list(form.features)].to_numpy(dtype=np.float64, na_value=np.nan)
+    rows = np.asarray(model_input)
+    if tuple(rows.shape[1:]) != form.shape:
+        raise FedmetaError(f"the input's rows have shape {tuple(rows.shape[1:])}, the run's {form.shape}")
+    return rows.astype(torch.empty(0, dtype=form.dtype).numpy().dtype)
+
+
+def _listed(name: str, text: str) -> list[Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise FedmetaError(f"{name} is no JSON ({error}): give a list") from None
+    if not isinstance(values, list) or not values:
+        raise FedmetaError(f"{name} must be a list of at least one entry")
+    return values

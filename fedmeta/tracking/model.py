@@ -1,0 +1,148 @@
+"""Models as MLflow keeps them: a folder that MLflow can load and serve, and the entry of a run and of the registry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from numpy.typing import NDArray
+
+from fedmeta import __version__
+from fedmeta.tracking.run_page import RESULTS
+from fedmeta.tracking.store import MLFLOW_DEFAULTS, first_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient, MlflowException
+    from mlflow.entities import LoggedModel
+
+FOLDER = "model"
+"""The name of a run's model, and of its folder."""
+
+LOADER = "fedmeta.adapt.serving"
+SUPPORT: Mapping[str, tuple[str, Any]] = {
+    "support_x": ("string", ""),
+    "support_y": ("string", ""),
+    "steps": ("long", -1),
+}
+"""The parameters of a prediction that make a run's model a site's own: their types and what they are if left out."""
+
+
+def save(
+    folder: Path, data: Path, example: NDArray[Any], columns: tuple[str, ...], *, regression: bool, adapts: bool
+) -> None:
+    """Writes a folder that `mlflow.pyfunc.load_model` and `mlflow models predict` take.
+
+    Args:
+        folder: The folder; must not be there.
+        data: The file that `fedmeta.adapt.serving` loads.
+        example: Raw rows [n, *shape] that show what the model takes.
+        columns: The names of a row's features; empty where rows are arrays without names.
+        regression: Whether predictions are numbers, and not the names of classes.
+        adapts: Whether predictions take a labelled support.
+    """
+    for key, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    shown: Any = pd.DataFrame(example, columns=list(columns)) if columns else example
+    inputs: list[Any] = [ColSpec("double", name) for name in columns]
+    inputs = inputs or [TensorSpec(example.dtype, (-1, *example.shape[1:]))]
+    outputs: list[Any] = [ColSpec("double" if regression else "string")]
+    params = ParamSchema([ParamSpec(name, kind, usual) for name, (kind, usual) in SUPPORT.items()])
+    mlflow.pyfunc.save_model(
+        str(folder),
+        loader_module=LOADER,
+        data_path=str(data),
+        signature=ModelSignature(Schema(inputs), Schema(outputs), **({"params": params} if adapts else {})),
+        input_example=shown,
+        # Given, since MLflow would otherwise load the model in another process to see what it imports.
+        pip_requirements=[f"fedmeta=={__version__}"],
+    )
+
+
+def log(client: MlflowClient, run_id: str, folder: Path, registered: str) -> str:
+    """Logs a run's model and registers it where it has a name; may be repeated.
+
+    Returns:
+        In words what the store refused; empty where nothing.
+
+    Raises:
+        Exception: The store does not answer, and may do so later.
+    """
+    from mlflow import MlflowException
+
+    try:
+        model = _logged(client, run_id) or _log(client, run_id, folder)
+    except MlflowException as error:
+        if status_of_error(error) in _LATER:
+            raise
+        client.log_artifacts(run_id, str(folder), FOLDER)
+        return f"the store keeps no models ({first_line(error)}); the run's artifacts hold this one"
+    try:
+        if registered:
+            _register(client, run_id, model, registered)
+    except MlflowException as error:
+        if status_of_error(error) in _LATER:
+            raise
+        return f'the model is not registered as "{registered}": {first_line(error)}'
+    return ""
+
+
+_LATER = (429, 500, 502, 503, 504)
+"""Which of HTTP's codes say that the same request may succeed later."""
+
+
+def status_of_error(error: MlflowException) -> int:
+    """Returns the code of HTTP that an error of MLflow stands for."""
+    code: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return code
+
+
+def _logged(client: MlflowClient, run_id: str) -> LoggedModel | None:
+    """Returns the model that a run has logged whole, if there is one."""
+    outputs = client.get_run(run_id).outputs
+    models = [client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
+    return next((model for model in models if str(model.status) == "READY"), None)
+
+
+def _log(client: MlflowClient, run_id: str, folder: Path) -> LoggedModel:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    run = client.get_run(run_id)
+    model = client.create_logged_model(run.info.experiment_id, FOLDER, run_id, model_type="fedmeta")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+    described = Model.load(str(folder))
+    described.run_id, described.model_id, described.artifact_path = run_id, model.model_id, model.artifact_location
+    described.save(str(folder / "MLmodel"))
+    client.log_model_artifacts(model.model_id, str(folder))
+    _show_results(client, run_id, model.model_id, run.data.metrics)
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _show_results(client: MlflowClient, run_id: str, model_id: str, metrics: Mapping[str, float]) -> None:
+    """Gives the model the run's results, which the list of models shows beside it."""
+    from mlflow.entities import Metric
+
+    found = [client.get_metric_history(run_id, name)[-1] for name in metrics if name.startswith(RESULTS)]
+    entries = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run_id) for m in found]
+    client.log_batch(run_id, metrics=entries)
+
+
+def _register(client: MlflowClient, run_id: str, model: LoggedModel, name: str) -> None:
+    from mlflow import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    if not any(version.run_id == run_id for version in client.search_model_versions(f"name = '{name}'")):
+        client.create_model_version(name, model.artifact_location, run_id, model_id=model.model_id)

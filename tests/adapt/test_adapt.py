@@ -1,0 +1,274 @@
+"""A site that joins after the run: from the command line to the model in its folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fedmeta.adapt import export, joining, writing
+from fedmeta.adapt.finding import find_start
+from fedmeta.adapt.model import FILE, SiteModel
+from fedmeta.adapt.serving import _load_pyfunc
+from fedmeta.adapt.site import read_rows
+from fedmeta.adapt.start import FILE as START
+from fedmeta.adapt.start import Start
+from fedmeta.cli import app
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import LEARNERS
+from tests.adapt.finished import COLUMNS, hospitals, rows, run, said, write_csv
+
+NEAR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a finished run over hospitals hands on."""
+    tmp = tmp_path_factory.mktemp("tables")
+    run(tmp, hospitals(tmp / "hospitals", missing=0.1))
+    return tmp
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("numbers")
+    run(tmp, hospitals(tmp / "hospitals", regression=True))
+    return tmp
+
+
+def site(tmp: Path, count: int = 40, seed: int = 100, tilt: float = 3.0, missing: float = 0.1) -> Path:
+    x, score = rows(seed, count, tilt, missing)
+    return write_csv(tmp / f"mine-{seed}.csv", x, said(score))
+
+
+def call(*arguments: Any) -> tuple[int, dict[str, Any] | None, str]:
+    """Runs the command as a person would; returns its code, its JSON, and what it says when it refuses."""
+    found = CliRunner().invoke(app, ["adapt", *map(str, arguments), "--json"])
+    if isinstance(found.exception, FedmetaError):
+        return 2, None, str(found.exception)
+    if found.exception and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.exit_code, json.loads(found.stdout.strip().splitlines()[-1]), ""
+
+
+def test_a_site_gets_its_model_an_estimate_and_advice(tables: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, found, _ = call(
+        tables / START, "--data", site(tmp_path), "--test", site(tmp_path, 400, seed=101), "--out", out
+    )
+    assert code == 0
+    assert found is not None
+    assert found["advice"] == "personal"
+    assert found["steps"] > 0
+    assert found["personalized"]["estimate"] > found["global"]["estimate"]
+    assert found["personalized"]["test"] > found["global"]["test"]
+    for who in ("global", "personalized"):
+        assert found[who]["low"] <= found[who]["estimate"] <= found[who]["high"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(found["files"])
+    assert set(found["files"]) >= {"card.md", "mlflow-model", "model.onnx", "model.safetensors"}
+    assert found["onnx_difference"] <= NEAR
+    text = (out / "card.md").read_text()
+    for fact in (found["run_id"], "maml", found["digest"], "40 (mine-100.csv)", "Use the personal model"):
+        assert fact in text
+
+
+def test_every_form_of_the_model_says_the_same(tables: Path, tmp_path: Path) -> None:
+    """Torch, ONNX, MLflow's loader and the learner itself, on raw rows with missing values."""
+    import mlflow.pyfunc
+    import pandas as pd
+
+    start = Start.read(tables / START)
+    adapted = joining.adapt(start, str(site(tmp_path)))
+    folder = writing.write(adapted, tmp_path / "out").folder
+    raw = read_rows(start, str(site(tmp_path, 50, seed=7, missing=0.3))).x
+    assert bool(raw.isnan().any())
+    with torch.no_grad():
+        model = SiteModel.read(folder / FILE)
+        probabilities = model(raw)
+        # By hand: standardise, impute by the mean, and ask the learner.
+        x = ((raw - start.mean) / start.scale).nan_to_num(nan=0.0).float()
+        expected = start.learner.predict(adapted.judgement.parameters, x).softmax(-1)
+    assert torch.allclose(probabilities, expected, atol=1e-6)
+    assert np.abs(export.outputs_of(folder / "model.onnx", raw.numpy()) - probabilities.numpy()).max() <= NEAR
+    names = [start.form.classes[code] for code in expected.argmax(-1).tolist()]
+    frame = pd.DataFrame(raw.numpy(), columns=list(start.form.features))
+    loaded = mlflow.pyfunc.load_model(str(folder / "mlflow-model"))
+    assert list(loaded.predict(frame)) == names
+    assert list(loaded.predict(frame[list(reversed(frame.columns))])) == names
+    state = load_file(folder / FILE)
+    assert {name for name in state if name.startswith("network.")} == {
+        f"network.{name}" for name in start.learner.network.names
+    }
+
+
+def test_columns_may_come_in_any_order(tables: Path, tmp_path: Path) -> None:
+    x, score = rows(3, 30, 3.0)
+    start = Start.read(tables / START)
+    one = read_rows(start, str(write_csv(tmp_path / "a.csv", x, said(score))))
+    turned = write_csv(tmp_path / "b.csv", x[:, ::-1], said(score), COLUMNS[::-1])
+    assert torch.equal(one.x, read_rows(start, str(turned)).x)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels", "message"),
+    [
+        (("age", "dosis", "weight"), ["ill", "well"], 'lacks "dose" and has "dosis" besides'),
+        (("age", "dose", "weight", "patient"), ["ill", "well"], 'has "patient" besides'),
+        (COLUMNS, ["ill", "healthy"], '"healthy" is no class of the run, whose classes are "ill", "well"'),
+    ],
+)
+def test_another_form_is_refused_by_name(
+    tables: Path, tmp_path: Path, columns: tuple[str, ...], labels: list[str], message: str
+) -> None:
+    x = np.random.default_rng(0).normal(size=(10, len(columns)))
+    path = write_csv(tmp_path / "mine.csv", x, labels * 5, columns)
+    code, _, said_ = call(tables / START, "--data", path, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in said_
+    assert str(path) in said_
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    _, start = run(tmp_path, None, "server.rounds=1")
+    np.savez(tmp_path / "mine.npz", x=np.zeros((9, 9, 9), dtype=np.uint8), y=np.arange(9))
+    with pytest.raises(FedmetaError, match=r"shape \(9, 9\), the run's \(8, 8\)"):
+        read_rows(start, str(tmp_path / "mine.npz"))
+
+
+def test_where_adapting_does_not_help_the_global_model_is_advised(tables: Path, tmp_path: Path) -> None:
+    """At a hundred times the rate that the run learned with, every step is one too many."""
+    start = replace(Start.read(tables / START), rate=100.0)
+    adapted = joining.adapt(start, str(site(tmp_path)))
+    assert adapted.summary()["advice"] == "global"
+    theta = start.learner.theta(start.state)
+    assert all(torch.equal(value, theta[name]) for name, value in adapted.judgement.parameters.items())
+    assert "Use the global model" in adapted.advice
+
+
+def test_few_rows_and_one_class_are_warned_of(tables: Path, tmp_path: Path) -> None:
+    x, _ = rows(5, 12, 3.0)
+    path = write_csv(tmp_path / "mine.csv", x, ["ill"] * 12)
+    code, found, _ = call(tables / START, "--data", path, "--out", tmp_path / "out")
+    assert code == 0
+    assert found is not None
+    assert any("12 rows" in warning for warning in found["warnings"])
+    assert any('of class "ill"' in warning for warning in found["warnings"])
+    assert found["warnings"][0] in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_a_single_row_is_enough_to_get_an_answer(tables: Path, tmp_path: Path) -> None:
+    x, _ = rows(5, 1, 3.0)
+    path = write_csv(tmp_path / "mine.csv", x, ["ill"])
+    code, found, _ = call(tables / START, "--data", path, "--out", tmp_path / "out")
+    assert code == 0
+    assert found is not None
+    assert found["advice"] == "global"
+
+
+def test_regression(numbers: Path, tmp_path: Path) -> None:
+    files = []
+    for seed, count in ((50, 60), (51, 500)):
+        x, score = rows(seed, count, 3.0)
+        files.append(write_csv(tmp_path / f"mine-{seed}.csv", x, [round(value) for value in score.tolist()]))
+    out = tmp_path / "out"
+    code, found, _ = call(numbers / START, "--data", files[0], "--test", files[1], "--out", out)
+    assert code == 0
+    assert found is not None
+    assert found["metric"] == "rmse"
+    assert found["advice"] == "personal"
+    assert found["personalized"]["test"] < found["global"]["test"]
+    assert found["onnx_difference"] <= NEAR
+    x, _ = rows(52, 5, 3.0)
+    predicted = _load_pyfunc(str(out)).predict(x)
+    assert predicted.dtype == np.float64
+    assert np.abs(export.outputs_of(out / "model.onnx", x) - predicted).max() <= NEAR * np.abs(predicted).max()
+
+
+def test_images(tmp_path: Path) -> None:
+    _, start = run(tmp_path, None, "model.name=cnn", "model.channels=4,4", "model.kernel=3", "server.rounds=1")
+    draw = np.random.default_rng(0)
+    x = draw.uniform(0, 16, size=(12, 8, 8))
+    np.savez(tmp_path / "mine.npz", x=x, y=draw.integers(0, 3, 12))
+    written = writing.write(joining.adapt(start, str(tmp_path / "mine.npz")), tmp_path / "out")
+    assert written.onnx_difference is not None
+    assert written.onnx_difference <= NEAR
+    predicted = _load_pyfunc(str(tmp_path / "out")).predict(x)
+    assert set(predicted) <= set(start.form.classes)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_serves_a_site_that_joins(learner: str, tmp_path: Path) -> None:
+    _, start = run(tmp_path, hospitals(tmp_path / "hospitals"), f"learner.name={learner}", "server.rounds=2")
+    adapted = joining.adapt(start, str(site(tmp_path, 20)))
+    assert adapted.judgement.steps == 0 or start.learner.adapts
+    if learner == "fedavg":
+        assert "serves every site with the global model" in adapted.advice
+
+
+def test_nothing_half_written_is_left(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = joining.adapt(Start.read(tables / START), str(site(tmp_path)))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*arguments: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "card", full)
+    with pytest.raises(FedmetaError, match="No space left"):
+        writing.write(adapted, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_is_there_is_kept(tables: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    code, _, said_ = call(tables / START, "--data", site(tmp_path), "--out", out)
+    assert code == 2
+    assert "not empty" in said_
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_without_the_packages_all_but_onnx_is_written(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "NEEDED", ("onnx", "no_such_package"))
+    written = writing.write(joining.adapt(Start.read(tables / START), str(site(tmp_path))), tmp_path / "out")
+    assert written.onnx_difference is None
+    assert "no_such_package" in written.note
+    assert "model.safetensors" in written.files
+    assert "onnx" not in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_a_run_is_found_by_whatever_names_it(tmp_path: Path) -> None:
+    result, start = run(tmp_path, None, "server.rounds=1")
+    root = result.folder.parent
+    for name in (str(result.folder), result.folder.name, result.summary["run_id"], result.summary["checkpoint"]):
+        found = find_start(name, root, "none")
+        assert found.digest == start.digest
+        assert found.run_id == result.summary["run_id"]
+    with pytest.raises(FedmetaError, match='no run "nothing"'):
+        find_start("nothing", root, f"sqlite:///{tmp_path}/absent.db")
+
+
+def test_what_a_run_hands_on_holds_nothing_of_where_it_was(tmp_path: Path) -> None:
+    data = hospitals(tmp_path / "hospitals")
+    run(tmp_path, data, "server.rounds=1", 'data.new_sites=["hospital-3"]', "tracking.experiment=secret-place")
+    content = (tmp_path / START).read_bytes().decode("latin-1")
+    for secret in (str(tmp_path), "secret-place", "hospital-"):
+        assert secret not in content
+    assert Start.read(tmp_path / START).form.features == COLUMNS
+
+
+def test_a_run_that_chose_how_far_to_adapt_hands_that_on(tmp_path: Path) -> None:
+    result, start = run(tmp_path, None, "server.rounds=3", "evaluation.schedule=auto", "learner.name=meta-sgd")
+    chosen = result.summary["schedule"]
+    assert (start.steps, start.rate) == (chosen["steps"], chosen["rate"])
+    plain = {name: value for name, value in start.meta_state.items() if name.startswith("alpha.")}
+    assert plain
+    assert all(torch.equal(start.state[name], value * chosen["rate"]) for name, value in plain.items())
