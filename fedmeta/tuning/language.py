@@ -65,7 +65,8 @@ def _checked(text: str, key: str, value: Scalar, experiment: Experiment) -> Scal
     try:
         return experiment.with_overrides([f"{key}={value}"]).params()[key]
     except FedmetaError as error:
-        raise FedmetaError(f"--over {text}: {error}") from None
+        reason = str(error).removeprefix(f"--set {key}={value}: ")
+        raise FedmetaError(f"--over {text}: {reason}") from None
 
 
 def _range(text: str, key: str, found: re.Match[str]) -> Range:

@@ -22,7 +22,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.results import Search, found
 from fedmeta.tuning.samplers import grid
-from fedmeta.tuning.space import Settings
+from fedmeta.tuning.space import Range, Settings
 from fedmeta.tuning.tracked import SearchPage
 from fedmeta.tuning.trial import attempt, interrupted, opened, put_back
 
@@ -76,7 +76,9 @@ def _queue(plan: Plan, study: Study) -> int:
     own = plan.own_settings()
     points: list[Settings] = [own] if own else []
     if plan.sampler == "grid":
-        points += grid(plan.space, plan.trials - len(points), plan.seed)
+        # The experiment's own settings are a point of the grid where everything is a choice.
+        besides = len(points) if any(isinstance(each, Range) for each in plan.space) else 0
+        points += grid(plan.space, plan.trials - besides, plan.seed)
     if QUEUED not in study.user_attrs:
         for settings in points:
             study.enqueue_trial(settings, skip_if_exists=True)
