@@ -76,7 +76,9 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
     if not run_id:
         raise FedmetaError(said or f"run {number} ended before it began; see: fedmeta flower log {number}")
     if status_of(uri, run_id) != FINISHED:
-        raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {said}")
+        why = said or f"its server ended without a word; see: fedmeta flower log {number}"
+        resume = f"; to go on: --resume {run_id}" if experiment.runtime.checkpoint_every else ""
+        raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {why}{resume}")
     folder = Path(experiment.tracking.folder) / run_id
     return fetch(uri, run_id, folder), folder
 

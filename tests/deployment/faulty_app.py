@@ -1,8 +1,8 @@
 """The real ClientApp, and faults around it: what goes wrong at a node is in its environment.
 
 FEDMETA_TEST_FAULT   "nan", "zeros", "shape" or "error": what becomes of each answer to `train`.
-FEDMETA_TEST_MARKS   a folder: the file `SITE-train-ROUND` appears there as the node begins to work; while `hold-SITE`
-                     is there, the node does not go on.
+FEDMETA_TEST_MARKS   a folder: the file `SITE-train-ROUND` appears there, with the id of the process, as the node
+                     begins to work; while `hold-SITE-train-ROUND` is there, it waits.
 """
 
 import os
@@ -22,8 +22,10 @@ MARKS = Path(os.environ["FEDMETA_TEST_MARKS"])
 class FaultyApp(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         site, kind = str(context.node_config["site"]), message.metadata.message_type
-        (MARKS / f"{site}-{kind}-{message.metadata.group_id}").touch()
-        while (MARKS / f"hold-{site}").exists():
+        mark = MARKS / f"{site}-{kind}-{message.metadata.group_id}"
+        mark.with_suffix(".part").write_text(str(os.getpid()))
+        mark.with_suffix(".part").replace(mark)
+        while (MARKS / f"hold-{mark.name}").exists():
             time.sleep(0.1)
         reply = real(message, context)
         if kind == "train" and FAULT:

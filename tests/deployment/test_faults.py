@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,9 @@ from fedmeta.tracking.ui import serving
 from tests.deployment.processes import FAST, HERE, write_sites
 
 REPOSITORY = Path(__file__).parents[2]
-WAIT_S = 300.0
+WAIT_S = 600.0
+DEADLINE_S = 150.0
+"""Far more than a round takes on a busy machine."""
 
 EXPERIMENT = """
 [data]
@@ -128,7 +131,7 @@ def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fede
 
 def experiment_of(work: Path, sites: list[str], **settings: object) -> fedmeta.Experiment:
     names = str(sites).replace("'", '"')
-    values = {"learner": "maml", "rounds": 2, "timeout": 120.0, "folder": work / "runs"} | settings
+    values = {"learner": "maml", "rounds": 2, "timeout": 600.0, "folder": work / "runs"} | settings
     (work / "run.toml").write_text(EXPERIMENT.format(data=work / "data", sites=names, **values))
     return fedmeta.load_experiment(work / "run.toml")
 
@@ -218,18 +221,18 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
         tmp_path,
         [*files],
         learner="ditto",
-        rounds=6,
-        timeout=75.0,
+        rounds=5,
+        timeout=DEADLINE_S,
         store=f"http://{HERE}:{port}",
     ).with_overrides(["data.new_sites=0"])
     over: dict[int, float] = {}
 
     def report(progress: Progress) -> None:
         over.setdefault(progress.round_number, time.monotonic())
-        if progress.round_number == 1 and 2 not in over:
-            for site in ("site-1", "site-2"):
-                (federation.marks / f"hold-{site}").touch()
 
+    holds = [federation.marks / f"hold-{site}-train-2" for site in ("site-1", "site-2")]
+    for hold in holds:
+        hold.touch()
     with ExitStack() as store:
         server = store.enter_context(serving(store_of(tmp_path), port))
 
@@ -237,42 +240,43 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
             for site in ("site-1", "site-2"):
                 federation.await_mark(f"{site}-train-2")
             federation.send(federation.nodes["site-1"], signal.SIGKILL)
-            federation.send(federation.nodes["site-2"], signal.SIGSTOP)
+            # Its app alone: the node goes on telling the server that it is there.
+            hung = int((federation.marks / "site-2-train-2").read_text())
+            os.kill(hung, signal.SIGSTOP)
             os.killpg(server.process.pid, signal.SIGKILL)
             await_true(lambda: 2 in over, "the end of round 2")
-            for site in ("site-1", "site-2"):
-                (federation.marks / f"hold-{site}").unlink()
+            for hold in holds:
+                hold.unlink()
             federation.start_node("site-1", files["site-1"])
-            federation.send(federation.nodes["site-2"], signal.SIGCONT)
-            await_true(lambda: 4 in over, "the end of round 4")
+            os.kill(hung, signal.SIGCONT)
+            await_true(lambda: 3 in over, "the end of round 3")
             store.enter_context(serving(store_of(tmp_path), port))
 
         with meanwhile(strike):
             result = fedmeta.run(experiment, runtime="deployment", report=report)
 
     run_id = result.summary["run_id"]
-    by_round: dict[object, set[object]] = {}
-    for entry in missed(result, tmp_path):
-        by_round.setdefault(entry["round"], set()).add(entry["site"])
-    assert by_round[2] == {"site-1", "site-2"}
-    assert not {1, 5, 6} & set(by_round), by_round
-    # The round ended by its deadline, and not later than a node's message takes.
-    assert over[2] - over[1] < 75.0 + 60.0
-    assert sorted(rounds_of(store_of(tmp_path), run_id, "train/query_loss")) == [1, 2, 3, 4, 5, 6]
+    reasons = {(entry["round"], entry["site"]): str(entry["reason"]) for entry in missed(result, tmp_path)}
+    assert {site for number, site in reasons if number == 2} == {"site-1", "site-2"}
+    assert reasons[2, "site-2"] == "no reply in time"
+    assert not {1, 4, 5} & {number for number, _ in reasons}, reasons
+    # The round ended by its deadline, and not later than it takes to ask.
+    assert DEADLINE_S - 5.0 < over[2] - over[1] < DEADLINE_S + 60.0
+    assert sorted(rounds_of(store_of(tmp_path), run_id, "train/query_loss")) == [1, 2, 3, 4, 5]
     assert rounds_of(store_of(tmp_path), run_id, "failures/replies")[2] == 2.0
     assert open_client(store_of(tmp_path)).get_run(run_id).info.status == "FINISHED"
     assert result.sites["site"].tolist() == [*files]
     # The site that came back under another id has gone on with what it kept, and keeps it where it did.
     (shelf,) = (tmp_path / "state-site-1").glob("*/site-1-*")
     kept = {path.stem for path in shelf.iterdir()}
-    assert {"round-000005", "round-000006"} <= kept
+    assert {"round-000004", "round-000005"} <= kept
 
 
 # ---------------------------------------------------------------- the server
 
 
 @pytest.mark.slow
-def test_a_superlink_that_is_restarted_and_a_deployed_run_that_is_gone_on_with(
+def test_a_server_that_is_killed_and_restarted_and_a_deployed_run_that_is_gone_on_with(
     tmp_path: Path, federation: Federation
 ) -> None:
     files = write_sites(tmp_path / "data", sites=2)
@@ -290,8 +294,11 @@ def test_a_superlink_that_is_restarted_and_a_deployed_run_that_is_gone_on_with(
 
     with meanwhile(strike), pytest.raises(FedmetaError) as refusal:
         fedmeta.run(experiment, runtime="deployment", report=lambda progress: over.append(progress.round_number))
-    assert "\n" not in str(refusal.value)
-    print(refusal.value)
+    assert re.fullmatch(
+        r"run \d+ failed \(in MLflow \w+\): its server ended without a word; see: fedmeta flower log \d+; "
+        r"to go on: --resume \w+",
+        str(refusal.value),
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     assert checkpoint.newest(folder)[0].round_number in (1, 2)
 
