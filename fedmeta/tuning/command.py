@@ -47,6 +47,8 @@ def tune(plan: Plan, seeds: int, out: Path | None) -> str:
     """Runs a search, sets the best against the experiment's own on new sites with so many seeds, and shows it."""
 
     def judge(found: Search) -> Search:
+        if not found.done or found.best == found.own:
+            return found  # there is nothing to set against the experiment's own settings
         with terminal.several(plan.experiment) as report:
             own = plan.experiment
             judged = judge_settings(found.experiment, own, seeds, plan.folder, plan.runtime, report)

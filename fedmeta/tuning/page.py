@@ -19,6 +19,8 @@ def verdict(search: Search) -> str:
     best, own = search.best, search.own
     said = f"Best of {len(search.attempts)} trials by {search.plan.sampler}: {words(best.settings)}"
     said += f" ({search.metric} {best.score:.3f} on validation sites"
+    if best == own:
+        return f"{said}): the experiment as it was, and nothing tried did better."
     said += f"; {own.score:.3f} as it was)." if own and own.score is not None else ")."
     judged = search.judged
     if judged:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from fedmeta.experiment import Scalar
 from fedmeta.tracking.pictures import COLOURS, FAINT, GROUND, INK, LOSS, entitle, figure_of, finish
 from fedmeta.tuning.results import Search
-from fedmeta.tuning.space import Choices
+from fedmeta.tuning.space import Choices, Dimension
 
 DONE, BEST = COLOURS["new"], COLOURS["training"]
 STRATEGIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Of Okabe and Ito (2008), as everywhere."""
+MANY_DECADES = 1.7
 
 
 def history(search: Search) -> Figure:
@@ -47,22 +51,39 @@ def history(search: Search) -> Figure:
 
 
 def settings(search: Search) -> Figure:
-    """Draws the scores against each key's value."""
+    """Draws the scores against each key's value; of trials that were given up, the last ones on their way."""
     space = search.plan.space
     figure, _ = figure_of(min(3.2 * len(space), 14.0) + 0.8, 3.4, columns=len(space))
+    pruned = [each for each in search.attempts if each.state == "pruned" and each.score is not None]
     for place, (axes, each) in enumerate(zip(figure.axes, space, strict=True)):
-        values = [attempt.settings[each.key] for attempt in search.done]
-        scores = np.array([attempt.score for attempt in search.done])
-        names: Sequence[object] = each.values if isinstance(each, Choices) else ()
-        where = [names.index(value) for value in values] if names else values
-        axes.scatter(where, scores, s=22, color=DONE, alpha=0.75, linewidth=0)
-        axes.scatter(where[:1], scores[:1], s=60, facecolor="none", edgecolor=BEST, linewidth=2)
-        if names:
-            axes.set_xticks(range(len(names)), [str(name) for name in names], fontsize=8)
-        elif not isinstance(each, Choices) and each.log:
-            axes.set_xscale("log")
+        for trials, face in ((pruned, GROUND), (search.done, DONE)):
+            scores = np.array([attempt.score for attempt in trials])
+            where = _places(each, [attempt.settings[each.key] for attempt in trials])
+            axes.scatter(where, scores, s=22, facecolor=face, edgecolor=FAINT if trials is pruned else DONE, alpha=0.8)
+        axes.scatter(where[:1], scores[:1], s=70, facecolor="none", edgecolor=BEST, linewidth=2)
+        _scale(axes, each)
         entitle(axes, each.key, "", "" if place else f"{search.metric}, validation sites")
     return figure
+
+
+def _places(dimension: Dimension, values: Sequence[Scalar]) -> NDArray[np.float64]:
+    """Returns where values stand on the axis of their key: numbers where they are, choices side by side."""
+    if isinstance(dimension, Choices):
+        return np.array([dimension.values.index(value) for value in values], dtype=np.float64)
+    return np.array(values, dtype=np.float64)
+
+
+def _scale(axes: Axes, dimension: Dimension) -> None:
+    if isinstance(dimension, Choices):
+        axes.set_xticks(range(len(dimension.values)), [str(value) for value in dimension.values], fontsize=8)
+        axes.set_xlim(-0.5, len(dimension.values) - 0.5)
+    elif dimension.log:
+        axes.set_xscale("log")
+        decades = math.log10(dimension.high / dimension.low)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < MANY_DECADES else (1,)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(dimension.low / 1.2, dimension.high * 1.2)
 
 
 def importance(search: Search) -> Figure:
