@@ -29,6 +29,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the experiment; may be repeated."),
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show neither progress nor tables; errors are still said.")]
+
 INTERRUPTED = 130
 
 
@@ -73,15 +75,17 @@ def run(
         typer.Option(metavar="RUN|auto", help="Go on with a run: its folder's name, its MLflow id, or the newest one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Runs an experiment and shows what personalisation does for new sites and training sites."""
-    from fedmeta import terminal
+    from fedmeta import terminal, watching
     from fedmeta.runtime import run as run_experiment
 
     experiment = load_experiment(file, overrides or [])
-    with terminal.progress(experiment) as report:
+    with watching.progress(experiment, quiet=quiet) as report:
         result = run_experiment(experiment, runtime=runtime.value, resume=resume, report=report)
-    terminal.results(result.summary, experiment)
+    if not quiet:
+        terminal.results(result.summary, experiment)
     if as_json:
         print(json.dumps(result.summary))
 
@@ -98,18 +102,20 @@ def compare(
     runtime: Annotated[RuntimeName, typer.Option(help="As for run.")] = RuntimeName.LOCAL,
     out: Annotated[Path | None, typer.Option(help="Where to write comparison.md and comparison.json too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Runs several learners on the same sites with several seeds, and shows which serves new sites best.
 
     Interrupted, the same command goes on where it stopped.
     """
-    from fedmeta import comparison, terminal
+    from fedmeta import comparison, terminal, watching
 
     experiment = load_experiment(file, overrides or [])
     names = [name.strip() for name in learners.split(",") if name.strip()]
-    with terminal.several(experiment) as report:
+    with watching.several(experiment, quiet=quiet) as report:
         found = comparison.compare(experiment, names, seeds, tune=tune, runtime=runtime.value, report=report)
-    terminal.comparison(found)
+    if not quiet:
+        terminal.comparison(found)
     if out:
         comparison.write(found, out)
     if as_json:

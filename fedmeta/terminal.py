@@ -1,74 +1,25 @@
-"""What the command line shows: progress while a run goes on, a table at its end. All on stderr, for people."""
+"""What the command line shows of results: tables. On stderr, for people; stdout is for programs."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedmeta.comparison import Comparison, interval, spread
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking
-from fedmeta.progress import Progress as Stand
-from fedmeta.progress import Report
 from fedmeta.tracking.store import shown
 from fedmeta.tuning import words
 
 MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
-
-
-@contextmanager
-def progress(experiment: Experiment, title: str = "") -> Iterator[Report]:
-    """Shows a bar with scores, failures and the time that is left, where stderr is a terminal; yields what feeds it.
-
-    Notes, such as a round that was skipped or a site that joined, are printed wherever stderr goes.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[scores]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failures]}", style="red"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        name = title or f"{experiment.learner.name} on {experiment.data.source}"
-        task = bar.add_task(name, total=experiment.server.rounds, scores="starting", failures="")
-
-        def report(stand: Stand) -> None:
-            if stand.note:
-                console.print(f"fedmeta: {stand.note}", highlight=False, markup=False, soft_wrap=True)
-            failures = f"{stand.failures} failed" if stand.failures else ""
-            scores = _scores(stand)
-            bar.update(task, completed=stand.round_number, total=stand.rounds, scores=scores, failures=failures)
-
-        yield report
-
-
-@contextmanager
-def several(experiment: Experiment) -> Iterator[Callable[[str, int, int], Report]]:
-    """Shows the progress of one run after the other; yields what gives each run (title, number, count) its bar."""
-    with ExitStack() as bars:
-
-        def next_run(title: str, number: int, count: int) -> Report:
-            bars.close()
-            return bars.enter_context(progress(experiment, f"{number}/{count} {title}"))
-
-        yield next_run
-
-
-def _scores(stand: Stand) -> str:
-    if stand.global_score is None or stand.personalized_score is None:
-        return "no score yet"
-    return f"new sites: global {stand.global_score:.3f}, personalized [bold]{stand.personalized_score:.3f}[/]"
+LARGE = 1e5
+"""From here on an error is written with a power of ten: adaptation ran away, and digits would burst the table."""
 
 
 def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
@@ -166,4 +117,6 @@ def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < LARGE else f"{value:.2e}"

@@ -8,19 +8,20 @@ import sys
 
 import pytest
 
-from fedmeta import terminal
+from fedmeta import terminal, watching
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
 from tests.tracking.made_up_run import evaluation, summary
 
 RUN = """
-from fedmeta import terminal
+from fedmeta import watching
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
 
-with terminal.progress(Experiment.from_toml("[server]\\nrounds = 4", "a test")) as report:
+with watching.progress(Experiment.from_toml("[server]\\nrounds = 4", "a test")) as report:
     report(Progress(1, 4))
     report(Progress(2, 4, 0.5, 0.75, failures=3))
+    report(Progress(3, 4, 0.5, 0.75, failures=3))
     report(Progress(4, 4, 0.625, 0.875, failures=3))
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b[349][0-7]")
@@ -66,6 +67,7 @@ def test_progress_shows_scores_and_failures(coloured):
     assert "global 0.625" in coloured
     assert "0.875" in coloured
     assert "3 failed" in coloured
+    assert "▁█" in coloured, "one bar for each evaluation, not for each round"
 
 
 def test_no_color_is_honoured(coloured):
@@ -74,10 +76,23 @@ def test_no_color_is_honoured(coloured):
 
 
 def test_a_pipe_gets_no_progress(capsys):
-    with terminal.progress(Experiment()) as report:
+    with watching.progress(Experiment()) as report:
         report(Progress(1, 4, 0.5, 0.75))
         report(Progress(2, 4, note="node 2 left"))
     assert capsys.readouterr().err == "fedmeta: node 2 left\n"
+    with watching.progress(Experiment(), quiet=True) as report:
+        report(Progress(2, 4, note="node 2 left"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sparkline_rises_with_its_values_and_stays_short():
+    assert watching.sparkline([0.5]) == "▄"
+    assert watching.sparkline([0.2, 0.9]) == "▁█"
+    assert watching.sparkline([0.0, 0.5, 1.0, 0.0]) == "▁▅█▁"
+    rising = watching.sparkline([place / 500 for place in range(501)])
+    assert len(rising) == watching.MOST_BARS
+    assert list(rising) == sorted(rising)
+    assert (rising[0], rising[-1]) == ("▁", "█")
 
 
 @pytest.mark.parametrize("regression", [False, True])

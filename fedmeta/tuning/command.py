@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedmeta import terminal
+from fedmeta import watching
 from fedmeta.comparison import interval
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
@@ -49,7 +49,7 @@ def tune(plan: Plan, seeds: int, out: Path | None) -> str:
     def judge(found: Search) -> Search:
         if not found.done or found.best == found.own:
             return found  # there is nothing to set against the experiment's own settings
-        with terminal.several(plan.experiment) as report:
+        with watching.several(plan.experiment) as report:
             own = plan.experiment
             judged = judge_settings(found.experiment, own, seeds, plan.folder, plan.runtime, report)
         return replace(found, judged=judged)
