@@ -63,6 +63,7 @@ class Tracker:
         self._folder = folder
         self._site_curves = site_curves
         self._suffixes: dict[str, str] | None = None
+        self._of_many = False
         self._steps: dict[str, int] = {}
         self._outbox: Outbox[Entry] = Outbox(_Sender(client, run_id, resumed), self._lost)
 
@@ -91,6 +92,7 @@ class Tracker:
         uri = checked_uri(settings.uri)
         client, run_id = within_time(uri, lambda: _open(uri, settings, params, dataset, folder, resume_run_id))
         tracker = cls(client, uri, run_id, folder, settings.site_curves, resume_run_id is not None)
+        tracker._of_many = bool(settings.parent)
         unsent_id, unsent = read_unsent(folder / UNSENT)
         if unsent_id == run_id:
             tracker._outbox.put(entry for entry in unsent if not isinstance(entry, End))
@@ -144,7 +146,9 @@ class Tracker:
         def handed_on(sites: pd.DataFrame, folder: Path) -> list[Entry]:
             return [Model(str(model().absolute()), registered)] if model else []
 
-        makers = {"tables": results.tables, "drawings": results.drawings, "model": handed_on}
+        makers = {"tables": results.tables}
+        if not self._of_many:  # nobody looks at a trial's pictures or serves its model, and they take seconds
+            makers |= {"drawings": results.drawings, "model": handed_on}
         for name, make in makers.items():
             try:
                 self._outbox.put(make(sites, self._folder))

@@ -22,7 +22,7 @@ from fedmeta.randomness import generator
 from fedmeta.tuning.space import Choices, Dimension, Range, Settings
 
 STRANGERS = 5
-"""The median pruner lets so many trials come to their end first."""
+"""So many trials come to their end before the median pruner asks, and are drawn at random before a model is fitted."""
 RUNGS = 6
 """A trial is judged after each sixth of its rounds, where it may be pruned."""
 
@@ -58,8 +58,8 @@ def sampler_of(name: str, seed: int, workers: int) -> BaseSampler:
     makers: dict[str, Callable[[int], BaseSampler]] = {
         "random": lambda key: RandomSampler(seed=key),
         "grid": lambda key: RandomSampler(seed=key),
-        "tpe": lambda key: TPESampler(seed=key, constant_liar=workers > 1),
-        "gp": lambda key: GPSampler(seed=key, warn_independent_sampling=False),
+        "tpe": lambda key: TPESampler(seed=key, n_startup_trials=2 * STRANGERS, constant_liar=workers > 1),
+        "gp": lambda key: GPSampler(seed=key, n_startup_trials=STRANGERS, warn_independent_sampling=False),
         "cmaes": lambda key: CmaEsSampler(seed=key, warn_independent_sampling=False),
     }
     return DrawnByNumber(makers[name], seed)

@@ -81,6 +81,7 @@ def _check_mlflow(folder: Path, said: dict) -> None:
     for each in said["trials"]:
         run = nested[each["run_id"]]
         assert run.data.params["evaluation.judge"] == "validation_sites"
+        assert "pictures" not in {file.path for file in client.list_artifacts(each["run_id"])}
         if each["state"] == "pruned":
             assert run.info.status == "KILLED"
             assert run.data.tags["fedmeta.pruned"] == str(each["rounds"])
