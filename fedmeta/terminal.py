@@ -62,6 +62,8 @@ def comparison(found: Comparison) -> None:
         scores = (f"{row['global']:.3f}", personalized, f"{row['worst_decile']:.3f}", f"{row['helped']:.0%}")
         table.add_row(str(row["learner"]), *scores, against)
     console.print(table)
+    for learner, reason in found.left_out.items():
+        console.print(f"{learner} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     if found.trials:
         count = len(next(iter(found.trials.values())))
         caption = f"the best of {count} for each learner, on validation sites of the first seed"

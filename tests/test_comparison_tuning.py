@@ -103,9 +103,20 @@ def test_a_run_that_fails_loses_and_does_not_end_the_comparison(tmp_path: Path) 
     assert "| - | 2 | 1 |" in (found.folder / "comparison.md").read_text()
 
 
-def test_a_learner_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
+def test_a_comparison_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FedmetaError, match=r"^hopeless$"):
         started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("hopeless"))
+
+
+@pytest.mark.parametrize(("tune", "fails_in"), [(2, "tune fedavg ·"), (0, "fedavg, seed 1")])
+def test_a_learner_that_fails_alone_is_left_out_and_named(tmp_path: Path, tune: int, fails_in: str) -> None:
+    learners = ["fedavg", "fedavg-ft"]
+    found, _ = started(described(tmp_path), learners, tune, fails_in, FedmetaError("hopeless"))
+    assert found.left_out == {"fedavg": "hopeless"}
+    assert list(found.table["learner"]) == ["fedavg-ft"]
+    assert set(found.sites["learner"]) == {"fedavg-ft"}
+    assert "\nfedavg is left out: hopeless.\n" in (found.folder / "comparison.md").read_text()
+    assert json.loads((found.folder / "comparison.json").read_text())["left_out"] == found.left_out
 
 
 def test_trials_are_judged_on_sites_that_are_new_to_no_one_of_that_seed(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def markdown(comparison: Comparison) -> str:
         cells.append(interval(row["difference"], row["low"], row["high"]))
         cells += [f"{row['rounds']:.0f}", f"{row['bytes_up'] / 1e6:.1f}", f"{row['wall_s']:.1f}"]
         lines.append(_row(cells))
+    for learner, reason in comparison.left_out.items():
+        lines += ["", f"{learner} is left out: {reason}."]
     return "\n".join([*lines, *_settings(comparison)]) + "\n"
 
 
@@ -55,7 +57,7 @@ def to_json(comparison: Comparison) -> str:
     trials = {learner: [asdict(trial) for trial in tried] for learner, tried in comparison.trials.items()}
     return json.dumps(
         {"verdict": comparison.verdict, "baseline": comparison.baseline, "metric": comparison.score}
-        | {"table": table, "runs": runs}
+        | {"table": table, "runs": runs, "left_out": dict(comparison.left_out)}
         | {"settings": {learner: tried[0]["settings"] for learner, tried in trials.items()}, "trials": trials}
     )
 

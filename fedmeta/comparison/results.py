@@ -36,6 +36,7 @@ class Comparison:
         verdict: One sentence.
         folder: Where it is kept, and goes on from when it is interrupted.
         trials: Every setting that was tried for each learner, the best one first; empty where nothing was tuned.
+        left_out: The learners that failed, and why.
     """
 
     runs: pd.DataFrame
@@ -46,6 +47,7 @@ class Comparison:
     verdict: str
     folder: Path
     trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def tabulate(
@@ -54,6 +56,7 @@ def tabulate(
     folder: Path,
     seed: int,
     trials: Mapping[str, Sequence[Trial]] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Returns the results of all runs set beside one another.
 
@@ -63,6 +66,7 @@ def tabulate(
         folder: Where the comparison is kept.
         seed: Key of the intervals' resampling.
         trials: The settings that were tried for each learner, the best one first.
+        left_out: Further learners, which failed, and why.
     """
     runs = pd.DataFrame([_run_row(result.summary) for result in results])
     sites = pd.concat(
@@ -84,7 +88,8 @@ def tabulate(
         row["difference"], row["low"], row["high"] = difference(sites, learner, baseline, score, seed)
         rows.append(row)
     table = pd.DataFrame(rows).sort_values("personalized", ascending=score == "rmse", ignore_index=True)
-    return Comparison(runs, sites, table, baseline, score, verdict(table, baseline, score), folder, trials or {})
+    said = verdict(table, baseline, score)
+    return Comparison(runs, sites, table, baseline, score, said, folder, trials or {}, left_out or {})
 
 
 def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +44,8 @@ def compare(
         report: Gives each run what takes its progress.
 
     Raises:
-        FedmetaError: As for `fedmeta.runtime.run`; or a learner is named twice.
+        FedmetaError: A learner is named twice; or every learner failed. One that fails alone, such as one whose
+            training diverges under all settings, is left out and named.
     """
     if len(set(learners)) != len(learners):
         raise FedmetaError(f"--learners names one twice: {', '.join(learners)}")
@@ -54,8 +55,8 @@ def compare(
     page = ComparisonPage.open(experiment, learners, seeds, folder, runtime)
     with page:
         variants = {name: experiment.with_overrides([f"learner.name={name}"]) for name in learners}
-        trials = {}
-        for place, (name, variant) in enumerate(variants.items() if tune else ()):
+        trials, left_out = {}, dict[str, str]()
+        for place, (name, variant) in enumerate(list(variants.items()) if tune else ()):
             nested = page.parent_of(variant)
 
             def reports(title: str, number: int, place: int = place) -> Report:
@@ -64,24 +65,48 @@ def compare(
             def run_trial(trial: Experiment, report: Report) -> Result:
                 return _resumed(trial, runtime, report)
 
-            trials[name] = settings.tried(nested, tune, folder / "trials", run_trial, reports)
-            variants[name] = with_settings(variant, settings.chosen(trials[name]))
-        results = _run_all(list(variants.values()), seeds, folder, runtime, report)
-        found = tabulate(results, learners, folder, experiment.runtime.seed, trials)
+            try:
+                trials[name] = settings.tried(nested, tune, folder / "trials", run_trial, reports)
+                variants[name] = with_settings(variant, settings.chosen(trials[name]))
+            except FedmetaError as error:
+                left_out[name] = str(error)
+                del variants[name]
+        results = _run_all(variants, seeds, folder, runtime, report, left_out)
+        compared = [name for name in learners if name not in left_out]
+        found = tabulate(results, compared, folder, experiment.runtime.seed, trials, left_out)
         write(found, folder)
         page.publish(found)
     return found
 
 
-def _run_all(variants: Sequence[Experiment], seeds: int, folder: Path, runtime: str, report: Reports) -> list[Result]:
-    """Returns the results of every variant with every seed."""
+def _run_all(
+    variants: Mapping[str, Experiment],
+    seeds: int,
+    folder: Path,
+    runtime: str,
+    report: Reports,
+    left_out: dict[str, str],
+) -> list[Result]:
+    """Returns the results of every variant with every seed; one that fails is noted in `left_out`, with all its seeds.
+
+    Raises:
+        FedmetaError: None is left; the message is the first one's.
+    """
     results: list[Result] = []
     for offset in range(seeds):
-        for variant in variants:
+        for place, (name, variant) in enumerate(variants.items(), 1):
+            if name in left_out:
+                continue
             seeded = variant.with_overrides([f"runtime.seed={variant.runtime.seed + offset}"])
-            title = f"{seeded.learner.name}, seed {seeded.runtime.seed}"
-            results.append(run_once(seeded, folder, runtime, report(title, len(results) + 1, seeds * len(variants))))
-    return results
+            title, number = f"{name}, seed {seeded.runtime.seed}", offset * len(variants) + place
+            try:
+                results.append(run_once(seeded, folder, runtime, report(title, number, seeds * len(variants))))
+            except FedmetaError as error:
+                left_out[name] = str(error)
+    kept = [result for result in results if result.summary["learner"] not in left_out]
+    if not kept:
+        raise FedmetaError(next(iter(left_out.values())))
+    return kept
 
 
 def run_once(experiment: Experiment, folder: Path, runtime: str, report: Report) -> Result:
