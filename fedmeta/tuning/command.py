@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from fedmeta import watching
 from fedmeta.comparison import interval
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Experiment
+from fedmeta.experiment import UNTRACKED, Experiment, Tracking
+from fedmeta.progress import Report as RunReport
+from fedmeta.tracking.store import shown
 from fedmeta.tuning import page, strategies
 from fedmeta.tuning.judging import judge as judge_settings
 from fedmeta.tuning.language import space_of
@@ -49,13 +58,12 @@ def tune(plan: Plan, seeds: int, out: Path | None) -> str:
     def judge(found: Search) -> Search:
         if not found.done or found.best == found.own:
             return found  # there is nothing to set against the experiment's own settings
-        with watching.several(plan.experiment) as report:
-            own = plan.experiment
-            judged = judge_settings(found.experiment, own, seeds, plan.folder, plan.runtime, report)
+        own = plan.experiment
+        judged = judge_settings(found.experiment, own, seeds, plan.folder, plan.runtime, bars.run)
         return replace(found, judged=judged)
 
-    with _bar(plan) as report:
-        found = search(plan, report(plan.sampler), judge if seeds else None)
+    with _bars(plan) as bars:
+        found = search(plan, bars.search(plan.sampler), judge if seeds else None)
     _show(found)
     if out:
         page.write(found, out)
@@ -67,42 +75,49 @@ def compare(plan: Plan, names: Sequence[str], seeds: int, out: Path | None) -> s
     for name in names:
         if name not in SAMPLERS:
             raise FedmetaError(f'--compare: no way "{name}"{nearest(name, SAMPLERS)} (known: {", ".join(SAMPLERS)})')
-    with _bar(plan) as report:
-        found = strategies.compare_strategies(plan, names, seeds, report)
+    with _bars(plan) as bars:
+        found = strategies.compare_strategies(plan, names, seeds, bars.search)
     _show_strategies(found)
     if out:
         strategies.write(found, out)
     return strategies.to_json(found)
 
 
+class _Bars:
+    """One bar at a time: of a search's trials, or of a run's rounds."""
+
+    def __init__(self, progress: Progress, plan: Plan) -> None:
+        self._progress, self._plan = progress, plan
+
+    def search(self, title: str) -> Report:
+        """Returns what takes a search's progress."""
+        task = self._only(title, self._plan.trials, "no trial yet")
+
+        def take(found: Search) -> None:
+            best = f"best {found.best.score:.3f}, {words(found.best.settings)}" if found.done else "no trial yet"
+            self._progress.update(task, completed=sum(each.state != "waiting" for each in found.attempts), said=best)
+
+        return take
+
+    def run(self, title: str, number: int, count: int) -> RunReport:
+        """Returns what takes the progress of one of some runs."""
+        task = self._only(f"{number}/{count} {title}", self._plan.experiment.server.rounds, "")
+        return lambda stand: self._progress.update(task, completed=stand.round_number)
+
+    def _only(self, title: str, total: int, said: str) -> TaskID:
+        for earlier in self._progress.task_ids:
+            self._progress.remove_task(earlier)
+        return self._progress.add_task(title, total=total, said=said)
+
+
 @contextmanager
-def _bar(plan: Plan) -> Iterator[Callable[[str], Report]]:
-    """Shows a bar of trials where stderr is a terminal; yields what gives each search (its title) what takes it."""
+def _bars(plan: Plan) -> Iterator[_Bars]:
+    """Shows bars where stderr is a terminal."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[best]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-
-        def next_search(title: str) -> Report:
-            for earlier in bar.task_ids:
-                bar.remove_task(earlier)
-            task = bar.add_task(title, total=plan.trials, best="no trial yet")
-
-            def take(found: Search) -> None:
-                best = f"best {found.best.score:.3f}, {words(found.best.settings)}" if found.done else "no trial yet"
-                behind = sum(each.state != "waiting" for each in found.attempts)
-                bar.update(task, completed=behind, best=best)
-                if behind >= plan.trials:
-                    bar.update(task, visible=False)
-
-            return take
-
-        yield next_search
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[said]}")]
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield _Bars(progress, plan)
 
 
 def _show(found: Search) -> None:
@@ -112,9 +127,9 @@ def _show(found: Search) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in (found.metric, *(key.removeprefix("learner.") for key in keys), ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    shown = found.done[:MOST_ROWS]
-    shown += [found.own] if found.own and found.own not in shown else []
-    for each in shown:
+    ranked = found.done[:MOST_ROWS]
+    ranked += [found.own] if found.own and found.own not in ranked else []
+    for each in ranked:
         cells = [words({key: each.settings[key]}).rpartition(" ")[2] for key in keys]
         table.add_row(f"{each.score:.3f}", *cells, "as it was" if each == found.own else "")
     console.print(table)
@@ -125,6 +140,12 @@ def _show(found: Search) -> None:
     best = shlex.quote(str(found.plan.folder / "best.toml"))
     console.print(f"page        {found.plan.folder / 'tuning.md'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"run it      fedmeta run {best}", highlight=False, markup=False, soft_wrap=True)
+    tracking = found.plan.experiment.tracking
+    if tracking.uri != UNTRACKED:
+        usual = Tracking().experiment
+        named = f" --set tracking.experiment={tracking.experiment}" if tracking.experiment != usual else ""
+        see = f"fedmeta ui --uri {shlex.quote(shown(tracking.uri))}{named}"
+        console.print(f"see it      {see}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_strategies(found: strategies.Strategies) -> None:
