@@ -34,30 +34,49 @@ class Estimate:
         return self.score <= other.score if self.metric == "rmse" else self.score >= other.score
 
 
-def accuracy(scores: NDArray[np.float64], rows: NDArray[np.int64]) -> Estimate:
+def accuracy(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1.0) -> Estimate:
     """Returns the accuracy over parts [parts] of so many rows each, with the interval of Clopper and Pearson (1934).
 
-    For rows that are judged independently it covers the truth more often than its level says. The rows of a
-    cross-validation share models, and the model that they judge is not quite the final one, which uses that reserve.
+    Args:
+        scores: Each part's accuracy.
+        rows: Each part's rows.
+        excess: How many times the variance is that of rows judged independently (`shared_excess`); the interval is that
+            of so many times fewer rows.
     """
-    n, k = int(rows.sum()), round(float(scores @ rows))
-    tail = (1 - LEVEL) / 2
-    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
-    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    n, share = int(rows.sum()), float(scores @ rows / rows.sum())
+    tail, k = (1 - LEVEL) / 2, round(share * n)
+    right, wrong = k / excess, (n - k) / excess
+    low = float(betaincinv(right, wrong + 1, tail)) if k else 0.0
+    high = float(betaincinv(right + 1, wrong, 1 - tail)) if k < n else 1.0
     return Estimate("accuracy", k / n, low, high, n)
 
 
-def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64]) -> Estimate:
+def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1.0) -> Estimate:
     """Returns the RMSE over parts [parts] of so many rows each, with Student's interval on the logarithm of its square.
 
     Squared errors are skewed; the logarithm of their mean is far less so. Its standard error is that of the mean over
     parts, divided by the mean (delta method).
+
+    Args:
+        scores: Each part's RMSE.
+        rows: Each part's rows.
+        excess: How many times the variance is that of rows judged independently.
     """
     n, parts, squares = int(rows.sum()), len(rows), scores**2
     mean = float(squares @ rows / n)
     if parts < 2 or not mean > 0:
         return Estimate("rmse", mean**0.5, 0.0, float("inf") if parts < 2 else 0.0, n)
-    error = float(np.sqrt(np.sum((rows / n) ** 2 * (squares - mean) ** 2) * parts / (parts - 1))) / mean
-    reach = float(stdtrit(parts - 1, (1 + LEVEL) / 2)) * error
+    variance = excess * float(np.sum((rows / n) ** 2 * (squares - mean) ** 2)) * parts / (parts - 1)
+    reach = float(stdtrit(parts - 1, (1 + LEVEL) / 2)) * variance**0.5 / mean
     low, high = (float(np.exp((np.log(mean) + side) / 2)) for side in (-reach, reach))
     return Estimate("rmse", mean**0.5, low, high, n)
+
+
+def shared_excess(rows: NDArray[np.int64]) -> float:
+    """Returns how many times the variance of a cross-validated score is that of as many independent rows.
+
+    The parts [parts] judge models that were trained on nearly the same rows: 1 + parts * test rows / training rows, the
+    correction of Nadeau and Bengio (Machine Learning 52:239, 2003). 1 where nothing was trained.
+    """
+    total, own = int(rows.sum()), float(rows.mean())
+    return 1 + len(rows) * own / (total - own) if len(rows) > 1 else 1.0

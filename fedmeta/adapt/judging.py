@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta import cohort
-from fedmeta.adapt.intervals import Estimate, accuracy, rmse
+from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
 from fedmeta.adapt.start import Start
 from fedmeta.cohort.accumulate import Scores
 from fedmeta.cohort.gate import FOLDS, choose_steps
@@ -88,7 +88,9 @@ def judge(start: Start, x: Tensor, y: Tensor, report: Report = silent) -> Judgem
     others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
     chosen, *inner = desk.choices([np.arange(len(y)), *others], report)
     score = rmse if start.form.regression else accuracy
-    unadapted, adapted = (score(scores, np.bincount(parts)) for scores in desk.set_aside(parts, inner))
+    before, after = desk.set_aside(parts, inner)
+    rows = np.bincount(parts)
+    unadapted, adapted = score(before, rows), score(after, rows, shared_excess(rows))
     adapted = adapted if chosen else unadapted
     steps = chosen if adapted.better_or_equal(unadapted) else 0
     own = learner.trajectory(state, (x, y), steps)[-1]

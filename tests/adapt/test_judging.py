@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmeta.adapt.intervals import LEVEL, accuracy, rmse
+from fedmeta.adapt.intervals import LEVEL, accuracy, rmse, shared_excess
 from fedmeta.adapt.judging import _Desk, choose, judge
 from fedmeta.adapt.start import Start
 from tests.adapt.finished import hospitals, rows, run
@@ -39,6 +39,19 @@ def test_accuracy_has_the_interval_of_clopper_and_pearson() -> None:
     assert (eight.low, eight.high) == pytest.approx((0.4931, 0.9632), abs=1e-4)
     mirrored = accuracy(np.array([0.2]), np.array([10]))
     assert (mirrored.low, mirrored.high) == pytest.approx((1 - eight.high, 1 - eight.low))
+
+
+def test_models_that_share_their_rows_are_worth_fewer_rows() -> None:
+    twenty = np.full(20, 2, dtype=np.int64)
+    assert shared_excess(twenty) == pytest.approx(1 + 20 * 2 / 38)
+    assert shared_excess(np.array([7])) == 1.0
+    half = accuracy(np.full(20, 0.8), twenty, excess=2.0)
+    assert (half.score, half.rows) == (0.8, 40)
+    plain = accuracy(np.full(20, 0.8), np.ones(20, dtype=np.int64))
+    assert (half.low, half.high) == pytest.approx((plain.low, plain.high))
+    errors = np.linspace(1.0, 2.0, 20)
+    wide, narrow = (rmse(errors, twenty, excess) for excess in (4.0, 1.0))
+    assert np.log(wide.high / wide.score) == pytest.approx(2 * np.log(narrow.high / narrow.score))
 
 
 def test_rmse_has_students_interval_on_the_logarithm() -> None:
