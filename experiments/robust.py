@@ -91,13 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[CLEAN, *AGGREGATORS])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory(prefix="robust-") as folder:
         for seed in options.seeds:
             for name in options.only:
-                experiment = load_experiment(HERE / "har.toml", settings(name, seed, options.rounds, folder))
+                experiment = load_experiment(
+                    HERE / "har.toml", [*settings(name, seed, options.rounds, folder), *options.overrides]
+                )
                 found[name].append(accuracy(experiment, name != CLEAN))
                 print(name, seed, *(f"{score:.3f}" for score in found[name][-1]), file=sys.stderr, flush=True)
     print(table(found))
