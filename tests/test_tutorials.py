@@ -1,0 +1,41 @@
+"""The tutorials work line by line, from an empty folder, and print what they promise."""
+
+import pytest
+
+from fedmeta.runtime.superlink import free_port
+from tests.pages import ROOT, missing, read, run
+
+TUTORIALS = ROOT / "docs" / "tutorials"
+
+
+def follow(name, folder, replaced=None):
+    page = read(TUTORIALS / f"{name}.md")
+    for (commands, promised), printed in zip(page.commands, run(page, folder, replaced), strict=True):
+        assert not missing(promised, printed), f"after\n{commands}\nnot this, but:\n{printed[-3000:]}"
+
+
+@pytest.mark.slow
+def test_a_researcher_comes_from_one_file_to_a_report(tmp_path):
+    follow("researcher", tmp_path)
+    assert "prefers-color-scheme" in (tmp_path / "data" / "compared" / "report" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_new_site_comes_to_its_own_model(tmp_path):
+    follow("new_site", tmp_path)
+
+
+@pytest.mark.slow
+def test_an_operator_comes_to_a_federation_of_processes(tmp_path):
+    ports = {port: str(free_port()) for port in ("8000", "8443", "9095", "9101")}
+    ports["port=$((port + 1))"] = f'port=$(python -c "{FREE}")'
+    follow("operator", tmp_path, ports)
+
+
+FREE = "from fedmeta.runtime.superlink import free_port; print(free_port())"
+
+
+def test_a_promise_that_is_not_kept_is_seen():
+    assert missing("a 0.75 b\n", "x a 1.25 b") == []
+    assert missing("│ new │  8 │\n", "│ new │ 12 │ 3 │") == []
+    assert missing("a 0.75 c\n", "x a 1.25 b") == ["a 0.75 c"]
