@@ -157,9 +157,11 @@ def _open(
     return client, run_id
 
 
-def annotate(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Sets tags of a run that has ended; where the store does not answer, they are left out."""
+def annotate(uri: str, run_id: str, tags: Mapping[str, str], killed: bool = False) -> None:
+    """Sets tags of a run, and says of one whose process is gone that it was killed; not where no store answers."""
     with suppress(Exception):
         client = open_client(uri)
+        if killed:
+            client.set_terminated(run_id, "KILLED")
         for key, value in tags.items():
             client.set_tag(run_id, key, value)

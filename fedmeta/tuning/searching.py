@@ -24,7 +24,7 @@ from fedmeta.tuning.results import Search, found
 from fedmeta.tuning.samplers import grid
 from fedmeta.tuning.space import Range, Settings
 from fedmeta.tuning.tracked import SearchPage
-from fedmeta.tuning.trial import attempt, interrupted, opened, put_back
+from fedmeta.tuning.trial import attempt, bury, interrupted, opened, put_back
 
 HOPELESS = 3
 """After so many trials in a row that could not even begin, the search stops, and they wait to be tried again."""
@@ -53,6 +53,7 @@ def search(plan: Plan, report: Report, judge: Callable[[Search], Search] | None 
         lower_is_better = load(plan.experiment.data).regression
         study = opened(plan, lower_is_better=lower_is_better)
         for trial in interrupted(study):
+            bury(plan, trial)
             put_back(study, trial.number)
         total = _queue(plan, study)
         with SearchPage.open(plan) as page:

@@ -88,6 +88,13 @@ def attempt(plan: Plan, parent: str) -> None:
         raise
 
 
+def bury(plan: Plan, trial: FrozenTrial) -> None:
+    """Says in MLflow that the run of a trial whose process is gone was killed; the trial itself is tried again."""
+    run_id = trial.user_attrs.get("run_id")
+    if run_id and plan.experiment.tracking.uri != UNTRACKED:
+        annotate(plan.experiment.tracking.uri, run_id, {"fedmeta.killed": "tried again"}, killed=True)
+
+
 def put_back(study: Study, number: int) -> None:
     """Lets a trial wait, with the settings that it has, to be tried before anything new is."""
     storage = study._storage

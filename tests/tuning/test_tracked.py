@@ -76,6 +76,7 @@ def _check_mlflow(folder: Path, said: dict) -> None:
     assert "search/new_sites_difference" in search.data.metrics
     there = {file.path for file in client.list_artifacts(search.info.run_id)}
     assert {"trials.json", "best.toml", "tuning.md", "pictures", "images"} <= there
+    assert not [run for run in runs if run.info.status == "RUNNING"], "the killed trial's run has ended too"
     nested = {run.info.run_id: run for run in runs if run.data.tags.get("mlflow.parentRunId") == search.info.run_id}
     assert {each["run_id"] for each in said["trials"]} <= set(nested)
     for each in said["trials"]:
