@@ -55,10 +55,10 @@ def shoot(page: Page, link: str, wanted: set[str], path: Path, width: int, heigh
     """Opens a link, waits for what it should show, and takes a picture."""
     page.open(link, width=width, height=height)
     missing = page.wait_for(wanted, PATIENCE_S)
-    page.evaluate(CLOSE_ASSISTANT)
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and page.evaluate(LOADING):
         time.sleep(1.0)
+    page.evaluate(CLOSE_ASSISTANT)
     time.sleep(SETTLES_S)
     page.screenshot(path)
     print(path, f"lacks {missing}" if missing else "")
@@ -67,7 +67,8 @@ def shoot(page: Page, link: str, wanted: set[str], path: Path, width: int, heigh
 def dark(page: Page, on: bool) -> None:
     """Makes the browser prefer dark pages, or light ones."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
-    page.call("Emulation.setEmulatedMedia", features=[scheme])
+    # With a mouse, too: without one, charts show their tools all the time.
+    page.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "hover", "value": "hover"}])
 
 
 def main() -> None:
@@ -100,6 +101,7 @@ def main() -> None:
             "artifacts": (f"{experiment}/runs/{runs['maml']}/artifacts/pictures/sites.png?{kind}", {"sites.png"}, 1300),
             "table": (f"{experiment}/runs/{runs['maml']}/artifacts/per_site.json?{kind}", {"per_site.json"}, 1000),
         }
+        dark(page, False)
         chosen = set(options.only.split(",")) if options.only else {*pages, "report", "report-dark"}
         for name, (link, wanted, height) in pages.items():
             if name not in chosen:

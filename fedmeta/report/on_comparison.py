@@ -30,7 +30,7 @@ def on_comparison(compared: Compared) -> Document:
         sections=(
             Section("The question", (Text(_question(found, kind)),)),
             *((parts.data(run),) if run else ()),
-            Section("What came out", (_table(found, kind), *_settings(found), _drawn(compared))),
+            Section("What came out", (_table(found, kind), *_left_out(found), *_settings(found), _drawn(compared))),
             Section("Left behind", (_left_behind(found),)),
             _again(compared),
             Section("Every site", (Folded(f"{kind.capitalize()} sites under each learner", (_sites(found),)),)),
@@ -86,6 +86,10 @@ def _table(found: Comparison, kind: str) -> Table:
         "paired by site and seed, with their 95 % interval (bootstrap over sites)."
     )
     return Table((*headings, "MB up", "seconds"), tuple(rows), caption, strong=0)
+
+
+def _left_out(found: Comparison) -> tuple[Block, ...]:
+    return tuple(Text(f"{learner} is left out: {reason}") for learner, reason in found.left_out.items())
 
 
 def _settings(found: Comparison) -> tuple[Block, ...]:
@@ -161,7 +165,7 @@ def _again(compared: Compared) -> Section:
         return Section("How to do it again", tuple(blocks))
     seeds = found.runs["seed"].nunique()
     tuned = f" --tune {len(next(iter(found.trials.values())))}" if found.trials else ""
-    learners = ",".join(dict.fromkeys(found.runs["learner"]))
+    learners = ",".join([*dict.fromkeys(found.runs["learner"]), *found.left_out])
     command = f"fedmeta compare {parts.EXPERIMENT_FILE} --learners {learners} --seeds {seeds}{tuned}"
     told = f"Seeds {', '.join(str(seed) for seed in sorted(set(found.runs['seed'])))}. Runs {ids}."
     return parts.again(shared(compared), command, run.summary.get("versions", {}), told)

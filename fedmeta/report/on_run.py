@@ -112,8 +112,9 @@ def _table(run: Run, score: str) -> Table:
     # The summary calls the lowest score `min`; of errors the worst one is the highest, which it does not have.
     headings = ("", "sites", "alone", "global", "personalized", "std", "worst tenth", "lowest", "helped")
     caption = (
-        f"{'RMSE' if score == 'rmse' else 'Accuracy'} on each site's test rows, mean over sites. Alone: trained on the same rows without the federation. "
-        "Helped: the share of sites whose personalized score is at least the global one."
+        f"{'RMSE' if score == 'rmse' else 'Accuracy'} on each site's test rows, mean over sites. Alone: trained on the "
+        "same rows without the federation. Helped: the share of sites whose personalized score is at least the global "
+        "one."
     )
     return Table(headings, tuple(rows), caption, strong=0)
 

@@ -137,9 +137,9 @@ def _comparison(folder: Path, folders: dict[str, Path], known: Path | None) -> C
         sites = pd.read_parquet(folder / SITES)
         tables = [pd.DataFrame(said[name]) for name in ("runs", "table")]
         trials = {name: [Trial(**trial) for trial in tried] for name, tried in said.get("trials", {}).items()}
-        found = Comparison(
-            tables[0], sites, _numbers(tables[1]), said["baseline"], said["metric"], said["verdict"], folder, trials
-        )
+        table, left_out = _numbers(tables[1]), said.get("left_out", {})
+        settled = (said["baseline"], said["metric"], said["verdict"])
+        found = Comparison(tables[0], sites, table, *settled, folder, trials, left_out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedmetaError(f"{folder}: not the files of a comparison: {error}") from error
     runs = {name: _run(folders[name], folders[name]) for name in found.runs["run_id"] if name in folders}

@@ -162,6 +162,16 @@ def test_a_comparison_report_holds_every_learner(compared, tmp_path):
     assert found.verdict in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
+def test_a_learner_that_failed_is_named(compared, tmp_path):
+    root, found = compared
+    folder = shutil.copytree(found.folder, tmp_path / "comparison")
+    said = json.loads((folder / "comparison.json").read_text())
+    (folder / "comparison.json").write_text(json.dumps(said | {"left_out": {"imaml": "training diverged"}}))
+    page = page_of(str(folder), root=root, out=tmp_path / "out")
+    assert "imaml is left out: training diverged" in page
+    assert "--learners local,fedavg-ft,maml,imaml" in page
+
+
 def test_runs_beside_one_another_are_told_apart(made, tmp_path):
     root, first = made
     other = run(described(root, "learner.inner_lr=0.5"))
@@ -180,7 +190,7 @@ def test_what_cannot_be_reported_is_refused_in_a_line(made, compared, tmp_path):
     root, result = made
     folder = shutil.copytree(result.folder, tmp_path / "unfinished")
     (folder / "summary.json").unlink()
-    with pytest.raises(FedmetaError, match="has not ended.*--resume"):
+    with pytest.raises(FedmetaError, match=r"has not ended.*--resume"):
         read([str(folder)], root, NOWHERE)
     with pytest.raises(FedmetaError, match="neither a finished run nor a comparison"):
         read(["no-such-run"], root, NOWHERE)
