@@ -95,7 +95,8 @@ class Strategies:
         sign = -1 if self.metric == "rmse" else 1
         ahead = [name for name, gap in zip(rest["strategy"], gaps, strict=True) if (sign * gap > 0).all()]
         others = ", ".join(ahead) or "none of the others"
-        return f"{said}; with every seed it did better than {others}."
+        same = ", though a grid's points are the same with every seed" if best["strategy"] == "grid" else ""
+        return f"{said}; with every seed it did better than {others}{same}."
 
 
 def compare_strategies(plan: Plan, names: Sequence[str], seeds: int, report: Callable[[str], Report]) -> Strategies:
