@@ -147,7 +147,7 @@ class _Desk:
         steps: list[int] = []
         for start in range(0, len(dealt), together):
             support = self._padded(dealt[start : start + together], longest)
-            steps += choose_steps(self._evaluate, support).tolist()
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST).tolist()
             report(len(steps), len(sets))
         return steps
 

@@ -1,4 +1,4 @@
-"""A site that chooses its steps does so on its support rows, and needs a reason to adapt."""
+"""A site that chooses its steps does so on its support rows, and needs a reason to leave the usual number."""
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ def rows(sites: int, n: int, mask: Tensor | None = None) -> Rows:
     return x, torch.zeros(sites, n, dtype=torch.long), torch.ones(sites, n) if mask is None else mask
 
 
-def with_losses(losses: Tensor) -> Scores:
-    return Scores(losses, losses, losses)
+def with_losses(losses: Tensor, scores: Tensor | None = None) -> Scores:
+    return Scores(torch.zeros_like(losses) if scores is None else scores, losses, losses)
 
 
-def test_takes_the_steps_with_the_smallest_loss() -> None:
+def test_takes_the_steps_that_cost_least() -> None:
     def evaluate(batch: Batch) -> Scores:
         assert batch.sites == 2 * FOLDS
         noise = torch.linspace(0, 0.01, FOLDS).repeat(2)[:, None]
@@ -31,12 +31,27 @@ def test_takes_the_steps_with_the_smallest_loss() -> None:
     assert choose_steps(evaluate, rows(2, 10)).tolist() == [2, 0]
 
 
-def test_stays_where_the_gain_is_within_its_own_spread() -> None:
+def test_takes_the_usual_number_where_the_gain_is_within_its_own_spread() -> None:
     def evaluate(batch: Batch) -> Scores:
         gains = torch.tensor([1.0, -0.9, 0.8, -0.9, 0.2])[:, None]
-        return with_losses(torch.cat([torch.ones(FOLDS, 1), 1 - gains.expand(-1, STEPS)], 1))
+        return with_losses(torch.cat([1 - gains, torch.ones(FOLDS, STEPS)], 1))
 
-    assert choose_steps(evaluate, rows(1, 10), margin=1.0).tolist() == [0]
+    assert choose_steps(evaluate, rows(1, 10), margin=1.0).tolist() == [STEPS]
+    assert choose_steps(evaluate, rows(1, 10), usual=1, margin=1.0).tolist() == [1]
+    assert choose_steps(evaluate, rows(1, 10), usual=99, margin=0.0).tolist() == [0]
+
+
+def test_errors_count_beside_the_loss_and_one_confident_mistake_is_not_all() -> None:
+    losses = torch.tensor([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 50.0]])
+    scores = torch.tensor([[0.2, 0.9]] * 4 + [[0.2, 0.5]])
+    assert choose_steps(lambda batch: with_losses(losses, scores), rows(1, 10), usual=0, margin=0.0).tolist() == [1]
+    assert choose_steps(lambda batch: with_losses(losses), rows(1, 10), margin=0.0).tolist() == [0]
+
+
+def test_steps_of_a_regression_that_diverge_are_not_taken() -> None:
+    x, _, mask = rows(1, 10)
+    losses = torch.tensor([[1.0, 0.5, torch.inf]] * 2 + [[1.0, 0.5, 1e30]] + [[1.0, 0.5, torch.nan]] * 2)
+    assert choose_steps(lambda batch: with_losses(losses), (x, torch.zeros(1, 10), mask)).tolist() == [1]
 
 
 def test_folds_hold_out_each_row_once_and_never_train_on_it() -> None:
