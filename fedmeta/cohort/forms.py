@@ -72,8 +72,7 @@ def choose_forms(found: Survey, steps: Sharing, rows: int) -> Forms:
     spans = {
         name
         for name, calls in by_name.items()
-        if all(call.kind == "linear" and call.weight == name for call in calls)
-        and _saved(calls, rows, len(steps)) > 0
+        if all(call.kind == "linear" and call.weight == name for call in calls) and _saved(calls, rows, len(steps)) > 0
     }
     absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
     dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
