@@ -245,7 +245,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
 ) -> None:
-    """Writes one page about a run, or about runs beside one another: HTML that needs no network, and Markdown."""
+    """Writes one page about a run, or about runs beside one another: HTML that needs no network, and Markdown.
+
+    RUN is a run's folder, checkpoint or MLflow id, or a comparison's folder or MLflow id; several runs are compared.
+    """
     from fedmeta.report import write
 
     for path in write(runs, out, Path(Tracking().folder), uri):
