@@ -28,15 +28,17 @@ from tests.tracking.browser import CHROMIUM, Page, browser  # noqa: E402
 LEARNERS = ("local", "fedavg", "fedavg-ft", "maml", "meta-sgd")
 SEEDS = 2
 EXPERIMENT = "fedmeta"
-PATIENCE_S = 240.0
+PATIENCE_S = 120.0
 SETTLES_S = 3.0
 """How long a page takes to draw what has arrived."""
-CLOSE_ASSISTANT = """(() => {
-    const named = [...document.querySelectorAll("*")].filter(each => each.textContent.trim() === "MLflow Assistant");
-    let panel = named.pop();
-    while (panel && panel.querySelectorAll("button").length < 3) panel = panel.parentElement;
-    if (panel) [...panel.querySelectorAll("button")][2].click();
+TIDY = """(() => {
+    const right = each => each.getBoundingClientRect().right;
+    const upper = [...document.querySelectorAll("button")].filter(each => each.getBoundingClientRect().top < 60);
+    const last = upper.sort((one, other) => right(one) - right(other)).pop();
+    if (document.body.textContent.includes("MLflow Assistant") && last) last.click();
+    document.head.insertAdjacentHTML("beforeend", "<style>.modebar { display: none !important }</style>");
 })()"""
+"""Closes MLflow's side panel, and hides the tools that charts show to who has no mouse."""
 LOADING = """document.querySelectorAll('[class*="spin" i], [aria-busy="true"], .anticon-spin').length > 0"""
 
 
@@ -58,7 +60,7 @@ def shoot(page: Page, link: str, wanted: set[str], path: Path, width: int, heigh
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and page.evaluate(LOADING):
         time.sleep(1.0)
-    page.evaluate(CLOSE_ASSISTANT)
+    page.evaluate(TIDY)
     time.sleep(SETTLES_S)
     page.screenshot(path)
     print(path, f"lacks {missing}" if missing else "")
@@ -67,8 +69,7 @@ def shoot(page: Page, link: str, wanted: set[str], path: Path, width: int, heigh
 def dark(page: Page, on: bool) -> None:
     """Makes the browser prefer dark pages, or light ones."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
-    # With a mouse, too: without one, charts show their tools all the time.
-    page.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "hover", "value": "hover"}])
+    page.call("Emulation.setEmulatedMedia", features=[scheme])
 
 
 def main() -> None:
