@@ -115,6 +115,9 @@ def _drawn(compared: Compared) -> Pictures:
             "Every site and seed is a dot; the bar is the mean, the dotted line the mean of the global model.",
         ),
     ]
+    if (found.table["bytes_up"] > 0).any():
+        caption = "What a site's gain costs the line: the means over seeds."
+        drawn.append(Picture("traffic", comparison_pictures.traffic(found.table, found.score), caption))
     histories = {name: run.history for name, run in compared.runs.items()}
     if any(history["round"].nunique() > 1 for history in histories.values()):
         caption = "The mean over sites and seeds; the band reaches from the lowest seed to the highest."

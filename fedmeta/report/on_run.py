@@ -15,6 +15,7 @@ CAPTIONS = {
     "sites": "Every site: its score with the global model (ring) and with its own (dot). Names in bold are new sites.",
     "adaptation": "The score after each inner step; the band holds the middle 80 % of the sites.",
     "rounds": "Test scores while the start was learned.",
+    "heat_map": "Each site's own model, evaluation by evaluation; the best at the end on top.",
     "gain_by_rows": "What adapting brings each site, against the rows that it has to train on.",
 }
 

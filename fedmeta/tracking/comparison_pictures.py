@@ -1,4 +1,4 @@
-"""Pictures of a comparison: each learner's difference from the baseline with its interval."""
+"""Pictures of a comparison: what each learner gains over the baseline, and what it costs to send."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 
 from fedmeta.tracking import pictures
 from fedmeta.tracking.run_page import COLOURS
+
+LINES = 18
+"""How many lines of text fit above one another in the picture of traffic."""
 
 
 def differences(table: pd.DataFrame, baseline: str, score: str) -> Figure:
@@ -36,6 +39,31 @@ def differences(table: pd.DataFrame, baseline: str, score: str) -> Figure:
     axes.grid(visible=False, axis="y")
     what = "gain in accuracy" if score == "accuracy" else "fall of rmse"
     pictures.entitle(axes, f"New sites: each learner against {baseline}", f"{what} (paired by site; 95 % interval)", "")
+    return figure
+
+
+def traffic(table: pd.DataFrame, score: str) -> Figure:
+    """Draws each learner's score on new sites against the bytes that its sites sent.
+
+    Args:
+        table: One row per learner: learner, personalized, bytes_up.
+        score: "accuracy" or "rmse".
+    """
+    figure, axes = pictures.figure_of(7.0, 4.8)
+    megabytes, scores = (table["bytes_up"] / 1e6).to_numpy(), table["personalized"].to_numpy()
+    colours = [COLOURS.get(name, pictures.INK) for name in table["learner"]]
+    axes.scatter(megabytes, scores, s=36, color=colours, zorder=3)
+    # Learners that send as much and do as well share a line of text.
+    height = max(float(np.ptp(scores)) / LINES, 1e-9)
+    places = list(zip(np.round(megabytes, 1), np.round(scores / height).astype(int), strict=True))
+    for place in dict.fromkeys(places):
+        here = [number for number, other in enumerate(places) if other == place]
+        names = ", ".join(str(table["learner"].iloc[number]) for number in here)
+        at = float(megabytes[here].mean()), float(place[1] * height)
+        axes.annotate(names, at, (6, 0), textcoords="offset points", va="center", fontsize=8, color=pictures.INK)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.3)
+    pictures.entitle(axes, "What sites send against what new sites get", "sent by sites in a run (MB)", score)
     return figure
 
 

@@ -129,11 +129,43 @@ def by_round(sites: pd.DataFrame) -> Figure:
     return finish(figure, axes, handles if kinds else [])
 
 
+def heat_map(sites: pd.DataFrame) -> Figure:
+    """Draws every site's personalized score in every evaluation: who gets better, stays behind, or swings.
+
+    A row per site, the best at the end on top, each beginning with the colour of its group. The scale is Nunez et al.'s
+    (2018) "cividis", which looks alike to every eye.
+    """
+    score = score_of(sites)
+    table = sites.pivot_table(index="site", columns="round", values=f"personalized_{score}").dropna(how="all")
+    named = len(table) <= NAMED_SITES
+    figure, axes = figure_of(7.0, 1.8 + (0.17 * max(len(table), 6) if named else 4.2))
+    entitle(axes, f"Personalized {score}, site by site", "round", "" if named else f"{len(table)} sites")
+    if table.empty:
+        return finish(figure, axes)
+    table = table.sort_values(table.columns[-1], ascending=score == "rmse", kind="stable")
+    kinds = sites.drop_duplicates("site").set_index("site")["kind"][table.index].to_numpy()
+    colours = "cividis" if score == "accuracy" else "cividis_r"
+    cells = axes.imshow(table.to_numpy(), aspect="auto", cmap=colours, interpolation="nearest")
+    for kind in [kind for kind in COLOURS if kind in kinds]:
+        rows = np.flatnonzero(kinds == kind)
+        places, size = np.full(len(rows), -0.75), 16 if named else 6
+        axes.scatter(places, rows, marker="s", s=size, linewidth=0, color=COLOURS[kind], label=_label(kind))
+    axes.set_xlim(-1, table.shape[1] - 0.5)
+    axes.grid(visible=False)
+    shown = np.unique(np.linspace(0, table.shape[1] - 1, min(12, table.shape[1])).astype(int))
+    axes.set_xticks(shown, [str(table.columns[place]) for place in shown])
+    names = [_short(str(name)) for name in table.index] if named else []
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    figure.colorbar(cells, ax=axes, shrink=0.8, pad=0.02).ax.tick_params(labelsize=8, colors=INK)
+    return finish(figure, axes)
+
+
 PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "sites": site_ranking,
     "gain_by_rows": gain_by_rows,
     "adaptation": adaptation,
     "rounds": by_round,
+    "heat_map": heat_map,
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedmeta.tracking import pictures
+from fedmeta.tracking import comparison_pictures, pictures
 from tests.tracking.made_up_run import evaluation, history
 
 BLUE, ORANGE, RED = (0, 0x72, 0xB2), (0xE6, 0x9F, 0), (0xD5, 0x5E, 0)
@@ -40,7 +40,7 @@ def legend(figure: Figure) -> set[str]:
 def test_all_pictures_are_drawn(tmp_path, new, training, regression):
     rounds = [evaluation(new, training, r / 2, round_number=r, regression=regression) for r in range(3)]
     files = pictures.save(pd.concat(rounds, ignore_index=True), tmp_path / "pictures")
-    assert [file.stem for file in files] == ["sites", "gain_by_rows", "adaptation", "rounds"]
+    assert [file.stem for file in files] == ["sites", "gain_by_rows", "adaptation", "rounds", "heat_map"]
     for file in files:
         with Image.open(file) as image:
             assert image.width == 1400
@@ -134,3 +134,25 @@ def test_any_scores_are_drawn(data):
     sites["gain"] = sites["personalized_accuracy"] - sites["global_accuracy"]
     for draw in pictures.PICTURES.values():
         draw(sites).draw_without_rendering()
+
+
+def test_the_heat_map_has_a_row_per_site_and_a_column_per_evaluation():
+    history = pd.concat([evaluation(3, 5, r / 2, round_number=r) for r in (0, 10, 20)], ignore_index=True)
+    axes = pictures.heat_map(history).axes[0]
+    (image,) = axes.images
+    assert image.get_array().shape == (8, 3)
+    last = history[history["round"] == 20].set_index("site")["personalized_accuracy"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[0] == last.idxmax()
+    np.testing.assert_allclose(image.get_array()[:, 2], last[names].to_numpy())
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "10", "20"]
+
+
+def test_traffic_names_every_learner_once_though_points_fall_together():
+    table = pd.DataFrame(
+        {"learner": ["maml", "fedavg-ft", "meta-sgd", "local"], "bytes_up": [8e6, 8e6, 35e6, 0.0]}
+        | {"personalized": [0.9, 0.9, 0.88, 0.6]}
+    )
+    axes = comparison_pictures.traffic(table, "accuracy").axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["local", "maml, fedavg-ft", "meta-sgd"]
+    assert axes.collections[0].get_offsets().shape == (4, 2)
