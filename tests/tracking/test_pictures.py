@@ -105,7 +105,7 @@ def test_rounds_show_the_worst_tenth():
 def test_a_run_whose_sites_cannot_be_judged_says_so(tmp_path):
     sites = evaluation(1, 2).assign(global_accuracy=np.nan, personalized_accuracy=np.nan, gain=np.nan)
     assert "no site has test rows" in texts(pictures.site_ranking(sites))
-    assert len(pictures.save(sites, tmp_path)) == 4
+    assert len(pictures.save(sites, tmp_path)) == 5
 
 
 def test_names_are_shown_as_they_are(tmp_path, recwarn):
