@@ -167,7 +167,7 @@ def test_the_artifacts_are_there_wherever_the_process_ran(whole_run, store, tmp_
     }
     beside = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / run_id / "artifacts"
     assert (beside / "checkpoint" / "state.safetensors").read_bytes() == b"state"
-    assert len(list((beside / "pictures").glob("*.png"))) == 4
+    assert len(list((beside / "pictures").glob("*.png"))) == 5
     assert not (folder / "mlruns").exists()
     pd.testing.assert_frame_equal(pd.read_parquet(beside / "sites.parquet")[["site", "round"]], run[["site", "round"]])
 
