@@ -25,6 +25,14 @@ PARTS = {
 }
 """The scripts, in the order in which they run, and what their tables are called."""
 
+SHORT = {
+    "engines": ["--repeats", "3"],
+    "rounds": ["--blocks", "3", "--rounds", "20", "--flower-rounds", "3"],
+    "overhead": ["--rounds", "100"],
+    "scale": ["--repeats", "1", "--rounds", "10"],
+}
+"""Options under which everything takes a quarter of an hour: medians of few runs."""
+
 QUICK = {
     "engines": ["--repeats", "1"],
     "rounds": ["--blocks", "1", "--rounds", "5", "--flower-rounds", "1"],
@@ -47,7 +55,7 @@ def run_part(name: str, options: list[str]) -> tuple[str, Any]:
 
 def options_of(name: str, options: argparse.Namespace) -> list[str]:
     """Returns a script's options."""
-    own = QUICK[name] if options.quick else []
+    own = QUICK[name] if options.quick else SHORT[name] if options.short else []
     threads = [] if name == "overhead" else ["--threads", str(options.threads)]
     pfl = ["--pfl-python", options.pfl_python] if name == "rounds" and options.pfl_python else []
     return [*own, *threads, *pfl]
@@ -56,6 +64,7 @@ def options_of(name: str, options: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run everything once, in minutes; measures nothing well")
+    parser.add_argument("--short", action="store_true", help="fewer runs of everything: a quarter of an hour")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--pfl-python", default="", help="an interpreter that has pfl")
     parser.add_argument("--only", choices=list(PARTS), action="append", help="only this part; may be repeated")
@@ -63,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     described = machine.describe(options.threads)
     page = ["# Benchmarks", machine.markdown(("machine", ""), described.items())]
-    results: dict[str, Any] = {"machine": described, "quick": options.quick}
+    results: dict[str, Any] = {"machine": described, "quick": options.quick, "short": options.short}
     for name in options.only or PARTS:
         print(name, file=sys.stderr)
         tables, results[name] = run_part(name, options_of(name, options))
