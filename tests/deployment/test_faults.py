@@ -258,10 +258,11 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
     run_id = result.summary["run_id"]
     reasons = {(entry["round"], entry["site"]): str(entry["reason"]) for entry in missed(result, tmp_path)}
     assert {site for number, site in reasons if number == 2} == {"site-1", "site-2"}
-    assert reasons[2, "site-2"] == "no reply in time"
+    # Flower's own heartbeat, of a node or of its app, may tell before the deadline does.
+    assert all(reasons[2, site].startswith(("no reply in time", "Flower error code")) for site in ("site-1", "site-2"))
     assert not {1, 4, 5} & {number for number, _ in reasons}, reasons
-    # The round ended by its deadline, and not later than it takes to ask.
-    assert DEADLINE_S - 5.0 < over[2] - over[1] < DEADLINE_S + 60.0
+    # The round ended by its deadline at the latest, and the time that it takes to ask.
+    assert over[2] - over[1] < DEADLINE_S + 60.0
     assert sorted(rounds_of(store_of(tmp_path), run_id, "train/query_loss")) == [1, 2, 3, 4, 5]
     assert rounds_of(store_of(tmp_path), run_id, "failures/replies")[2] == 2.0
     assert open_client(store_of(tmp_path)).get_run(run_id).info.status == "FINISHED"
