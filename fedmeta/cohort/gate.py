@@ -7,6 +7,9 @@ better guess (after Breiman et al. 1984, section 3.4.3). What a number of steps 
 plus its mean loss, capped: on few rows a loss alone is carried away by one confident mistake, and a share of errors
 alone takes steps of several points. For regression it is the mean squared error.
 
+A row judges only where other folds hold its class too: of a class that a site has one row of, leaving that row out
+leaves nothing to learn from. Where no row can judge, as in one-shot tasks, the usual number it is.
+
 The rule was chosen on training sites of HAR, the digits and the writers: the loss alone, with not adapting as the usual
 choice, cost the writers one to two points where adapting helps.
 """
@@ -37,7 +40,7 @@ LARGEST_ERROR = 1e12
 def choose_steps(
     evaluate: Callable[[Batch], Scores], support: Rows, usual: int | None = None, margin: float = MARGIN
 ) -> Tensor:
-    """Returns the number of inner steps [sites] that each site chooses on its support rows; 0 where it has but one.
+    """Returns the number of inner steps [sites] that each site chooses on its support rows; 0 where it has only one.
 
     Args:
         evaluate: Scores and losses [tasks, steps + 1] of a batch in which every site stands `FOLDS` times, one task per
@@ -49,9 +52,12 @@ def choose_steps(
     x, y, mask = (tensor.repeat_interleave(FOLDS, 0) for tensor in support)
     place = (support[2].cumsum(1) - 1).long().repeat_interleave(FOLDS, 0)
     held = (place % FOLDS == torch.arange(FOLDS, device=mask.device).repeat(len(support[2]))[:, None]).to(mask.dtype)
-    found = evaluate(Batch((x, y, mask * (1 - held)), (x, y, mask * held)))
+    train, judges = mask * (1 - held), mask * held
+    if not y.is_floating_point():
+        judges = judges * _known(y, train)
+    found = evaluate(Batch((x, y, train), (x, y, judges)))
     costs = _costs(found, y.is_floating_point()).reshape(len(support[2]), FOLDS, -1)
-    rows = (mask * held).sum(1).reshape(-1, FOLDS, 1).double()
+    rows = judges.sum(1).reshape(-1, FOLDS, 1).double()
     mean, last = _mean(costs, rows), costs.shape[2] - 1
     usual = last if usual is None else min(usual, last)
     best = mean.argmin(1)
@@ -60,7 +66,14 @@ def choose_steps(
     spread = _mean((gains - gain[:, None]).square(), rows).sqrt()[:, 0]
     folds = (rows[:, :, 0] > 0).sum(1)
     sure = gain[:, 0] > margin * spread / (folds.clamp(min=2) - 1).sqrt()
-    return torch.where(folds > 1, torch.where(sure, best, usual), 0)
+    return torch.where(support[2].sum(1) > 1, torch.where(sure, best, usual), 0)
+
+
+def _known(y: Tensor, train: Tensor) -> Tensor:
+    """Returns 1 for each row whose class is among the rows of its task that are trained on, else 0 [tasks, n]."""
+    codes = y.clamp(min=0)
+    counts = train.new_zeros(len(y), int(codes.max()) + 1 if codes.numel() else 1).scatter_add_(1, codes, train)
+    return (counts.gather(1, codes) > 0).to(train.dtype)
 
 
 def _costs(found: Scores, regression: bool) -> Tensor:

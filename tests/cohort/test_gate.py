@@ -70,6 +70,22 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it() -> None:
     assert torch.equal(train + held, mask[:, None].expand(-1, FOLDS, -1))
 
 
+def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
+    seen: list[Batch] = []
+
+    def evaluate(batch: Batch) -> Scores:
+        seen.append(batch)
+        return with_losses(torch.tensor([[0.1, 1.0]]).expand(batch.sites, 2))
+
+    x, _, mask = rows(3, 5)
+    mask[2, 1:] = 0
+    y = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 3, 3], [0, 0, 0, 0, 0]])
+    # One row of each class: the usual number. One pair: it judges. A single row: no number at all.
+    assert choose_steps(evaluate, (x, y, mask)).tolist() == [1, 0, 0]
+    judges = seen[0].query[2].reshape(3, FOLDS, 5).sum(1)
+    assert judges.tolist() == [[0] * 5, [0, 0, 0, 1, 1], [0] * 5]
+
+
 def test_no_rows_and_diverging_steps_mean_no_adaptation() -> None:
     def evaluate(batch: Batch) -> Scores:
         losses = torch.ones(batch.sites, STEPS + 1)
