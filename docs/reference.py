@@ -64,7 +64,7 @@ def api() -> str:
 
 def message_contract() -> str:
     """Returns docs/messages.md."""
-    summary, *rest = inspect.getdoc(messages).split("\n\n")  # type: ignore[union-attr]
+    summary, *rest = (inspect.getdoc(messages) or "").split("\n\n")
     parts = ["# Messages", BY_HAND, summary, *(re.sub(r"\n +", " ", line) for line in rest[0].split("\n`"))]
     parts = [*parts[:3], *(f"- `{line.lstrip('`')}" for line in parts[3:]), *rest[1:]]
     for name, way, example in MESSAGES:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fedmeta.durable import PART, write_whole
 from fedmeta.errors import FedmetaError
+from fedmeta.tensor_file import read_tensors
 
 FORMAT = "1"
 COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
@@ -130,14 +130,7 @@ def read(path: Path) -> Checkpoint:
     Raises:
         FedmetaError: The file cannot be read, is of another version, or is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise FedmetaError(f"{path}: not a readable checkpoint ({error})") from error
-    if header.get("format") != FORMAT:
-        raise FedmetaError(f"{path}: not a checkpoint of this version of fedmeta")
+    header, tensors = read_tensors(path, "checkpoint", FORMAT)
     digest = header.pop("digest", "")
     if digest != _digest(header, tensors):
         raise FedmetaError(f"{path}: the checkpoint is damaged (its digest differs)")

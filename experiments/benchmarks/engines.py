@@ -202,15 +202,16 @@ def table(results: list[dict[str, object]], peak: float) -> str:
     head = ["case", "sites", "rows", "steps", "autograd", *ENGINES, "auto", "x autograd", "x vmap", "GFLOP", "of peak"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for result in results:
-        runs = result["seconds"]
+        runs, rows = result["seconds"], result["rows"]
         assert isinstance(runs, dict)
+        assert isinstance(rows, tuple)
         middle = {name: median(times) for name, times in runs.items()}
         auto = middle["auto"]
         operations = float(str(result["operations"]))
         cells = [
             str(result["case"]),
             str(result["sites"]),
-            "+".join(map(str, result["rows"])),  # type: ignore[call-overload]
+            "+".join(map(str, rows)),
             str(result["steps"]),
             *(f"{1e3 * middle[name]:.1f}" if name in middle else "-" for name in ("autograd", *ENGINES)),
             f"{1e3 * auto:.1f} ({result['chosen']})",

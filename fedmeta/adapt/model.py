@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedmeta.adapt.start import Form, Start
 from fedmeta.durable import write_whole
-from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.models import Parameters
+from fedmeta.tensor_file import read_tensors
 
 FILE = "model.safetensors"
 FORMAT = "fedmeta-model-1"
@@ -99,14 +98,7 @@ class SiteModel(nn.Module):
         """
         from fedmeta.assembly import learner_of
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                texts = dict(file.metadata() or {})
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise FedmetaError(f"{path}: not a readable model ({error})") from error
-        if texts.get("format") != FORMAT:
-            raise FedmetaError(f"{path}: not a site's model of this version of fedmeta")
+        texts, state = read_tensors(path, "site's model", FORMAT)
         form = Form.of(json.loads(texts["form"]))
         learner = learner_of(Experiment.from_toml(texts["experiment"], str(path)), form.shape, form.outputs)
         model = cls(learner.network.module, state["mean"], state["scale"], form)

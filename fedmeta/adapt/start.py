@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server, Tracking
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import with_rates_times
+from fedmeta.tensor_file import read_tensors
 
 FILE = "start.safetensors"
 FORMAT = "fedmeta-start-1"
@@ -175,14 +175,7 @@ class Start:
         Raises:
             FedmetaError: It is not such a file.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                texts = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise FedmetaError(f"{path}: not a readable file of a run ({error})") from error
-        if texts.get("format") != FORMAT:
-            raise FedmetaError(f"{path}: not what this version of fedmeta hands to new sites")
+        texts, tensors = read_tensors(path, "start for new sites", FORMAT)
         header = json.loads(texts["header"])
         experiment = Experiment.from_toml(texts["experiment"], str(path))
         mean, scale = tensors.pop(MEAN), tensors.pop(SCALE)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.cohort.accumulate import Scores
 from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
-from fedmeta.cohort.rules import ENGINES, choose_engine, choose_engine_by_site, run, run_by_site, trial
+from fedmeta.cohort.rules import ENGINES, choose_engine, choose_engine_by_site, run, trial
 from fedmeta.cohort.span import fits
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
@@ -67,9 +67,7 @@ def meta_gradients(
     name = _engine(engine, learner, meta_state, batch)
     if clip_norm or per_site:
         name = choose_engine_by_site(name, learner, batch, meta_state)
-        total = run_by_site(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
-    else:
-        total = run(name, learner, meta_state, batch, own, chunk, budget)
+    total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
     values = total.stacked() if per_site else total.total
     gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}

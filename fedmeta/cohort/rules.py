@@ -41,6 +41,9 @@ class Engine(Protocol):
 ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "span": span}
 """Every engine by its name in an experiment; "auto" chooses among them."""
 
+BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites}
+"""What adds each site's own gradient to a contribution, by the engines that form it."""
+
 
 def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
     """Returns the engine that "auto" stands for: "span" where it fits, else "loop" or "vmap".
@@ -116,39 +119,25 @@ def run(
     meta_state: Mapping[str, Tensor],
     batch: Batch,
     weights: Tensor,
-    chunk: int | None,
-    budget: int,
+    chunk: int | None = None,
+    budget: int = BUDGET,
+    clip_norm: float = 0.0,
+    per_site: bool = False,
 ) -> Contribution:
-    """Returns a cohort's contribution by one engine, chunk by chunk, with the figures in site order."""
-    total, places = Contribution.empty(meta_state), []
+    """Returns a cohort's contribution by one engine, chunk by chunk, with the figures in site order.
+
+    With a `clip_norm` or `per_site` it is made of each site's own gradient, which "span" does not have: the sum of
+    clipped ones, or all of them.
+    """
+    total, places = Contribution.empty(meta_state, clip_norm, per_site), []
     size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
     # Fused attention has no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for sites, part in chunks(batch, size):
-            total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
-            places.append(sites)
-    _in_site_order(total, places)
-    return total
-
-
-def run_by_site(
-    engine: str,
-    learner: Learner,
-    meta_state: Mapping[str, Tensor],
-    batch: Batch,
-    weights: Tensor,
-    chunk: int | None,
-    budget: int,
-    clip_norm: float,
-    per_site: bool,
-) -> Contribution:
-    """Returns the same from each site's own gradient: the sum of clipped ones, or with `per_site` all of them."""
-    total, places = Contribution.empty(meta_state, clip_norm, per_site), []
-    add_sites = {"loop": loop.add_sites, "vmap": vmap.add_sites}[engine]
-    size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
-    with sdpa_kernel(SDPBackend.MATH):
-        for sites, part in chunks(batch, size):
-            add_sites(total, learner, meta_state, part, weights[sites])
+            if clip_norm or per_site:
+                BY_SITE[engine](total, learner, meta_state, part, weights[sites])
+            else:
+                total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
             places.append(sites)
     order = _in_site_order(total, places)
     if per_site:
@@ -166,5 +155,5 @@ def _in_site_order(total: Contribution, places: Sequence[Tensor]) -> Tensor:
 def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:
     ones = torch.ones(batch.sites, dtype=torch.float64, device=batch.support[2].device)
     started = time.perf_counter()
-    run(engine, learner, meta_state, batch, ones, None, BUDGET)
+    run(engine, learner, meta_state, batch, ones)
     return time.perf_counter() - started
