@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from fedmeta import comparison, watching  # noqa: E402
 from fedmeta.experiment import load_experiment  # noqa: E402
 from fedmeta.report import write  # noqa: E402
-from fedmeta.tracking.tracker import open_client  # noqa: E402
+from fedmeta.tracking.opening import open_client  # noqa: E402
 from fedmeta.tracking.ui import experiment_link, serving  # noqa: E402
 from tests.tracking.browser import CHROMIUM, Page, browser  # noqa: E402
 

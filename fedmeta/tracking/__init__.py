@@ -1,5 +1,7 @@
-"""MLflow: one run per experiment run. Only `tracker` imports MLflow, and only when a run starts.
+"""MLflow: one run per experiment run. MLflow is imported where a store is opened, never with a module of this folder.
 
-`tracker` opens a run and takes what there is to log; `outbox` sends it from a thread, and again after an outage;
-`run_page`, `experiment_page`, `results`, `pictures` are what people see; `store` checks where it goes, `ui` serves it.
+`tracker` is a run in progress: `opening` opens it, `outbox` hands what there is to log (`entries`) to `sender` from a
+thread, and `sync` sends after an outage what was left. `summary_run` is a run about other runs: a comparison, a search.
+`run_page`, `experiment_page`, `results`, `pictures`, `comparison_pictures` are what people see, `model` is what they
+serve. `retrieval` and `fetching` read a run back; `store` checks where it all goes, `ui` serves it.
 """

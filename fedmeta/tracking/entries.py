@@ -71,6 +71,8 @@ class End(NamedTuple):
 
 Entry = Metric | Tag | Artifact | Table | Picture | Model | End
 KINDS: dict[str, type[Entry]] = {kind.__name__: kind for kind in (Metric, Tag, Artifact, Table, Picture, Model, End)}
+UNSENT = "unsent.jsonl"
+"""The file of a run's folder that holds what could not be sent."""
 
 
 def write_unsent(path: Path, run_id: str, entries: Iterable[Entry]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedmeta.errors import FedmetaError
 from fedmeta.tracking.model import status_of_error
+from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.store import checked_uri, first_line, shown, within_time
-from fedmeta.tracking.tracker import open_client
 
 
 def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmeta.errors import FedmetaError
+from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.store import checked_uri, first_line, shown, within_time
-from fedmeta.tracking.tracker import open_client
 
 FINISHED = "FINISHED"
 SUMMARY = "summary.json"

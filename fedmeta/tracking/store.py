@@ -3,6 +3,7 @@
 import os
 import socket
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -156,6 +157,11 @@ def first_line(error: Exception) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def say(message: str) -> None:
+    """Tells the user what became of tracking."""
+    print(f"fedmeta: tracking: {message}", file=sys.stderr)
 
 
 def _check_sqlite(uri: str, file: Path) -> None:

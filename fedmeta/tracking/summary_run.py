@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from fedmeta.experiment import Experiment
+from fedmeta.tracking.opening import experiment_of, log_params, open_client
 from fedmeta.tracking.run_page import DESCRIPTION_LIMIT, data_name, finite
-from fedmeta.tracking.store import checked_uri, first_line, shown, within_time
-from fedmeta.tracking.tracker import LONGEST_PARAM, PARAMS_PER_BATCH, experiment_of, open_client
+from fedmeta.tracking.store import checked_uri, first_line, say, shown, within_time
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,7 +127,7 @@ class SummaryRun:
             self._client.log_image(self.run_id, image, key=key, step=len(steps))
 
     def _say(self, error: Exception) -> None:
-        print(f"fedmeta: tracking: {shown(self.uri)} did not take the results: {first_line(error)}", file=sys.stderr)
+        say(f"{shown(self.uri)} did not take the results: {first_line(error)}")
 
 
 def _open(
@@ -136,7 +135,6 @@ def _open(
 ) -> tuple[MlflowClient, str]:
     client = open_client(uri)  # and only then MLflow: it reads how much to say where it is imported
     from mlflow import MlflowException
-    from mlflow.entities import Param
 
     if earlier:
         try:
@@ -151,9 +149,7 @@ def _open(
     created = client.create_run(experiment_of(client, uri, experiment.tracking.experiment), tags=tags, run_name=name)
     run_id: str = created.info.run_id
     common = {key: value for key, value in params.items() if not key.startswith(VARIED)}
-    entries = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in common.items()]
-    for start in range(0, len(entries), PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=entries[start : start + PARAMS_PER_BATCH])
+    log_params(client, run_id, common)
     return client, run_id
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.tracking.entries import read_unsent
-from fedmeta.tracking.tracker import UNSENT, send_unsent
+from fedmeta.tracking.entries import UNSENT, read_unsent
+from fedmeta.tracking.sender import send_unsent
 
 
 class Sent(NamedTuple):

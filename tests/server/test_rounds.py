@@ -17,7 +17,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, silent
 from fedmeta.runtime import run
-from fedmeta.tracking.tracker import open_client
+from fedmeta.tracking.opening import open_client
 from server import roll, rounds
 from tests.server.digits import digits
 from tests.server.hospitals import hospital, hospitals

@@ -16,7 +16,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarise
 from fedmeta.experiment import Experiment
 from fedmeta.tracking.entries import Dataset
-from fedmeta.tracking.tracker import Tracker, open_client
+from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.tracker import Tracker
 from fedmeta.tracking.ui import experiment_link, run_link, serving, ui
 from tests.tracking.browser import CHROMIUM, browser
 from tests.tracking.made_up_run import history, summary

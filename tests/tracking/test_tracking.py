@@ -20,9 +20,10 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarise
 from fedmeta.experiment import Experiment
 from fedmeta.tracking import outbox, run_page
-from fedmeta.tracking.entries import Dataset, End, Metric, read_unsent
+from fedmeta.tracking.entries import UNSENT, Dataset, End, Metric, read_unsent
+from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.sync import sync
-from fedmeta.tracking.tracker import UNSENT, Tracker, open_client
+from fedmeta.tracking.tracker import Tracker
 from fedmeta.tracking.ui import serving
 from tests.tracking.made_up_run import evaluation, history, summary
 

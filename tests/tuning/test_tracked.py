@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from fedmeta.tracking.tracker import open_client
+from fedmeta.tracking.opening import open_client
 from tests.tuning.searches import OVER, SETTINGS
 
 pytestmark = pytest.mark.slow
