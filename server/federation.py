@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.checkpoint import Checkpoint
+from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.data import FeatureSums, draw_new_sites, draw_validation_sites, order_classes, standardisation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
@@ -241,3 +241,12 @@ def admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: 
     new, validation = np.full(len(names), as_new), np.zeros(len(names), dtype=bool)
     new[known], validation[known] = federation.new, federation.validation
     return replace(grown, new=new, validation=validation)
+
+
+def reindexed(evaluations: Sequence[Evaluation], names: tuple[str, ...], federation: Federation) -> list[Evaluation]:
+    """Returns evaluations whose sites are indices into `names` as ones into the federation's, which sites may join."""
+    # Every round asks, and comparing a million names takes longer than the rest of the round's bookkeeping.
+    if names is federation.names or names == federation.names:
+        return list(evaluations)
+    places = federation.indices(names)
+    return [replace(evaluation, sites=places[evaluation.sites]) for evaluation in evaluations]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta import checkpoint as checkpoints
@@ -27,13 +21,14 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import EvaluateReply
 from fedmeta.progress import Progress, Report
 from server import aggregation
-from server.federation import Federation, ask_standardisation
+from server.federation import ask_standardisation, reindexed
 from server.journal import Journal, evaluation_frame, new_folder
 from server.optimizer import ServerOptimizer
 from server.privacy import private_rounds
 from server.roll import Roll
-from server.schedule import Schedule, choose_schedule
+from server.scoring import scores
 from server.strategy import MetaGradientStrategy
+from server.uninterrupted import uninterrupted
 
 HOPELESS = 10
 """After so many rounds in a row without a usable reply the run stops."""
@@ -95,7 +90,7 @@ class Rounds:
         self.roll = Roll(grid, experiment, earlier)
         federation = self.roll.federation
         if earlier:
-            moved = _reindexed(earlier.evaluations, earlier.names, federation)
+            moved = reindexed(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
         self.learner = learner = learner_of(experiment, federation.shape, federation.outputs)
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
@@ -215,7 +210,7 @@ class Rounds:
         notes = self.roll.refresh()
         fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
         self.journal.missed(number, fresh, "start")
-        self.evaluations = _reindexed(self.evaluations, before, self.roll.federation)
+        self.evaluations = reindexed(self.evaluations, before, self.roll.federation)
         for note in notes:
             self._report(note)
         strategy.federation = self.roll.federation
@@ -237,17 +232,17 @@ class Rounds:
             self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.journal.missed(number, strategy.log.failed)
         if metrics is None:
-            self._report(f"round {number} skipped: {_reasons(strategy.log.failed)}")
+            self._report(f"round {number} skipped: {strategy.log.reasons()}")
         elif strategy.log.failed:
-            self._report(f"round {number} without {_reasons(strategy.log.failed)}")
+            self._report(f"round {number} without {strategy.log.reasons()}")
         if self.idle == HOPELESS:
-            raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {_reasons(strategy.log.failed)}")
+            raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {strategy.log.reasons()}")
 
     def _evaluate(self, last: bool = False) -> None:
         """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
         counted = self.totals
         try:
-            found = self._scores(last)
+            found = scores(self._ask, self.strategy, self.learner, self.round_number, last)
         except BaseException:
             # It comes a second time, should the run be gone on with, and is then counted.
             self.totals = counted
@@ -266,54 +261,20 @@ class Rounds:
             self.finished = last
         self._report()
 
-    def _scores(self, last: bool) -> tuple[Evaluation, Schedule | None] | None:
-        """Returns the sites' scores and, where that was chosen, how far they adapted; None where nobody answered."""
-        settings = self.experiment.evaluation
-        schedule = self._schedule() if last and settings.schedule == "auto" else None
-        steps, rate = schedule[:2] if schedule else (self.learner.evaluation_steps(settings.steps), 1.0)
-        reply = self._ask(self.strategy.arrays(), steps=steps, rate=rate, gate=settings.gate)
-        if reply is None:
-            return None
-        alone = self._ask(self._start_arrays(), steps=steps, reference=True) if last else None
-        reference = np.full(len(reply.names), np.nan)
-        if alone and alone.names == reply.names:
-            reference = alone.scores[:, -1]
-        sites = self.roll.federation.indices(reply.names)
-        figures = (reply.scores, reply.losses, reply.calibration, reply.chosen, reference)
-        return Evaluation(self.round_number, sites, *figures), schedule
-
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
         """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
         started = time.perf_counter()
         strategy = self.strategy
-        strategy.federation = self.roll.federation
         messages = strategy.configure_evaluate(self.round_number, arrays, ConfigRecord(dict(how)), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         strategy.aggregate_evaluate(self.round_number, replies)
         self._count(time.perf_counter() - started)
         self.journal.missed(self.round_number, strategy.log.failed, "evaluation")
         if strategy.evaluated is None:
-            self._report(f"no site was evaluated after round {self.round_number}: {_reasons(strategy.log.failed)}")
+            self._report(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
         elif strategy.log.failed:
-            self._report(f"evaluation after round {self.round_number} without {_reasons(strategy.log.failed)}")
+            self._report(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
         return strategy.evaluated
-
-    def _schedule(self) -> Schedule | None:
-        """Returns how far sites adapt, by the validation sites; None where there are none or nobody answered."""
-        if not self.learner.adapts or not self.roll.federation.validation.any():
-            return None
-        arrays = self.strategy.arrays()
-
-        def losses_at(rate: float, steps: int) -> NDArray[np.float64] | None:
-            reply = self._ask(arrays, steps=steps, rate=rate, validation=True)
-            return reply.losses if reply else None
-
-        return choose_schedule(losses_at, self.learner.inner_steps)
-
-    def _start_arrays(self) -> ArrayRecord:
-        """Returns the run's random start, from which sites that are on their own train."""
-        start = self.learner.init(self.experiment.runtime.seed)
-        return ArrayRecord.from_torch_state_dict({**start, **self.strategy.constants})
 
     def _evaluated(self) -> bool:
         return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number
@@ -334,41 +295,3 @@ class Rounds:
     def _report(self, note: str = "") -> None:
         failures = int(self.totals.get("failures", 0))
         self.report(Progress(self.round_number, self.last, *self.scores, failures, note, self.journal.run_id))
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, so that a checkpoint never sees half a step.
-
-    Where Ctrl-C is ignored, as in a job that `nohup` or a CI system started, it stays so.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        signal.raise_signal(signal.SIGINT)
-
-
-def _reindexed(evaluations: Sequence[Evaluation], names: tuple[str, ...], federation: Federation) -> list[Evaluation]:
-    """Returns evaluations whose sites are indices into `names` as ones into the federation's, which sites may join."""
-    # Every round asks, and comparing a million names takes longer than the rest of the round's bookkeeping.
-    if names is federation.names or names == federation.names:
-        return list(evaluations)
-    places = federation.indices(names)
-    return [replace(evaluation, sites=places[evaluation.sites]) for evaluation in evaluations]
-
-
-def _reasons(failed: Mapping[str, str]) -> str:
-    """Returns the first reason in words, with who gave it and how many others there are."""
-    if not failed:
-        return "no site was asked, or too few gave a finite gradient"
-    site, reason = next(iter(failed.items()))
-    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return f"{site}{others}: {reason}"

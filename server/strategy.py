@@ -27,11 +27,11 @@ from fedmeta.messages import (
     failure,
     payload_bytes,
 )
-from fedmeta.randomness import generator
 from server.aggregation import Gradient, combine
 from server.federation import Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SitePrivacy
+from server.sampling import sample_cohort, sites_to_evaluate
 
 
 @dataclass
@@ -47,6 +47,14 @@ class RoundLog:
     failed: dict[str, str] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+
+    def reasons(self) -> str:
+        """Returns the first failure in words, with who gave it and how many others there are."""
+        if not self.failed:
+            return "no site was asked, or too few gave a finite gradient"
+        site, reason = next(iter(self.failed.items()))
+        others = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+        return f"{site}{others}: {reason}"
 
 
 class MetaGradientStrategy(Strategy):
@@ -269,26 +277,3 @@ class MetaGradientStrategy(Strategy):
 
     def _fail(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._asked[node], reason))
-
-
-def sample_cohort(training: NDArray[np.int64], size: int, seed: int, round_number: int) -> NDArray[np.int64]:
-    """Returns the training sites [size] that take part in a round, ascending: a draw without replacement.
-
-    The draw depends on the seed, the round and the sorted list of training sites, not on nodes; its cost depends on
-    the cohort's size and not on the population's. A size of 0, or above the number of sites, means all.
-    """
-    if size == 0 or size >= len(training):
-        return training
-    drawn = generator(seed, "cohort", round_number).choice(len(training), size, replace=False, shuffle=False)
-    return training[np.sort(drawn)]
-
-
-def sites_to_evaluate(federation: Federation, most: int, seed: int) -> NDArray[np.int64]:
-    """Returns the sites that every evaluation of a run visits, ascending; at most `most` (0 = all), new sites first."""
-    if most == 0 or most >= len(federation.names):
-        return np.arange(len(federation.names))
-    random = generator(seed, "evaluated sites")
-    new, training = np.flatnonzero(federation.new), np.flatnonzero(~federation.new)
-    chosen = new if len(new) <= most else random.choice(new, most, replace=False, shuffle=False)
-    rest = random.choice(training, most - len(chosen), replace=False, shuffle=False)
-    return np.sort(np.concatenate([chosen, rest]))

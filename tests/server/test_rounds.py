@@ -19,6 +19,7 @@ from fedmeta.progress import Progress, silent
 from fedmeta.runtime import run
 from fedmeta.tracking.opening import open_client
 from server import roll, rounds
+from server.uninterrupted import uninterrupted
 from tests.server.digits import digits
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, silence
@@ -277,7 +278,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(monkeypatch: pytest.Mo
 def test_ctrl_c_that_is_ignored_stays_ignored_in_a_step() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with rounds.uninterrupted():
+        with uninterrupted():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

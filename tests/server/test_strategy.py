@@ -15,7 +15,8 @@ from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, TrainRepl
 from server.federation import Federation, ask_standardisation
 from server.optimizer import ServerOptimizer
 from server.roll import Roll
-from server.strategy import MetaGradientStrategy, sample_cohort, sites_to_evaluate
+from server.sampling import sample_cohort, sites_to_evaluate
+from server.strategy import MetaGradientStrategy
 from tests.server.digits import digits
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes, breaks, lost, silence
 
