@@ -12,7 +12,7 @@ from fedmeta import checkpoint
 from fedmeta.comparison import settings
 from fedmeta.comparison.page import write
 from fedmeta.comparison.results import Comparison, tabulate
-from fedmeta.comparison.tracked import ComparisonPage
+from fedmeta.comparison.tracked import comparison_run, publish, under
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Report
@@ -52,12 +52,11 @@ def compare(
     experiment = experiment.absolute()
     # The same call, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
-    page = ComparisonPage.open(experiment, learners, seeds, folder, runtime)
-    with page:
+    with comparison_run(experiment, learners, seeds, folder, runtime) as summary:
         variants = {name: experiment.with_overrides([f"learner.name={name}"]) for name in learners}
         trials, left_out = {}, dict[str, str]()
         for place, (name, variant) in enumerate(list(variants.items()) if tune else ()):
-            nested = page.parent_of(variant)
+            nested = under(summary, variant)
 
             def reports(title: str, number: int, place: int = place) -> Report:
                 return report(title, place * tune + number, len(learners) * tune)
@@ -75,7 +74,8 @@ def compare(
         compared = [name for name in learners if name not in left_out]
         found = tabulate(results, compared, folder, experiment.runtime.seed, trials, left_out)
         write(found, folder)
-        page.publish(found)
+        if summary:
+            publish(summary, found)
     return found
 
 

@@ -23,6 +23,7 @@ from fedmeta.runtime import result_of
 from fedmeta.tracking import retrieval
 from fedmeta.tracking.retrieval import SUMMARY
 from fedmeta.tracking.store import sqlite_file
+from fedmeta.tracking.summary_run import KEPT
 
 COMPARISON = "comparison.json"
 SITES = "sites.parquet"
@@ -112,7 +113,7 @@ def _one(name: str, root: Path, uri: str, folders: dict[str, Path]) -> Run | Com
 def _folders(root: Path) -> dict[str, Path]:
     """Returns the folders of finished runs and of comparisons by their MLflow ids."""
     found = {}
-    for path in [*sorted(root.glob(f"**/{SUMMARY}")), *sorted(root.glob("*/mlflow.json"))]:
+    for path in [*sorted(root.glob(f"**/{SUMMARY}")), *sorted(root.glob(f"*/{KEPT}"))]:
         try:
             found[str(json.loads(path.read_text())["run_id"])] = path.parent
         except (OSError, ValueError, KeyError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedmeta.report.markdown_page import markdown_page
 from fedmeta.report.on_comparison import on_comparison, shared
 from fedmeta.report.on_run import on_run
 from fedmeta.report.reading import Compared, Run, read
+from fedmeta.tracking.results import quiet_matplotlib
 
 HTML, MARKDOWN, PICTURES = "report.html", "report.md", "report_pictures"
 FOLDER = "report"
@@ -33,8 +33,7 @@ def write(names: Sequence[str], out: Path | None, root: Path, uri: str) -> list[
     Raises:
         FedmetaError: What to report on is not found or has not ended, or the folder cannot be written.
     """
-    # Matplotlib would announce, on a fresh machine, that it looks for fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    quiet_matplotlib()
     about = read(names, root, uri)
     document = on_run(about) if isinstance(about, Run) else on_comparison(about)
     folder = out or (about.folder or Path()) / FOLDER

@@ -20,13 +20,17 @@ def tables(sites: pd.DataFrame, folder: Path) -> list[Entry]:
 
 def drawings(sites: pd.DataFrame, folder: Path) -> list[Entry]:
     """Draws a run's pictures into its folder; the sites before and after adapting also go among MLflow's charts."""
-    # Matplotlib would announce, on a fresh machine, that it looks for fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    quiet_matplotlib()
     from fedmeta.tracking import pictures
 
     last = int(sites["round"].max())
     charts = [path for path in pictures.save(sites, folder / "pictures") if path.stem == "sites"]
     return [*(Picture(str(path.absolute()), PICTURE, last) for path in charts), artifact(folder / "pictures")]
+
+
+def quiet_matplotlib() -> None:
+    """Keeps Matplotlib from announcing, on a fresh machine, that it looks for fonts; goes before its import."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def artifact(path: Path) -> Artifact:

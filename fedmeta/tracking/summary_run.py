@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from fedmeta.experiment import Experiment
+from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.tracking.opening import experiment_of, log_params, open_client
 from fedmeta.tracking.run_page import DESCRIPTION_LIMIT, data_name, finite
 from fedmeta.tracking.store import checked_uri, first_line, say, shown, within_time
@@ -25,40 +25,55 @@ VARIED = ("learner.", "tracking.", "runtime.seed", "evaluation.judge")
 """Params that differ between the runs that this one is about, or that say where they are and not what they are."""
 COLOUR = "#222222"
 METRICS_PER_BATCH = 1000
+KEPT = "mlflow.json"
+"""The file of a folder that names its run."""
+
+
+@contextmanager
+def summary_run(
+    experiment: Experiment, kind: Literal["comparison", "search"], name: str, folder: Path, parent: str = ""
+) -> Iterator[SummaryRun | None]:
+    """Opens the store and a run in it, a new one or the one that the folder names, and ends the run with the block.
+
+    Args:
+        experiment: What the runs that it is about have in common.
+        kind: What it is; becomes a tag.
+        name: The run's name: what is compared, or searched for.
+        folder: Keeps which run this is, so that there is one however often a command stops and goes on.
+        parent: The run that it is shown under; "" = none.
+
+    Yields:
+        The run; None where nothing is tracked.
+
+    Raises:
+        FedmetaError: The store cannot be reached or written.
+    """
+    if experiment.tracking.uri == UNTRACKED:
+        yield None
+        return
+    kept = folder / KEPT
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    earlier = known.get("run_id", "") if known.get("uri") == experiment.tracking.uri else ""
+    uri = checked_uri(experiment.tracking.uri)
+    client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier, parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"run_id": run_id, "uri": experiment.tracking.uri}))
+    run = SummaryRun(client, uri, run_id)
+    try:
+        yield run
+    except BaseException as error:
+        run.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        raise
+    run.end("FINISHED")
 
 
 class SummaryRun:
-    """One run of the store. After `open` nothing that happens to the store raises: it is said on stderr."""
+    """One run of the store. Nothing that happens to the store once it is open raises: it is said on stderr."""
 
     def __init__(self, client: MlflowClient, uri: str, run_id: str) -> None:
         self.uri = uri
         self.run_id = run_id
         self._client = client
-
-    @classmethod
-    def open(
-        cls,
-        experiment: Experiment,
-        kind: Literal["comparison", "search"],
-        name: str,
-        earlier: str = "",
-        parent: str = "",
-    ) -> SummaryRun:
-        """Opens the store and a run in it: a new one, or an earlier one that goes on.
-
-        Args:
-            experiment: What the runs that it is about have in common.
-            kind: What it is; becomes a tag.
-            name: The run's name: what is compared, or searched for.
-            earlier: The run to go on with; a new one where it is gone.
-            parent: The run that it is shown under; "" = none.
-
-        Raises:
-            FedmetaError: The store cannot be reached or written.
-        """
-        uri = checked_uri(experiment.tracking.uri)
-        client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier, parent))
-        return cls(client, uri, run_id)
 
     def publish(
         self,

@@ -23,7 +23,7 @@ from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.results import Search, found
 from fedmeta.tuning.samplers import grid
 from fedmeta.tuning.space import Range, Settings
-from fedmeta.tuning.tracked import SearchPage
+from fedmeta.tuning.tracked import publish, search_run
 from fedmeta.tuning.trial import attempt, bury, interrupted, opened, put_back
 
 HOPELESS = 3
@@ -56,19 +56,19 @@ def search(plan: Plan, report: Report, judge: Callable[[Search], Search] | None 
             bury(plan, trial)
             put_back(study, trial.number)
         total = _queue(plan, study)
-        with SearchPage.open(plan) as page:
+        with search_run(plan) as run:
             report(found(plan, study))
             try:
                 missing = total - len(study.get_trials(deepcopy=False, states=BEHIND))
-                for _ in _trials(plan, missing, page.run_id):
+                for _ in _trials(plan, missing, run.run_id if run else ""):
                     _stop_where_nothing_begins(study)
                     report(found(plan, study))
                 result = judge(found(plan, study)) if judge else found(plan, study)
             except BaseException:
-                page.publish(found(plan, study))
+                publish(run, found(plan, study))
                 raise
             result.best  # noqa: B018 - says why there is none
-            page.publish(result)
+            publish(run, result)
     return result
 
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import UNTRACKED
+from fedmeta.tracking.results import quiet_matplotlib
 from fedmeta.tracking.run_page import data_name
-from fedmeta.tracking.summary_run import SummaryRun
+from fedmeta.tracking.summary_run import SummaryRun, summary_run
 from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.results import Search
 from fedmeta.tuning.searching import Report, search
 
 SECTION = "strategies"
-KEPT = "mlflow.json"
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,8 @@ def compare_strategies(plan: Plan, names: Sequence[str], seeds: int, report: Cal
         raise FedmetaError(f"--compare names one twice: {', '.join(names)}")
     said = json.dumps([plan.experiment.identity(), repr(plan.space), plan.trials, plan.pruner])
     folder = Path(plan.experiment.tracking.folder) / f"tune-compare-{blake2b(said.encode(), digest_size=6).hexdigest()}"
-    run = _open(plan, names, folder)
     searches: dict[str, list[Search]] = {name: [] for name in names}
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    with _strategies_run(plan, names, folder) as run:
         for offset in range(seeds):
             for name in names:
                 own = replace(plan, sampler=name, seed=plan.seed + offset, parent=run.run_id if run else "")
@@ -127,13 +123,6 @@ def compare_strategies(plan: Plan, names: Sequence[str], seeds: int, report: Cal
         write(found, folder)
         if run:
             _publish(run, found)
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        if run:
-            run.end(status)
     return found
 
 
@@ -166,8 +155,7 @@ def to_json(found: Strategies) -> str:
 
 def write(found: Strategies, folder: Path) -> None:
     """Writes strategies.md, strategies.json and the picture of the curves into a folder."""
-    # Matplotlib would announce, on a fresh machine, that it looks for fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    quiet_matplotlib()
     from fedmeta.tuning.pictures import strategies
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,18 +165,9 @@ def write(found: Strategies, folder: Path) -> None:
     strategies(curves, found.metric).savefig(folder / "strategies.png")
 
 
-def _open(plan: Plan, names: Sequence[str], folder: Path) -> SummaryRun | None:
-    experiment = plan.experiment
-    if experiment.tracking.uri == UNTRACKED:
-        return None
-    kept = folder / KEPT
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    earlier = known.get("run_id", "") if known.get("uri") == experiment.tracking.uri else ""
-    what = " · ".join((data_name(experiment.params()), experiment.learner.name, ", ".join(names)))
-    run = SummaryRun.open(experiment, "search", f"tune · {what} · {plan.trials} trials each", earlier)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"run_id": run.run_id, "uri": experiment.tracking.uri}))
-    return run
+def _strategies_run(plan: Plan, names: Sequence[str], folder: Path) -> AbstractContextManager[SummaryRun | None]:
+    what = " · ".join((data_name(plan.experiment.params()), plan.experiment.learner.name, ", ".join(names)))
+    return summary_run(plan.experiment, "search", f"tune · {what} · {plan.trials} trials each", folder)
 
 
 def _publish(run: SummaryRun, found: Strategies) -> None:
