@@ -1,6 +1,6 @@
 """Pictures of what people look at: the MLflow UI on runs of five learners, and the report of their comparison.
 
-    python experiments/screenshots.py --out pictures
+    python -m experiments.screenshots --out pictures
 
 Runs five learners on the digits with two seeds first, unless --store and --comparison name what there is already. Needs
 Chromium.
@@ -15,16 +15,14 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+from fedmeta import comparison, watching
+from fedmeta.experiment import load_experiment
+from fedmeta.report import write
+from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.ui import experiment_link, serving
+from tests.tracking.browser import CHROMIUM, Page, browser
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from fedmeta import comparison, watching  # noqa: E402
-from fedmeta.experiment import load_experiment  # noqa: E402
-from fedmeta.report import write  # noqa: E402
-from fedmeta.tracking.opening import open_client  # noqa: E402
-from fedmeta.tracking.ui import experiment_link, serving  # noqa: E402
-from tests.tracking.browser import CHROMIUM, Page, browser  # noqa: E402
-
 LEARNERS = ("local", "fedavg", "fedavg-ft", "maml", "meta-sgd")
 SEEDS = 2
 EXPERIMENT = "fedmeta"
