@@ -2,8 +2,8 @@
 
 Cross-validation: a site's support rows are dealt to folds in turn (they come in a stratified order); it adapts on all
 folds but one and is judged on that one, after every number of steps. It takes the usual number, unless another one
-costs less by half a standard error: of two choices that cannot be told apart, the one that holds for everyone is the
-better guess (after Breiman et al. 1984, section 3.4.3). What a number of steps costs is the share of rows it gets wrong
+costs less by more than a standard error: of two choices that cannot be told apart, the one that holds for everyone is
+the better guess (the rule of Breiman et al. 1984, section 3.4.3). What a number of steps costs is the share of rows it gets wrong
 plus its mean loss, capped: on few rows a loss alone is carried away by one confident mistake, and a share of errors
 alone takes steps of several points. For regression it is the mean squared error.
 
@@ -11,7 +11,8 @@ A row judges only where other folds hold its class too: of a class that a site h
 leaves nothing to learn from. Where no row can judge, as in one-shot tasks, the usual number it is.
 
 The rule was chosen on training sites of HAR, the digits and the writers: the loss alone, with not adapting as the usual
-choice, cost the writers one to two points where adapting helps.
+choice, cost the writers one to two points where adapting helps; half a standard error cost up to a point there and won
+back little more where adapting hurts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedmeta.task import Batch, Rows
 FOLDS = 5
 """Into how many parts a site's support rows are dealt; a site with fewer rows leaves one row out at a time."""
 
-MARGIN = 0.5
+MARGIN = 1.0
 """By how many standard errors another number of steps must beat the usual one."""
 
 LARGEST_LOSS = 3.0
