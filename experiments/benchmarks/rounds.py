@@ -5,7 +5,8 @@
 A round of 64 sites with 20 + 20 rows each, a 784-128-10 network and 3 inner steps:
 
 - maml and fedavg in the local runtime: cohort, episodes, engine, aggregation, the server's step;
-- maml in the ray runtime with one site a node, which is how Flower's simulation is used, from its second round on;
+- exact MAML in Flower's simulation with one site a node, written with plain Flower and torch as its guides do
+  (`flower_rounds.py`), from its second round on; and this system's own apps in it, the ray runtime;
 - plain federated averaging in `pfl` on the same 40 rows a site, given as ready tensors, with as many steps. An
   interpreter that has pfl is named by --pfl-python or the environment's PFL_PYTHON; this one serves where it has pfl.
 
@@ -99,6 +100,18 @@ def pfl_rounds(python: str, data: Path, rounds: int, threads: int) -> list[float
     return seconds
 
 
+def flower_rounds(data: Path, rounds: int) -> list[float]:
+    """Returns the seconds of each round but the first of a plain Flower app."""
+    script = Path(__file__).with_name("flower_rounds.py")
+    command = [sys.executable, str(script), str(data), str(rounds), str(STEPS), str(LR)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{script.name}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    seconds: list[float] = json.loads(lines[-1])
+    return seconds
+
+
 def why_no_pfl(python: str) -> str:
     """Returns why pfl cannot be measured with an interpreter; the empty string where it can."""
     try:
@@ -127,8 +140,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     fresh = pfl_rounds(python, theirs, options.rounds, number)
                     runs.setdefault(f"pfl, federated averaging, threads: {number}", []).extend(fresh)
             if options.flower_rounds:
-                fresh = own_rounds(ours, "ray", "maml", options.flower_rounds, 0, nodes=SITES)
+                fresh = flower_rounds(theirs, options.flower_rounds)
                 runs.setdefault("Flower's simulation, one site a node, maml", []).extend(fresh)
+                fresh = own_rounds(ours, "ray", "maml", options.flower_rounds, 0, nodes=SITES)
+                runs.setdefault("ray runtime, one site a node, maml", []).extend(fresh)
     return {"seconds": runs, "skipped": skipped, "ratios": ratios(runs)}
 
 
