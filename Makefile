@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Installed once per change of what is asked for.
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-all lint audit ui bench clean
+.PHONY: install demo test test-all containers lint audit ui bench clean
 
 install: $(READY)
 
@@ -23,6 +23,10 @@ test: $(READY)
 # With Ray, deployed processes, a browser and real data: many minutes.
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The image is built and the default compose file brought up and checked; says why where this machine cannot.
+containers: $(READY)
+	$(BIN)/python -m pytest -rA tests/deployment/test_containers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOL = Path(os.environ.get("FEDMETA_CONTAINERS", ""))
-"""A script that builds the image, brings the compose file up, and runs a check: `TOOL PROJECT CHECK`. It takes ten
-minutes and more, so that it runs where it is named."""
+TOOL = Path(os.environ.get("FEDMETA_CONTAINERS") or ROOT.parent / "shared" / "tools" / "containers.sh")
+"""A script that builds the image, brings the compose file up, and runs a check: `TOOL PROJECT CHECK`. It says `## base`
+once the machine has an engine and a base image."""
+LONGEST_S = 2400.0
 
 
 def missing() -> str:
@@ -33,5 +34,12 @@ def test_the_default_compose_file(tmp_path: Path) -> None:
     }
     check = Path(__file__).with_name("container_check.sh")
     command = ["bash", str(TOOL), str(ROOT), str(check)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=LONGEST_S
+    )
+    refused = [line for line in done.stderr.splitlines() if line.startswith(("unshare:", "mount:"))]
+    if done.returncode and ("## base" not in done.stdout or refused):
+        last = (refused or done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        pytest.skip(f"this machine cannot bring containers up: {last}")
+    print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
