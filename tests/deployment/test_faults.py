@@ -79,9 +79,9 @@ class Federation:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.link = self.start_link()
 
-    def start_link(self) -> subprocess.Popen[bytes]:
+    def start_link(self, *options: str) -> subprocess.Popen[bytes]:
         command = ["flower-superlink", "--insecure", "--database", str(self.work / "state.db"), "--host", HERE]
-        command += ["--port", str(self.port), "--disable-runtime-dependency-installation"]
+        command += ["--port", str(self.port), "--disable-runtime-dependency-installation", *options]
         link = self.stack.enter_context(keep(command, self.env, self.work / "superlink.log"))
         assert superlink._answers(link, self.port), (self.work / "superlink.log").read_text()
         return link
@@ -314,6 +314,40 @@ def test_a_server_that_is_killed_and_restarted_and_a_deployed_run_that_is_gone_o
     assert rounds_of(store_of(tmp_path), resumed.summary["run_id"], "train/query_loss").keys() == {1, 2, 3, 4}
     with pytest.raises(FedmetaError, match="no unfinished run of this experiment"):
         fedmeta.run(experiment_of(tmp_path, [*files], **settings), runtime="deployment", resume="auto")
+
+
+@pytest.mark.slow
+def test_a_superlink_that_is_killed_and_restarted_beside_its_server_app(tmp_path: Path, federation: Federation) -> None:
+    """As in the compose file, where the server's part of a run is a container of its own."""
+    federation.send(federation.link, signal.SIGKILL)
+    federation.link.wait(WAIT_S)
+    link = federation.start_link("--isolation", "process")
+    command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{HERE}:{federation.port}"]
+    federation.stack.enter_context(keep(command, federation.env, tmp_path / "superexec.log"))
+    files = write_sites(tmp_path / "data", sites=2)
+    for site, file in files.items():
+        federation.start_node(site, file)
+    experiment = experiment_of(tmp_path, [*files], rounds=4, store=store_of(tmp_path), timeout=DEADLINE_S)
+    over: list[int] = []
+
+    def strike() -> None:
+        await_true(lambda: 1 in over, "round 1")
+        federation.send(link, signal.SIGKILL)
+        link.wait(WAIT_S)
+        time.sleep(5.0)
+        federation.start_link("--isolation", "process")
+
+    with meanwhile(strike):
+        result = fedmeta.run(
+            experiment, runtime="deployment", report=lambda progress: over.append(progress.round_number)
+        )
+    assert rounds_of(store_of(tmp_path), result.summary["run_id"], "train/query_loss").keys() == {1, 2, 3, 4}
+    assert result.summary["failures"] == 0
+    local = fedmeta.run(
+        experiment_of(tmp_path, [*files], rounds=4, store=store_of(tmp_path), folder=tmp_path / "local")
+    )
+    for name, value in local.meta_state.items():
+        torch.testing.assert_close(result.meta_state[name], value, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- a full disk
