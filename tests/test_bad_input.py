@@ -143,3 +143,12 @@ def test_unfinished_output_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
+
+
+def test_the_help_says_what_arguments_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedmeta", "run", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().out
+    assert "The experiment, a TOML file. [required]" in said
+    assert "[default: local]" in said
