@@ -24,6 +24,7 @@ from flwr.app import Context, Message
 from clients.app import app
 from clients.node import node_of
 from fedmeta import Experiment, load_experiment
+from fedmeta.errors import FedmetaError
 from fedmeta.messages import TRAIN, TrainReply, WorkRequest
 from fedmeta.progress import silent
 from fedmeta.runtime.local import LocalGrid
@@ -101,7 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 experiment = load_experiment(
                     HERE / "har.toml", [*settings(name, seed, options.rounds, folder), *options.overrides]
                 )
-                found[name].append(accuracy(experiment, name != CLEAN))
+                try:
+                    found[name].append(accuracy(experiment, name != CLEAN))
+                except FedmetaError as error:
+                    # What the attack makes of a run may be a run that cannot go on.
+                    found[name].append((np.nan, np.nan))
+                    print(name, seed, error, file=sys.stderr, flush=True)
+                    continue
                 print(name, seed, *(f"{score:.3f}" for score in found[name][-1]), file=sys.stderr, flush=True)
     print(table(found))
 
@@ -130,7 +137,7 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
     ]
     for name, scores in found.items():
         personalized, unadapted = np.array(scores).T
-        seeds = ", ".join(f"{score:.3f}" for score in personalized)
+        seeds = ", ".join("broke off" if np.isnan(score) else f"{score:.3f}" for score in personalized)
         difference = 100 * (personalized.mean() - np.mean(clean))
         lines.append(f"| {name} | {personalized.mean():.3f} | {seeds} | {unadapted.mean():.3f} | {difference:+.1f} |")
     return "\n".join(lines)
