@@ -3,9 +3,9 @@
 Cross-validation: a site's support rows are dealt to folds in turn (they come in a stratified order); it adapts on all
 folds but one and is judged on that one, after every number of steps. It takes the usual number, unless another one
 costs less by more than a standard error: of two choices that cannot be told apart, the one that holds for everyone is
-the better guess (the rule of Breiman et al. 1984, section 3.4.3). What a number of steps costs is the share of rows it gets wrong
-plus its mean loss, capped: on few rows a loss alone is carried away by one confident mistake, and a share of errors
-alone takes steps of several points. For regression it is the mean squared error.
+the better guess (the rule of Breiman et al. 1984, section 3.4.3). What a number of steps costs is the share of rows it
+gets wrong plus its mean loss, capped: on few rows a loss alone is carried away by one confident mistake, and a share of
+errors alone takes steps of several points. For regression it is the mean squared error.
 
 A row judges only where other folds hold its class too: of a class that a site has one row of, leaving that row out
 leaves nothing to learn from. Where no row can judge, as in one-shot tasks, the usual number it is.
