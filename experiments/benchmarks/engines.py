@@ -168,6 +168,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         ways = {"autograd": lambda: autograd_loop(learner, own, batch), **ways}
     chosen, figures = trial(learner, state, batch)
     ways["auto"] = lambda: meta_gradients(learner, state, batch, chosen)
+    ways["clipped"] = lambda: meta_gradients(learner, state, batch, chosen, clip_norm=0.1)
     for way in ways.values():
         way()
     runs: dict[str, list[float]] = {name: [] for name in ways}
@@ -204,7 +205,8 @@ def disagreement(learner: Learner, state: dict[str, Tensor], batch: Batch, engin
 
 def table(results: list[dict[str, object]], peak: float) -> str:
     """Returns the results as a Markdown table."""
-    head = ["case", "sites", "rows", "steps", "autograd", *ENGINES, "auto", "x autograd", "x vmap", "GFLOP", "of peak"]
+    head = ["case", "sites", "rows", "steps", "autograd", *ENGINES, "auto", "clipped"]
+    head += ["x autograd", "x vmap", "GFLOP", "of peak"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for result in results:
         runs, rows = result["seconds"], result["rows"]
@@ -220,6 +222,7 @@ def table(results: list[dict[str, object]], peak: float) -> str:
             str(result["steps"]),
             *(f"{1e3 * middle[name]:.1f}" if name in middle else "-" for name in ("autograd", *ENGINES)),
             f"{1e3 * auto:.1f} ({result['chosen']})",
+            f"{1e3 * middle['clipped']:.1f}",
             f"{middle['autograd'] / auto:.1f}" if "autograd" in middle else "-",
             f"{middle['vmap'] / auto:.1f}" if "vmap" in middle else "-",
             f"{operations / 1e9:.2f}",

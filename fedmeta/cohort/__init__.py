@@ -66,7 +66,7 @@ def meta_gradients(
     own = own.to(batch.support[2].device)
     name = _engine(engine, learner, meta_state, batch)
     if clip_norm or per_site:
-        name = choose_engine_by_site(name, learner, batch, meta_state)
+        name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
     total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
     values = total.stacked() if per_site else total.total
     gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in values.items()}

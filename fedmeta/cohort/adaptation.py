@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmeta.cohort.forms import Forms
 from fedmeta.cohort.operations import OPERATIONS, MisfitError, Operands
+from fedmeta.cohort.products import noted_product
 from fedmeta.cohort.rows import CohortRows
 from fedmeta.cohort.survey import Call, parameters_in
 from fedmeta.models import FunctionalModel, Parameters
@@ -51,6 +52,23 @@ class Trace:
     outputs: Tensor
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product with a shared weight [outputs, width]: of inputs, A W^T, or in an inner step's derivative, E W.
+
+    Attributes:
+        place: The call's place among the calls.
+        factor: A [sites, rows, width], or E [sites, rows, outputs].
+        product: What came out.
+        turned: Whether it is E W.
+    """
+
+    place: int
+    factor: Tensor
+    product: Tensor
+    turned: bool
+
+
 class Adaptation:
     """The parameters of every site of a cohort, from theta on.
 
@@ -60,16 +78,35 @@ class Adaptation:
         forms: The form that each parameter takes.
         sites: The number of sites.
         exact: Whether the steps stay differentiable with respect to theta.
+        by_site: Whether each site's own gradient is wanted. What takes one value per site then starts from a leaf of
+            its own, and every product with a shared weight is noted.
+
+    Attributes:
+        start: What the values per site start from, by name.
+        products: With `by_site`, every differentiable product with a shared weight.
     """
 
-    def __init__(self, network: FunctionalModel, theta: Parameters, forms: Forms, sites: int, exact: bool) -> None:
+    def __init__(
+        self,
+        network: FunctionalModel,
+        theta: Parameters,
+        forms: Forms,
+        sites: int,
+        exact: bool,
+        by_site: bool = False,
+    ) -> None:
         self.network = network
         self.theta = theta
         self.forms = forms
         self.sites = sites
         self.exact = exact
+        self.by_site = by_site
         self.corrections: dict[int, Correction] = {}
-        self.dense = {name: theta[name].expand(sites, *theta[name].shape) for name in forms.dense}
+        self.products: list[Product] = []
+        self.start = {name: theta[name].expand(sites, *theta[name].shape) for name in forms.dense}
+        if by_site:
+            self.start = {name: value.detach().clone().requires_grad_() for name, value in self.start.items()}
+        self.dense = dict(self.start)
 
     def outputs(self, rows: CohortRows) -> Tensor:
         """Returns the outputs [sites * n, outputs] of every site's own model on its rows.
@@ -78,9 +115,8 @@ class Adaptation:
         """
         dense = self.dense
         if not self.exact and torch.is_grad_enabled():
-            dense = {
-                name: value.detach() + (self.theta[name] - self.theta[name].detach()) for name, value in dense.items()
-            }
+            start = self.start if self.by_site else self.theta
+            dense = {name: value.detach() + (start[name] - start[name].detach()) for name, value in dense.items()}
         return self._run(rows, dense)[0]
 
     def step(self, rows: CohortRows, rates: Rates) -> None:
@@ -160,7 +196,7 @@ class _SiteModels(TorchFunctionMode):
         place, operands = self.place, OPERATIONS[func](*args, **kwargs)
         call = self._call(operands)
         self.place += 1
-        if not call.adapts:
+        if not call.adapts and not (self.adaptation.by_site and call.kind == "linear"):
             kept = self.rows.kept.get(place) if call.fixed else None
             result = func(*args, **kwargs) if kept is None else kept
             if call.fixed:
@@ -184,8 +220,7 @@ class _SiteModels(TorchFunctionMode):
         assert weight is not None
         if not (call.fixed and (place, "z") in kept):
             inputs = x.reshape(self.rows.sites, -1, call.width)
-            z = F.linear(inputs.flatten(0, 1), weight, None if call.bias in self.dense else bias)
-            kept[place, "a"], kept[place, "z"] = inputs, z.view(self.rows.sites, -1, call.outputs)
+            kept[place, "a"], kept[place, "z"] = inputs, self._shared(place, call, inputs, weight, bias)
         inputs, z = kept[place, "a"], kept[place, "z"]
         for source, correction in self.adaptation.corrections.items():
             if self.forms.calls[source].weight == call.weight:
@@ -196,6 +231,21 @@ class _SiteModels(TorchFunctionMode):
         if call.weight in self.forms.spans:
             self.traces.append(Trace(place, inputs, z))
         return z.view(*x.shape[:-1], call.outputs)
+
+    def _shared(self, place: int, call: Call, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns A W + b [sites, rows, outputs], with the weight of all sites."""
+        bias = None if call.bias in self.dense else bias
+        rows = inputs.flatten(0, 1)
+        if not self.adaptation.by_site:
+            return F.linear(rows, weight, bias).view(self.rows.sites, -1, call.outputs)
+
+        def note(factor: Tensor, product: Tensor, turned: bool) -> Tensor:
+            one, other = (value.view(self.rows.sites, -1, value.shape[-1]) for value in (factor, product))
+            self.adaptation.products.append(Product(place, one, other, turned))
+            return other
+
+        z = noted_product(rows, weight, note)
+        return z if bias is None else z + bias
 
     def _products(self, place: int, source: int, inputs: Tensor, others: Tensor) -> Tensor:
         """Returns a A^T, plus 1 where the bias moves with its weight."""

@@ -20,6 +20,21 @@ def products(x: Tensor, weight: Tensor) -> Tensor:
     return z
 
 
+def noted_product(x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
+    """Returns x [rows, width] times weight [outputs, width], transposed, and has every use of the weight noted.
+
+    The derivative with respect to x uses the weight too, and is differentiated in turn where an inner step is.
+
+    Args:
+        x: The rows.
+        weight: The weight; no derivative with respect to it is computed.
+        note: Called with (x, x W^T, false), and in a derivative that stays differentiable with (errors, errors W,
+            true); returns the product, in a shape of its choice.
+    """
+    z: Tensor = _Noted.apply(x, weight, note)  # type: ignore[no-untyped-call]
+    return note(x, z, False)
+
+
 class Geometry(NamedTuple):
     """How a convolution moves over its input; a number for each of its dimensions."""
 
@@ -54,6 +69,24 @@ class _Product(torch.autograd.Function):
             products(errors[0], weight.transpose(1, 2)) if by_x else None,
             torch.bmm(errors[0].transpose(1, 2), x) if by_weight else None,
         )
+
+
+class _Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
+        context.save_for_backward(weight)
+        context.note = note
+        return x @ weight.T
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, ...]:
+        if not context.needs_input_grad[0]:
+            return None, None, None
+        (weight,) = context.saved_tensors
+        product = errors[0] @ weight
+        if product.requires_grad:
+            product = context.note(errors[0], product, True).reshape(product.shape)
+        return product, None, None
 
 
 class _Convolution(torch.autograd.Function):

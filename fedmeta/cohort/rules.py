@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.cohort import loop, span, vmap
+from fedmeta.cohort import clipped, loop, span, vmap
 from fedmeta.cohort.accumulate import Contribution, Scores
 from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
 from fedmeta.cohort.operations import MisfitError
@@ -41,8 +41,8 @@ class Engine(Protocol):
 ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "span": span}
 """Every engine by its name in an experiment; "auto" chooses among them."""
 
-BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites}
-"""What adds each site's own gradient to a contribution, by the engines that form it."""
+BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites, "span": clipped.add_sites}
+"""What adds each site's own gradient to a contribution; "span" does so for clipped sums alone, without forming it."""
 
 
 def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
@@ -60,12 +60,17 @@ def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tenso
     return "span" if reason is None else _without_span(learner, reason)
 
 
-def choose_engine_by_site(engine: str, learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> str:
-    """Returns the engine that computes each site's own gradient where `engine` computes their sum.
+def choose_engine_by_site(
+    engine: str, learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor], per_site: bool
+) -> str:
+    """Returns the engine that computes each site's own gradient, or clips them, where `engine` computes their sum.
 
-    The span form has nothing but the sum: one of the others stands for it, several times slower.
+    The span form has sums alone, clipped ones where it can tell norms (`fedmeta.cohort.clipped`); elsewhere one of the
+    others stands for it, several times slower.
     """
-    return _without_span(learner, span.fits(learner, batch, meta_state)) if engine == "span" else engine
+    if engine != "span" or (not per_site and clipped.fits(learner, batch, meta_state)):
+        return engine
+    return _without_span(learner, span.fits(learner, batch, meta_state))
 
 
 def _without_span(learner: Learner, reason: str | None) -> str:

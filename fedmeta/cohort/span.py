@@ -26,7 +26,7 @@ sum_t alpha_t A_t^T D_t.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +50,8 @@ ESTIMATORS = ("exact", "first-order", "displacement", "nothing")
 
 CHECKED_ROWS = 4
 """How many rows a site's are cut to when a model is run to see what it does."""
+
+WeightedSum = Callable[[Learner, Mapping[str, Tensor], Batch, Tensor], Mapping[str, Tensor]]
 
 _known: WeakKeyDictionary[FunctionalModel, dict[Hashable, Survey | str]] = WeakKeyDictionary()
 
@@ -103,7 +105,7 @@ def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, s
     state = {name: value.detach() for name, value in meta_state.items()}
     rates = _all_rates(learner, state, steps)
     support, query = (CohortRows.of(rows, _dtype(meta_state)) for rows in batch)
-    adaptation = _adaptation(learner, _leaves(meta_state), batch, batch.support, rates, exact=False)
+    adaptation = _adaptation(learner, leaves(meta_state), batch, batch.support, rates, exact=False)
     path = []
     for step in range(steps + 1):
         with torch.no_grad():
@@ -157,45 +159,74 @@ def _objective_gradient(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor, exact: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns d/d state of sum_i w_i sum_t v_t L_Q,i(phi_i,t), and the losses after the last step [sites]."""
-    state = _leaves(meta_state)
-    inner = state if exact else meta_state
+    state = leaves(meta_state)
+    value, losses, _ = objective(learner, state, state if exact else meta_state, batch, weights)
+    learned = {name: leaf for name, leaf in state.items() if leaf.requires_grad}
+    gradients = torch.autograd.grad(value, list(learned.values()), allow_unused=True, materialize_grads=True)
+    constant = {name: torch.zeros_like(value) for name, value in meta_state.items() if name not in learned}
+    return constant | dict(zip(learned, gradients, strict=True)), losses
+
+
+def objective(
+    learner: Learner,
+    state: Mapping[str, Tensor],
+    inner: Mapping[str, Tensor],
+    batch: Batch,
+    weights: Tensor,
+    by_site: bool = False,
+) -> tuple[Tensor, Tensor, Adaptation]:
+    """Returns sum_i w_i sum_t v_t L_Q,i(phi_i,t), a scalar; the losses after the last step [sites]; and the adaptation.
+
+    Args:
+        learner: One whose estimator is exact or first-order.
+        state: The meta-state, ready to be differentiated by.
+        inner: What the inner rates and the weights v_t are read from.
+        batch: The sites' tasks.
+        weights: w [sites].
+        by_site: As for `Adaptation`.
+    """
     rates, counts = _all_rates(learner, inner, learner.inner_steps), learner.query_weights(inner)
-    support, query = (CohortRows.of(rows, _dtype(meta_state)) for rows in batch)
-    adaptation = _adaptation(learner, state, batch, batch.support, rates, exact)
-    objective, losses = torch.zeros(()), torch.zeros(())
+    support, query = (CohortRows.of(rows, _dtype(state)) for rows in batch)
+    adaptation = _adaptation(learner, state, batch, batch.support, rates, learner.estimator == "exact", by_site)
+    total, losses = torch.zeros(()), torch.zeros(())
     for step, count in enumerate(counts):
         if isinstance(count, Tensor) or count != 0 or step == len(rates):
             losses = query.losses(adaptation.outputs(query))
-            objective = objective + count * (losses * weights.to(losses.dtype)).sum()
+            total = total + count * (losses * weights.to(losses.dtype)).sum()
         if step < len(rates):
             adaptation.step(support, rates[step])
-    leaves = {name: value for name, value in state.items() if value.requires_grad}
-    gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    constant = {name: torch.zeros_like(value) for name, value in meta_state.items() if name not in leaves}
-    return constant | dict(zip(leaves, gradients, strict=True)), losses.detach()
+    return total, losses.detach(), adaptation
 
 
 def _displacement(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns sum_i w_i (theta - phi_i), or zeros for a learner that sends nothing, and the query losses [sites]."""
+    adaptation, losses = adapted(learner, meta_state, batch)
+    with torch.no_grad():
+        moved = adaptation.displacement(weights) if learner.estimator == "displacement" else {}
+        return with_theta(meta_state, moved), losses
+
+
+def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> tuple[Adaptation, Tensor]:
+    """Returns the adaptation of a learner that sends what moved, or nothing, and the query losses after it [sites]."""
     sends = learner.estimator == "displacement"
     rows = concatenate(*batch) if sends else batch.support
     steps = learner.inner_steps if sends else learner.evaluation_steps()
     rates = _all_rates(learner, meta_state, steps)
-    adaptation = _adaptation(learner, _leaves(meta_state), batch, rows, rates, exact=False)
+    adaptation = _adaptation(learner, leaves(meta_state), batch, rows, rates, exact=False)
     own, query = CohortRows.of(rows, _dtype(meta_state)), CohortRows.of(batch.query, _dtype(meta_state))
     for step in rates:
         adaptation.step(own, step)
     with torch.no_grad():
         if not sends:
-            return with_theta(meta_state, {}), query.losses(adaptation.outputs(query))
+            return adaptation, query.losses(adaptation.outputs(query))
         # The query rows are the last of the rows adapted on, whose products with shared weights are known.
         outputs = adaptation.outputs(own).view(*rows[2].shape, -1)[:, batch.support[2].shape[1] :]
-        return with_theta(meta_state, adaptation.displacement(weights)), query.losses(outputs.flatten(0, 1))
+        return adaptation, query.losses(outputs.flatten(0, 1))
 
 
-def _leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the meta-state with every floating-point tensor ready to be differentiated by."""
     return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in meta_state.items()}
 
@@ -209,10 +240,16 @@ def _all_rates(learner: Learner, meta_state: Mapping[str, Tensor], steps: int) -
 
 
 def _adaptation(
-    learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: Rows, rates: Sequence[Rates], exact: bool
+    learner: Learner,
+    state: Mapping[str, Tensor],
+    batch: Batch,
+    rows: Rows,
+    rates: Sequence[Rates],
+    exact: bool,
+    by_site: bool = False,
 ) -> Adaptation:
     forms = _forms(learner, state, batch, rows[0].shape[1], rates)
-    return Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact)
+    return Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact, by_site)
 
 
 def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: int, rates: Sequence[Rates]) -> Forms:
@@ -227,14 +264,14 @@ def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: in
     key = (type(learner), adapting, x.shape[2:], x.is_floating_point())
     known = _known.setdefault(learner.network, {})
     if key not in known:
-        few = Batch(*(tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in part) for part in batch))
+        few = few_rows(batch)
         try:
             # Fused attention has no second derivative.
             with sdpa_kernel(SDPBackend.MATH):
                 known[key] = survey(
                     learner.network, _double(learner.theta(state)), adapting, few.support[0].flatten(0, 1)
                 )
-                _check(learner, state, few)
+                check(learner, state, few, lambda *asked: _weighted_sum(*asked)[0])
         except MisfitError as reason:
             known[key] = str(reason)
     found = known[key]
@@ -243,8 +280,13 @@ def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: in
     return choose_forms(found, groups, rows)
 
 
-def _check(learner: Learner, state: Mapping[str, Tensor], few: Batch) -> None:
-    """Checks the gradient of two sites, in float64, against the reference loop.
+def few_rows(batch: Batch) -> Batch:
+    """Returns two sites with a few rows each."""
+    return Batch(*(tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in part) for part in batch))
+
+
+def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_sum: WeightedSum) -> None:
+    """Checks a way to the gradient of two sites, in float64, against the reference loop.
 
     Raises:
         MisfitError: They differ: the model does something that was not seen.
@@ -253,7 +295,7 @@ def _check(learner: Learner, state: Mapping[str, Tensor], few: Batch) -> None:
     few = Batch(*((x.double().nan_to_num() if x.is_floating_point() else x, y, mask) for x, y, mask in few))
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.support[2].device)
     expected = loop.meta_gradients(learner, state, few, weights).total
-    gradient, _ = _weighted_sum(learner, state, few, weights)
+    gradient = weighted_sum(learner, state, few, weights)
     size = torch.stack([value.norm() for value in expected.values()]).norm()
     wrong = torch.stack([(value - gradient[name]).norm() for name, value in expected.items()]).norm()
     if bool(wrong > 1e-8 * size + 1e-12):

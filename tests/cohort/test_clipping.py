@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmeta import cohort
+from fedmeta.cohort import clipped
 from fedmeta.cohort.accumulate import Contribution, clip_factors
 from fedmeta.cohort.personal import stack_personal, train_personal
 from fedmeta.learners import Learner, build
@@ -69,7 +70,57 @@ def test_each_sites_own_gradients_add_up_to_the_sum(engine: str) -> None:
         assert torch.allclose(torch.tensordot(weights, each[key], dims=1), value, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def norm_net() -> nn.Module:
+    body = (nn.Linear(12, 16), nn.GroupNorm(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh())
+    return nn.Sequential(*body, nn.Linear(16, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("name", "wide"),
+    [(name, wide) for name in ("maml", "fomaml", "fedavg", "maml-global") for wide in (True, False)] + [("anil", True)],
+)
+def test_the_span_form_clips_without_any_sites_gradient(name: str, wide: bool) -> None:
+    settings = {"inner_lr": 0.3, "inner_steps": 3} | ({"global_weight": 0.5} if name == "maml-global" else {})
+    module = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, CLASSES)) if wide else norm_net()
+    learner, batch = build(name.partition("-")[0], FunctionalModel(module), **settings), tasks(SIZES, (12,))
+    meta_state = state(learner)
+    assert clipped.fits(learner, batch, meta_state)
+    forms = cohort.span.forms_of(learner, batch, meta_state)
+    assert forms.spans or not wide
+    own = by_hand(learner, meta_state, batch)
+    norms = torch.tensor([norm(gradient) for gradient in own], dtype=torch.float64)
+    bound = float(norms.median())
+    found, _, _ = cohort.meta_gradients(learner, meta_state, batch, "span", clip_norm=bound)
+    factors = (bound / norms).clamp(max=1.0)
+    for key, value in found.items():
+        expected = sum(factor * gradient[key] for factor, gradient in zip(factors, own, strict=True))
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_learned_rates_and_unseen_uses_are_clipped_by_another_engine() -> None:
+    batch = tasks(SIZES, (4,))
+    learner = learner_of("maml++")
+    assert not clipped.fits(learner, batch, state(learner))
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # A second use of a weight that the head-only learner leaves as it is.
+            return self.head(torch.tanh(self.body(x)) * self.body.weight.square().sum())
+
+    odd = build("anil", FunctionalModel(Odd()), inner_lr=0.2)
+    assert cohort.fits(odd, batch, state(odd)) is None
+    assert not clipped.fits(odd, batch, state(odd))
+    expected, _, _ = cohort.meta_gradients(odd, state(odd), batch, "loop", clip_norm=CLIP)
+    found, _, _ = cohort.meta_gradients(odd, state(odd), batch, "span", clip_norm=CLIP)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "span"])
 def test_a_site_that_is_not_finite_adds_nothing_and_is_told(engine: str) -> None:
     learner, batch = learner_of("maml"), tasks(SIZES, (4,))
     batch.support[0][2, 0, 0] = torch.inf
@@ -79,6 +130,8 @@ def test_a_site_that_is_not_finite_adds_nothing_and_is_told(engine: str) -> None
     assert all(not value[2].any() and value.isfinite().all() for value in each.values())
     total, _, _ = cohort.meta_gradients(learner, state(learner), batch, engine, clip_norm=CLIP)
     assert all(torch.allclose(value, each[key].sum(0), atol=1e-9) for key, value in total.items())
+    _, weight, figures = cohort.meta_gradients(learner, state(learner), batch, engine, clip_norm=CLIP)
+    assert (weight, figures["finite"].tolist()) == (4, [1, 1, 0, 1, 1])
 
 
 def test_the_sum_of_clipped_gradients_is_exact_in_float32() -> None:
