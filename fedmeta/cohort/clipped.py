@@ -93,7 +93,7 @@ def add_sites(
     joined = pieces.joined()
     squares = torch.zeros_like(losses, dtype=torch.float64)
     for inputs, errors in joined.values():
-        squares += _squares(inputs, errors).double()
+        squares += _squares(inputs, errors)
     for value in pieces.own.values():
         squares += value.flatten(1).double().square().sum(1)
     finite = losses.isfinite() & squares.isfinite()
@@ -141,8 +141,12 @@ def _pieces(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
 
 
 def _squares(inputs: Tensor, errors: Tensor) -> Tensor:
-    """Returns |A^T G|^2 [sites], by the pairs of rows or by the product itself, whichever is smaller."""
+    """Returns |A^T G|^2 [sites], by the pairs of rows or by the product itself, whichever is smaller.
+
+    In float64: pairs of rows may cancel, and a norm told too small would let a site send more than it may.
+    """
     rows, width, outputs = inputs.shape[1], inputs.shape[2], errors.shape[2]
+    inputs, errors = inputs.double(), errors.double()
     if rows * (width + outputs) < width * outputs:
         return (torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(errors, errors.transpose(1, 2))).sum((1, 2))
     return torch.bmm(errors.transpose(1, 2), inputs).square().sum((1, 2))
