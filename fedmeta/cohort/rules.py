@@ -131,8 +131,7 @@ def run(
 ) -> Contribution:
     """Returns a cohort's contribution by one engine, chunk by chunk, with the figures in site order.
 
-    With a `clip_norm` or `per_site` it is made of each site's own gradient, which "span" does not have: the sum of
-    clipped ones, or all of them.
+    With a `clip_norm` it is the sum of clipped gradients; with `per_site` all of them, which "span" does not have.
     """
     total, places = Contribution.empty(meta_state, clip_norm, per_site), []
     size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
