@@ -26,7 +26,7 @@ PARTS = {
 """The scripts, in the order in which they run, and what their tables are called."""
 
 SHORT = {
-    "engines": ["--repeats", "3"],
+    "engines": ["--repeats", "7"],
     "rounds": ["--blocks", "3", "--rounds", "20", "--flower-rounds", "3"],
     "overhead": ["--rounds", "100"],
     "scale": ["--repeats", "1", "--rounds", "10"],
