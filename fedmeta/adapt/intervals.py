@@ -55,7 +55,8 @@ def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1
     """Returns the RMSE over parts [parts] of so many rows each, with Student's interval on the logarithm of its square.
 
     Squared errors are skewed; the logarithm of their mean is far less so. Its standard error is that of the mean over
-    parts, divided by the mean (delta method).
+    parts, divided by the mean (delta method). Where inner steps are so long that models of nearly the same rows differ
+    wildly, the parts say little of the final model, and the interval covers its error less often than it should.
 
     Args:
         scores: Each part's RMSE.

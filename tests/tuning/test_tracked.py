@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -27,10 +29,12 @@ def command(folder: Path, *further: str) -> list[str]:
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    if not (folder / "tuning.db").exists():
-        return []
     storage = f"sqlite:///{folder / 'tuning.db'}"
     try:
+        # Optuna makes the tables of a store that lacks them, and the search would trip over ours.
+        with closing(sqlite3.connect(f"file:{folder / 'tuning.db'}?mode=ro", uri=True)) as store:
+            if not store.execute("SELECT count(*) FROM trials").fetchone()[0]:
+                return []
         (name,) = optuna.get_all_study_names(storage)
         return optuna.load_study(study_name=name, storage=storage).trials
     except Exception:
