@@ -39,7 +39,8 @@ class Contribution:
     """What a cohort, or a part of it, adds to the weighted sum of meta-gradients.
 
     Attributes:
-        total: The weighted sum over finite sites, float64, with the meta-state's keys.
+        total: The weighted sum over finite sites, with the meta-state's keys: float64 where parts were added up, else the
+            type in which the one part was computed.
         weight: The sum of their weights.
         metrics: Per-site figures [sites]; "finite" is 0 where a site's gradient was not, and it counts for nothing.
         clip_norm: The longest gradient of one site, over all its entries; a longer one is shortened; 0 = any length.
@@ -81,8 +82,7 @@ class Contribution:
 
     def merge(self, other: Contribution) -> None:
         """Adds the contribution of the sites that come next."""
-        for name, value in other.total.items():
-            self.total[name] += value
+        self.total = {name: value.double() + other.total[name] for name, value in self.total.items()}
         self.weight += other.weight
         for name, values in other.metrics.items():
             self.metrics.setdefault(name, []).extend(values)

@@ -141,7 +141,11 @@ def run(
             if clip_norm or per_site:
                 BY_SITE[engine](total, learner, meta_state, part, weights[sites])
             else:
-                total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
+                own = ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites])
+                if places:
+                    total.merge(own)
+                else:  # large weights take long to add to zeros
+                    total = own
             places.append(sites)
     order = _in_site_order(total, places)
     if per_site:

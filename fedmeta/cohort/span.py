@@ -92,7 +92,7 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
     """
     gradient, losses, finite = _finite_sum(learner, meta_state, batch, weights)
     metrics = {"query_loss": [losses.double()], "finite": [finite.double()]}
-    total = {name: gradient[name].double() for name in meta_state}
+    total = {name: gradient[name] for name in meta_state}
     return Contribution(total, float(weights[finite].sum()), metrics)
 
 
