@@ -39,8 +39,8 @@ class Contribution:
     """What a cohort, or a part of it, adds to the weighted sum of meta-gradients.
 
     Attributes:
-        total: The weighted sum over finite sites, with the meta-state's keys: float64 where parts were added up, else the
-            type in which the one part was computed.
+        total: The weighted sum over finite sites, with the meta-state's keys: float64 where parts were added up, else
+            the type in which the one part was computed.
         weight: The sum of their weights.
         metrics: Per-site figures [sites]; "finite" is 0 where a site's gradient was not, and it counts for nothing.
         clip_norm: The longest gradient of one site, over all its entries; a longer one is shortened; 0 = any length.

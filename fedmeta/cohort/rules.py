@@ -133,7 +133,8 @@ def run(
 
     With a `clip_norm` it is the sum of clipped gradients; with `per_site` all of them, which "span" does not have.
     """
-    total, places = Contribution.empty(meta_state, clip_norm, per_site), []
+    total = Contribution.empty(meta_state, clip_norm, per_site)
+    places: list[Tensor] = []
     size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
     # Fused attention has no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
