@@ -23,6 +23,7 @@ from fedmeta.progress import Progress, Report
 from server import aggregation
 from server.federation import ask_standardisation, reindexed
 from server.journal import Journal, evaluation_frame, new_folder
+from server.machine import Machine
 from server.optimizer import ServerOptimizer
 from server.privacy import private_rounds
 from server.roll import Roll
@@ -114,6 +115,7 @@ class Rounds:
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
+        self.machine = Machine()
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
         self.journal = Journal(experiment, folder, earlier)
@@ -226,6 +228,7 @@ class Rounds:
             self._count(seconds)
             figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
             figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
+            figures |= self.machine.figures()
             if self.privacy:
                 figures["privacy/epsilon"] = self.privacy.epsilon
             loss = metrics.get("query_loss") if metrics else None

@@ -102,7 +102,7 @@ def logged(folder: Path) -> list[tuple[str, int, float]]:
     """Returns every row of the store's table of metrics; of times only that they are there."""
     with sqlite3.connect(folder / "mlflow.db") as store:
         rows = store.execute("SELECT key, step, value FROM metrics").fetchall()
-    return sorted((key, step, 0.0 if key.startswith("time/") else value) for key, step, value in rows)
+    return sorted((key, step, 0.0 if key.startswith(("time/", "system/")) else value) for key, step, value in rows)
 
 
 def tracked_runs(folder: Path) -> list[tuple[str, str]]:
