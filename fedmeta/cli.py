@@ -7,17 +7,14 @@ import sys
 
 import click
 
-# In the order in which the help lists their commands.
-from fedmeta.commands import app, training  # noqa: F401
-
-# isort: split
-from fedmeta.commands import reading  # noqa: F401
-
-# isort: split
-from fedmeta.commands import operating  # noqa: F401
+from fedmeta.commands import app, operating, reading, training
 from fedmeta.errors import FedmetaError
 
 INTERRUPTED = 130
+ORDER = [module.__name__ for module in (training, reading, operating)]
+"""In which order the help lists the modules' commands."""
+
+app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__module__", "")))
 
 
 def main() -> None:

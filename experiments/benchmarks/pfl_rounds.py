@@ -27,12 +27,12 @@ from torch import Tensor, nn
 class Network(nn.Sequential):
     """The network with what pfl asks of a model."""
 
-    def loss(self, x: Tensor, y: Tensor, eval: bool = False) -> Tensor:  # noqa: A002 - pfl's own name
+    def loss(self, x: Tensor, y: Tensor, eval: bool = False) -> Tensor:
         self.eval() if eval else self.train()
         return nn.functional.cross_entropy(self(x), y)
 
     @torch.no_grad()
-    def metrics(self, x: Tensor, y: Tensor, eval: bool = True) -> dict[str, Any]:  # noqa: A002 - pfl's own name
+    def metrics(self, x: Tensor, y: Tensor, eval: bool = True) -> dict[str, Any]:
         return {"loss": Weighted(self.loss(x, y, eval).item() * len(y), len(y))}
 
 

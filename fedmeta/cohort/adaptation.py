@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedmeta.cohort.forms import Forms
@@ -237,7 +237,7 @@ class _SiteModels(TorchFunctionMode):
         bias = None if call.bias in self.dense else bias
         rows = inputs.flatten(0, 1)
         if not self.adaptation.by_site:
-            return F.linear(rows, weight, bias).view(self.rows.sites, -1, call.outputs)
+            return functional.linear(rows, weight, bias).view(self.rows.sites, -1, call.outputs)
 
         def note(factor: Tensor, product: Tensor, turned: bool) -> Tensor:
             one, other = (value.view(self.rows.sites, -1, value.shape[-1]) for value in (factor, product))

@@ -66,6 +66,11 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bo
 
     Learned inner rates are shared by all sites and cannot. As in the span form itself, two sites' sum is compared with
     the reference loop's, once per model, learner and shape of batch.
+
+    Args:
+        learner: The learner.
+        batch: Tasks like those to come.
+        meta_state: The meta-state.
     """
     learned = any(value.is_floating_point() and not name.startswith(THETA) for name, value in meta_state.items())
     if learned or learner.estimator == "nothing" or span.fits(learner, batch, meta_state) is not None:
@@ -88,7 +93,15 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bo
 def add_sites(
     total: Contribution, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> None:
-    """Adds each site's gradient, shortened to `total.clip_norm`."""
+    """Adds each site's gradient, shortened to `total.clip_norm`.
+
+    Args:
+        total: What is added to; its `clip_norm` is above 0, and it keeps no site's own gradient.
+        learner: A learner that `fits`.
+        meta_state: The meta-state.
+        batch: The sites' tasks.
+        weights: The weight of each site [sites].
+    """
     pieces, losses = _pieces(learner, meta_state, batch)
     joined = pieces.joined()
     squares = torch.zeros_like(losses, dtype=torch.float64)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
+from torch.nn import functional
 
 from fedmeta.cohort.products import Geometry, convolutions, products
 from fedmeta.errors import FedmetaError
@@ -41,7 +41,7 @@ class Operands:
     kind: str = "other"
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operands:  # noqa: A002
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operands:
     def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         rows = x.reshape(weight.shape[0], -1, x.shape[-1])
@@ -53,7 +53,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operan
 
 
 def _layer_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -62,13 +62,13 @@ def _layer_norm(
     shape = list(normalized_shape)
 
     def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _affine(F.layer_norm(x, shape, None, None, eps), weight, bias, x.dim() - len(shape))
+        return _affine(functional.layer_norm(x, shape, None, None, eps), weight, bias, x.dim() - len(shape))
 
     return Operands(input, weight, bias, per_site)
 
 
 def _rms_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -76,20 +76,20 @@ def _rms_norm(
     shape = list(normalized_shape)
 
     def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _affine(F.rms_norm(x, shape, None, eps), weight, bias, x.dim() - len(shape))
+        return _affine(functional.rms_norm(x, shape, None, eps), weight, bias, x.dim() - len(shape))
 
     return Operands(input, weight, None, per_site)
 
 
 def _group_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Operands:
     def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _affine(F.group_norm(x, num_groups, None, None, eps), weight, bias, 1)
+        return _affine(functional.group_norm(x, num_groups, None, None, eps), weight, bias, 1)
 
     return Operands(input, weight, bias, per_site)
 
@@ -109,7 +109,7 @@ def over_rows(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, value: Ten
 
 
 def _embedding(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -124,13 +124,13 @@ def _embedding(
         assert weight is not None
         sites, size, _ = weight.shape
         first = torch.arange(sites, device=x.device).mul(size).reshape(-1, *[1] * x.dim())
-        return F.embedding((x.reshape(sites, -1, *x.shape[1:]) + first).flatten(0, 1), weight.flatten(0, 1))
+        return functional.embedding((x.reshape(sites, -1, *x.shape[1:]) + first).flatten(0, 1), weight.flatten(0, 1))
 
     return Operands(input, weight, None, per_site, "lookup")
 
 
 def _convolution(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -182,13 +182,13 @@ def _elementwise(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., O
 
 
 OPERATIONS: dict[Any, Callable[..., Operands]] = {
-    F.linear: _linear,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.embedding: _embedding,
+    functional.linear: _linear,
+    functional.layer_norm: _layer_norm,
+    functional.rms_norm: _rms_norm,
+    functional.group_norm: _group_norm,
+    functional.embedding: _embedding,
     **dict.fromkeys((torch.add, Tensor.add), _elementwise(torch.add)),
     **dict.fromkeys((torch.mul, Tensor.mul), _elementwise(torch.mul)),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
 }
 """Every operation by the torch function that a module calls."""
