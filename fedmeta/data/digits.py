@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits as read_digits
+from torch.nn import functional
 
 from fedmeta.data.arrays import build_population
 from fedmeta.data.labels import Labels
@@ -65,6 +65,6 @@ def turn(images: NDArray[np.float32], angles: NDArray[np.float64]) -> NDArray[np
     cosine, sine, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
     rotations = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)
     pixels = torch.from_numpy(images)[:, None]
-    grid = F.affine_grid(rotations, list(pixels.shape), align_corners=False)
-    turned: NDArray[np.float32] = F.grid_sample(pixels, grid, align_corners=False)[:, 0].numpy()
+    grid = functional.affine_grid(rotations, list(pixels.shape), align_corners=False)
+    turned: NDArray[np.float32] = functional.grid_sample(pixels, grid, align_corners=False)[:, 0].numpy()
     return turned

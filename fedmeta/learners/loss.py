@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
+from torch.nn import functional
 
 BINS = 10
 
@@ -23,7 +23,7 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         errors = (outputs.reshape(y.shape) - y).square()
         return errors if y.dim() == 1 else errors.flatten(1).mean(1)
-    return F.cross_entropy(outputs, y.clamp(min=0), reduction="none")
+    return functional.cross_entropy(outputs, y.clamp(min=0), reduction="none")
 
 
 def loss(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:

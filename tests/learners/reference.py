@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from fedmeta.learners import Learner
 from fedmeta.task import Rows, Task
@@ -55,7 +55,11 @@ def loss(module: nn.Module, parameters: State, rows: Rows) -> Tensor:
     if len(rows) == 3:
         x, y = x[rows[2] > 0], y[rows[2] > 0]
     outputs = functional_call(module, parameters, (x,))
-    return F.mse_loss(outputs.reshape(y.shape), y) if y.is_floating_point() else F.cross_entropy(outputs, y)
+    return (
+        functional.mse_loss(outputs.reshape(y.shape), y)
+        if y.is_floating_point()
+        else functional.cross_entropy(outputs, y)
+    )
 
 
 def descend(
