@@ -11,6 +11,9 @@ are indifferent to which. `f` is the assumed number of false replies, `n` that o
 | `multi-krum` | the mean of the n - f - 2 best by that measure | Blanchard 2017 |
 | `bulyan` | of the n - 2f best so, each coordinate's mean of the n - 4f values nearest its median | El Mhamdi 2018 |
 | `norm-bound` | the mean, with gradients longer than a multiple of the median norm shortened to it | Sun 2019 |
+
+They all assume that honest sites resemble each other. Where sites differ, `mixing` (Allouah 2023) first replaces each
+gradient by the mean of the n - f nearest to it: what honest sites have in common stays, what divides them shrinks.
 """
 
 from __future__ import annotations
@@ -74,6 +77,8 @@ def combine(replies: Sequence[TrainReply], settings: Server) -> Gradient | None:
     false = assumed_false(settings.byzantine, len(sites))
     if len(sites) < FEWEST[settings.aggregator][1](false):
         return None
+    if settings.mixing:
+        sites = mixed(sites, false)
     if settings.aggregator == "norm-bound":
         return norm_bounded_mean(sites, settings.norm_bound)
     return aggregate(STRATEGIES[settings.aggregator](len(sites), false), sites)
@@ -129,6 +134,24 @@ def gradients_by_site(replies: Sequence[TrainReply]) -> list[Gradient]:
         if finite
     }
     return [found[name] for name in sorted(found)]
+
+
+def mixed(sites: Sequence[Gradient], false: int) -> list[Gradient]:
+    """Returns each gradient's mean with the n - f - 1 others that are nearest to it (nearest-neighbour mixing).
+
+    Source: Allouah et al. 2023, "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", Algorithm 2.
+
+    Args:
+        sites: The n gradients.
+        false: f, how many of them may be false.
+    """
+    stacked = {key: torch.stack([site[key] for site in sites]) for key in sites[0]}
+    flat = torch.cat([value.reshape(len(sites), -1) for value in stacked.values()], 1)
+    nearest = torch.cdist(flat, flat).topk(len(sites) - false, largest=False).indices
+    shares = torch.zeros(len(sites), len(sites), dtype=flat.dtype).scatter_(1, nearest, 1.0)
+    shares /= len(sites) - false
+    means = {key: torch.tensordot(shares, value, dims=1) for key, value in stacked.items()}
+    return [{key: value[place] for key, value in means.items()} for place in range(len(sites))]
 
 
 def norm_bounded_mean(sites: Sequence[Gradient], bound: float) -> Gradient:

@@ -111,6 +111,10 @@ class Server(Section):
         default=0.2,
         description="False replies in a round that the aggregator is to withstand (share of its sites, or a count)",
     )
+    mixing: bool = Field(
+        default=False,
+        description="Whether each reply is first averaged with its nearest ones, for sites that differ; not with mean",
+    )
     norm_bound: float = Field(
         default=1.0, gt=0, description="Longest reply that norm-bound leaves as it is (multiples of the median norm)"
     )
@@ -129,6 +133,12 @@ class Server(Section):
         if self.weighting != "uniform" and self.aggregator != "mean":
             cure = f'must be "uniform" with aggregator = "{self.aggregator}": a false site would name its own weight'
             raise refuse("weighting", cure)
+        return self
+
+    @model_validator(mode="after")
+    def _a_mean_has_no_neighbours(self) -> Self:
+        if self.mixing and self.aggregator == "mean":
+            raise refuse("mixing", 'must be false with aggregator = "mean", which sees no single reply')
         return self
 
 

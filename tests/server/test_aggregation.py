@@ -36,7 +36,7 @@ def combined(aggregator: str, values: list[list[float]], byzantine: float | int 
     assert found is not None
     assert found["theta"].dtype == torch.float64
     assert found["alpha"].shape == ()
-    assert float(found["alpha"]) == found["theta"][0]
+    assert float(found["alpha"]) == pytest.approx(float(found["theta"][0]))
     return found["theta"].tolist()
 
 
@@ -68,6 +68,38 @@ def test_the_norm_bound_shortens_what_is_longer_than_the_median_norm() -> None:
     assert combined("norm-bound", values, norm_bound=1.0) == pytest.approx([(3 - 4 + 4) / 3, 0.0])
     assert combined("norm-bound", values, norm_bound=2.0) == pytest.approx([(3 - 4 + 8) / 3, 0.0])
     assert combined("norm-bound", [[0.0, 0.0], [0.0, 0.0], [5.0, 0.0]]) == [0.0, 0.0]
+
+
+def test_mixing_replaces_each_gradient_by_the_mean_of_its_nearest() -> None:
+    # n - f = 2: each with its nearest one. 0 and 2 find each other, 5 finds 2, -100 finds 0.
+    sites = [{"theta": torch.tensor([value, 0.0]), "alpha": torch.tensor(value)} for value in (0.0, 2.0, 5.0, -100.0)]
+    found = aggregation.mixed(sites, 2)
+    assert [site["theta"].tolist() for site in found] == [[1.0, 0.0], [1.0, 0.0], [3.5, 0.0], [-50.0, 0.0]]
+    assert [float(site["alpha"]) for site in found] == [1.0, 1.0, 3.5, -50.0]
+    # With nobody false, all become the mean.
+    assert [float(site["alpha"]) for site in aggregation.mixed(sites, 0)] == [-23.25] * 4
+
+
+def test_mixing_gives_krum_what_honest_sites_have_in_common() -> None:
+    """Sites of two kinds: the direction that divides them is larger than the one that they share."""
+    kinds = [[1.0, 3.0], [1.0, -3.0]] * 6
+    values = [*kinds, *[[-10.0, 30.0]] * 3]
+    assert abs(combined("krum", values, 3)[1]) == 3.0
+    assert combined("krum", values, 3, mixing=True) == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.parametrize("aggregator", ["median", "trimmed-mean", "krum", "multi-krum", "norm-bound"])
+def test_mixing_leaves_honest_sites_nearer_to_their_mean(aggregator: str) -> None:
+    _, matrix = random_sites(23)
+    honest = matrix[:18] + 1.0
+    values = [*honest.tolist(), *(-10 * (matrix[18:] + 1.0)).tolist()]
+    plain, mixed = (np.array(combined(aggregator, values, 5, mixing=mixing)) for mixing in (False, True))
+    assert np.linalg.norm(mixed - honest.mean(0)) < np.linalg.norm(plain - honest.mean(0))
+
+
+def test_mixing_is_refused_where_the_server_sees_no_single_reply() -> None:
+    with pytest.raises(ValueError, match="mixing"):
+        Server(mixing=True)
 
 
 # ---------------------------------------------------------------- against the library's functions
@@ -104,10 +136,11 @@ def test_false_sites_cannot_drag_it_far(aggregator: str) -> None:
     assert np.linalg.norm(mean) > 1e5
 
 
+@pytest.mark.parametrize("mixing", [False, True])
 @pytest.mark.parametrize("aggregator", ROBUST)
-def test_the_order_of_nodes_changes_nothing(aggregator: str) -> None:
+def test_the_order_of_nodes_changes_nothing(aggregator: str, mixing: bool) -> None:
     values, _ = random_sites(12)
-    settings = Server(aggregator=aggregator, byzantine=2)
+    settings = Server(aggregator=aggregator, byzantine=2, mixing=mixing)
     whole = reply(values)
     parts = [
         TrainReply(
