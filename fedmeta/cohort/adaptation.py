@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmeta.cohort.forms import Forms
 from fedmeta.cohort.operations import OPERATIONS, MisfitError, Operands
-from fedmeta.cohort.products import noted_product
+from fedmeta.cohort.products import joint_products, noted_product, products
 from fedmeta.cohort.rows import CohortRows
 from fedmeta.cohort.survey import Call, parameters_in
 from fedmeta.models import FunctionalModel, Parameters
@@ -176,6 +176,11 @@ def common_rate(rates: Rates) -> Tensor | float | None:
     return first if same else None
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same order, whatever their shapes."""
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.is_contiguous()
+
+
 class _SiteModels(TorchFunctionMode):
     """Within it, a module that is given theta computes each row with the parameters of the row's own site."""
 
@@ -224,8 +229,8 @@ class _SiteModels(TorchFunctionMode):
         inputs, z = kept[place, "a"], kept[place, "z"]
         for source, correction in self.adaptation.corrections.items():
             if self.forms.calls[source].weight == call.weight:
-                products = self._products(place, source, inputs, correction.inputs)
-                z = torch.baddbmm(z, products, correction.errors)
+                pairs = self._pairs(place, source, inputs, correction.inputs)
+                z = torch.baddbmm(z, pairs, correction.errors)
         if call.bias in self.dense:
             z = z + self.dense[call.bias].unsqueeze(1)
         if call.weight in self.forms.spans:
@@ -237,7 +242,14 @@ class _SiteModels(TorchFunctionMode):
         bias = None if call.bias in self.dense else bias
         rows = inputs.flatten(0, 1)
         if not self.adaptation.by_site:
-            return functional.linear(rows, weight, bias).view(self.rows.sites, -1, call.outputs)
+            beside = self.rows.beside
+            if beside is None or not (call.fixed and _same(inputs, self.rows.x)):
+                return functional.linear(rows, weight, bias).view(self.rows.sites, -1, call.outputs)
+            # The first layer: one derivative by its weight, often the largest, instead of two and their sum.
+            others = beside.x.view(self.rows.sites, -1, call.width)
+            z, further = joint_products(rows, others.flatten(0, 1), weight, bias)
+            beside.kept[place, "a"], beside.kept[place, "z"] = others, further.view(*others.shape[:2], call.outputs)
+            return z.view(self.rows.sites, -1, call.outputs)
 
         def note(factor: Tensor, product: Tensor, turned: bool) -> Tensor:
             one, other = (value.view(self.rows.sites, -1, value.shape[-1]) for value in (factor, product))
@@ -247,19 +259,17 @@ class _SiteModels(TorchFunctionMode):
         z = noted_product(rows, weight, note)
         return z if bias is None else z + bias
 
-    def _products(self, place: int, source: int, inputs: Tensor, others: Tensor) -> Tensor:
+    def _pairs(self, place: int, source: int, inputs: Tensor, others: Tensor) -> Tensor:
         """Returns a A^T, plus 1 where the bias moves with its weight."""
         calls, kept = self.forms.calls, self.rows.kept
         if (place, source) in kept:
             return kept[place, source]
-        turned = others.transpose(1, 2)
+        pairs = products(inputs, others)
         if calls[place].bias in self.forms.absorbed:
-            products = torch.baddbmm(inputs.new_ones(1), inputs, turned)
-        else:
-            products = torch.bmm(inputs, turned)
+            pairs = pairs + 1
         if calls[place].fixed and calls[source].fixed:
-            kept[place, source] = products
-        return products
+            kept[place, source] = pairs
+        return pairs
 
     def _dense(self, call: Call, operands: Operands) -> Tensor:
         x, sites = operands.x, self.rows.sites

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,6 +35,19 @@ def noted_product(x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, boo
     """
     z: Tensor = _Noted.apply(x, weight, note)  # type: ignore[no-untyped-call]
     return note(x, z, False)
+
+
+def joint_products(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns x W^T + b and the same of other rows, whose derivatives by a large W are added up without a copy of it.
+
+    Args:
+        x: Rows [rows, width], data: no derivative with respect to them is computed.
+        other: More rows, likewise.
+        weight: W [outputs, width].
+        bias: b [outputs], or None.
+    """
+    z: tuple[Tensor, Tensor] = _Joint.apply(x, other, weight, bias)  # type: ignore[no-untyped-call]
+    return z
 
 
 class Geometry(NamedTuple):
@@ -87,6 +102,27 @@ class _Noted(torch.autograd.Function):
         if product.requires_grad:
             product = context.note(errors[0], product, True).reshape(product.shape)
         return product, None, None
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        context.save_for_backward(x, other)
+        context.set_materialize_grads(False)
+        return functional.linear(x, weight, bias), functional.linear(other, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs = [(rows, own) for rows, own in zip(context.saved_tensors, errors, strict=True) if own is not None]
+        _, _, by_weight, by_bias = context.needs_input_grad
+        weight, bias = None, None
+        for rows, own in pairs:
+            if by_weight:
+                weight = own.T @ rows if weight is None else weight.addmm_(own.T, rows)
+            if by_bias:
+                bias = own.sum(0) if bias is None else bias + own.sum(0)
+        return None, None, weight, bias
 
 
 class _Convolution(torch.autograd.Function):

@@ -22,6 +22,7 @@ class CohortRows:
         scored: Each row's share of its site's score [sites, n]: 1 / rows, and 0 for padding.
         counted: Each row's share of its site's loss, where rows of unseen classes have none either.
         kept: What does not change between inner steps, by the place of the call that computes it.
+        beside: Other rows of the same sites that will be computed too: a shared weight may serve both at once.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class CohortRows:
     scored: Tensor
     counted: Tensor
     kept: dict[object, Tensor] = field(default_factory=dict)
+    beside: CohortRows | None = None
 
     @classmethod
     def of(cls, rows: Rows, dtype: torch.dtype) -> CohortRows:

@@ -133,21 +133,20 @@ def run(
 
     With a `clip_norm` it is the sum of clipped gradients; with `per_site` all of them, which "span" does not have.
     """
-    total = Contribution.empty(meta_state, clip_norm, per_site)
+    total: Contribution | None = None  # large weights take long to fill with zeros
     places: list[Tensor] = []
     size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
     # Fused attention has no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for sites, part in chunks(batch, size):
             if clip_norm or per_site:
+                total = total or Contribution.empty(meta_state, clip_norm, per_site)
                 BY_SITE[engine](total, learner, meta_state, part, weights[sites])
             else:
                 own = ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites])
-                if places:
-                    total.merge(own)
-                else:  # large weights take long to add to zeros
-                    total = own
+                total = own if total is None else total.merge(own)
             places.append(sites)
+    total = total or Contribution.empty(meta_state, clip_norm, per_site)
     order = _in_site_order(total, places)
     if per_site:
         total.kept = [{name: values[order] for name, values in total.stacked().items()}]
