@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "build" / "audit"
 PROBE = "https://pypi.org/pypi/pip/23.0/json"
 ANSWERS_S = 15
+SERVICE = ("--vulnerability-service", "pypi")
 
 ACCEPTED: dict[str, str] = {}
 """Vulnerabilities that do not concern this project, by id, each with the reason."""
@@ -36,7 +37,7 @@ def main() -> int:
     except (OSError, subprocess.CalledProcessError):
         return skipped("pip-audit cannot be installed")
     command = [str(python), "-m", "pip_audit", "--format", "json", "--progress-spinner", "off", "--skip-editable"]
-    command += ["--timeout", str(ANSWERS_S), "--path", sysconfig.get_path("purelib")]
+    command += ["--timeout", str(ANSWERS_S), *SERVICE, "--path", sysconfig.get_path("purelib")]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         report = json.loads(answer.stdout)

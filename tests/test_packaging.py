@@ -1,10 +1,15 @@
 """What is built and what is installed: the wheel holds the three packages alone, and the audit reads its report."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import pytest
@@ -56,6 +61,48 @@ def test_an_audit_fails_for_what_a_newer_version_mends(audit: ModuleType) -> Non
     }
     assert audit.judge(report, {}) == (["holey 2.0: PYSEC-1, mended in 2.1", "open 3.0: PYSEC-2, open"], 1)
     assert audit.judge(report, {"PYSEC-1": "a part that is not used"}) == (["open 3.0: PYSEC-2, open"], 0)
+
+
+class _Index(BaseHTTPRequestHandler):
+    """Answers as PyPI and OSV do, and knows one vulnerability, of numpy."""
+
+    def do_GET(self) -> None:
+        self._answer({"vulnerabilities": []})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]
+        affected = [{"package": asked, "ranges": [{"type": "ECOSYSTEM", "events": EVENTS}]}]
+        known = {"id": "PYSEC-0", "modified": "2026-01-01T00:00:00Z", "details": "made up", "affected": affected}
+        self._answer({"vulns": [known]} if asked["name"] == "numpy" else {})
+
+    def _answer(self, value: object) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *arguments: object, **named: object) -> None:
+        """Says nothing."""
+
+
+EVENTS = [{"introduced": "0"}, {"fixed": "99.0"}]
+
+
+@pytest.mark.slow
+def test_an_audit_reads_what_an_index_answers(
+    audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Index) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(audit, "PROBE", url)
+        monkeypatch.setattr(audit, "SERVICE", ("--vulnerability-service", "osv", "--osv-url", url))
+        code, said = audit.main(), capsys.readouterr().out
+        server.shutdown()
+    if "cannot be installed" in said:
+        pytest.skip(said.strip())
+    assert f"numpy {version('numpy')}: PYSEC-0, mended in 99.0" in said
+    assert re.search(r"audit: \d{2,} packages, 1 known vulnerabilities", said)
+    assert code == 1
 
 
 def test_an_audit_without_the_list_says_so_and_passes(
