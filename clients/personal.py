@@ -2,7 +2,8 @@
 
 One file per site and round, `FOLDER/RUN/SITE/round-NNNNNN.safetensors`, written atomically. A round reads the newest
 file of an earlier round, so that a run that goes on from a checkpoint finds what its sites had kept by then: the two
-newest files stay, and the newest one that the run's last checkpoint covers.
+newest files stay, and the newest one that each of the run's checkpoints covers. Files of later rounds are of a course
+that the run took before it went back to a checkpoint, and go.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Shelf:
         folder: `state` in the node's config, or the run's folder in simulation; then the run's name.
         names: The sites.
         round_number: The round.
-        saved_round: The round of the run's last checkpoint; 0 where there is none.
+        saved_rounds: The rounds of the run's checkpoints.
     """
 
     folder: Path
     names: tuple[str, ...]
     round_number: int
-    saved_round: int
+    saved_rounds: tuple[int, ...]
 
     @classmethod
     def of(cls, context: Context, experiment: Experiment, request: WorkRequest) -> Shelf:
@@ -48,7 +49,7 @@ class Shelf:
         folder = (
             Path(str(state)) / request.run if state else Path(experiment.tracking.folder) / request.run / "personal"
         )
-        return cls(folder, request.names, request.round_number, request.saved_round)
+        return cls(folder, request.names, request.round_number, request.saved_rounds)
 
     def read(self, after_round: bool = False) -> list[dict[str, Tensor] | None]:
         """Returns what each site kept before the round, or with `after_round` in it too; None where nothing."""
@@ -58,7 +59,7 @@ class Shelf:
         """Keeps the sites' personal parts of the round, stacked [sites, ...]."""
         for place, name in enumerate(self.names):
             own = {key: value[place] for key, value in personal.items()}
-            write(self.folder, name, self.round_number, own, self.saved_round)
+            write(self.folder, name, self.round_number, own, self.saved_rounds)
 
 
 def read(folder: Path, site: str, before: int) -> dict[str, Tensor] | None:
@@ -75,7 +76,9 @@ def read(folder: Path, site: str, before: int) -> dict[str, Tensor] | None:
         return None
 
 
-def write(folder: Path, site: str, round_number: int, personal: dict[str, Tensor], saved_round: int) -> None:
+def write(
+    folder: Path, site: str, round_number: int, personal: dict[str, Tensor], saved_rounds: tuple[int, ...] = ()
+) -> None:
     """Keeps a site's personal part of a round, and removes what no resume can ask for any more.
 
     Args:
@@ -83,13 +86,14 @@ def write(folder: Path, site: str, round_number: int, personal: dict[str, Tensor
         site: The site's name.
         round_number: The round in which it was trained.
         personal: The personal part.
-        saved_round: The round of the run's last checkpoint; 0 where there is none.
+        saved_rounds: The rounds of the run's checkpoints, from each of which it may go on.
     """
     path = _file(folder, site, round_number)
     write_whole(path, save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
     rounds = _rounds(path.parent)
-    covered = [number for number in rounds if number <= saved_round]
-    keep = {*rounds[-KEPT:], *covered[-1:]}
+    past = [number for number in rounds if number <= round_number]
+    covered = (max((number for number in past if number <= saved), default=0) for saved in saved_rounds)
+    keep = {*past[-KEPT:], *covered}
     for number in rounds:
         if number not in keep:
             _file(folder, site, number).unlink(missing_ok=True)

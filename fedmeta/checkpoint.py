@@ -190,6 +190,13 @@ def _run_id(folder: Path) -> str | None:
         return None
 
 
+def rounds(folder: Path, last: int) -> tuple[int, ...]:
+    """Returns the rounds, up to `last`, of the newest two checkpoints in a folder; 0 where there are fewer."""
+    found = [int(path.stem.removeprefix("round-")) for path in _files(folder)]
+    past = [number for number in found if number <= last]
+    return tuple([*past, *[0] * KEPT][:KEPT])
+
+
 def _files(folder: Path) -> list[Path]:
     """Returns the checkpoints in a folder, the newest first (names grow longer beyond round 999 999)."""
     return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name), reverse=True)

@@ -105,7 +105,7 @@ class Rounds:
         else:
             constants = ask_standardisation(grid, federation, experiment)
         self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name, self.privacy)
-        self.strategy.saved_round = self.round_number
+        self.strategy.saved_rounds = checkpoints.rounds(folder, self.round_number)
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         self.scores: tuple[float | None, float | None] = (None, None)
@@ -202,7 +202,7 @@ class Rounds:
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.journal.folder)
-        self.strategy.saved_round = self.round_number
+        self.strategy.saved_rounds = checkpoints.rounds(self.journal.folder, self.round_number)
         return path
 
     def _round(self, number: int) -> None:

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmeta.checkpoint import KEPT
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -84,7 +85,7 @@ class MetaGradientStrategy(Strategy):
         self.constants = dict(constants)
         self.run = run
         self.privacy = privacy
-        self.saved_round = 0
+        self.saved_rounds = (0,) * KEPT
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.log = RoundLog()
@@ -247,7 +248,7 @@ class MetaGradientStrategy(Strategy):
                 classes=self.federation.classes,
                 names=names,
                 run=self.run,
-                saved_round=self.saved_round,
+                saved_rounds=self.saved_rounds,
                 engine=self.engine,
                 budget=self.budget,
                 **how,

@@ -27,7 +27,7 @@ from fedmeta.messages.wire import (
 Floats = NDArray[np.float64]
 
 TASK_KEYS = (
-    "round", "classes", "run", "saved_round", "steps", "rate", "gate", "reference", "engine", "budget", "per_site",
+    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "reference", "engine", "budget", "per_site",
 )  # fmt: skip
 FIGURES = ("scores", "losses", "calibration")
 
@@ -42,7 +42,7 @@ class WorkRequest:
         classes: The run's class list; empty for regression.
         names: The sites, in site order.
         run: The name of the run's folder, under which sites keep what stays with them.
-        saved_round: The round of the run's last checkpoint; 0 where there is none.
+        saved_rounds: The rounds of the run's checkpoints, from each of which it may go on; 0 where there are fewer.
         steps: The number of inner steps (`evaluate`).
         rate: What the inner rates are multiplied by (`evaluate`).
         gate: Whether each site chooses its number of steps on its support rows (`evaluate`).
@@ -57,7 +57,7 @@ class WorkRequest:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     run: str
-    saved_round: int = 0
+    saved_rounds: tuple[int, ...] = ()
     steps: int = 0
     rate: float = 1.0
     gate: bool = False
@@ -73,7 +73,7 @@ class WorkRequest:
             "round": self.round_number,
             "classes": list(self.classes),
             "run": self.run,
-            "saved_round": self.saved_round,
+            "saved_rounds": list(self.saved_rounds),
             "steps": self.steps,
             "rate": self.rate,
             "gate": self.gate,
@@ -95,7 +95,7 @@ class WorkRequest:
             classes=tuple(read_list(task, "classes", str)),
             names=read_names(content),
             run=read_scalar(task, "run", str),
-            saved_round=read_scalar(task, "saved_round", int),
+            saved_rounds=tuple(read_list(task, "saved_rounds", int)),
             steps=read_scalar(task, "steps", int),
             rate=read_scalar(task, "rate", float),
             gate=read_scalar(task, "gate", bool),

@@ -323,6 +323,30 @@ def test_a_killed_run_resumes_from_its_checkpoint_to_the_same_bits(tmp_path: Pat
     pd.testing.assert_frame_equal(unbroken.history, resumed.history)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("learner", ["ditto", "fedrep"])
+def test_what_sites_keep_goes_back_with_the_run_to_either_checkpoint(
+    tmp_path: Path, learner: str, damaged: bool
+) -> None:
+    settings = (
+        f"learner.name={learner}",
+        "server.rounds=12",
+        "server.sites_per_round=0",
+        "runtime.checkpoint_every=4",
+        "runtime.engine=vmap",
+    )
+    unbroken = run(digits(tmp_path / "unbroken", *settings))
+    experiment = digits(tmp_path / "killed", *settings)
+    kill_in_round(experiment, 11)
+    saved, newest = checkpoint.newest(only_folder(experiment))
+    assert saved.round_number == 8
+    if damaged:
+        newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = run(experiment, resume="auto")
+    assert_same(unbroken, resumed)
+    pd.testing.assert_frame_equal(unbroken.history, resumed.history)
+
+
 def test_a_run_that_was_killed_while_it_wrote_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
     unbroken = run(digits(tmp_path / "unbroken", "server.rounds=7"))
     experiment = digits(tmp_path / "killed", "server.rounds=7", "runtime.checkpoint_every=2")
