@@ -199,7 +199,7 @@ class Runtime(Section):
     threads: int = Field(default=0, ge=0, description="Processor use of torch; 0 = torch's own default (threads)")
     memory: float = Field(default=0.0, ge=0, description="Budget for one cohort; 0 = a share of what is free (GiB)")
     checkpoint_every: int = Field(
-        default=0, ge=0, description="Interval between checkpoints; 0 = only at the end (rounds)"
+        default=10, ge=0, description="Interval between checkpoints; 0 = only at the end (rounds)"
     )
     nodes: int = Field(
         default=3, ge=1, description="Simulated Flower nodes that share the sites, with --runtime ray (nodes)"
