@@ -1,6 +1,6 @@
 """How well each aggregator withstands false sites: new-site accuracy on HAR with a fifth of the sites attacking.
 
-    python experiments/robust.py --seeds 0 1 2 --rounds 100
+    python experiments/robust.py --seeds 0 1 2 --rounds 100 --mixing --set server.byzantine=0.3
 
 The attack: in every round, each false site sends its meta-gradient with its sign flipped, times ten. It is injected
 between the client app and the server, in this script, and is no part of the product.
@@ -93,15 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[CLEAN, *AGGREGATORS])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--mixing", action="store_true", help="mix each reply with its nearest ones, but for the mean")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory(prefix="robust-") as folder:
         for seed in options.seeds:
             for name in options.only:
-                experiment = load_experiment(
-                    HERE / "har.toml", [*settings(name, seed, options.rounds, folder), *options.overrides]
-                )
+                chosen = [*settings(name, seed, options.rounds, folder), *options.overrides]
+                if options.mixing and name not in (CLEAN, "mean"):
+                    chosen.append("server.mixing=true")
+                experiment = load_experiment(HERE / "har.toml", chosen)
                 try:
                     found[name].append(accuracy(experiment, name != CLEAN))
                 except FedmetaError as error:
