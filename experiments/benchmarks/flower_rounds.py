@@ -1,8 +1,9 @@
 """Rounds of exact MAML in plain Flower and torch, one site a node, as Flower's guides have it; `rounds.py` runs this.
 
-    python experiments/benchmarks/flower_rounds.py DATA.npz ROUNDS STEPS LR
+    python experiments/benchmarks/flower_rounds.py DATA.npz ROUNDS STEPS LR PROCESSORS
 
-Needs only flwr with its simulation, torch and numpy. Prints the seconds of each round but the first as JSON.
+PROCESSORS is what each client is given: 2 unless a user asks for something else. Needs only flwr with its simulation,
+torch and numpy. Prints the seconds of each round but the first as JSON.
 """
 
 import json
@@ -112,5 +113,5 @@ if __name__ == "__main__":
         flower_rounds.server_app,
         flower_rounds.client_app,
         num_supernodes=len(np.unique(np.load(path)["site"])),
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        backend_config={"client_resources": {"num_cpus": int(figures[3]), "num_gpus": 0.0}},
     )

@@ -6,7 +6,8 @@ A round of 64 sites with 20 + 20 rows each, a 784-128-10 network and 3 inner ste
 
 - maml and fedavg in the local runtime: cohort, episodes, engine, aggregation, the server's step;
 - exact MAML in Flower's simulation with one site a node, written with plain Flower and torch as its guides do
-  (`flower_rounds.py`), from its second round on; and this system's own apps in it, the ray runtime;
+  (`flower_rounds.py`), from its second round on: with the two processors a client that Flower gives it unless asked for
+  something else, and with one; and this system's own apps in it, the ray runtime;
 - plain federated averaging in `pfl` on the same 40 rows a site, given as ready tensors, with as many steps. An
   interpreter that has pfl is named by --pfl-python or the environment's PFL_PYTHON; this one serves where it has pfl.
 
@@ -60,7 +61,10 @@ threads = {threads}
 nodes = {nodes}
 """
 
-TARGETS = (("Flower's simulation", "maml", 80), ("pfl", "maml", 5), ("pfl", "fedavg", 10))
+FLOWER = {1: "Flower's simulation, a processor a client, maml", 2: "Flower's simulation as it comes, maml"}
+"""What its rounds are called, by the processors that a client is given."""
+
+TARGETS = ((FLOWER[2], "maml", 80), (FLOWER[1], "maml", 80), ("pfl", "maml", 5), ("pfl", "fedavg", 10))
 """What the local runtime is to be faster than, with which learner, and how many times at the least."""
 
 
@@ -100,10 +104,10 @@ def pfl_rounds(python: str, data: Path, rounds: int, threads: int) -> list[float
     return seconds
 
 
-def flower_rounds(data: Path, rounds: int) -> list[float]:
-    """Returns the seconds of each round but the first of a plain Flower app."""
+def flower_rounds(data: Path, rounds: int, processors: int) -> list[float]:
+    """Returns the seconds of each round but the first of a plain Flower app, with so many processors a client."""
     script = Path(__file__).with_name("flower_rounds.py")
-    command = [sys.executable, str(script), str(data), str(rounds), str(STEPS), str(LR)]
+    command = [sys.executable, str(script), str(data), str(rounds), str(STEPS), str(LR), str(processors)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     if done.returncode or not lines:
@@ -140,8 +144,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     fresh = pfl_rounds(python, theirs, options.rounds, number)
                     runs.setdefault(f"pfl, federated averaging, threads: {number}", []).extend(fresh)
             if options.flower_rounds:
-                fresh = flower_rounds(theirs, options.flower_rounds)
-                runs.setdefault("Flower's simulation, one site a node, maml", []).extend(fresh)
+                for processors, name in FLOWER.items():
+                    runs.setdefault(name, []).extend(flower_rounds(theirs, options.flower_rounds, processors))
                 fresh = own_rounds(ours, "ray", "maml", options.flower_rounds, 0, nodes=SITES)
                 runs.setdefault("ray runtime, one site a node, maml", []).extend(fresh)
     return {"seconds": runs, "skipped": skipped, "ratios": ratios(runs)}
