@@ -1,6 +1,7 @@
 """How far a new site should adapt, and how good that makes its model, both from the same few labelled rows.
 
-The number of inner steps is chosen by cross-validation on the rows (`fedmeta.cohort.gate`), zero included. The figures
+The number of inner steps is chosen by cross-validation on the rows (`fedmeta.cohort.gate`): zero, the usual number or
+more. Any number need beat the usual one by one standard error only, for the rows are all there is to tell. The figures
 of that cross-validation favour the choice that it made, so they are no estimate. The estimate comes from a second
 cross-validation around the first: a part of the rows is set aside, the others choose their own number of steps and
 adapt, and the rows set aside judge the result (Varma and Simon, BMC Bioinformatics 7:91, 2006). Each row is so judged
@@ -21,7 +22,7 @@ from fedmeta import cohort
 from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
 from fedmeta.adapt.start import Start
 from fedmeta.cohort.accumulate import Scores
-from fedmeta.cohort.gate import FOLDS, choose_steps
+from fedmeta.cohort.gate import FOLDS, MARGIN, choose_steps
 from fedmeta.data.strata import stratified
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
@@ -147,7 +148,7 @@ class _Desk:
         steps: list[int] = []
         for start in range(0, len(dealt), together):
             support = self._padded(dealt[start : start + together], longest)
-            steps += choose_steps(self._evaluate, support, self.most // LONGEST).tolist()
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST, doubt=MARGIN).tolist()
             report(len(steps), len(sets))
         return steps
 

@@ -57,7 +57,7 @@ class WorkRequest:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     run: str
-    saved_rounds: tuple[int, ...] = ()
+    saved_rounds: tuple[int, ...] = (0, 0)
     steps: int = 0
     rate: float = 1.0
     gate: bool = False

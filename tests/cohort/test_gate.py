@@ -41,10 +41,22 @@ def test_takes_the_usual_number_where_the_gain_is_within_its_own_spread() -> Non
     assert choose_steps(evaluate, rows(1, 10), usual=99, margin=0.0).tolist() == [0]
 
 
+def test_a_number_in_between_must_beat_both_without_a_doubt() -> None:
+    def evaluate(spread: float, none: float) -> list[int]:
+        gains = spread * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])[:, None]
+        losses = torch.cat([torch.full((FOLDS, 1), none), 0.5 - gains, torch.ones(FOLDS, 2)], 1)
+        return choose_steps(lambda batch: with_losses(losses), rows(1, 10)).tolist()
+
+    # It gains 0.5 on the usual number, with a standard error of 0.45 times the spread.
+    assert evaluate(0.2, none=1.5) == [1]
+    assert evaluate(0.4, none=1.5) == [STEPS]
+    assert evaluate(0.2, none=0.6) == [0]
+
+
 def test_errors_count_beside_the_loss_and_one_confident_mistake_is_not_all() -> None:
     losses = torch.tensor([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 50.0]])
     scores = torch.tensor([[0.2, 0.9]] * 4 + [[0.2, 0.5]])
-    assert choose_steps(lambda batch: with_losses(losses, scores), rows(1, 10), usual=0, margin=0.0).tolist() == [1]
+    assert choose_steps(lambda batch: with_losses(losses, scores), rows(1, 10), margin=0.0).tolist() == [1]
     assert choose_steps(lambda batch: with_losses(losses), rows(1, 10), margin=0.0).tolist() == [0]
 
 
@@ -106,4 +118,4 @@ def test_sites_that_gain_adapt_and_most_with_random_labels_do_not() -> None:
         lambda batch: cohort.evaluate(learner, state, batch, "vmap", steps=5), (x, y, torch.ones(40, 40))
     )
     assert (chosen[:20] == 5).float().mean() > 0.8
-    assert (chosen[20:] < 5).float().mean() > 0.6, chosen[20:]
+    assert (chosen[20:] < 5).float().mean() >= 0.6, chosen[20:]
