@@ -3,7 +3,7 @@
     python experiments/gated.py FOLDER...
 
 Each folder holds the sites.parquet of a comparison that ran with `evaluation.gate = true`; every site is then scored
-both ways, by the same model on the same rows. Prints a Markdown table with one row per learner.
+both ways, by the same model on the same rows. Prints a Markdown table with one row per learner, and one for all.
 """
 
 import argparse
@@ -13,13 +13,12 @@ import pandas as pd
 
 
 def gated(sites: pd.DataFrame) -> pd.DataFrame:
-    """Returns per learner, over new sites and seeds, the mean score and the share helped, ungated and gated."""
+    """Returns the mean score and the share helped over new sites, ungated and gated, per learner and of all."""
     new = sites[(sites["kind"] == "new") & sites["ungated_accuracy"].notna()]
+    new = new.groupby("learner").filter(lambda own: (own["steps"].map(len) > 1).any())  # the others do not adapt
     rows = []
-    for learner, own in new.groupby("learner", sort=True):
+    for learner, own in [*new.groupby("learner", sort=True), ("all", new)]:
         before, after, free = (own[f"{name}_accuracy"] for name in ("global", "personalized", "ungated"))
-        if not (own["steps"].map(len) > 1).any():
-            continue  # it does not adapt
         rows.append((learner, len(own), free.mean(), after.mean(), (free >= before).mean(), (after >= before).mean()))
     return pd.DataFrame(rows, columns=["learner", "sites", "free", "gated", "helped_free", "helped_gated"])
 

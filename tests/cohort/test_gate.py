@@ -18,7 +18,7 @@ def rows(sites: int, n: int, mask: Tensor | None = None) -> Rows:
 
 
 def with_losses(losses: Tensor, scores: Tensor | None = None) -> Scores:
-    return Scores(torch.zeros_like(losses) if scores is None else scores, losses, losses)
+    return Scores((-losses).exp() if scores is None else scores, losses, losses)
 
 
 def test_takes_the_steps_that_cost_least() -> None:
@@ -51,6 +51,13 @@ def test_a_number_in_between_must_beat_both_without_a_doubt() -> None:
     assert evaluate(0.2, none=1.5) == [1]
     assert evaluate(0.4, none=1.5) == [STEPS]
     assert evaluate(0.2, none=0.6) == [0]
+
+
+def test_a_loss_without_fewer_rows_wrong_is_no_reason() -> None:
+    losses = torch.tensor([[0.2, 1.0]]).expand(FOLDS, 2)
+    for scores, expected in (([0.8, 0.8], 1), ([0.8, 0.7], 0), ([0.7, 0.8], 1)):
+        found = with_losses(losses, torch.tensor([scores]).expand(FOLDS, 2))
+        assert choose_steps(lambda batch, found=found: found, rows(1, 10)).tolist() == [expected]
 
 
 def test_errors_count_beside_the_loss_and_one_confident_mistake_is_not_all() -> None:
@@ -118,4 +125,4 @@ def test_sites_that_gain_adapt_and_most_with_random_labels_do_not() -> None:
         lambda batch: cohort.evaluate(learner, state, batch, "vmap", steps=5), (x, y, torch.ones(40, 40))
     )
     assert (chosen[:20] == 5).float().mean() > 0.8
-    assert (chosen[20:] < 5).float().mean() >= 0.6, chosen[20:]
+    assert (chosen[20:] < 5).float().mean() > 0.5, chosen[20:]
