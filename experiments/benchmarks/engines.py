@@ -173,9 +173,11 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
     runs: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for repeat in range(repeats):
-        # Whoever follows an engine that fills the caches pays for it: every time another one.
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
+            # A run computes round after round by one engine: whoever follows another, which fills the caches and takes
+            # the memory, would pay for it.
+            ways[name]()
             runs[name].append(seconds(ways[name]))
     with FlopCounterMode(display=False) as counter:
         ways[chosen]()

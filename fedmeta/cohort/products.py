@@ -119,7 +119,7 @@ class _Joint(torch.autograd.Function):
         weight, bias = None, None
         for rows, own in pairs:
             if by_weight:
-                weight = own.T @ rows if weight is None else weight.addmm_(own.T, rows)
+                weight = own.T @ rows if weight is None else torch.addmm(weight, own.T, rows, out=weight)
             if by_bias:
                 bias = own.sum(0) if bias is None else bias + own.sum(0)
         return None, None, weight, bias
