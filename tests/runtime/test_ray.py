@@ -212,7 +212,9 @@ run(Experiment.from_toml(open(sys.argv[1]).read()), runtime="ray", report=lambda
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_a_launcher_that_is_ended(tmp_path: Path, mark: str, number: int) -> None:
-    (tmp_path / "run.toml").write_text(digits(tmp_path, "server.rounds=10000", "evaluation.every=0").to_toml())
+    (tmp_path / "run.toml").write_text(
+        digits(tmp_path, "server.rounds=10000", "evaluation.every=0", "runtime.checkpoint_every=0").to_toml()
+    )
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "run.toml")]
     launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
