@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fedmeta import checkpoint as module
 from fedmeta import durable
-from fedmeta.checkpoint import KEPT, Checkpoint, Evaluation, find, newest, read, write
+from fedmeta.checkpoint import KEPT, Checkpoint, Evaluation, find, newest, read, rounds, write
 from fedmeta.errors import FedmetaError
 
 
@@ -122,6 +122,15 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
         assert newest(tmp_path)[0].round_number == number
     assert len(list(tmp_path.iterdir())) == KEPT == 2
     assert {read(path).round_number for path in tmp_path.iterdir()} == {999_999, 1_000_000}
+
+
+def test_the_rounds_that_were_written_are_known_up_to_the_one_resumed(tmp_path: Path) -> None:
+    assert rounds(tmp_path, 0) == (0, 0)
+    write(saved(5), tmp_path)
+    assert rounds(tmp_path, 5) == (5, 0)
+    write(saved(10), tmp_path)
+    assert rounds(tmp_path, 10) == rounds(tmp_path, 12) == (10, 5)
+    assert rounds(tmp_path, 5) == (5, 0), "a damaged newest is of an abandoned course"
 
 
 def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
