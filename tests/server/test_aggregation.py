@@ -36,7 +36,9 @@ def combined(aggregator: str, values: list[list[float]], byzantine: float | int 
     assert found is not None
     assert found["theta"].dtype == torch.float64
     assert found["alpha"].shape == ()
-    assert float(found["alpha"]) == pytest.approx(float(found["theta"][0]))
+    # Mixing multiplies matrices, which round by their shapes.
+    first = float(found["theta"][0])
+    assert float(found["alpha"]) == (pytest.approx(first) if keys.get("mixing") else first)
     return found["theta"].tolist()
 
 
