@@ -80,13 +80,12 @@ class Contribution:
         parts = self.kept or [{name: value[None][:0] for name, value in self.total.items()}]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def merge(self, other: Contribution) -> Contribution:
-        """Adds the contribution of the sites that come next; returns this one."""
+    def merge(self, other: Contribution) -> None:
+        """Adds the contribution of the sites that come next."""
         self.total = {name: value.double() + other.total[name] for name, value in self.total.items()}
         self.weight += other.weight
         for name, values in other.metrics.items():
             self.metrics.setdefault(name, []).extend(values)
-        return self
 
     def _note(self, weight: float, metrics: Mapping[str, Tensor]) -> None:
         self.weight += weight

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x [sites, rows, width] times weight [sites, outputs, width], transposed: [sites, rows, outputs]."""
-    z: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    z: Tensor = _apply(_Product, x, weight)
     return z
 
 
@@ -33,7 +33,7 @@ def noted_product(x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, boo
         note: Called with (x, x W^T, false), and in a derivative that stays differentiable with (errors, errors W,
             true); returns the product, in a shape of its choice.
     """
-    z: Tensor = _Noted.apply(x, weight, note)  # type: ignore[no-untyped-call]
+    z: Tensor = _apply(_Noted, x, weight, note)
     return note(x, z, False)
 
 
@@ -46,7 +46,7 @@ def joint_products(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None
         weight: W [outputs, width].
         bias: b [outputs], or None.
     """
-    z: tuple[Tensor, Tensor] = _Joint.apply(x, other, weight, bias)  # type: ignore[no-untyped-call]
+    z: tuple[Tensor, Tensor] = _apply(_Joint, x, other, weight, bias)
     return z
 
 
@@ -64,8 +64,14 @@ def convolutions(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
     One site after the other: a grouped convolution over the sites is several times slower on a CPU.
     """
-    z: Tensor = _Convolution.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
+    z: Tensor = _apply(_Convolution, x, weight, bias, geometry)
     return z
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Returns function(*arguments), differentiable; torch has no types for it."""
+    apply: Callable[..., Any] = function.apply
+    return apply(*arguments)
 
 
 class _Product(torch.autograd.Function):
@@ -146,8 +152,8 @@ class _Convolution(torch.autograd.Function):
         x, weight = context.saved_tensors
         by_x, by_weight, by_bias, _ = context.needs_input_grad
         return (
-            _ByInput.apply(errors[0], weight, x.shape, context.geometry) if by_x else None,  # type: ignore[no-untyped-call]
-            _ByWeight.apply(x, errors[0], weight.shape, context.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
+            _apply(_ByInput, errors[0], weight, x.shape, context.geometry) if by_x else None,
+            _apply(_ByWeight, x, errors[0], weight.shape, context.geometry) if by_weight else None,
             errors[0].flatten(3).sum((1, 3)) if by_bias else None,
             None,
         )
@@ -172,8 +178,8 @@ class _ByInput(torch.autograd.Function):
         own, weight = context.saved_tensors
         by_errors, by_weight, _, _ = context.needs_input_grad
         return (
-            _Convolution.apply(errors[0], weight, None, context.geometry) if by_errors else None,  # type: ignore[no-untyped-call]
-            _ByWeight.apply(errors[0], own, weight.shape, context.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
+            _apply(_Convolution, errors[0], weight, None, context.geometry) if by_errors else None,
+            _apply(_ByWeight, errors[0], own, weight.shape, context.geometry) if by_weight else None,
             None,
             None,
         )
@@ -195,8 +201,8 @@ class _ByWeight(torch.autograd.Function):
         x, own = context.saved_tensors
         by_x, by_errors, _, _ = context.needs_input_grad
         return (
-            _ByInput.apply(own, errors[0], x.shape, context.geometry) if by_x else None,  # type: ignore[no-untyped-call]
-            _Convolution.apply(x, errors[0], None, context.geometry) if by_errors else None,  # type: ignore[no-untyped-call]
+            _apply(_ByInput, own, errors[0], x.shape, context.geometry) if by_x else None,
+            _apply(_Convolution, x, errors[0], None, context.geometry) if by_errors else None,
             None,
             None,
         )

@@ -142,9 +142,10 @@ def run(
             if clip_norm or per_site:
                 total = total or Contribution.empty(meta_state, clip_norm, per_site)
                 BY_SITE[engine](total, learner, meta_state, part, weights[sites])
+            elif total is None:
+                total = ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites])
             else:
-                own = ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites])
-                total = own if total is None else total.merge(own)
+                total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
             places.append(sites)
     total = total or Contribution.empty(meta_state, clip_norm, per_site)
     order = _in_site_order(total, places)
