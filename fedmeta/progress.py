@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -45,6 +45,36 @@ Report = Callable[[Progress], None]
 
 def silent(progress: Progress) -> None:
     """Takes progress and says nothing."""
+
+
+class Told:
+    """Keeps what fails again and again from scrolling everything else away.
+
+    Args:
+        see: Where all failures are on record.
+        times: After how many rounds with failures only new ones are told.
+    """
+
+    def __init__(self, see: str, times: int = 10) -> None:
+        self.see = see
+        self.times = times
+        self.rounds = 0
+        self.known: set[tuple[str, str]] = set()
+
+    def worth_telling(self, note: str, failed: Mapping[str, str]) -> str:
+        """Returns the note of a round in which something failed, or "" where that has been told often enough.
+
+        Args:
+            note: What to tell.
+            failed: Sites, and why each failed.
+        """
+        news = set(failed.items()) - self.known
+        self.known |= news
+        self.rounds += 1
+        if news or self.rounds <= self.times:
+            return note
+        last = self.rounds == self.times + 1
+        return f"{note}; rounds that fail in the same way are not told any more, see {self.see}" if last else ""
 
 
 class Pruned(KeyboardInterrupt):

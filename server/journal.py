@@ -92,7 +92,8 @@ class Journal:
             what: What they were missed at: "start", "training" or "evaluation".
         """
         entries = [{"round": number, "what": what, "site": site, "reason": why} for site, why in reasons.items()]
-        fresh = [entry for entry in entries if entry not in self._missed]
+        known = [entry for entry in self._missed if entry["round"] == number]
+        fresh = [entry for entry in entries if entry not in known]
         self._missed += fresh
         if fresh:
             _write(self.folder / MISSED, json.dumps(self._missed, indent=1))

@@ -19,10 +19,10 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarise
 from fedmeta.experiment import Experiment
 from fedmeta.messages import EvaluateReply
-from fedmeta.progress import Progress, Report
+from fedmeta.progress import Progress, Report, Told
 from server import aggregation
 from server.federation import ask_standardisation, reindexed
-from server.journal import Journal, evaluation_frame, new_folder
+from server.journal import MISSED, Journal, evaluation_frame, new_folder
 from server.machine import Machine
 from server.optimizer import ServerOptimizer
 from server.privacy import private_rounds
@@ -115,6 +115,7 @@ class Rounds:
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
+        self.told = Told(see=MISSED)
         self.machine = Machine()
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
@@ -208,13 +209,12 @@ class Rounds:
     def _round(self, number: int) -> None:
         started = time.perf_counter()
         strategy, before = self.strategy, self.roll.federation.names
-        refused = dict(self.roll.refused)
-        notes = self.roll.refresh()
+        refused = set(self.roll.refused)
+        for note in self.roll.refresh():
+            self._report(note)
         fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
         self.journal.missed(number, fresh, "start")
         self.evaluations = reindexed(self.evaluations, before, self.roll.federation)
-        for note in notes:
-            self._report(note)
         strategy.federation = self.roll.federation
         messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
@@ -234,10 +234,10 @@ class Rounds:
             loss = metrics.get("query_loss") if metrics else None
             self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.journal.missed(number, strategy.log.failed)
-        if metrics is None:
-            self._report(f"round {number} skipped: {strategy.log.reasons()}")
-        elif strategy.log.failed:
-            self._report(f"round {number} without {strategy.log.reasons()}")
+        if metrics is None or strategy.log.failed:
+            what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
+            if note := self.told.worth_telling(what, strategy.log.failed):
+                self._report(note)
         if self.idle == HOPELESS:
             raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {strategy.log.reasons()}")
 

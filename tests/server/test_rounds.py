@@ -113,6 +113,27 @@ def test_a_skipped_round_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     assert outcome.summary["failures"] == 8
 
 
+def test_what_fails_again_and_again_is_told_ten_times_and_what_is_new_always(tmp_path: Path) -> None:
+    experiment = digits(tmp_path, "server.rounds=20", "server.sites_per_round=0", "evaluation.every=0")
+    grid = SeveralNodes(app, experiment, 2)
+    one, other = NODE_IDS[:2]
+
+    def late(*numbers: int) -> Any:
+        def fault(message: Message, reply: Message) -> Message | None:
+            is_it = message.metadata.message_type == "train" and int(message.metadata.group_id) in numbers
+            return None if is_it else reply
+
+        return fault
+
+    grid.faults = {one: late(*range(1, 21)), other: late(17)}
+    told: list[Progress] = []
+    rounds.run(grid, experiment, told.append)
+    notes = [progress.note for progress in told if progress.note]
+    assert [note.split()[1] for note in notes] == [str(number) for number in (*range(1, 12), 17)]
+    assert notes[10].endswith("see missed.json")
+    assert notes[11].startswith("round 17 skipped: ")
+
+
 def test_ten_rounds_without_a_usable_reply_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=50", "evaluation.every=0", "runtime.checkpoint_every=1")
     grid = SeveralNodes(app, experiment, 2)
