@@ -239,7 +239,7 @@ class Rounds:
             if note := self.told.worth_telling(what, strategy.log.failed):
                 self._report(note)
         if self.idle == HOPELESS:
-            raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {strategy.log.reasons()}")
+            raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {strategy.log.reasons(advise=True)}")
 
     def _evaluate(self, last: bool = False) -> None:
         """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""

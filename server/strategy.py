@@ -34,6 +34,9 @@ from server.optimizer import ServerOptimizer
 from server.privacy import SitePrivacy
 from server.sampling import sample_cohort, sites_to_evaluate
 
+DIVERGED = "its meta-gradient was not finite"
+"""Why a site was left out of a round whose adaptation, or whose start, has run away."""
+
 
 @dataclass
 class RoundLog:
@@ -49,13 +52,14 @@ class RoundLog:
     bytes_down: int = 0
     bytes_up: int = 0
 
-    def reasons(self) -> str:
-        """Returns the first failure in words, with who gave it and how many others there are."""
+    def reasons(self, advise: bool = False) -> str:
+        """Returns the first failure in words, with who gave it, how many others there are, and what may help."""
         if not self.failed:
             return "no site was asked, or too few gave a finite gradient"
         site, reason = next(iter(self.failed.items()))
         others = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
-        return f"{site}{others}: {reason}"
+        advice = ". Smaller rates may help: learner.inner_lr, server.lr" if advise and reason == DIVERGED else ""
+        return f"{site}{others}: {reason}{advice}"
 
 
 class MetaGradientStrategy(Strategy):
@@ -223,7 +227,7 @@ class MetaGradientStrategy(Strategy):
                 continue
             for name, finite in zip(reply.names, reply.finite, strict=True):
                 if not finite:
-                    self.log.failed[name] = "its meta-gradient was not finite"
+                    self.log.failed[name] = DIVERGED
             usable.append(reply)
         return usable
 

@@ -113,6 +113,12 @@ def test_a_skipped_round_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     assert outcome.summary["failures"] == 8
 
 
+def test_a_run_that_diverges_ends_with_what_may_help(tmp_path: Path) -> None:
+    experiment = digits(tmp_path, "server.rounds=50", "evaluation.every=0", "learner.inner_lr=1e30")
+    with pytest.raises(FedmetaError, match=r"was not finite\. Smaller rates may help: learner\.inner_lr, server\.lr$"):
+        rounds.run(SeveralNodes(app, experiment, 2), experiment, silent)
+
+
 def test_what_fails_again_and_again_is_told_ten_times_and_what_is_new_always(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=20", "server.sites_per_round=0", "evaluation.every=0")
     grid = SeveralNodes(app, experiment, 2)
