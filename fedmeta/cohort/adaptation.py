@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmeta.cohort.forms import Forms
 from fedmeta.cohort.operations import OPERATIONS, MisfitError, Operands
-from fedmeta.cohort.products import joint_products, noted_product, products
+from fedmeta.cohort.products import joint_products, noted_product, products, summed_outer
 from fedmeta.cohort.rows import CohortRows
 from fedmeta.cohort.survey import Call, parameters_in
 from fedmeta.models import FunctionalModel, Parameters
@@ -126,10 +126,13 @@ class Adaptation:
         spans = [trace for trace in traces if calls[trace.place].weight in rates]
         dense = [name for name in self.dense if name in rates]
         common = common_rate(rates)
-        total = rows.losses(outputs).sum()
+        with torch.set_grad_enabled(self.exact):
+            gradient = rows.errors(outputs)
+            gradient = -gradient if common is None else gradient * -common
         errors = torch.autograd.grad(
-            -total if common is None else total * -common,
+            outputs,
             [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],
+            gradient,
             create_graph=self.exact,
             allow_unused=True,
             materialize_grads=True,
@@ -154,11 +157,11 @@ class Adaptation:
         total: Parameters = {}
         for place, correction in self.corrections.items():
             call = self.forms.calls[place]
-            errors = correction.errors * weights.to(correction.errors.dtype)[:, None, None]
-            moved = -errors.flatten(0, 1).T @ correction.inputs.flatten(0, 1)
-            total[str(call.weight)] = total.get(str(call.weight), 0) + moved
+            errors = correction.errors * -weights.to(correction.errors.dtype)[:, None, None]
+            moved = summed_outer([(correction.inputs.flatten(0, 1), errors.flatten(0, 1))])
+            add_to(total, str(call.weight), moved)
             if call.bias in self.forms.absorbed:
-                total[call.bias] = total.get(call.bias, 0) - errors.sum((0, 1))
+                add_to(total, call.bias, errors.sum((0, 1)))
         for name, value in self.dense.items():
             total[name] = torch.tensordot(weights.to(value.dtype), self.theta[name] - value, dims=1)
         return total
@@ -174,6 +177,11 @@ def common_rate(rates: Rates) -> Tensor | float | None:
     first, *others = rates.values()
     same = all(other is first or (not isinstance(first, Tensor) and other == first) for other in others)
     return first if same else None
+
+
+def add_to(total: Parameters, name: str, value: Tensor) -> None:
+    """Adds a value to the one of that name, where there is one."""
+    total[name] = total[name] + value if name in total else value
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedmeta.learners.loss import calibration_error, row_losses
+from fedmeta.learners.loss import calibration_error, row_errors, row_losses
 from fedmeta.task import Rows
 
 
@@ -47,9 +47,19 @@ class CohortRows:
         """The number of sites."""
         return self.scored.shape[0]
 
+    def kept_of_last(self, rows: int) -> dict[object, Tensor]:
+        """Returns the products of linear layers that are kept [sites, n * calls, *], of each site's last rows alone."""
+        n = self.scored.shape[1]
+        products = {place: value for place, value in self.kept.items() if isinstance(place, tuple)}
+        return {place: value[:, value.shape[1] // n * (n - rows) :] for place, value in products.items()}
+
     def losses(self, outputs: Tensor) -> Tensor:
         """Returns each site's mean loss [sites] over its rows of known classes."""
         return self._means(row_losses(outputs, self.y), self.counted)
+
+    def errors(self, outputs: Tensor) -> Tensor:
+        """Returns the derivative of each row's site's loss with respect to the row's outputs [sites * n, outputs]."""
+        return row_errors(outputs, self.y) * self.counted.reshape(-1, *[1] * (outputs.dim() - 1))
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Returns each site's accuracy, or RMSE for floating-point y, [sites]."""

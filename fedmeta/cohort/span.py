@@ -38,6 +38,7 @@ from fedmeta.cohort.accumulate import Contribution, Scores
 from fedmeta.cohort.adaptation import Adaptation
 from fedmeta.cohort.forms import Forms, Rates, choose_forms, sharing
 from fedmeta.cohort.operations import MisfitError
+from fedmeta.cohort.recording import replayed
 from fedmeta.cohort.rows import CohortRows, concatenate
 from fedmeta.cohort.survey import Survey, survey
 from fedmeta.learners import THETA, Learner
@@ -123,7 +124,7 @@ def _finite_sum(
     A sum that is not finite tells that some site is to blame: those with such losses are left out first, then halves
     are tried, until each is alone.
     """
-    gradient, losses = _weighted_sum(learner, meta_state, batch, weights)
+    gradient, losses = _replayed_sum(learner, meta_state, batch, weights)
     finite = losses.isfinite()
     if bool(finite.all()) and all(_finite(value) for value in gradient.values()):
         return gradient, losses, finite
@@ -145,6 +146,21 @@ def _finite_sum(
 
 def _finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _replayed_sum(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns `_weighted_sum`, from its second handful of calls on without what chooses its operations."""
+
+    def compute(*tensors: Tensor) -> list[Tensor]:
+        state, own = dict(zip(meta_state, tensors, strict=False)), tensors[len(meta_state) :]
+        gradient, losses = _weighted_sum(learner, state, Batch(own[:3], own[3:6]), own[6])
+        return [*(gradient[name] for name in meta_state), losses]
+
+    inputs = [*meta_state.values(), *batch.support, *batch.query, weights]
+    *gradient, losses = replayed(learner.network, (learner, *meta_state), compute, inputs)
+    return dict(zip(meta_state, gradient, strict=True)), losses
 
 
 def _weighted_sum(
@@ -220,11 +236,10 @@ def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
     for step in rates:
         adaptation.step(own, step)
     with torch.no_grad():
-        if not sends:
-            return adaptation, query.losses(adaptation.outputs(query))
-        # The query rows are the last of the rows adapted on, whose products with shared weights are known.
-        outputs = adaptation.outputs(own).view(*rows[2].shape, -1)[:, batch.support[2].shape[1] :]
-        return adaptation, query.losses(outputs.flatten(0, 1))
+        if sends:
+            # The query rows are the last of the rows adapted on, whose products with shared weights are known.
+            query.kept = own.kept_of_last(batch.query[2].shape[1])
+        return adaptation, query.losses(adaptation.outputs(query))
 
 
 def leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,18 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, y.clamp(min=0), reduction="none")
 
 
+def row_errors(outputs: Tensor, y: Tensor) -> Tensor:
+    """Returns the derivative of each row's loss (`row_losses`) with respect to its outputs, in their shape.
+
+    In closed form: softmax minus one-hot, or twice the error over the number of targets; differentiable once more.
+    """
+    if y.is_floating_point():
+        errors = 2 * (outputs.reshape(y.shape) - y)
+        return (errors if y.dim() == 1 else errors / y[0].numel()).reshape(outputs.shape)
+    own = y.clamp(min=0).unsqueeze(-1) == torch.arange(outputs.shape[-1], device=y.device)
+    return outputs.softmax(-1) - own.to(outputs.dtype)
+
+
 def loss(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean loss (a scalar) over the rows of mask [n]; rows of an unseen class count for nothing."""
     if not y.is_floating_point():

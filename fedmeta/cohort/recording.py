@@ -1,0 +1,222 @@
+"""A computation on tensors, recorded as straight-line code and replayed on other numbers of the same shapes.
+
+What a cohort computes is the same in every round: the numbers change, and not the operations. A module, an inner loop
+and automatic differentiation decide on them anew each time, which for small layers takes longer than the operations
+themselves. The recording is the list of torch's operations that they came to, differentiation included, without what
+repeats or adds zeros. A replay runs the same kernels on the same layouts, so that it gives the same bits; that is
+checked before one is used, and what cannot be recorded, such as random numbers, is computed as ever.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fedmeta.models import FunctionalModel
+
+Computation = Callable[..., list[Tensor]]
+"""A function of tensors alone, but for what its key names."""
+
+SIGHTS = 8
+"""How often a computation is seen before it is recorded, which takes as long as some thirty replays save."""
+
+MOST = 16
+"""How many of a model's computations are known at a time: cohorts of unequal sites have many shapes."""
+
+LONGEST = 3000
+"""The most lines of a recording."""
+
+SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
+"""Operations whose result is their argument, where nothing is differentiated any more."""
+
+RESHAPED = frozenset({torch.ops.aten.view.default, torch.ops.aten.expand.default, torch.ops.aten._unsafe_view.default})
+"""Operations whose result is their argument where that has the shape already."""
+
+ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default})
+"""Operations whose results add nothing."""
+
+_known: WeakKeyDictionary[FunctionalModel, OrderedDict[Hashable, int | Computation | None]] = WeakKeyDictionary()
+
+
+class UnrecordableError(Exception):
+    """A computation depends on more than the shapes of its inputs."""
+
+
+def replayed(network: FunctionalModel, key: Hashable, compute: Computation, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns compute(*inputs), by a recording of it where there is one or it is time for one.
+
+    Args:
+        network: The model that computes; recordings live as long as it does.
+        key: What the computation depends on besides its inputs; one that cannot be hashed is not recorded.
+        compute: The computation.
+        inputs: Its tensors.
+    """
+    key = (key, *((value.shape, value.stride(), value.dtype, value.device) for value in inputs))
+    try:
+        known = _known.setdefault(network, OrderedDict())
+        found = known.get(key, 0)
+    except TypeError:
+        return compute(*inputs)
+    if isinstance(found, int):
+        outputs = compute(*inputs)
+        found = found + 1
+        known[key] = found if found < SIGHTS else _faithful(network, compute, inputs, outputs)
+    else:
+        outputs = found(*inputs) if found else compute(*inputs)
+    known.move_to_end(key)
+    if len(known) > MOST:
+        known.popitem(last=False)
+    return outputs
+
+
+def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[Tensor] = ()) -> Computation:
+    """Returns a function that does on tensors of the same shapes what `compute` does on these.
+
+    Args:
+        compute: The computation.
+        inputs: Its tensors.
+        constants: Other tensors that it may use: a model's buffers.
+
+    Raises:
+        UnrecordableError: It draws random numbers, looks at values, uses other tensors or writes into one of these.
+    """
+    recorder = _Recorder(inputs, constants)
+    with recorder:
+        outputs = compute(*inputs)
+    graph = recorder.graph
+    graph.output([recorder.node(value) for value in outputs])
+    graph.eliminate_dead_code()
+    run = fx.GraphModule(recorder.constants, graph).forward
+
+    def replay(*inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            values: list[Tensor] = run(*inputs)
+        return values
+
+    return replay
+
+
+def _faithful(
+    network: FunctionalModel, compute: Computation, inputs: Sequence[Tensor], outputs: list[Tensor]
+) -> Computation | None:
+    """Returns a recording, or None where there can be none or its results are not bit for bit those known."""
+    module = network.module
+    try:
+        replay = record(compute, inputs, [*module.buffers(), *module.parameters()])
+    except UnrecordableError:
+        return None
+    pairs = zip(replay(*inputs), outputs, strict=True)
+    return replay if all(_equal(value, expected) for value, expected in pairs) else None
+
+
+def _equal(value: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are the same bits in the same layout; what is not a number equals itself."""
+    same = value.stride() == expected.stride() and value.dtype == expected.dtype
+    return same and torch.equal(value.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
+
+
+class _Recorder(TorchDispatchMode):
+    """Within it, every operation of torch that is run becomes a line of the graph, once."""
+
+    def __init__(self, inputs: Sequence[Tensor], constants: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants = nn.Module()
+        self.nodes = WeakTensorKeyDictionary()
+        self.lines: dict[Hashable, fx.Node] = {}
+        self.zeros: set[fx.Node] = set()
+        # What stands for several tensors, or comes from outside, must not be written into.
+        self.kept: set[fx.Node] = set()
+        self.used: set[fx.Node] = set()
+        self.known_constants = {id(value): value for value in constants}
+        for place, value in enumerate(inputs):
+            self._stands_for(value, self.graph.placeholder(f"input_{place}"))
+            self.kept.add(self.nodes[value])
+
+    def node(self, value: Any) -> Any:
+        """Returns the node that stands for a tensor; any other value as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if value not in self.nodes:
+            if id(value) not in self.known_constants:
+                raise UnrecordableError("a tensor from elsewhere is used")
+            name = f"constant_{len(self.kept)}"
+            self.constants.register_buffer(name, value.detach())
+            self._stands_for(value, self.graph.get_attr(name))
+            self.kept.add(self.nodes[value])
+        return self.nodes[value]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise UnrecordableError("random numbers are drawn")
+        operands = map_aggregate(args, self.node), map_aggregate(kwargs, self.node)
+        result = func(*args, **kwargs)
+        values = [result] if isinstance(result, Tensor) else result
+        # A derivative that is not wanted is None.
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor | None) for value in values):
+            raise UnrecordableError("a value is looked at")
+        same = self._same(func, args, kwargs, result)
+        if same is not None:
+            self._stands_for(result, self.node(same))
+        elif func._schema.is_mutable:
+            self._write(func, args, kwargs, operands, result)
+        else:
+            line = self._line(func, operands)
+            if func in ZEROS:
+                self.zeros.add(line)
+            for place, value in enumerate(values):
+                if value is not None:
+                    self._stands_for(
+                        value, line if value is result else self._line(operator.getitem, ((line, place), {}))
+                    )
+        return result
+
+    def _line(self, func: Any, operands: tuple[Any, Any]) -> fx.Node:
+        """Returns the node of an operation on these operands, the earlier one where it was done before."""
+        key = (func, repr(operands))
+        if key not in self.lines:
+            if len(self.used) > LONGEST:
+                raise UnrecordableError("it is so long that deciding on it takes no time beside doing it")
+            self.lines[key] = self.graph.call_function(func, *operands)
+        return self.lines[key]
+
+    def _stands_for(self, value: Tensor, node: fx.Node) -> None:
+        if node in self.used:
+            self.kept.add(node)
+        self.used.add(node)
+        self.nodes[value] = node
+
+    def _write(self, func: Any, args: Any, kwargs: Any, operands: tuple[Any, Any], result: Any) -> None:
+        """Notes an operation that writes into one of its arguments and returns it."""
+        written = self.nodes.get(result) if isinstance(result, Tensor) else None
+        if written is None or written in self.kept:
+            raise UnrecordableError("an operation writes into a tensor that is used elsewhere")
+        self.lines.clear()
+        self.nodes[result] = self.graph.call_function(func, *operands)
+
+    def _same(self, func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
+        """Returns the argument that a result equals by the operation's nature, or None."""
+        if func in SAME:
+            return args[0]
+        if func in RESHAPED and args[0].shape == result.shape and args[0].stride() == result.stride():
+            return args[0]
+        if func is torch.ops.aten.add.Tensor and not kwargs:
+            for one, other in (args, args[::-1]):
+                zero = isinstance(other, Tensor) and self.node(other) in self.zeros
+                if zero and isinstance(one, Tensor) and _alike(one, result):
+                    return one
+        return None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
