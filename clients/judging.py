@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.node import Node, Sites
@@ -89,8 +90,21 @@ def judge_sites(
         found = judge.scores(batch, own)
         # A site's tasks, several with data.ways, stand one after another; it is judged by their mean.
         by_task = torch.stack(found).double().cpu().numpy()
+        if not node.population.regression:
+            by_task[0] = counted(by_task[0], batch)
         figures[:, group] = by_task.reshape(len(found), len(group), -1, judge.steps + 1).mean(axis=2)
         if request.gate and judge.steps:
             chosen[group] = np.median(judge.steps_chosen(batch, own).cpu().numpy().reshape(len(group), -1), axis=1)
     scores, losses, calibration = figures
     return EvaluateReply(request.names, scores, losses, calibration, chosen)
+
+
+def counted(shares: NDArray[np.float64], batch: Batch) -> NDArray[np.float64]:
+    """Returns accuracies [tasks, steps + 1] of a batch's query rows as what they stand for: right rows by rows.
+
+    Engines add up float32 shares of rows, whose last bits hang on which rows are right: as many of them after adapting
+    as before could read as a loss, and all of them as more than 1.
+    """
+    rows = batch.query[2].double().sum(1, keepdim=True).clamp(min=1).cpu().numpy()
+    accuracies: NDArray[np.float64] = np.rint(shares * rows) / rows
+    return accuracies
