@@ -95,6 +95,20 @@ def test_says_it_in_markdown_and_json(experiment: Experiment, tmp_path: Path) ->
     assert len(pd.read_parquet(tmp_path / "sites.parquet")) == 6 * 40
 
 
-def test_a_learner_named_twice_is_refused(experiment: Experiment) -> None:
-    with pytest.raises(FedmetaError, match="twice"):
-        comparison.compare(experiment, ["maml", "maml"], 1, report=lambda *words: silent)
+@pytest.mark.parametrize(
+    ("learners", "settings", "problem"),
+    [
+        (["maml", "maml"], [], "twice"),
+        ([], [], "names none"),
+        (["maml", "mammal"], [], 'no learner "mammal"; did you mean "maml"'),
+        (["maml"], ["data.source=npz", "data.path=nowhere.npz"], "nowhere.npz: no such file"),
+        (["maml"], ["data.new_sites=400"], "leaves no site to train on"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(
+    tmp_path: Path, learners: list[str], settings: list[str], problem: str
+) -> None:
+    places = [f"tracking.folder={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    with pytest.raises(FedmetaError, match=problem):
+        comparison.compare(Experiment().with_overrides([*places, *settings]), learners, 1, report=lambda *words: silent)
+    assert not list(tmp_path.iterdir())

@@ -13,8 +13,10 @@ from fedmeta.comparison import settings
 from fedmeta.comparison.page import write
 from fedmeta.comparison.results import Comparison, tabulate
 from fedmeta.comparison.tracked import comparison_run, publish, under
+from fedmeta.data import draw_new_sites, load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.learners import learner_class
 from fedmeta.progress import Report
 from fedmeta.runtime import Result, result_of, run
 from fedmeta.tuning import with_settings
@@ -44,12 +46,19 @@ def compare(
         report: Gives each run what takes its progress.
 
     Raises:
-        FedmetaError: A learner is named twice; or every learner failed. One that fails alone, such as one whose
-            training diverges under all settings, is left out and named.
+        FedmetaError: No learner is named, one is named twice or does not exist, or the data cannot be read: then
+            nothing is written; or every learner failed. One that fails alone, such as one whose training diverges under
+            all settings, is left out and named.
     """
+    if not learners:
+        raise FedmetaError("--learners names none: give at least one, such as maml")
     if len(set(learners)) != len(learners):
         raise FedmetaError(f"--learners names one twice: {', '.join(learners)}")
+    for name in learners:
+        learner_class(name)
     experiment = experiment.absolute()
+    if runtime != "deployment":  # there the data are elsewhere
+        draw_new_sites(load(experiment.data).names, experiment.data.new_sites, experiment.runtime.seed)
     # The same call, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:
