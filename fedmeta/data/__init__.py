@@ -53,7 +53,7 @@ def load_site(data: Data, path: str, name: str = "") -> Population:
         path: An `.npz`, `.csv` or `.parquet` file (`.data` and `.txt` too where `data.columns` are given).
         name: The site's name; the file's where empty.
     """
-    npz = Path(path).suffix == ".npz"
+    npz = Path(path).suffix.lower() == ".npz"
     loader = "fedmeta.data.npz:load_npz_site" if npz else "fedmeta.data.tables:load_table_site"
     population: Population = _function(loader)(data, path, name)
     return few_shot(population, data) if data.ways else population

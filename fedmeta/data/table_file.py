@@ -1,6 +1,7 @@
 """One table of a site: read, its label set apart, its cells checked."""
 
 import csv
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +37,11 @@ class Table(NamedTuple):
 
 def read_table(path: Path, data: Data) -> Table:
     """Returns the content of a CSV or Parquet file; raises `FedmetaError` naming file, line, column and value."""
-    parquet = path.suffix == ".parquet"
+    parquet = _is_parquet(path)
     frame = _read_parquet(path) if parquet else _read_csv(path, data)
     names = [str(name) for name in frame.columns]
+    if data.label not in names and len(names) == 1 and not parquet:
+        raise FedmetaError(f"{path}: its first line is one cell, {names[0]!r}: cells must have commas between them")
     if data.label not in names:
         raise FedmetaError(
             f'{path}: no label column "{data.label}" (data.label); its columns are {", ".join(names)}'
@@ -58,9 +61,13 @@ def read_table(path: Path, data: Data) -> Table:
 
 def place(table: Table, row: int, column: str) -> str:
     """Returns in words where a cell is: file, line (for Parquet the row, from 1), column."""
-    if table.path.suffix == ".parquet":
+    if _is_parquet(table.path):
         return f'{table.path}: row {row + 1}, column "{column}"'
     return f'{table.path}: line {_line(table, row)}, column "{column}"'
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _read_csv(path: Path, data: Data) -> pd.DataFrame:
@@ -111,7 +118,10 @@ def _header(path: Path) -> list[str]:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
+        whole = pq.read_table(path)
+        # What pandas writes of an index without a name: row numbers, which are no feature.
+        index = [name for name in whole.column_names if re.fullmatch(r"__index_level_\d+__", name)]
+        frame: pd.DataFrame = whole.drop_columns(index).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
     return frame

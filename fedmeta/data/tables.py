@@ -57,9 +57,11 @@ def _files(folder: Path, data: Data) -> list[Path]:
     """Returns the folder's tables in the order of the sites' names; raises `FedmetaError` where there is none."""
     suffixes = _SUFFIXES + (_HEADERLESS if data.columns else ())
     there = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    files = sorted((file for file in there if file.suffix in suffixes), key=lambda file: (file.stem, file.suffix))
+    files = sorted(
+        (file for file in there if file.suffix.lower() in suffixes), key=lambda file: (file.stem, file.suffix)
+    )
     if not files:
-        raw = sorted(file.name for file in there if file.suffix in _HEADERLESS)
+        raw = sorted(file.name for file in there if file.suffix.lower() in _HEADERLESS)
         hint = f"; {raw[0]} has no header: name its columns in data.columns" if raw else ""
         raise FedmetaError(f"data.path: {folder} has no file {' or '.join('*' + suffix for suffix in suffixes)}{hint}")
     for before, file in pairwise(files):

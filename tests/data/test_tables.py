@@ -47,6 +47,24 @@ def test_parquet_beside_csv(tmp_path: Path) -> None:
     assert there.y[3:].tolist() == [0, 1]
 
 
+def test_row_numbers_of_pandas_are_no_feature(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"site": [0, 1, 0, 1], "age": [61, 54, 40, 30], "sex": [1, 0, 1, 0], "label": ["no", "yes"] * 2}
+    )
+    for site, own in frame.groupby("site"):
+        own.drop(columns="site").to_parquet(tmp_path / f"site-{site}.parquet")
+    there = read(folder(tmp_path, north=NORTH))
+    assert there.feature_names == ("age", "sex")
+    assert there.names == ("north", "site-0", "site-1")
+
+
+def test_suffixes_may_be_capital(tmp_path: Path) -> None:
+    (tmp_path / "WEST.CSV").write_text(NORTH)
+    pd.read_csv(tmp_path / "WEST.CSV").to_parquet(tmp_path / "EAST.PARQUET")
+    assert read(folder(tmp_path, north=NORTH)).names == ("EAST", "WEST", "north")
+    assert load_site(Data(), str(tmp_path / "EAST.PARQUET")).names == ("EAST",)
+
+
 def test_files_without_header(tmp_path: Path) -> None:
     (tmp_path / "a.data").write_text("1, 2, 0\n3,?,4\n")
     (tmp_path / "b.txt").write_text("5,6,1\n")
@@ -146,6 +164,11 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "twice": ({"x": "a,b,a,label\n1,2,3,0\n"}, {}, r'x\.csv: columns 1 and 3 are both called "a"'),
     "index": ({"x": ",a,b,label\n0,1,2,0\n"}, {}, r"x\.csv: column 1 has no name \(was it written with an index\?\)"),
+    "semicolons": (
+        {"x": "a;b;label\n1;2;0\n"},
+        {},
+        r"x\.csv: its first line is one cell, 'a;b;label': cells must have commas between them",
+    ),
     "longer line": ({"x": GOOD + "1,2,3,4\n"}, {}, r"x\.csv: lines have different numbers of cells.*line 4, saw 4"),
     "longer lines": ({"x": "a,b,label\n1,2,0,9\n1,2,0,9\n"}, {}, r"x\.csv: lines have different numbers of cells"),
     "empty": ({"x": ""}, {}, r"x\.csv: the file is empty"),
