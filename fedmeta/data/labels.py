@@ -37,7 +37,8 @@ def encode_labels(
     Args:
         values: The labels as read [rows]: integers, floating point or text.
         place: Says where a label is, for errors.
-        task: "classification", "regression", or "auto": regression where `values` are floating point.
+        task: "classification", "regression", or "auto": regression where `values` are floating point and no class names
+            are given.
         binarise: Where given, labels above it are class "1", others class "0".
         class_names: Where given, the class that each integer label stands for, or all that text labels may be.
 
@@ -52,10 +53,10 @@ def encode_labels(
         if task == "regression":
             raise FedmetaError("data.binarise makes two classes, but data.task is regression: leave one of them out")
         return Labels((_numbers(values, place, "data.binarise") > binarise).astype(np.int64), ("0", "1"))
-    if task == "regression" or (task == "auto" and values.dtype.kind == "f"):
+    if task == "regression" or (task == "auto" and values.dtype.kind == "f" and class_names is None):
         return Labels(_numbers(values, place, 'data.task = "regression"'), ())
     if values.dtype.kind == "f":
-        _refuse(values != np.round(values), values, place, 'data.task = "classification" needs whole numbers or text')
+        _refuse(values != np.round(values), values, place, "classes are whole numbers or text")
         values = values.astype(np.int64)
     if class_names is not None:
         return _named(values, place, tuple(class_names))

@@ -28,7 +28,7 @@ class Data(Section):
     )
     task: Literal["auto", "classification", "regression"] = Field(
         default="auto",
-        description="What the labels are; auto = regression where they are fractions, else classification",
+        description="What the labels are; auto = regression where they are floats, 1.0 too, else classification",
     )
     columns: Texts = Field(
         default=(),

@@ -88,12 +88,15 @@ def test_class_names_are_counted_by_integers_and_named_by_text(tmp_path: Path) -
     assert there.y.tolist() == arrays()["y"].tolist()
     there = read(npz(tmp_path, y=np.array(["never", "low"] * 6), class_names=names))
     assert there.y.tolist() == [3, 0] * 6
+    there = read(npz(tmp_path, y=np.array([3.0, 0.0] * 6), class_names=names))
+    assert (there.class_names, there.y.tolist()) == (tuple(names), [3, 0] * 6)
 
 
 @pytest.mark.parametrize(
     ("y", "keys"),
     [
         (np.arange(12) / 4, {}),
+        (np.arange(12.0), {}),
         (np.arange(12), {"task": "regression"}),
         (np.arange(12).astype(str), {"task": "regression"}),
     ],
