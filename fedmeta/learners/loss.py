@@ -23,7 +23,7 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         errors = (outputs.reshape(y.shape) - y).square()
         return errors if y.dim() == 1 else errors.flatten(1).mean(1)
-    return functional.cross_entropy(outputs, y.clamp(min=0), reduction="none")
+    return functional.cross_entropy(outputs, y.long().clamp(min=0), reduction="none")
 
 
 def row_errors(outputs: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
+from fedmeta import Task, cohort
+from fedmeta.cohort import ENGINES
+from fedmeta.learners import build
 from fedmeta.learners.loss import calibration_error, loss, score
 
 
@@ -26,3 +30,14 @@ def test_regression_has_no_calibration() -> None:
     y = torch.zeros(4)
     assert calibration_error(torch.ones(4, 1), y, torch.ones(4)).isnan()
     assert score(torch.full((4, 1), 2.0), y, torch.ones(4)).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_classes_may_be_integers_of_any_width(dtype: torch.dtype, engine: str) -> None:
+    learner = build("maml", nn.Linear(4, 3), inner_steps=2)
+    state, x, y = learner.init(0), torch.randn(6, 4), torch.arange(6) % 3
+    expected, _, _ = cohort.meta_gradients(learner, state, [Task((x, y), (x, y))], engine)
+    narrow = y.to(dtype)
+    found, _, _ = cohort.meta_gradients(learner, state, [Task((x, narrow), (x, narrow))], engine)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
