@@ -25,6 +25,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except FedmetaError as error:
         _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError:
+        sys.exit(2)  # the help has been printed
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):

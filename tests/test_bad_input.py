@@ -145,6 +145,18 @@ def test_unfinished_output_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert stop.value.code == 0
 
 
+def test_no_command_shows_the_help_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedmeta"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "compare" in said.out
+    assert said.err == ""
+
+
 def test_the_help_says_what_arguments_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fedmeta", "run", "--help"])
     with pytest.raises(SystemExit):
