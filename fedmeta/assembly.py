@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fedmeta import models
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner, build, learner_class, settings_of
 
@@ -35,3 +36,39 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> 
         return models.build(section.name, shape, outputs, **keys).to(dtype)
 
     return build(section.name, model, **{**settings, **section.extra})
+
+
+def try_out(
+    learner: Learner, name: str, shape: tuple[int, ...], outputs: int, *, tokens: bool, regression: bool
+) -> None:
+    """Runs a learner's model on two rows of zeros: one that cannot work is to be refused before anything is written.
+
+    Args:
+        learner: The learner.
+        name: What the experiment calls the model.
+        shape: The shape of one row.
+        outputs: The number of classes, or 1 for regression.
+        tokens: Whether rows are codes of symbols.
+        regression: Whether labels are numbers.
+
+    Raises:
+        FedmetaError: The model does not take such rows, or returns something else than outputs for each.
+    """
+    if name == "char_lstm" and not tokens:
+        raise FedmetaError(
+            '[model] name = "char_lstm" needs rows of symbol codes, as data.source = "shakespeare" has them'
+        )
+    parameters: models.Parameters = dict(learner.network.module.named_parameters())
+    rows = torch.zeros(2, *shape, dtype=torch.int64 if tokens else torch.float32)
+    try:
+        with torch.no_grad():
+            found = learner.predict(parameters, rows)
+    except FedmetaError:
+        raise
+    except Exception as error:  # whatever a user's own code raises
+        raise FedmetaError(f'[model] name = "{name}" failed on rows of shape {shape}: {error}') from error
+    fits = found.numel() == 2 if regression else found.dim() == 2 and len(found) == 2 and found.shape[1] >= outputs
+    if not fits:
+        raise FedmetaError(
+            f'[model] name = "{name}" returned outputs of shape {tuple(found.shape)} for 2 rows: make it (2, {outputs})'
+        )

@@ -31,6 +31,10 @@ def of_npz(**changes: object) -> Case:
     return lambda folder: ["--set", "data.source=npz", "--set", f"data.path={npz(folder, **rows(**changes))}"]
 
 
+def of_npz_with(setting: str) -> Case:
+    return lambda folder: [*of_npz()(folder), "--set", setting]
+
+
 def of_table(text: str) -> Case:
     def case(folder: Path) -> list[str]:
         (folder / "tables").mkdir()
@@ -54,6 +58,11 @@ def with_nan_column() -> np.ndarray:
 def not_an_npz(folder: Path) -> list[str]:
     (folder / "sites.npz").write_text("certainly not a zip archive")
     return ["--set", "data.source=npz", "--set", f"data.path={folder / 'sites.npz'}"]
+
+
+def broken_module(folder: Path) -> list[str]:
+    (folder / "broken_file.py").write_text("def f(:\n")
+    return ["--set", "model.name=broken_file:f"]
 
 
 def unwritable(folder: Path) -> list[str]:
@@ -81,6 +90,16 @@ CASES: dict[str, tuple[Case, str]] = {
     "unknown model": (of("model.name=resnett"), "model"),
     "model that cannot be imported": (of("model.name=nowhere:model"), "nowhere"),
     "model with batch statistics": (of("model.name=tests.bad_models:batch_norm"), "GroupNorm"),
+    "model of other rows": (of("model.name=tests.bad_models:of_other_rows"), "failed on rows of shape (8, 8)"),
+    "model of too few outputs": (of("model.name=tests.bad_models:of_too_few_outputs"), "make it (2, 10)"),
+    "model of two results": (of("model.name=tests.bad_models:of_two_results"), "must return one tensor"),
+    "model of open widths": (of("model.name=tests.bad_models:lazy"), "has no size yet"),
+    "model in a broken file": (broken_module, "invalid syntax"),
+    "learner in a broken file": (
+        lambda folder: [broken_module(folder)[0], "learner.name=broken_file:f"],
+        "broken_file",
+    ),
+    "text model for numbers": (of_npz_with("model.name=char_lstm"), "symbol codes"),
     "images too small": (of("model.name=cnn", "model.channels=8,8,8,8"), "channels"),
     "too many new sites": (of("data.new_sites=400"), "400"),
     "unreachable tracking": (of("tracking.uri=http://127.0.0.1:9"), "127.0.0.1:9"),

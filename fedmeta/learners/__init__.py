@@ -77,7 +77,7 @@ def learner_class(name: str) -> type[Learner]:
     module_name, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs a user's own code
         raise FedmetaError(f'[learner] name = "{name}" cannot be imported: {error}') from error
     if not (isinstance(kind, type) and issubclass(kind, Learner)):
         raise FedmetaError(f'[learner] name = "{name}" is not a subclass of fedmeta.learners.Learner')

@@ -67,7 +67,7 @@ def _call(path: str, shape: Shape, outputs: int, settings: Mapping[str, Any]) ->
     module_name, _, attribute = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs a user's own code
         raise FedmetaError(f'[model] name = "{path}" cannot be imported: {error}') from error
     try:
         module = function(shape, outputs, **settings)

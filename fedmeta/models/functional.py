@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.randomness import torch_seed
@@ -26,14 +27,19 @@ class FunctionalModel:
             `reset_parameters`, and parameters that no layer draws stay as they are.
 
     Raises:
-        FedmetaError: The module keeps running batch statistics (see `refuse_running_statistics`), or it has no
-            trainable parameter.
+        FedmetaError: The module keeps running batch statistics (see `refuse_running_statistics`), it has no trainable
+            parameter, or one whose size is still open.
     """
 
     def __init__(self, model: nn.Module | Callable[[], nn.Module]) -> None:
         self._make: Callable[[], nn.Module] | None = None if isinstance(model, nn.Module) else model
         self.module: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         refuse_running_statistics(self.module)
+        for name, value in self.module.named_parameters():
+            if isinstance(value, UninitializedParameter):
+                raise FedmetaError(
+                    f"model parameter {name!r} has no size yet: give its layer's width instead of Lazy..."
+                )
         # Dropout would need a key per site, step and round; in evaluation mode a model is a function of its inputs.
         self.module.eval()
         self.names = tuple(name for name, value in self.module.named_parameters() if value.requires_grad)
