@@ -44,8 +44,8 @@ def run(
         experiment: The run's description.
         runtime: "local" (server and sites in this process), "ray" (Flower's simulation) or "deployment" (a federation
             whose SuperLink the environment names; see `fedmeta.runtime.deployment`).
-        resume: A run to go on with: its folder, that folder's name, its MLflow id, or "auto" for the newest unfinished
-            run of the same experiment; None starts a new one.
+        resume: A run of this experiment to go on with: its folder, that folder's name, its MLflow id, or "auto" for the
+            newest unfinished one; None starts a new one.
         report: Takes progress.
 
     Raises:
@@ -54,6 +54,8 @@ def run(
     if runtime not in (*RUNTIMES, "deployment"):
         known = (*RUNTIMES, "deployment")
         raise FedmetaError(f'no runtime "{runtime}"{nearest(runtime, known)} (known: {", ".join(known)})')
+    if resume is not None and not resume.strip():
+        raise FedmetaError('--resume names no run: give its folder, its MLflow id, or "auto"')
     if runtime == "deployment":
         return _deployment(experiment, resume, report)
     experiment = experiment.absolute()
@@ -63,8 +65,21 @@ def run(
     root = Path(experiment.tracking.folder)
     folder = checkpoint.find(root, resume, experiment.to_toml()) if resume else None
     if folder:
-        experiment = Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder))
+        stored = Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder))
+        _check_same(experiment, stored, folder)
+        experiment = stored
     return RUNTIMES[runtime](experiment, folder, report)
+
+
+def _check_same(told: Experiment, stored: Experiment, folder: Path) -> None:
+    """Checks that a run to go on with is of the experiment that the user told; where it is tracked may differ."""
+    known = stored.params()
+    for key, value in told.params().items():
+        if value != known.get(key) and not key.startswith("tracking."):
+            raise FedmetaError(
+                f"--resume {folder.name}: a run of another experiment, with {key} = {known.get(key)} and not {value}; "
+                f"it goes on with {folder / 'experiment.toml'}"
+            )
 
 
 def _local(experiment: Experiment, resume: Path | None, report: Report) -> Result:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedmeta import run
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import LEARNERS, Experiment
 
 ROWS = 160
@@ -65,3 +66,13 @@ def test_every_learner_takes_regression(tmp_path: Path, learner: str) -> None:
     result = run(experiment(tmp_path, columns, f"learner.name={learner}", "learner.inner_lr=0.05"))
     assert result.summary["failures"] == 0
     assert np.isfinite(result.sites["personalized_rmse"]).all()
+
+
+def test_a_run_is_gone_on_with_by_its_own_experiment_alone(tmp_path: Path) -> None:
+    own = experiment(tmp_path, FILES["regression"])
+    name = run(own).folder.name
+    with pytest.raises(FedmetaError, match=r"a run of another experiment, with server.rounds = 2 and not 5.*toml"):
+        run(own.with_overrides(["server.rounds=5"]), resume=name)
+    with pytest.raises(FedmetaError, match="names no run"):
+        run(own, resume="")
+    assert run(own.with_overrides(["tracking.site_curves=3"]), resume=name).folder.name == name
