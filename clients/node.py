@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,6 +165,22 @@ def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dic
 @lru_cache(maxsize=4)
 def _experiment(text: str) -> Experiment:
     return Experiment.from_toml(text, origin="run config: experiment")
+
+
+def forget_changed(data: Data) -> None:
+    """Lets what was read of an experiment's data go where its files have changed since: a new run reads them anew."""
+    path = Path(data.path).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if data.path and path.exists() else []
+    found = [(file.name, file.stat()) for file in files]
+    stamp = tuple((name, facts.st_ino, facts.st_mtime_ns, facts.st_size) for name, facts in found)
+    if _stamps.setdefault(data.path, stamp) != stamp:
+        _stamps[data.path] = stamp
+        _population.cache_clear()
+        _share_node.cache_clear()
+
+
+_stamps: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
+"""The files of each path, and their state, when they were last read."""
 
 
 @lru_cache(maxsize=2)

@@ -86,12 +86,13 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
     import torch
 
     from clients.app import app
-    from clients.node import node_of
+    from clients.node import forget_changed, node_of
     from fedmeta.runtime.local import LocalGrid
     from server import rounds
 
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
+    forget_changed(experiment.data)
     grid = LocalGrid(app, experiment)
     node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
     outcome = rounds.run(grid, experiment, report, resume)

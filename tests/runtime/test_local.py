@@ -76,3 +76,11 @@ def test_a_run_is_gone_on_with_by_its_own_experiment_alone(tmp_path: Path) -> No
     with pytest.raises(FedmetaError, match="names no run"):
         run(own, resume="")
     assert run(own.with_overrides(["tracking.site_curves=3"]), resume=name).folder.name == name
+
+
+def test_data_that_changed_between_two_runs_are_read_anew(tmp_path: Path) -> None:
+    first = run(experiment(tmp_path, FILES["regression"]))
+    same = run(experiment(tmp_path, FILES["regression"]))
+    assert same.summary["training_sites"] == first.summary["training_sites"]
+    other = run(experiment(tmp_path, {**FILES["regression"], "y": TARGET + 1}))
+    assert other.summary["training_sites"] != first.summary["training_sites"]
