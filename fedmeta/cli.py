@@ -35,6 +35,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if not error.filename:
+            raise
+        _fail(f"{str(error.filename)[:200]}: {error.strerror}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -72,6 +72,8 @@ def unwritable(folder: Path) -> list[str]:
 
 CASES: dict[str, tuple[Case, str]] = {
     "missing data file": (of("data.source=npz", "data.path=nowhere.npz"), "nowhere.npz"),
+    "path that is too long": (of("data.source=npz", f"data.path={'x' * 5000}"), "File name too long"),
+    "home of nobody": (of("data.source=npz", "data.path=~nobody-of-that-name/x.npz"), "home folder"),
     "not an npz": (not_an_npz, "sites.npz"),
     "pickled arrays": (of_npz(x=np.array([{"a": 1}] * 60, dtype=object)), "x"),
     "wrong lengths": (of_npz(y=np.zeros(59, dtype=int)), "59"),

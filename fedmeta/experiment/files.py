@@ -209,7 +209,10 @@ def _annotation(section: str, key: str) -> Any:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:
+        raise FedmetaError(f"{path}: there is no home folder of that name") from None
 
 
 def _absolute_uri(uri: str) -> str:
