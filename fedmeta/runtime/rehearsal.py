@@ -33,6 +33,7 @@ _ALONE = (
     "server.min_sites=1",
     "evaluation.every=0",
     "evaluation.judge=new_sites",
+    "privacy.epsilon=0",
 )
 
 
@@ -66,6 +67,9 @@ def rehearse(experiment: Experiment, node_config: str) -> list[Reply]:
         raise FedmetaError(f'--node-config "{node_config}": data="FILE" is missing')
     with tempfile.TemporaryDirectory(prefix="fedmeta-") as folder:
         alone = experiment.with_overrides([*_ALONE, "tracking.uri=none", f"tracking.folder={folder}"])
+        if alone.server.aggregator != "mean":
+            # All of these have a node send the same; this one takes a single reply.
+            alone = alone.with_overrides(["server.aggregator=median", "server.byzantine=0.0"])
         grid = _RecordingGrid(app, alone)
         # Personal parameters stay at the site, and those of a rehearsal are none.
         grid.context.node_config.clear()

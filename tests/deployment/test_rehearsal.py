@@ -48,6 +48,26 @@ def test_every_message_of_a_run_is_shown(site: str) -> None:
     assert all(reply.size > 0 for reply in replies)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["server.aggregator=krum"],
+        ["server.aggregator=bulyan", "server.byzantine=2", "server.mixing=true"],
+        ["privacy.clip_norm=0.5", "privacy.noise_multiplier=0.4", "privacy.epsilon=1", "server.sites_per_round=2"],
+    ],
+)
+def test_what_a_federation_may_ask_a_site_alone_is_shown_too(site: str, settings: list[str]) -> None:
+    plain = {reply.kind: reply for reply in rehearse(Experiment.from_toml(SETTINGS), site)}
+    shown = {reply.kind: reply for reply in rehearse(Experiment.from_toml(SETTINGS).with_overrides(settings), site)}
+    assert shown.keys() == plain.keys()
+    shapes, usual = (
+        {key: value["shape"] for record, key, value in replies["train"].entries if record == "gradient"}
+        for replies in (shown, plain)
+    )
+    one = [1] if settings[0].startswith("server.aggregator") else []
+    assert shapes == {key: one + shape for key, shape in usual.items()}
+
+
 def test_nothing_of_a_row_is_in_a_message(site: str) -> None:
     replies = rehearse(Experiment.from_toml(SETTINGS), site)
     text = told(replies, as_json=True)
