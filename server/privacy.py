@@ -100,9 +100,15 @@ class SitePrivacy:
         Args:
             replies: The nodes' sums of clipped gradients; there may be none.
             like: Tensors with the gradient's keys and shapes.
+
+        Raises:
+            FedmetaError: It cannot be written down.
         """
         self.spent += 1
-        write_whole(self._ledger, json.dumps({"rounds": self.spent, "sites": self.accountant.sites}).encode())
+        try:
+            write_whole(self._ledger, json.dumps({"rounds": self.spent, "sites": self.accountant.sites}).encode())
+        except OSError as error:
+            raise FedmetaError(f"{self._ledger}: cannot be written: {error.strerror or error}") from error
         empty = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         sums = total(replies) if replies else empty
         return {

@@ -1,7 +1,9 @@
 """Noise, draws, the accountant, the budget and its ledger; what makes no sense together is refused."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import TrainReply
 from fedmeta.progress import Progress
 from fedmeta.runtime.local import LocalGrid
+from server import privacy as module
 from server import rounds
 from server.accountant import Accountant
 from server.privacy import LEDGER, SitePrivacy, noise
@@ -134,6 +137,17 @@ def test_rounds_that_a_resumed_run_repeats_are_paid_for_twice(tmp_path: Path) ->
     assert summary["rounds"] == 6
     assert summary["privacy"]["rounds"] == 7
     assert summary["privacy"]["epsilon"] == Accountant(32, 8, 2.0, 1e-5).epsilon(7)
+
+
+def test_a_disk_that_does_not_take_the_ledger_ends_the_run_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_whole", full)
+    with pytest.raises(FedmetaError, match=r"privacy\.json: cannot be written: No space left on device$"):
+        run(digits(tmp_path, *NOISY))
 
 
 @pytest.mark.parametrize(
