@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from clients.judging import Judge, judge_sites
 from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
-from clients.personal import Shelf
+from clients.personal import Shelf, StorageError
 from fedmeta import cohort
 from fedmeta.allocation import keep_freed_memory
 from fedmeta.cohort.personal import stack_personal, train_personal
@@ -35,6 +35,7 @@ app = ClientApp()
 CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
     UnknownSiteError: "unknown-site",
+    StorageError: "bad-storage",
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
     MemoryError: "out-of-memory",

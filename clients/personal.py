@@ -20,10 +20,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmeta.durable import write_whole
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import WorkRequest
 
 KEPT = 2
+
+
+class StorageError(FedmetaError):
+    """A site's disk does not take what stays with the site."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,15 @@ def write(
         round_number: The round in which it was trained.
         personal: The personal part.
         saved_rounds: The rounds of the run's checkpoints, from each of which it may go on.
+
+    Raises:
+        StorageError: The folder or the disk does not take it.
     """
     path = _file(folder, site, round_number)
-    write_whole(path, save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
+    try:
+        write_whole(path, save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     rounds = _rounds(path.parent)
     past = [number for number in rounds if number <= round_number]
     covered = (max((number for number in past if number <= saved), default=0) for saved in saved_rounds)

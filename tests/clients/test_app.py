@@ -11,6 +11,7 @@ from ray import cloudpickle
 from clients import app as module
 from clients.app import CODES, app
 from fedmeta.assembly import learner_of
+from fedmeta.data import FeatureSums, standardisation
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -143,6 +144,25 @@ def test_a_cell_that_cannot_be_read_does_not_leave_its_site(tmp_path: Path, capl
 def test_the_path_of_a_missing_file_does_not_leave_its_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[{"site": "abbey", "data": f"/secret/{SECRET}.csv"}])
     assert_only_a_code(ask(grid, QUERY_SITES, RecordDict()), "bad-data")
+
+
+def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "full").touch()
+    config = {**hospital(tmp_path, "abbey"), "state": str(tmp_path / "full")}
+    experiment = hospitals(tmp_path, "learner.name=fedrep", "model.name=mlp")
+    grid = SeveralNodes(app, experiment, node_configs=[config])
+    said = SitesReply.unpack(ask(grid, QUERY_SITES, RecordDict()))
+    sums = SumsReply.unpack(ask(grid, QUERY_SUMS, SumsRequest(said.names).pack()))
+    scale = standardisation(FeatureSums(sums.count, sums.total, sums.square))
+    learner = learner_of(experiment, said.shape, len(said.classes))
+    constants = {"standardisation.mean": scale.mean, "standardisation.scale": scale.scale}
+    state = learner.init(0) | {name: torch.from_numpy(value) for name, value in constants.items()}
+    reply = ask(grid, TRAIN, WorkRequest(state, 1, said.classes, said.names, "a-run").pack())
+    assert_only_a_code(reply, "bad-storage")
+    assert "Traceback" not in caplog.text
+    assert "round-000001.safetensors: cannot be written: Not a directory" in caplog.text
 
 
 def test_a_site_of_another_node_is_not_known(tmp_path: Path) -> None:
