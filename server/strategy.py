@@ -95,6 +95,7 @@ class MetaGradientStrategy(Strategy):
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._asked: dict[int, tuple[str, ...]] = {}
+        self._columns = 1
         self._packed: ArrayRecord | None = None
 
     def summary(self) -> None:
@@ -180,6 +181,8 @@ class MetaGradientStrategy(Strategy):
         """
         self.log = RoundLog()
         how = dict(config)
+        steps = how.get("steps")
+        self._columns = 1 + (steps if isinstance(steps, int) else 0)
         if how.pop("validation", False):
             sites = np.flatnonzero(self.federation.validation)
         else:
@@ -193,11 +196,12 @@ class MetaGradientStrategy(Strategy):
             try:
                 reply = EvaluateReply.unpack(content)
                 self._check_names(node, reply.names)
+                if reply.scores.shape[1] != self._columns:
+                    raise MessageError("it has scores of other steps than asked")
             except MessageError as error:
                 self._fail(node, f"bad reply: {error}")
                 continue
             usable.append(reply)
-        usable = self._of_one_width(usable)
         if not usable:
             self.evaluated = None
             return None
@@ -220,6 +224,7 @@ class MetaGradientStrategy(Strategy):
                 per_site = self.experiment.server.aggregator != "mean"
                 reply = TrainReply.unpack(content, self.optimizer.meta_state, per_site)
                 self._check_names(node, reply.names)
+                self._check_weight(reply)
                 if self.privacy:
                     self.privacy.check(reply)
             except MessageError as error:
@@ -230,15 +235,6 @@ class MetaGradientStrategy(Strategy):
                     self.log.failed[name] = DIVERGED
             usable.append(reply)
         return usable
-
-    def _of_one_width(self, replies: list[EvaluateReply]) -> list[EvaluateReply]:
-        """Returns the replies with as many inner steps as most have; the others fail."""
-        widths = [reply.scores.shape[1] for reply in replies]
-        usual = max(widths, key=widths.count, default=0)
-        for reply in replies:
-            if reply.scores.shape[1] != usual:
-                self.log.failed.update(dict.fromkeys(reply.names, "bad reply: it has scores of other steps than asked"))
-        return [reply for reply in replies if reply.scores.shape[1] == usual]
 
     def _messages(
         self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord, **how: Any
@@ -279,6 +275,12 @@ class MetaGradientStrategy(Strategy):
     def _check_names(self, node: int, names: tuple[str, ...]) -> None:
         if names != self._asked[node]:
             raise MessageError("it speaks of other sites than it was asked for")
+
+    def _check_weight(self, reply: TrainReply) -> None:
+        """Checks a reply's weight: one for each site that is in the sum, or with weighting by examples no less."""
+        least = int(reply.finite.sum())
+        if reply.weight < least or (self.experiment.server.weighting == "uniform" and reply.weight != least):
+            raise MessageError("its weight is not that of its sites")
 
     def _fail(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._asked[node], reason))

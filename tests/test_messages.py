@@ -318,6 +318,13 @@ def changed(message: Any, record: str, key: str, value: Any) -> RecordDict:
     return content
 
 
+def of_no_site(columns: int) -> RecordDict:
+    nothing = np.zeros((0, 2))
+    content = EvaluateReply((), nothing, nothing, nothing, np.array([], dtype=np.int64)).pack()
+    content["figures"]["columns"] = columns
+    return content
+
+
 WRONG = [
     ("SitesReply", changed(SITES, "sizes", "train_rows", [12]), '"train_rows" has 1 values and not 2'),
     ("SitesReply", changed(SITES, "sizes", "train_rows", [12.0, 1.0]), '"train_rows" is not a list of int'),
@@ -325,6 +332,7 @@ WRONG = [
     ("SitesReply", changed(SITES, "sites", "names", ["abbey", "abbey"]), "two sites have the same name"),
     ("SitesReply", changed(SITES, "schema", "regression", 1), '"regression" is not of type bool'),
     ("SitesReply", changed(SITES, "schema", "shape", [-2]), "the shape of a row is not positive"),
+    ("SitesReply", changed(SITES, "sizes", "train_rows", [12, 2**63]), '"train_rows" has a number that is too large'),
     ("SitesReply", changed(SITES, "schema", "rows", "63,male"), "it holds "),
     ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0]))), "the sums are not of one shape"),
     ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0, np.nan]))), "the sums are not finite float64"),
@@ -334,6 +342,7 @@ WRONG = [
         changed(SUMS, "sums", "count", Array(np.array([-1.0, 2]))),
         "a count or a sum of squares is negative",
     ),
+    ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0, 1e300]))), "a sum is of larger numbers than"),
     (
         "TrainReply",
         changed(TRAINED, "gradient", "alpha", Array(np.float32([1, 2]))),
@@ -350,22 +359,32 @@ WRONG = [
         changed(TRAINED, "gradient", "alpha", Array(np.array(np.inf, dtype=np.float32))),
         "the gradient of alpha is not fin",
     ),
+    (
+        "TrainReply",
+        changed(TRAINED, "gradient", "alpha", Array(np.array(1e39))),
+        "the gradient of alpha is not fin",
+    ),
     ("TrainReply", changed(TRAINED, "gradient", "beta", Array(np.array(0, dtype=np.float32))), "it holds "),
     ("TrainReply", changed(TRAINED, "cohort", "weight", -1.0), "the weight is not a finite number of at least 0"),
     ("TrainReply", changed(TRAINED, "cohort", "weight", math.inf), "the weight is not a finite number of at least 0"),
     ("TrainReply", changed(TRAINED, "cohort", "query_loss", [0.5]), '"query_loss" has 1 values and not 2'),
     ("TrainReply", changed(TRAINED, "cohort", "finite", [1, 0, 1]), '"finite" has 3 values and not 2'),
     ("TrainReply", changed(TRAINED, "sites", "names", "abbey"), '"names" is not a list of str'),
-    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 0), "the figures have no column"),
-    ("EvaluateReply", changed(EVALUATED, "figures", "columns", -2), "the figures have no column"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 0), "the figures are of no site or have no column"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "columns", -2), "the figures are of no site or have no column"),
     ("EvaluateReply", changed(EVALUATED, "figures", "columns", 2**62), '"scores" has 4 values and not'),
     ("EvaluateReply", changed(EVALUATED, "figures", "losses", [1.0] * 3), '"losses" has 3 values and not 4'),
     ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2]), "a site takes more steps than there are"),
     ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, -1]), "a site takes more steps than there are"),
+    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2**63]), '"chosen" has a number that is too large'),
+    ("EvaluateReply", of_no_site(2**62), "the figures are of no site or have no column"),
     ("WorkRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
     ("WorkRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
     ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is negative"),
+    ("EngineReply", changed(ENGINE, "choice", "budget", 2**63), '"budget" has a number that is too large'),
     ("EngineReply", changed(ENGINE, "seconds", "span", [1.0]), '"span" is not of type float'),
+    ("EngineReply", changed(ENGINE, "choice", "engine", "spam"), 'there is no engine "spam"'),
+    ("EngineReply", changed(ENGINE, "seconds", "x" * 300, 1.0), 'there is no engine "xxx'),
 ]
 
 

@@ -132,4 +132,6 @@ class SumsReply:
             raise MessageError("the sums are not finite float64 numbers")
         if (sums["count"] < 0).any() or (sums["square"] < 0).any():
             raise MessageError("a count or a sum of squares is negative")
+        if (np.abs(sums["total"]) > np.maximum(sums["count"], 1.0) * np.finfo(np.float32).max).any():
+            raise MessageError("a sum is of larger numbers than sites may have")
         return cls(**sums)

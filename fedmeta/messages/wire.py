@@ -11,6 +11,9 @@ from torch import Tensor
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 V = TypeVar("V", bool, int, float, str)
 
+LARGEST = 2**63 - 1
+"""The largest whole number that a message may hold."""
+
 
 class MessageError(ValueError):
     """A message that does not hold what the contract says."""
@@ -75,6 +78,7 @@ def read_scalar(record: ConfigRecord | MetricRecord, key: str, kind: type[V]) ->
         value = float(value)
     if not isinstance(value, kind) or type(value) is not kind:
         raise MessageError(f'"{key}" is not of type {kind.__name__}')
+    _check_size(key, value)
     return value
 
 
@@ -85,7 +89,16 @@ def read_list(record: ConfigRecord | MetricRecord, key: str, kind: type[V], leng
         raise MessageError(f'"{key}" is not a list of {kind.__name__}')
     if length is not None and len(values) != length:
         raise MessageError(f'"{key}" has {len(values)} values and not {length}')
+    if kind is int and values:
+        _check_size(key, min(values))
+        _check_size(key, max(values))
     return values
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Checks that a whole number fits into an array: Flower carries unsigned numbers of 64 bits, arrays signed ones."""
+    if type(value) is int and not -LARGEST <= value <= LARGEST:
+        raise MessageError(f'"{key}" has a number that is too large')
 
 
 def write_names(names: tuple[str, ...]) -> ConfigRecord:

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmeta.cohort import ENGINES
 from fedmeta.messages.wire import (
     MessageError,
     only,
@@ -136,7 +137,10 @@ class EngineReply:
         budget = read_scalar(choice, "budget", int)
         if budget < 0:
             raise MessageError("the budget is negative")
-        return cls(read_scalar(choice, "engine", str), budget, seconds)
+        engine = read_scalar(choice, "engine", str)
+        if unknown := {engine, *seconds} - set(ENGINES):
+            raise MessageError(f'there is no engine "{min(unknown)}"')
+        return cls(engine, budget, seconds)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,8 @@ class TrainReply:
         for name, value in gradient.items():
             if value.shape != (*sites, *like[name].shape) or value.dtype not in (torch.float32, torch.float64):
                 raise MessageError(f"the gradient of {name} has another shape or type than it should")
-            if not value.isfinite().all():
+            # In the type in which the server steps: a number that is finite in 64 bits may not be so in 32.
+            if not value.to(like[name].dtype).isfinite().all():
                 raise MessageError(f"the gradient of {name} is not finite")
         cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
         weight = read_scalar(cohort, "weight", float)
@@ -238,8 +243,8 @@ class EvaluateReply:
         names = read_names(content)
         figures = read_record(content, "figures", MetricRecord, "columns", *FIGURES, "chosen")
         shape = (len(names), read_scalar(figures, "columns", int))
-        if shape[1] < 1:
-            raise MessageError("the figures have no column")
+        if shape[1] < 1 or not names:
+            raise MessageError("the figures are of no site or have no column")
         values = (read_list(figures, key, float, shape[0] * shape[1]) for key in FIGURES)
         scores, losses, calibration = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
         if (scores < 0).any() or (calibration < 0).any():

@@ -79,6 +79,20 @@ def with_nan(content: RecordDict) -> None:
     content["gradient"] = ArrayRecord.from_torch_state_dict(arrays)
 
 
+def with_a_number_too_large(content: RecordDict) -> None:
+    arrays = {key: value.double() for key, value in content["gradient"].to_torch_state_dict().items()}
+    next(iter(arrays.values())).view(-1)[0] = 1e39
+    content["gradient"] = ArrayRecord.from_torch_state_dict(arrays)
+
+
+def with_next_to_no_weight(content: RecordDict) -> None:
+    content["cohort"]["weight"] = 1e-300
+
+
+def with_the_weight_of_a_crowd(content: RecordDict) -> None:
+    content["cohort"]["weight"] = 1e9
+
+
 def with_another_shape(content: RecordDict) -> None:
     arrays = {key: value[..., :1] for key, value in content["gradient"].to_torch_state_dict().items()}
     content["gradient"] = ArrayRecord.from_torch_state_dict(arrays)
@@ -189,6 +203,15 @@ def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
     assert strategy.evaluated.scores.shape == (30, 3)
     assert set(strategy.log.failed.values()) == {"bad reply: it has scores of other steps than asked"}
     assert set(strategy.log.failed) == set(strategy.federation.names) - set(strategy.evaluated.names)
+    # Of two nodes, too, the one that answers what it was not asked is left out, also where its sites come first.
+    grid = SeveralNodes(app, digits(tmp_path), 2)
+    strategy = strategy_over(grid)
+    grid.faults[int(strategy.federation.homes[0])] = one_step_too_few
+    messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
+    strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
+    assert strategy.evaluated is not None
+    assert strategy.evaluated.scores.shape == (20, 3)
+    assert strategy.federation.names[0] in strategy.log.failed
 
 
 # ---------------------------------------------------------------- what the aggregate is
@@ -236,6 +259,9 @@ FAULTS: list[tuple[Fault, str]] = [
     (silence, "no reply in time"),
     (spoil(as_a_failure), f"out-of-memory: {FAILURES['out-of-memory']}"),
     (spoil(with_nan), "bad reply: the gradient of theta.1.weight is not finite"),
+    (spoil(with_a_number_too_large), "bad reply: the gradient of theta.1.weight is not finite"),
+    (spoil(with_next_to_no_weight), "bad reply: its weight is not that of its sites"),
+    (spoil(with_the_weight_of_a_crowd), "bad reply: its weight is not that of its sites"),
     (spoil(with_another_shape), "bad reply: the gradient of"),
     (spoil(with_other_names), "bad reply: it speaks of other sites than it was asked for"),
     (spoil(with_a_passenger), "bad reply: it holds ['cohort', 'gradient', 'rows', 'sites']"),
