@@ -111,7 +111,8 @@ def write(
 
 
 def _rounds(folder: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))
+    numbers = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def _file(folder: Path, site: str, round_number: int) -> Path:

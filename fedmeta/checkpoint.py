@@ -134,7 +134,10 @@ def read(path: Path) -> Checkpoint:
     digest = header.pop("digest", "")
     if digest != _digest(header, tensors):
         raise FedmetaError(f"{path}: the checkpoint is damaged (its digest differs)")
-    return _decode(header, tensors)
+    try:
+        return _decode(header, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FedmetaError(f"{path}: not a checkpoint of this version of fedmeta") from error
 
 
 def newest(folder: Path) -> tuple[Checkpoint, Path]:
@@ -198,8 +201,9 @@ def rounds(folder: Path, last: int) -> tuple[int, ...]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder, the newest first (names grow longer beyond round 999 999)."""
-    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name), reverse=True)
+    """Returns the checkpoints in a folder, the newest first (names grow longer beyond round 999 999); no copies."""
+    found = [path for path in folder.glob("round-*.safetensors") if path.stem.removeprefix("round-").isdecimal()]
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _newest_first(root: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from fedmeta import checkpoint as module
 from fedmeta import durable
 from fedmeta.checkpoint import KEPT, Checkpoint, Evaluation, find, newest, read, rounds, write
 from fedmeta.errors import FedmetaError
+from fedmeta.tensor_file import read_tensors
 
 
 def evaluation(number: int, sites: int = 3, steps: int = 2) -> Evaluation:
@@ -176,6 +177,29 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path) -> None:
     first.write_bytes(b"")
     with pytest.raises(FedmetaError, match=r"^\S+round-000008\.safetensors: the checkpoint is damaged"):
         newest(tmp_path)
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    path = write(saved(5), tmp_path)
+    (tmp_path / "round-000009 (copy).safetensors").write_bytes(path.read_bytes())
+    assert newest(tmp_path)[1] == path
+    assert rounds(tmp_path, 5) == (5, 0)
+    later = [write(saved(number), tmp_path) for number in (6, 7)]
+    assert newest(tmp_path)[1] == later[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metrics", None), ("metrics", "{"), ("names", "null"), ("metrics", '{"x": {}}'), ("rows", "1")],
+)
+def test_a_whole_file_with_another_header_is_refused_in_words(tmp_path: Path, name: str, text: str | None) -> None:
+    path = write(saved(), tmp_path)
+    header, tensors = read_tensors(path, "checkpoint", module.FORMAT)
+    del header["digest"]
+    changed = {key: value for key, value in header.items() if key != name} | ({name: text} if text else {})
+    save_file(tensors, path, {**changed, "digest": module._digest(changed, tensors)})
+    with pytest.raises(FedmetaError, match=r"safetensors: not a checkpoint of this version of fedmeta$"):
+        read(path)
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:

@@ -55,6 +55,17 @@ def test_what_was_kept_on_a_course_that_was_left_goes(tmp_path: Path) -> None:
     assert kept(tmp_path) == [4, 5]
 
 
+def test_a_copy_of_a_file_is_left_alone(tmp_path: Path) -> None:
+    train(tmp_path, range(1, 3), ())
+    (own,) = tmp_path.iterdir()
+    copy = own / "round-000009 (copy).safetensors"
+    copy.touch()
+    train(tmp_path, range(3, 5), ())
+    assert copy.exists()
+    copy.unlink()
+    assert kept(tmp_path) == [3, 4]
+
+
 def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     train(tmp_path, range(1, 3), ())
     (own,) = tmp_path.iterdir()
