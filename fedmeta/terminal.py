@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedmeta.comparison import Comparison, interval, spread
@@ -71,7 +72,7 @@ def comparison(found: Comparison) -> None:
         best.add_column("learner", no_wrap=True)
         best.add_column("best settings")
         for name in found.table["learner"]:
-            best.add_row(str(name), words(found.trials[name][0].settings))
+            best.add_row(str(name), escape(words(found.trials[name][0].settings)))
         console.print(best)
     console.print(f"table  {found.folder / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -92,7 +93,8 @@ def sites(frame: pd.DataFrame) -> None:
 def _cell(column: str, value: Any) -> str:
     if column == "missing":
         return f"{value:.1%}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    # A name may hold what Rich takes for a style.
+    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
 
 
 def _title(summary: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from fedmeta import terminal, watching
@@ -113,6 +114,14 @@ def test_the_table_has_both_groups(capsys, regression):
     assert table["training sites"][0] == "30"
     assert "fedmeta ui" in text
     assert ("RMSE" if regression else "accuracy") in text
+
+
+def test_a_sites_name_is_no_style(capsys):
+    frame = pd.DataFrame({"site": ["[/bold]", "[red]mercy"], "kind": ["new", "training"], "train_rows": [3, 4]})
+    terminal.sites(frame)
+    shown = capsys.readouterr().out
+    assert "[/bold]" in shown
+    assert "[red]mercy" in shown
 
 
 def test_a_group_without_sites_has_dashes(capsys):

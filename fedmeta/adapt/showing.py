@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,7 +31,8 @@ def show(adapted: Adapted, written: Written) -> None:
     """Shows what the site's rows say and where its model lies."""
     console = Console(stderr=True)
     start, found, test = adapted.start, adapted.judgement, adapted.test
-    title = f"{adapted.name}: {len(adapted.rows)} rows, {start.name} after {start.round_number} rounds"
+    # The names are a file's and a run's own, and may hold what Rich takes for a style.
+    title = escape(f"{adapted.name}: {len(adapted.rows)} rows, {start.name} after {start.round_number} rounds")
     table = Table(title=title, title_justify="left")
     headings = ["", UNIT[found.before.metric], f"{LEVEL:.0%} interval", *([f"{test.rows} test rows"] if test else [])]
     for heading in headings:
@@ -42,7 +44,7 @@ def show(adapted: Adapted, written: Written) -> None:
             f"personalized, {steps}", *_cells(found.after, test.after if test else None, bold=bool(found.steps))
         )
     console.print(table)
-    console.print(f"[bold]{adapted.advice}[/]", soft_wrap=True, highlight=False)
+    console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
     for warning in (*adapted.warnings, *([written.note] if written.note else [])):
         console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)
