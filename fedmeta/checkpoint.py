@@ -25,7 +25,7 @@ from fedmeta.tensor_file import read_tensors
 
 FORMAT = "1"
 COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
-LISTS = ("classes", "names", "new_sites", "validation_sites", "features", "shape")
+LISTS = ("classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows")
 FIGURES = ("regression", "tokens", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
@@ -81,6 +81,8 @@ class Checkpoint:
         schedule: How far sites adapted at the end, where the run chose that.
         features: The features' names where a row is a vector.
         shape: The shape of one row.
+        train_rows: Train rows per site, of all names.
+        test_rows: Test rows per site.
         regression: Whether labels are numbers.
         tokens: Whether features are codes of symbols.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
@@ -103,6 +105,8 @@ class Checkpoint:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     features: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    train_rows: tuple[int, ...] = ()
+    test_rows: tuple[int, ...] = ()
     regression: bool = False
     tokens: bool = False
     finished: bool = False

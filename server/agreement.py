@@ -28,13 +28,25 @@ class Schema(Protocol):
         """Whether features are integer codes."""
 
 
-def agreeing(replies: Mapping[int, SitesReply]) -> tuple[dict[int, SitesReply], dict[str, str]]:
+def agreeing(
+    replies: Mapping[int, SitesReply], fixed: Schema | None = None
+) -> tuple[dict[int, SitesReply], dict[str, str]]:
     """Returns the replies of the form that most sites share, and the other sites with how they differ from it.
 
     Where two forms have equally many sites, the one with the first site by name is taken, so that neither the order
     in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
+
+    Args:
+        replies: What nodes host.
+        fixed: The form, where it is fixed already, as in a run that is gone on with.
     """
     ordered = sorted(replies.items(), key=lambda reply: reply[1].names)
+    if fixed is not None:
+        differences = {node: difference(reply, fixed) for node, reply in ordered}
+        return (
+            {node: reply for node, reply in ordered if not differences[node]},
+            {name: differences[node] for node, reply in ordered if differences[node] for name in reply.names},
+        )
     counts: dict[tuple[object, ...], int] = {}
     for _, reply in ordered:
         counts[_form(reply)] = counts.get(_form(reply), 0) + len(reply.names)

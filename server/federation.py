@@ -29,6 +29,12 @@ from fedmeta.messages import (
     failure,
 )
 
+NOBODY = 0
+"""In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
+
+ABSENT = "it was not there, or refused, when the run was gone on with"
+"""Why a site whose node is nobody does not answer."""
+
 _FEW = 16
 """Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
 
@@ -171,7 +177,7 @@ def federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier:
         first.regression,
         first.tokens,
     )
-    federation = admit(federation, replies, as_new=False)
+    federation = admit(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
     if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
@@ -187,6 +193,25 @@ def federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier:
     # How far to adapt is chosen on sites of its own, not on those that judge.
     choosing = experiment.evaluation.schedule == "auto" and len(federation.training) > 1
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
+
+
+def _absent(replies: Mapping[int, SitesReply], earlier: Checkpoint | None) -> dict[int, SitesReply]:
+    """Returns the sites of a checkpoint that no node hosts, as if nobody's node did: what the run fixed stays."""
+    there = {name for reply in replies.values() for name in reply.names}
+    gone = [place for place, name in enumerate(earlier.names) if name not in there] if earlier else []
+    if not earlier or not gone:
+        return {}
+    absent = SitesReply(
+        names=tuple(earlier.names[place] for place in gone),
+        train_rows=tuple(earlier.train_rows[place] for place in gone),
+        test_rows=tuple(earlier.test_rows[place] for place in gone),
+        classes=earlier.classes,
+        features=earlier.features,
+        shape=earlier.shape,
+        regression=earlier.regression,
+        tokens=earlier.tokens,
+    )
+    return {NOBODY: absent}
 
 
 def judged_on_validation_sites(experiment: Experiment) -> bool:

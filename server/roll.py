@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
@@ -14,7 +15,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import QUERY_SITES, MessageError, SitesReply
 from server import agreement
-from server.federation import Federation, admit, ask, federate, judged_on_validation_sites, only
+from server.federation import NOBODY, Federation, admit, ask, federate, judged_on_validation_sites, only
 
 POLL_S = 3.0
 """How long to wait before asking again who is there, while sites that must be present are missing."""
@@ -45,9 +46,10 @@ class Roll:
         Args:
             grid: Flower's grid.
             experiment: The run's description.
-            earlier: The checkpoint to go on from: all its sites must be present, and what it fixed stays.
+            earlier: The checkpoint to go on from: all its sites are waited for, and what it fixed stays.
 
-        Sites whose rows have another form than most sites' are refused, and the others go on without them.
+        Sites whose rows have another form than most sites' are refused, and the others go on without them. A run that
+        goes on from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
 
         Raises:
             FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
@@ -60,6 +62,8 @@ class Roll:
         self._paused: dict[int, Pause] = {}
         self.refused: dict[str, str] = {}
         self.federation = self._assemble()
+        absent = [self.federation.names[site] for site in np.flatnonzero(self.federation.homes == NOBODY)]
+        self.absent = [name for name in absent if name not in self.refused]
 
     def refresh(self) -> list[str]:
         """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
@@ -73,7 +77,8 @@ class Roll:
         return set(self._grid.get_node_ids()) - self._seen - left_alone
 
     def _assemble(self) -> Federation:
-        wanted = self._earlier.names if self._earlier else self._experiment.server.wait_for
+        required, earlier = self._experiment.server.wait_for, self._earlier
+        wanted = earlier.names if earlier else required
         deadline = time.monotonic() + self._experiment.server.round_timeout
         replies: dict[int, SitesReply] = {}
         problems: dict[int, str] = {}
@@ -87,13 +92,17 @@ class Roll:
                     for gone in {homes[name] for name in reply.names if name in homes}:
                         del replies[gone]
                     replies[node] = reply
-            accepted, self.refused = agreement.agreeing(replies)
+            accepted, self.refused = agreement.agreeing(replies, earlier)
             self.refused |= {name: CONTESTED for names in contested.values() for name in names}
-            missing = _missing(wanted, [name for reply in accepted.values() for name in reply.names])
+            present = [name for reply in accepted.values() for name in reply.names]
+            over = time.monotonic() > deadline
+            # What a checkpoint says of its sites is enough to go on without those that are lost.
+            missing = _missing(required if over and earlier and earlier.train_rows else wanted, present)
             if accepted and not missing:
-                return federate(accepted, self._experiment, self._earlier)
-            needed = [] if isinstance(wanted, int) else [name for name in wanted if name in self.refused]
-            if needed or time.monotonic() > deadline or (problems and not replies and not wanted):
+                return federate(accepted, self._experiment, earlier)
+            needed = [] if isinstance(required, int) else [name for name in required if name in self.refused]
+            all_refused = earlier is not None and set(earlier.names) <= self.refused.keys()
+            if needed or all_refused or over or (problems and not replies and not wanted):
                 raise FedmetaError(_nobody([*problems.values()], missing, self.refused, bool(replies)))
             time.sleep(POLL_S)
 

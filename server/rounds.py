@@ -21,7 +21,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import EvaluateReply
 from fedmeta.progress import Progress, Report, Told
 from server import aggregation
-from server.federation import ask_standardisation, reindexed
+from server.federation import ABSENT, ask_standardisation, reindexed
 from server.journal import MISSED, Journal, evaluation_frame, new_folder
 from server.machine import Machine
 from server.optimizer import ServerOptimizer
@@ -144,6 +144,9 @@ class Rounds:
         self.journal.missed(0, self.roll.refused, "start")
         for site, difference in self.roll.refused.items():
             self._report(f"refused {site}: {difference}")
+        self.journal.missed(self.round_number, dict.fromkeys(self.roll.absent, ABSENT), "start")
+        for site in self.roll.absent:
+            self._report(f"goes on without {site}: {ABSENT}")
         every, last = self.experiment.evaluation.every, self.last
         if last < self.experiment.server.rounds:
             budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
@@ -194,6 +197,8 @@ class Rounds:
             validation_sites=federation.validation_sites,
             features=federation.features,
             shape=federation.shape,
+            train_rows=tuple(federation.train_rows.tolist()),
+            test_rows=tuple(federation.test_rows.tolist()),
             regression=federation.regression,
             tokens=federation.tokens,
             evaluations=tuple(self.evaluations),

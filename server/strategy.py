@@ -29,7 +29,7 @@ from fedmeta.messages import (
     payload_bytes,
 )
 from server.aggregation import Gradient, combine
-from server.federation import Federation
+from server.federation import ABSENT, NOBODY, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SitePrivacy
 from server.sampling import sample_cohort, sites_to_evaluate
@@ -253,6 +253,8 @@ class MetaGradientStrategy(Strategy):
                 budget=self.budget,
                 **how,
             ).pack(arrays)
+            if node == NOBODY:
+                continue
             self.log.bytes_down += payload_bytes(content)
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
@@ -263,7 +265,7 @@ class MetaGradientStrategy(Strategy):
         for node in sorted(self._asked, key=lambda node: self._asked[node][0]):
             reply = received.get(node)
             if reply is None:
-                self._fail(node, "no reply in time")
+                self._fail(node, "no reply in time" if node != NOBODY else ABSENT)
             elif reply.has_error():
                 self._fail(node, f"Flower error code {reply.error.code}: the node is lost or its app did not start")
             elif code := failure(reply.content):

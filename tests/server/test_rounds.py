@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -232,15 +233,86 @@ def test_a_site_that_joins_between_two_parts_of_a_run_is_new(tmp_path: Path) -> 
     assert first.to_dict() == {"hope": 8, "mercy": 6, "zion": 10}
 
 
-def test_a_resumed_run_waits_for_all_its_sites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_run_waits_for_all_its_sites_and_goes_on_without_the_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(roll, "POLL_S", 0.01)
-    experiment = hospitals(tmp_path, "server.rounds=4", "server.round_timeout=0.05")
+    rules = ("server.rounds=5", "server.round_timeout=0.1", "evaluation.every=2", "data.new_sites=1")
+    configs = [hospital(tmp_path, name, rows) for name, rows in (("mercy", 12), ("zion", 20), ("hope", 16))]
+
+    def without_hope_from_round_2(grid: SeveralNodes, then: Any = silent) -> Any:
+        def report(progress: Progress) -> None:
+            if progress.round_number == 1:
+                grid.faults[NODE_IDS[2]] = silence
+            then(progress)
+
+        return report
+
+    experiment = hospitals(tmp_path / "unbroken", *rules)
+    grid = SeveralNodes(app, experiment, node_configs=configs)
+    unbroken = rounds.run(grid, experiment, without_hope_from_round_2(grid))
+    experiment = hospitals(tmp_path / "broken", *rules)
+    grid = SeveralNodes(app, experiment, node_configs=configs)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(grid, experiment, without_hope_from_round_2(grid, stop_after(2)))
+    folder, notes = only_folder(experiment), []
+    grid = SeveralNodes(app, experiment, node_configs=configs[:2])
+
+    def report(progress: Progress) -> None:
+        notes.append(progress.note)
+        if progress.round_number == 4 and NODE_IDS[4] not in grid.contexts:
+            grid.join(NODE_IDS[4], configs[2])
+
+    outcome = rounds.run(grid, experiment, report, folder)
+    lost = "it was not there, or refused, when the run was gone on with"
+    assert f"goes on without hope: {lost}" in notes
+    assert f"round 3 without hope: {lost}" in notes
+    before = checkpoint.newest(Path(unbroken.folder))[0]
+    after = checkpoint.newest(folder)[0]
+    assert (after.names, after.new_sites, after.train_rows) == (before.names, before.new_sites, before.train_rows)
+    # Back in round 5, the site is again what it was.
+    last = outcome.sites[outcome.sites["round"] == 5].set_index("site")["kind"]
+    assert last.index.tolist() == ["hope", "mercy", "zion"]
+    assert set(last.index[last == "new"]) == set(before.new_sites)
+    columns = ["round", "site", "kind", "personalized_loss", "global_loss"]
+    pd.testing.assert_frame_equal(
+        outcome.sites.loc[outcome.sites["round"] < 5, columns], unbroken.sites.loc[unbroken.sites["round"] < 5, columns]
+    )
+
+
+@pytest.mark.parametrize("wait_for", ['["zion"]', "2"])
+def test_a_resumed_run_does_not_go_on_without_whom_it_must_wait_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wait_for: str
+) -> None:
+    monkeypatch.setattr(roll, "POLL_S", 0.01)
+    experiment = hospitals(tmp_path, "server.rounds=4", "server.round_timeout=0.05", f"server.wait_for={wait_for}")
     configs = [hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
     with pytest.raises(KeyboardInterrupt):
         rounds.run(SeveralNodes(app, experiment, node_configs=configs), experiment, stop_after(1))
     grid = SeveralNodes(app, experiment, node_configs=configs[:1])
-    with pytest.raises(FedmetaError, match="still missing: zion"):
+    with pytest.raises(FedmetaError, match=r"still missing: (zion|1 more sites)"):
         rounds.run(grid, experiment, silent, only_folder(experiment))
+
+
+def test_a_resumed_run_refuses_sites_whose_columns_have_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(roll, "POLL_S", 0.01)
+    experiment = hospitals(tmp_path, "server.rounds=4", "server.round_timeout=0.05")
+    names = ("mercy", "zion", "hope")
+    configs = [hospital(tmp_path, name) for name in names]
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(SeveralNodes(app, experiment, node_configs=configs), experiment, stop_after(1))
+    # Most have others now; what counts is the form that the run began with.
+    (tmp_path / "later").mkdir()
+    changed = [hospital(tmp_path / "later", name, columns=("age", "weight")) for name in names[1:]]
+    outcome = rounds.run(
+        SeveralNodes(app, experiment, node_configs=[configs[0], *changed]), experiment, silent, only_folder(experiment)
+    )
+    assert outcome.sites["site"].tolist()[-1:] == ["mercy"]
+    entries = json.loads((outcome.folder / "missed.json").read_text())
+    said = {entry["site"]: entry["reason"] for entry in entries if entry["what"] == "start"}
+    assert said == dict.fromkeys(names[1:], "columns too many: weight; columns missing: pressure")
 
 
 # ---------------------------------------------------------------- stopped and gone on with
