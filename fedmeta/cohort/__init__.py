@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.cohort.accumulate import Scores
+from fedmeta.cohort.accumulate import Contribution, Scores
 from fedmeta.cohort.chunks import BUDGET, chunk_sites, chunks
 from fedmeta.cohort.rules import ENGINES, choose_engine, choose_engine_by_site, run, trial
 from fedmeta.cohort.span import fits
@@ -60,15 +60,19 @@ def meta_gradients(
         finite has neither a share in the sum nor in the weight.
 
     Raises:
-        FedmetaError: There is no such engine.
+        FedmetaError: There is no such engine, or the weights are not one number of at least 0 for each site.
     """
-    batch = tasks if isinstance(tasks, Batch) else stack(tasks)
-    own = torch.ones(batch.sites, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
-    own = own.to(batch.support[2].device)
-    name = _engine(engine, learner, meta_state, batch)
-    if clip_norm or per_site:
-        name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
-    total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
+    own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
+    if len(own):
+        batch = tasks if isinstance(tasks, Batch) else stack(tasks)
+        name = _engine(engine, learner, meta_state, batch)
+        if clip_norm or per_site:
+            name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
+        own = own.to(batch.support[2].device)
+        total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
+    else:
+        total = Contribution.empty(meta_state, clip_norm, per_site)
+        total.metrics = {"query_loss": [own], "finite": [own]}
     values = total.stacked() if per_site else total.total
     gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
@@ -98,8 +102,10 @@ def evaluate(
     Returns:
         Accuracy (RMSE for regression), loss and calibration error, each [sites, steps + 1], after 0, 1, ... steps.
     """
-    batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     taken = learner.evaluation_steps(steps)
+    if not (tasks.sites if isinstance(tasks, Batch) else len(tasks)):
+        return Scores(*(torch.zeros(0, taken + 1) for _ in Scores._fields))
+    batch = tasks if isinstance(tasks, Batch) else stack(tasks)
     name = _engine(engine, learner, meta_state, batch)
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     parts, places = [], []
@@ -109,6 +115,13 @@ def evaluate(
         places.append(sites)
     order = torch.cat(places).argsort()
     return Scores(*(figure[order] for figure in Scores.join(parts)))
+
+
+def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
+    own = torch.ones(sites) if weights is None else torch.as_tensor(weights)
+    if own.shape != (sites,) or not bool((own.isfinite() & (own >= 0)).all()):
+        raise FedmetaError(f"weights: {sites} numbers of at least 0 are needed, one for each site")
+    return own.double()
 
 
 def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:

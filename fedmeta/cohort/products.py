@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-
 NARROW = 4
 """How many times as wide as its outputs a layer's inputs are for it to count as narrow."""
 

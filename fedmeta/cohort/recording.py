@@ -119,9 +119,8 @@ def _faithful(
 
 
 def _equal(value: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are the same bits in the same layout; what is not a number equals itself."""
-    same = value.stride() == expected.stride() and value.dtype == expected.dtype
-    return same and torch.equal(value.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
+    """Whether two tensors are the same numbers in the same layout; what is not a number equals itself."""
+    return _alike(value, expected) and torch.equal(value.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
 
 
 class _Recorder(TorchDispatchMode):
@@ -206,16 +205,12 @@ class _Recorder(TorchDispatchMode):
 
     def _same(self, func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
         """Returns the argument that a result equals by the operation's nature, or None."""
-        if func in SAME:
-            return args[0]
-        if func in RESHAPED and args[0].shape == result.shape and args[0].stride() == result.stride():
-            return args[0]
-        if func is torch.ops.aten.add.Tensor and not kwargs:
-            for one, other in (args, args[::-1]):
-                zero = isinstance(other, Tensor) and self.node(other) in self.zeros
-                if zero and isinstance(one, Tensor) and _alike(one, result):
-                    return one
-        return None
+        candidates: list[Tensor] = []
+        if func in SAME or func in RESHAPED:
+            candidates = [args[0]]
+        elif func is torch.ops.aten.add.Tensor and not kwargs:
+            candidates = [one for one, other in (args, args[::-1]) if self.node(other) in self.zeros]
+        return next((one for one in candidates if isinstance(one, Tensor) and _alike(one, result)), None)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

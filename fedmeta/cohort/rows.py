@@ -65,7 +65,10 @@ class CohortRows:
         """Returns each site's accuracy, or RMSE for floating-point y, [sites]."""
         if self.y.is_floating_point():
             return self._means(row_losses(outputs, self.y), self.scored).sqrt()
-        return self._means((outputs.argmax(-1) == self.y).to(self.scored.dtype), self.scored)
+        # Counted before they are divided: a sum of shares of rows would hang on which rows are right.
+        present = self._present()
+        right = (outputs.argmax(-1) == self.y).view_as(present) * present
+        return right.sum(1) / present.sum(1).clamp(min=1)
 
     def figures(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns each site's score, loss and calibration error, each [sites]."""
@@ -76,8 +79,10 @@ class CohortRows:
         shape = self.scored.shape
         if self.y.is_floating_point():
             return self.scored.new_full(shape[:1], torch.nan)
-        present = (self.scored > 0).to(self.scored.dtype)
-        return vmap(calibration_error)(outputs.view(*shape, -1), self.y.view(shape), present)
+        return vmap(calibration_error)(outputs.view(*shape, -1), self.y.view(shape), self._present())
+
+    def _present(self) -> Tensor:
+        return (self.scored > 0).to(self.scored.dtype)
 
     def _means(self, values: Tensor, shares: Tensor) -> Tensor:
         return (values.view_as(shares) * shares).sum(1)

@@ -105,9 +105,12 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     for _ in range(TRIAL_RUNS):
         for name in running:
             try:
+                if not seconds[name]:
+                    _evaluate_once(name, learner, meta_state, few)
                 seconds[name].append(_seconds(name, learner, meta_state, few))
             except RuntimeError:
-                # Operations without a batching rule make vmap raise; what the loop raises is an error of the model.
+                # Operations without a batching rule make vmap raise, some only where nothing is differentiated;
+                # what the loop raises is an error of the model.
                 if name == "loop":
                     raise
                 del seconds[name]
@@ -159,6 +162,12 @@ def _in_site_order(total: Contribution, places: Sequence[Tensor]) -> Tensor:
     order = torch.cat(list(places)).argsort() if places else torch.arange(0)
     total.metrics = {name: [torch.cat(values)[order]] for name, values in total.metrics.items()}
     return order
+
+
+def _evaluate_once(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> None:
+    """Evaluates one site: some models can be trained by an engine and not be evaluated."""
+    with sdpa_kernel(SDPBackend.MATH):
+        ENGINES[engine].evaluate(learner, meta_state, batch.chunk(0, 1), learner.evaluation_steps())
 
 
 def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:

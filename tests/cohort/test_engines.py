@@ -276,3 +276,56 @@ def test_trial_names_an_engine_that_works() -> None:
 def test_an_unknown_engine_is_named_with_the_nearest() -> None:
     with pytest.raises(FedmetaError, match='no engine "spam"; did you mean "span"'):
         cohort.meta_gradients(mlp(), state(mlp()), tasks(RAGGED, (20,)), "spam")
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+def test_no_sites_send_nothing(engine: str) -> None:
+    learner = mlp()
+    gradient, weight, figures = cohort.meta_gradients(learner, state(learner), [], engine)
+    assert weight == 0
+    assert all(value.shape == gradient[name].shape for name, value in state(learner).items())
+    assert not any(value.any() for value in gradient.values())
+    assert [len(figures[name]) for name in ("query_loss", "finite")] == [0, 0]
+    assert cohort.evaluate(learner, state(learner), [], engine).score.shape == (0, 3)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0] * 5, [1.0, 1.0, -1.0, 1.0], [1.0, torch.nan, 1.0, 1.0]])
+def test_weights_are_one_number_a_site(weights: list[float]) -> None:
+    learner = mlp()
+    with pytest.raises(FedmetaError, match="4 numbers of at least 0"):
+        cohort.meta_gradients(learner, state(learner), tasks(RAGGED, (20,)), weights=weights)
+
+
+class Recurrent(nn.Module):
+    """Torch's own LSTM, which vmap can differentiate and not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, batch_first=True)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.unflatten(1, (4, 5)))[0][:, -1])
+
+
+def test_a_trial_chooses_an_engine_that_also_evaluates() -> None:
+    learner = build("maml", Recurrent(), inner_steps=1)
+    own = state(learner, torch.float32)
+    batch = tasks(RAGGED, (20,), torch.float32)
+    chosen, _ = cohort.trial(learner, own, batch)
+    assert cohort.evaluate(learner, own, batch, chosen).loss.isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_as_many_right_rows_are_the_same_accuracy(engine: str) -> None:
+    learner = build("maml", nn.Linear(2, 2), inner_steps=0)
+    own = {"theta.weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "theta.bias": torch.zeros(2)}
+    for rows in range(1, 40):
+        x = torch.ones(rows, 2)
+        query = [(x, (torch.arange(rows) < right).long()) for right in range(rows + 1)]
+        found = cohort.evaluate(learner, own, [Task((x[:1], torch.zeros(1).long()), each) for each in query], engine)
+        expected = 1 - torch.arange(rows + 1) / rows
+        torch.testing.assert_close(found.score[:, 0], expected, rtol=0, atol=6e-8)
+        shuffled = [(x, y[torch.randperm(rows, generator=torch.Generator().manual_seed(1))]) for x, y in query]
+        again = cohort.evaluate(learner, own, [Task(each, each) for each in shuffled], engine)
+        assert torch.equal(again.score, found.score)
