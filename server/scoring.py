@@ -40,7 +40,9 @@ def scores(
     reply = ask(strategy.arrays(), steps=steps, rate=rate, gate=settings.gate)
     if reply is None:
         return None
-    alone = ask(_start_arrays(strategy, learner), steps=steps, reference=True) if last else None
+    # A site on its own trains whatever the learner or the schedule says of adapting, as FedAvg's sites never do.
+    own_steps = max(steps, settings.steps or learner.inner_steps)
+    alone = ask(_start_arrays(strategy, learner), steps=own_steps, reference=True) if last else None
     reference = np.full(len(reply.names), np.nan)
     if alone and alone.names == reply.names:
         reference = alone.scores[:, -1]

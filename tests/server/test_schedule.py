@@ -1,8 +1,13 @@
 """How far sites adapt is chosen by the smallest mean loss over validation sites."""
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+import fedmeta
 from server.schedule import RATES, choose_schedule
+from tests.server.digits import digits
 
 
 def test_takes_the_smallest_mean_loss() -> None:
@@ -37,3 +42,14 @@ def test_steps_that_diverge_are_not_taken() -> None:
 
 def test_nobody_answers() -> None:
     assert choose_schedule(lambda rate, steps: None, 4) is None
+
+
+def test_training_alone_is_the_same_reference_whatever_the_learner_does_itself(tmp_path: Path) -> None:
+    def sites(learner: str) -> pd.DataFrame:
+        settings = (f"learner.name={learner}", "server.rounds=1", "evaluation.every=0")
+        return fedmeta.run(digits(tmp_path, *settings)).sites
+
+    local = sites("local")["personalized_accuracy"]
+    assert local.mean() > 0.2
+    for learner in ("fedavg", "per-fedavg", "maml", "local"):
+        pd.testing.assert_series_equal(sites(learner)["local_accuracy"], local, check_names=False)
