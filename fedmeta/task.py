@@ -54,11 +54,16 @@ class Batch(NamedTuple):
 
 
 def rows_mask(rows: Rows) -> Tensor:
-    """Returns the mask [n] of rows, all ones where they carry none, in the dtype of x (float32 for integer x)."""
-    if len(rows) == 3:
-        return rows[2]
+    """Returns the mask [n] of rows as numbers, all ones where there is none, in the dtype of x (float32 for integer x).
+
+    A mask of floating-point numbers is returned as it is; one of truth values or whole numbers would round what it is
+    multiplied by.
+    """
     x = rows[0]
-    return torch.ones(x.shape[0], dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    if len(rows) == 3:
+        return rows[2] if rows[2].is_floating_point() else rows[2].to(dtype)
+    return torch.ones(x.shape[0], dtype=dtype, device=x.device)
 
 
 def stack(tasks: Sequence[Task]) -> Batch:

@@ -17,8 +17,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
     """Returns the loss of each row [n].
 
-    Cross-entropy where y [n] holds classes (a row of an unseen class, -1, must be masked out by the caller), squared
-    error, averaged over a row's targets, where y [n] or [n, targets] is floating point.
+    Cross-entropy where y [n] holds classes, of any type of whole numbers (a row of an unseen class, -1, must be masked
+    out by the caller), squared error, averaged over a row's targets, where y [n] or [n, targets] is floating point.
     """
     if y.is_floating_point():
         errors = (outputs.reshape(y.shape) - y).square()

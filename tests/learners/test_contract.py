@@ -130,6 +130,18 @@ def test_rows_of_an_unseen_class_count_for_nothing_and_score_as_wrong(learner: L
     assert float(with_unseen) == pytest.approx(float(accuracy) * 5 / 7, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])
+def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtype) -> None:
+    state, plain = make_state(learner), Task(*(padded(rows, 3) for rows in make_task(0, (4,), 3)))
+    other = Task(*((x, y.int(), mask.to(kind)) for x, y, mask in plain))
+    ours, theirs = (learner.meta_gradient(state, task)[0] for task in (other, plain))
+    assert float((flat(ours) - flat(theirs)).abs().max()) == 0
+    theta = learner.theta(state)
+    assert learner.score(theta, other.query) == learner.score(theta, plain.query)
+    scores = [cohort.evaluate(learner, state, [task, task]) for task in (other, plain)]
+    assert all(torch.equal(one, another) for one, another in zip(*scores, strict=True))
+
+
 def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> None:
     kind, task = type(learner), make_regression(1)
     linear = kind(build_model("mlp", (3,), 1, hidden=(4,), activation="tanh"), inner_steps=2, inner_lr=0.05)
