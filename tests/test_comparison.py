@@ -40,6 +40,27 @@ def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
     assert low < mean < high
 
 
+def test_a_site_that_is_new_in_several_seeds_is_one_site() -> None:
+    once = sites(0.001, spread=0.1)
+    often = pd.concat([once.assign(seed=seed) for seed in range(5)])
+    one, same = (comparison.difference(frame, "maml", "fedavg-ft", "accuracy", 0) for frame in (once, often))
+    assert same == pytest.approx(one)
+    scores = once.pivot_table(index="site", columns="learner", values="personalized_accuracy")
+    se = (scores["maml"] - scores["fedavg-ft"]).std(ddof=0) / np.sqrt(20)
+    assert (same[2] - same[1]) / 2 == pytest.approx(1.96 * se, rel=0.1)
+
+
+def test_one_site_is_no_evidence() -> None:
+    own = sites(0.05)
+    own = pd.concat([own[own["site"] == "s0"].assign(seed=seed) for seed in range(3)])
+    mean, low, high = comparison.difference(own, "maml", "fedavg-ft", "accuracy", 0)
+    assert mean == pytest.approx(0.05)
+    assert np.isnan([low, high]).all()
+    row = {"learner": "maml", "personalized": 0.7, "difference": mean, "low": low, "high": high}
+    said = comparison.verdict(pd.DataFrame([row]), "fedavg-ft", "accuracy")
+    assert said.endswith("not surely better than fedavg-ft (+0.050, one site).")
+
+
 def test_sites_without_a_score_are_left_out() -> None:
     frame = sites(0.05)
     frame.loc[frame["site"] == "s3", "personalized_accuracy"] = np.nan

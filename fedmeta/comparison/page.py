@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmeta.comparison.results import SCORES, Comparison
+from fedmeta.comparison.results import SCORES, Comparison, interval
 from fedmeta.tuning import words
 
 
@@ -68,11 +68,6 @@ def write(comparison: Comparison, folder: Path) -> None:
     (folder / "comparison.md").write_text(markdown(comparison))
     (folder / "comparison.json").write_text(to_json(comparison) + "\n")
     comparison.sites.to_parquet(folder / "sites.parquet", index=False)
-
-
-def interval(mean: float, low: float, high: float) -> str:
-    """Returns a difference with its interval in words."""
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def spread(mean: float, sd: float) -> str:

@@ -113,7 +113,8 @@ def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, see
     """Returns how much better a learner serves new sites than the baseline, and the 95 % interval of that.
 
     The difference is paired: site by site, under the same seed. The interval is the percentile bootstrap over sites
-    (Efron and Tibshirani 1993, chapter 13), drawn from `seed`. Where no site is new, training sites are compared.
+    (Efron and Tibshirani 1993, chapter 13), drawn from `seed`: a site is drawn with all the seeds in which it is new,
+    for these are one site and not several. It is NaN of one site. Where no site is new, training sites are compared.
 
     Args:
         sites: As in `Comparison`.
@@ -124,17 +125,34 @@ def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, see
     """
     own = sites[sites["kind"] == compared_kind(sites)].set_index(["seed", "site"])
     pair = [own[own["learner"] == name][f"personalized_{score}"] for name in (learner, baseline)]
-    gains = (pair[0] - pair[1]).dropna().to_numpy() * (-1 if score == "rmse" else 1)
-    return mean_interval(gains, seed)
+    gains = (pair[0] - pair[1]).dropna() * (-1 if score == "rmse" else 1)
+    by_site = gains.groupby("site").agg(["sum", "count"])
+    return mean_interval(by_site["sum"].to_numpy(), seed, by_site["count"].to_numpy())
 
 
-def mean_interval(values: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
-    """Returns the mean of values over sites and its 95 % interval, by the bootstrap of `difference`; NaN of none."""
-    if not len(values):
-        return np.nan, np.nan, np.nan
-    draws = generator(seed, "bootstrap").integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(values.mean()), float(low), float(high)
+def mean_interval(
+    sums: NDArray[np.float64], seed: int, counts: NDArray[np.int64] | None = None
+) -> tuple[float, float, float]:
+    """Returns the mean of values and its 95 % interval, by the bootstrap of `difference`.
+
+    Args:
+        sums: The sum of each site's values [sites]; NaN comes of none, and a NaN interval of one.
+        seed: Key of the resampling.
+        counts: How many values each site has [sites]; None for one.
+    """
+    many = np.ones(len(sums)) if counts is None else counts
+    mean = float(sums.sum() / many.sum()) if len(sums) else np.nan
+    if len(sums) < 2:
+        return mean, np.nan, np.nan
+    draws = generator(seed, "bootstrap").integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[draws].sum(axis=1) / many[draws].sum(axis=1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return mean, float(low), float(high)
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """Returns a difference with its interval in words."""
+    return f"{mean:+.3f}, one site" if np.isnan(low) else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def verdict(table: pd.DataFrame, baseline: str, score: str) -> str:
@@ -144,8 +162,9 @@ def verdict(table: pd.DataFrame, baseline: str, score: str) -> str:
     if best["learner"] == baseline:
         return f"{said}; no other learner does better than this baseline here."
     sure = "surely" if best["low"] > 0 else "not surely"
-    by = f"{best['difference']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
-    return f"{said}, {sure} better than {baseline} ({by}, 95 % over sites)."
+    by = interval(best["difference"], best["low"], best["high"])
+    level = "" if np.isnan(best["low"]) else ", 95 % over sites"
+    return f"{said}, {sure} better than {baseline} ({by}{level})."
 
 
 def sites_by_learner(comparison: Comparison) -> pd.DataFrame:
