@@ -30,6 +30,7 @@ from fedmeta.messages import (
     WorkRequest,
     failure,
     pack_failure,
+    wire,
 )
 from fedmeta.runtime.local import NODE_ID, LocalGrid
 
@@ -407,3 +408,35 @@ def test_a_record_more_or_less_is_refused(message: Any, unpack: Callable[[Record
         del less[name]
         with pytest.raises(MessageError):
             unpack(less)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (2, 0, 4)])
+def test_arrays_travel_as_flowers_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    value = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    for tensor in (value, value.movedim(0, -1) if shape else value):
+        record = wire.write_arrays({"name": tensor})
+        own = Array(tensor.contiguous().numpy())
+        assert (record["name"].data, record["name"].dtype) == (own.data, own.dtype)
+        assert record["name"].shape == own.shape
+        assert torch.equal(wire.read_arrays(RecordDict({"arrays": record}), "arrays")["name"], tensor)
+
+
+def test_arrays_in_column_order_are_read_too() -> None:
+    numbers = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    found = wire.read_arrays(RecordDict({"arrays": ArrayRecord({"name": Array(numbers)})}), "arrays")
+    assert found["name"].tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-1], lambda data: data + b"0", lambda data: data[:90], lambda _: b""]
+)
+@pytest.mark.parametrize("shape", [(3,), (0,)])
+def test_arrays_of_another_length_are_refused(shape: tuple[int, ...], change: Callable[[bytes], bytes]) -> None:
+    own = Array(np.ones(shape))
+    mutated = Array(own.dtype, own.shape, own.stype, change(own.data))
+    content = RecordDict({"arrays": ArrayRecord({"name": mutated})})
+    with pytest.raises(MessageError):
+        wire.read_arrays(content, "arrays")

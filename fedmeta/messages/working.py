@@ -192,7 +192,7 @@ class TrainReply:
             if value.shape != (*sites, *like[name].shape) or value.dtype not in (torch.float32, torch.float64):
                 raise MessageError(f"the gradient of {name} has another shape or type than it should")
             # In the type in which the server steps: a number that is finite in 64 bits may not be so in 32.
-            if not value.to(like[name].dtype).isfinite().all():
+            if value.numel() and not torch.stack(value.aminmax()).to(like[name].dtype).isfinite().all():
                 raise MessageError(f"the gradient of {name} is not finite")
         cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
         weight = read_scalar(cohort, "weight", float)

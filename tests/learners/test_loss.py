@@ -7,7 +7,7 @@ from torch import nn
 from fedmeta import Task, cohort
 from fedmeta.cohort import ENGINES
 from fedmeta.learners import build
-from fedmeta.learners.loss import calibration_error, loss, score
+from fedmeta.learners.loss import calibration_error, loss, row_errors, row_losses, score
 
 
 def test_calibration_error_by_hand() -> None:
@@ -41,3 +41,13 @@ def test_classes_may_be_integers_of_any_width(dtype: torch.dtype, engine: str) -
     narrow = y.to(dtype)
     found, _, _ = cohort.meta_gradients(learner, state, [Task((x, narrow), (x, narrow))], engine)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("targets", [None, 1, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_row_errors_are_the_derivatives_of_row_losses(rows: int, targets: int | None) -> None:
+    outputs = torch.randn(rows, targets or 4, dtype=torch.float64, requires_grad=True)
+    y = torch.arange(rows) % 4 - 1 if targets is None else torch.randn(rows, targets, dtype=torch.float64).squeeze(1)
+    (expected,) = torch.autograd.grad(row_losses(outputs, y).sum(), outputs)
+    torch.testing.assert_close(row_errors(outputs, y), expected)
+    assert torch.autograd.gradcheck(lambda outputs: row_errors(outputs, y), (outputs,))
