@@ -98,7 +98,8 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = cohort.trial(learner_for(node, request.classes), meta_state, batch)
-    return EngineReply(chosen, memory_budget(node.experiment.runtime.memory), seconds).pack()
+    runtime = node.experiment.runtime
+    return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
 
 
 @app.train()
@@ -159,10 +160,15 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     return judge_sites(node, here, request, Judge.of(learner, meta_state, request), scale, kept).pack()
 
 
-def memory_budget(gib: float) -> int:
-    """Returns the bytes that one cohort may take: as set, or a sixteenth of what is free, between 64 and 512 MiB."""
+def memory_budget(gib: float, device: str = "cpu") -> int:
+    """Returns the bytes that one cohort may take: as set, or a sixteenth of what is free on the device.
+
+    At least 64 MiB; on a processor at most 512 MiB, for what stays in its caches counts.
+    """
     if gib:
         return int(gib * (1 << 30))
+    if device == "cuda":
+        return max(torch.cuda.mem_get_info()[0] // 16, 1 << 26)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(max(free // 16, 1 << 26), 1 << 29)
 

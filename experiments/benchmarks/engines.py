@@ -4,7 +4,8 @@
 
 Prints a Markdown table of medians in milliseconds, and writes every run's time as JSON. In each repetition
 every engine computes the same cohort once, one after the other and each time another one first, so that what else the
-machine does falls on all alike. Freed memory is kept by the process, as it is where sites are computed.
+machine does falls on all alike. Freed memory is kept by the process, as it is where sites are computed, and the span
+form has been seen as often as it takes until it is recorded: a run spends all but its first rounds so.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from clients.app import memory_budget
 from fedmeta import models
 from fedmeta.allocation import keep_freed_memory
 from fedmeta.cohort import fits, meta_gradients, trial
+from fedmeta.cohort.recording import SIGHTS
 from fedmeta.learners import Learner, build
 from fedmeta.learners.loss import loss
 from fedmeta.task import Batch, Task, stack
@@ -78,7 +81,7 @@ class Case:
         """Returns the learner."""
         return build(self.learner, self.model(), inner_steps=self.steps, inner_lr=0.05)
 
-    def batch(self) -> Batch:
+    def batch(self, device: str = "cpu") -> Batch:
         """Returns a cohort of random rows."""
         torch.manual_seed(0)
 
@@ -86,7 +89,7 @@ class Case:
             x = torch.randint(0, self.tokens, (n, *self.shape)) if self.tokens else torch.rand(n, *self.shape)
             return x, torch.randint(0, self.classes, (n,))
 
-        return stack([Task(rows(self.rows[0]), rows(self.rows[1])) for _ in range(self.sites)])
+        return stack([Task(rows(self.rows[0]), rows(self.rows[1])) for _ in range(self.sites)]).to(device)
 
 
 def mlp(hidden: tuple[int, ...], width: int = 784, classes: int = 10, norm: str = "none") -> Callable[[], nn.Module]:
@@ -141,25 +144,29 @@ def autograd_loop(learner: Learner, state: dict[str, Tensor], batch: Batch) -> d
     return {"theta." + name: value for name, value in zip(names, total, strict=True)}
 
 
-def matmul_peak(size: int = 1536, runs: int = 7) -> float:
-    """Returns the machine's matrix-product rate in float32, in operations per second."""
-    one, other = torch.rand(size, size), torch.rand(size, size)
+def matmul_peak(device: str, runs: int = 7) -> float:
+    """Returns the device's matrix-product rate in float32, in operations per second."""
+    size = 1536 if device == "cpu" else 8192
+    one, other = torch.rand(2, size, size, device=device)
     return 2 * size**3 / min(seconds(lambda: one @ other) for _ in range(runs))
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Returns how long a call takes."""
+    """Returns how long a call takes, on a GPU until it has done what it was given."""
     started = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def measure(case: Case, repeats: int) -> dict[str, object]:
+def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     """Returns a case's times, what auto chose, the counted operations and the engines' largest disagreement."""
-    learner, batch = case.learners(), case.batch()
-    state = learner.init(0)
+    learner, batch = case.learners(), case.batch(device)
+    state = {name: value.to(device) for name, value in learner.init(0).items()}
+    budget = memory_budget(0, device)
     ways: dict[str, Callable[[], object]] = {
-        name: lambda name=name: meta_gradients(learner, state, batch, name)
+        name: lambda name=name: meta_gradients(learner, state, batch, name, budget=budget)
         for name in case.engines
         if name != "span" or fits(learner, batch, state) is None
     }
@@ -167,9 +174,10 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         own = {name: value.clone() for name, value in state.items()}
         ways = {"autograd": lambda: autograd_loop(learner, own, batch), **ways}
     chosen, figures = trial(learner, state, batch)
-    ways["clipped"] = lambda: meta_gradients(learner, state, batch, chosen, clip_norm=0.1)
-    for way in ways.values():
-        way()
+    ways["clipped"] = lambda: meta_gradients(learner, state, batch, chosen, budget=budget, clip_norm=0.1)
+    for name, way in ways.items():
+        for _ in range(SIGHTS if name == "span" else 1):
+            way()
     runs: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for repeat in range(repeats):
@@ -240,18 +248,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, help="runs of each engine, of which the median counts")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the cohort is computed")
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write every run's time")
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    peak = matmul_peak()
+    peak = matmul_peak(options.device)
     results = []
     for case in CASES:
         if options.only in case.name:
             print(case.name, file=sys.stderr)
-            results.append(measure(case, options.repeats))
-    machine = {"processor": platform.processor() or platform.machine(), "threads": options.threads}
+            results.append(measure(case, options.repeats, options.device))
+    machine: dict[str, object] = {"processor": platform.processor() or platform.machine(), "threads": options.threads}
+    if options.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
     machine |= {"torch": torch.__version__, "matmul_gflops": f"{peak / 1e9:.0f}"}
     print(f"Medians of {options.repeats} paired runs, milliseconds; {machine}\n\n{table(results, peak)}")
     if options.json:

@@ -15,7 +15,7 @@ BUDGET = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
 
 CACHE = 1 << 20
-"""How much the outputs of a convolution may take: it loops over sites, and gains from many only what stays in cache."""
+"""How much a convolution's outputs may take on a processor: it loops over sites, and many gain only in the cache."""
 
 EVEN = 0.6
 """The share of the longest site's rows that a shorter one must have to be padded to it, where many are shorter."""
@@ -42,7 +42,8 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     numbers = 4 * steps * (own + (support + query) * activations)
     numbers += 4 * (support + query) * batch.support[0][0, 0].numel()
     fits_budget, fits_cache = budget // (numbers * item), CACHE // max(1, largest * max(support, query) * item)
-    return max(1, min(fits_budget, fits_cache if largest else fits_budget))
+    looped = largest and batch.support[0].device.type == "cpu"
+    return max(1, min(fits_budget, fits_cache) if looped else fits_budget)
 
 
 def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:

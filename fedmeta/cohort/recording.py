@@ -214,4 +214,5 @@ class _Recorder(TorchDispatchMode):
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    layouts = [(each.shape, each.stride(), each.dtype, each.device) for each in (one, other)]
+    return layouts[0] == layouts[1]
