@@ -308,6 +308,7 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.unflatten(1, (4, 5)))[0][:, -1])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_trial_chooses_an_engine_that_also_evaluates() -> None:
     learner = build("maml", Recurrent(), inner_steps=1)
     own = state(learner, torch.float32)
