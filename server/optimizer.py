@@ -34,12 +34,11 @@ class ServerOptimizer:
         self._values = {key: value.clone() for key, value in meta_state.items()}
         self._optimizer = _make(name, list(self._values.values()), lr, settings)
 
-    def step(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the meta-state after one step along a gradient with its keys."""
+    def step(self, gradient: Mapping[str, Tensor]) -> None:
+        """Steps the meta-state along a gradient with its keys."""
         for key, value in self._values.items():
             value.grad = gradient[key].to(value.dtype)
         self._optimizer.step()
-        return self.meta_state
 
     @property
     def meta_state(self) -> dict[str, Tensor]:

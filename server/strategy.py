@@ -27,6 +27,7 @@ from fedmeta.messages import (
     WorkRequest,
     failure,
     payload_bytes,
+    write_arrays,
 )
 from server.aggregation import Gradient, combine
 from server.federation import ABSENT, NOBODY, Federation
@@ -97,6 +98,8 @@ class MetaGradientStrategy(Strategy):
         self._asked: dict[int, tuple[str, ...]] = {}
         self._columns = 1
         self._packed: ArrayRecord | None = None
+        # What a gradient looks like: the keys, shapes and types, which do not change.
+        self._like = optimizer.meta_state
 
     def summary(self) -> None:
         """Prints nothing: what a run is, the experiment says."""
@@ -104,7 +107,7 @@ class MetaGradientStrategy(Strategy):
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
-            self._packed = ArrayRecord.from_torch_state_dict({**self.optimizer.meta_state, **self.constants})
+            self._packed = write_arrays({**self.optimizer.meta_state, **self.constants})
         return self._packed
 
     def configure_train(
@@ -222,7 +225,7 @@ class MetaGradientStrategy(Strategy):
         for node, content in self._answers(replies):
             try:
                 per_site = self.experiment.server.aggregator != "mean"
-                reply = TrainReply.unpack(content, self.optimizer.meta_state, per_site)
+                reply = TrainReply.unpack(content, self._like, per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:

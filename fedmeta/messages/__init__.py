@@ -23,7 +23,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, RecordDict
 
 from fedmeta.messages.joining import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.wire import MessageError, payload_bytes
+from fedmeta.messages.wire import MessageError, payload_bytes, write_arrays
 from fedmeta.messages.working import EngineReply, EvaluateReply, TrainReply, WorkRequest
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "failure",
     "pack_failure",
     "payload_bytes",
+    "write_arrays",
 ]
 
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"

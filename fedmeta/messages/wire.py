@@ -84,7 +84,9 @@ def payload_bytes(content: RecordDict) -> int:
 
 def _size(value: Any) -> int:
     if isinstance(value, list):
-        return sum(_size(entry) for entry in value)
+        # A record's list holds values of one type, and often one for each site.
+        numbers = value and type(value[0]) in (int, float)
+        return 8 * len(value) if numbers else sum(map(_size, value))
     if isinstance(value, str | bytes):
         return len(value.encode() if isinstance(value, str) else value)
     return 1 if isinstance(value, bool) else 8
