@@ -1,4 +1,4 @@
-"""Which sites fit together: those whose rows have the form that most sites share; the others are refused by name."""
+"""Which sites fit together: those whose rows have the form that most nodes share; the others are refused by name."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Schema(Protocol):
 def agreeing(
     replies: Mapping[int, SitesReply], fixed: Schema | None = None
 ) -> tuple[dict[int, SitesReply], dict[str, str]]:
-    """Returns the replies of the form that most sites share, and the other sites with how they differ from it.
+    """Returns the replies of the form that most nodes share, and the other sites with how they differ from it.
 
-    Where two forms have equally many sites, the one with the first site by name is taken, so that neither the order
-    in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
+    A node has one voice: a key admits one, and a node that makes names up does not outvote the others. Of two forms
+    with equally many nodes the one with more sites is taken, then the one with the first site by name, so that neither
+    the order in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
 
     Args:
         replies: What nodes host.
@@ -47,9 +48,10 @@ def agreeing(
             {node: reply for node, reply in ordered if not differences[node]},
             {name: differences[node] for node, reply in ordered if differences[node] for name in reply.names},
         )
-    counts: dict[tuple[object, ...], int] = {}
+    counts: dict[tuple[object, ...], tuple[int, int]] = {}
     for _, reply in ordered:
-        counts[_form(reply)] = counts.get(_form(reply), 0) + len(reply.names)
+        nodes, sites = counts.get(_form(reply), (0, 0))
+        counts[_form(reply)] = (nodes + 1, sites + len(reply.names))
     if not counts:
         return {}, {}
     chosen = max(counts, key=counts.__getitem__)  # of equal counts the first one, whose site came first

@@ -48,7 +48,7 @@ class Roll:
             experiment: The run's description.
             earlier: The checkpoint to go on from: all its sites are waited for, and what it fixed stays.
 
-        Sites whose rows have another form than most sites' are refused, and the others go on without them. A run that
+        Sites whose rows have another form than most nodes' are refused, and the others go on without them. A run that
         goes on from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
 
         Raises:

@@ -1,5 +1,6 @@
 """What the compose files promise: no site beside another's data, no way out for submitted code, keys for nodes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,11 @@ def test_every_service_is_confined_encrypted_and_watched(name: str) -> None:
             assert "--auth-supernode-private-key" in service["command"]
     links = [service for service in compose()["services"].values() if service["command"].startswith("flower-superlink")]
     assert ["--enable-supernode-auth" in service["command"] for service in links] == [True]
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "site.compose.yaml"])
+def test_a_variable_has_a_default_or_says_what_is_missing(name: str) -> None:
+    text = (DOCKER / name).read_text()
+    assert not re.findall(r"\$\{\w+\}", text)
+    asked = re.findall(r"\$\{(\w+):\?give [^}]+\}", text)
+    assert asked == ([] if name == "compose.yaml" else ["FEDMETA_GATE", "FEDMETA_SITE"])

@@ -10,9 +10,12 @@ from server.agreement import agreeing, difference
 FORMS = st.sampled_from([("age", "chol"), ("chol", "age"), ("age",), ()])
 
 
-def reply(name: str, features: tuple[str, ...], regression: bool = False, tokens: bool = False) -> SitesReply:
-    shape = (len(features),) if features else (28, 28)
-    return SitesReply((name,), (3,), (3,), ("no", "yes"), features, shape, regression, tokens)
+def reply(
+    name: str, features: tuple[str, ...], regression: bool = False, tokens: bool = False, more: int = 0
+) -> SitesReply:
+    shape, names = (len(features),) if features else (28, 28), (name, *(f"{name}-{number}" for number in range(more)))
+    rows = (3,) * len(names)
+    return SitesReply(names, rows, rows, ("no", "yes"), features, shape, regression, tokens)
 
 
 @given(st.lists(st.tuples(FORMS, st.booleans(), st.booleans()), max_size=9), st.randoms(use_true_random=False))
@@ -32,6 +35,16 @@ def test_the_most_frequent_form_wins_whatever_the_order(forms: list[Any], random
     random.shuffle(shuffled)
     ids = {node + 100: answer for node, answer in shuffled}
     assert agreeing(ids)[1] == refused
+
+
+def test_a_node_with_many_names_has_one_voice() -> None:
+    honest = {node: reply(f"hospital-{node}", ("age", "chol")) for node in (1, 2)}
+    liar = reply("a", ("age",), more=8)
+    accepted, refused = agreeing({3: liar, **honest})
+    assert set(accepted) == set(honest)
+    assert set(refused) == set(liar.names)
+    # One against one: the form of more sites.
+    assert set(agreeing({1: honest[1], 3: liar})[0]) == {3}
 
 
 def test_each_difference_is_said() -> None:
