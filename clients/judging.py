@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.node import Node, Sites
+from clients.node import GROUP_ROWS, Node, Sites
 from fedmeta import cohort
 from fedmeta.cohort.accumulate import Scores
 from fedmeta.cohort.gate import FOLDS, choose_steps
@@ -58,8 +59,14 @@ class Judge:
 
     def steps_chosen(self, batch: Batch, own: Parameters | None) -> Tensor:
         """Returns the number of steps [sites] that each site chooses on its support rows."""
-        repeated = own and {name: value.repeat_interleave(FOLDS, 0) for name, value in own.items()}
-        return choose_steps(lambda folds: self.scores(folds, repeated), batch.support)
+        together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
+        chosen = []
+        for start in range(0, batch.sites, together):
+            few = slice(start, start + together)
+            repeated = own and {name: value[few].repeat_interleave(FOLDS, 0) for name, value in own.items()}
+            evaluate = partial(self.scores, own=repeated)
+            chosen.append(choose_steps(evaluate, tuple(tensor[few] for tensor in batch.support)))
+        return torch.cat(chosen)
 
 
 def judge_sites(

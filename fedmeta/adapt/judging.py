@@ -22,7 +22,7 @@ from fedmeta import cohort
 from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
 from fedmeta.adapt.start import Start
 from fedmeta.cohort.accumulate import Scores
-from fedmeta.cohort.gate import FOLDS, MARGIN, choose_steps
+from fedmeta.cohort.gate import MARGIN, choose_steps
 from fedmeta.data.strata import stratified
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
@@ -42,6 +42,9 @@ JUDGED = 20
 
 MANY_ROWS = 1000
 """From how many rows on twice as many of them may be set aside at a time."""
+
+FOLDS = 5
+"""Into how many parts rows are dealt for a choice, of which there is one for each part that is set aside."""
 
 LONGEST = 2
 """How many times the run's own number of inner steps a site may take, as in a run's automatic schedule."""
@@ -148,7 +151,7 @@ class _Desk:
         steps: list[int] = []
         for start in range(0, len(dealt), together):
             support = self._padded(dealt[start : start + together], longest)
-            steps += choose_steps(self._evaluate, support, self.most // LONGEST, doubt=MARGIN).tolist()
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST, between=MARGIN, folds=FOLDS).tolist()
             report(len(steps), len(sets))
         return steps
 

@@ -1,5 +1,8 @@
 """A site that chooses its steps does so on its support rows, and needs a reason to leave the usual number."""
 
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,9 @@ from fedmeta.learners import build
 from fedmeta.task import Batch, Rows
 
 STEPS = 3
+
+PARTS = 5
+"""Into how many parts rows are dealt here."""
 
 
 def rows(sites: int, n: int, mask: Tensor | None = None) -> Rows:
@@ -23,29 +29,30 @@ def with_losses(losses: Tensor, scores: Tensor | None = None) -> Scores:
 
 def test_takes_the_steps_that_cost_least() -> None:
     def evaluate(batch: Batch) -> Scores:
-        assert batch.sites == 2 * FOLDS
-        noise = torch.linspace(0, 0.01, FOLDS).repeat(2)[:, None]
-        falling = torch.tensor([[1.0, 0.5, 0.2, 0.4], [0.2, 0.5, 0.7, 0.9]]).repeat_interleave(FOLDS, 0)
+        assert batch.sites == 2 * PARTS
+        noise = torch.linspace(0, 0.01, PARTS).repeat(2)[:, None]
+        falling = torch.tensor([[1.0, 0.5, 0.2, 0.4], [0.2, 0.5, 0.7, 0.9]]).repeat_interleave(PARTS, 0)
         return with_losses(falling + noise)
 
-    assert choose_steps(evaluate, rows(2, 10)).tolist() == [2, 0]
+    assert choose_steps(evaluate, rows(2, 10), folds=PARTS).tolist() == [2, 0]
 
 
 def test_takes_the_usual_number_where_the_gain_is_within_its_own_spread() -> None:
     def evaluate(batch: Batch) -> Scores:
         gains = torch.tensor([1.0, -0.9, 0.8, -0.9, 0.2])[:, None]
-        return with_losses(torch.cat([1 - gains, torch.ones(FOLDS, STEPS)], 1))
+        return with_losses(torch.cat([1 - gains, torch.ones(PARTS, STEPS)], 1))
 
-    assert choose_steps(evaluate, rows(1, 10), margin=1.0).tolist() == [STEPS]
-    assert choose_steps(evaluate, rows(1, 10), usual=1, margin=1.0).tolist() == [1]
-    assert choose_steps(evaluate, rows(1, 10), usual=99, margin=0.0).tolist() == [0]
+    assert choose_steps(evaluate, rows(1, 10), margin=1.0, folds=PARTS).tolist() == [STEPS]
+    assert choose_steps(evaluate, rows(1, 10), usual=1, margin=1.0, folds=PARTS).tolist() == [1]
+    assert choose_steps(evaluate, rows(1, 10), usual=99, margin=0.0, folds=PARTS).tolist() == [0]
 
 
 def test_a_number_in_between_must_beat_both_without_a_doubt() -> None:
     def evaluate(spread: float, none: float) -> list[int]:
         gains = spread * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])[:, None]
-        losses = torch.cat([torch.full((FOLDS, 1), none), 0.5 - gains, torch.ones(FOLDS, 2)], 1)
-        return choose_steps(lambda batch: with_losses(losses), rows(1, 10)).tolist()
+        losses = torch.cat([torch.full((PARTS, 1), none), 0.5 - gains, torch.ones(PARTS, 2)], 1)
+        found = with_losses(losses)
+        return choose_steps(lambda batch: found, rows(1, 10), between=4.0, folds=PARTS).tolist()
 
     # It gains 0.5 on the usual number, with a standard error of 0.45 times the spread.
     assert evaluate(0.2, none=1.5) == [1]
@@ -63,17 +70,18 @@ def test_a_loss_without_fewer_rows_wrong_is_no_reason() -> None:
 def test_errors_count_beside_the_loss_and_one_confident_mistake_is_not_all() -> None:
     losses = torch.tensor([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 50.0]])
     scores = torch.tensor([[0.2, 0.9]] * 4 + [[0.2, 0.5]])
-    assert choose_steps(lambda batch: with_losses(losses, scores), rows(1, 10), margin=0.0).tolist() == [1]
-    assert choose_steps(lambda batch: with_losses(losses), rows(1, 10), margin=0.0).tolist() == [0]
+    assert choose_steps(lambda batch: with_losses(losses, scores), rows(1, 10), margin=0.0, folds=PARTS).tolist() == [1]
+    assert choose_steps(lambda batch: with_losses(losses), rows(1, 10), margin=0.0, folds=PARTS).tolist() == [0]
 
 
 def test_steps_of_a_regression_that_diverge_are_not_taken() -> None:
     x, _, mask = rows(1, 10)
     losses = torch.tensor([[1.0, 0.5, torch.inf]] * 2 + [[1.0, 0.5, 1e30]] + [[1.0, 0.5, torch.nan]] * 2)
-    assert choose_steps(lambda batch: with_losses(losses), (x, torch.zeros(1, 10), mask)).tolist() == [1]
+    assert choose_steps(lambda batch: with_losses(losses), (x, torch.zeros(1, 10), mask), folds=PARTS).tolist() == [1]
 
 
-def test_folds_hold_out_each_row_once_and_never_train_on_it() -> None:
+@pytest.mark.parametrize("folds", [3, 5, FOLDS])
+def test_folds_hold_out_each_row_once_and_never_train_on_it(folds: int) -> None:
     mask = torch.ones(2, 7)
     mask[1, 4:] = 0
     seen: list[Batch] = []
@@ -82,11 +90,19 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it() -> None:
         seen.append(batch)
         return with_losses(torch.ones(batch.sites, STEPS + 1))
 
-    choose_steps(evaluate, rows(2, 7, mask))
-    train, held = (part[2].reshape(2, FOLDS, 7) for part in seen[0])
-    assert torch.equal(held.sum(1), mask)
-    assert not (train * held).any()
-    assert torch.equal(train + held, mask[:, None].expand(-1, FOLDS, -1))
+    own = rows(2, 7, mask)
+    choose_steps(evaluate, own, folds=folds)
+    train = seen[0].support[2].reshape(2, folds, 7)
+    x, _, judges = seen[0].query
+    assert x.shape[1] == math.ceil(7 / folds), "no row is computed for nothing"
+    for site in range(2):
+        judged = x.reshape(2, folds, -1, 4)[site][judges.reshape(2, folds, -1)[site] > 0]
+        real = own[0][site][mask[site] > 0]
+        assert sorted(judged.tolist()) == sorted(real.tolist())
+        for fold in range(folds):
+            held = x.reshape(2, folds, -1, 4)[site, fold][judges.reshape(2, folds, -1)[site, fold] > 0].tolist()
+            trained = own[0][site][train[site, fold] > 0].tolist()
+            assert sorted(held + trained) == sorted(real.tolist())
 
 
 def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
@@ -101,8 +117,9 @@ def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
     y = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 3, 3], [0, 0, 0, 0, 0]])
     # One row of each class: the usual number. One pair: it judges. A single row: no number at all.
     assert choose_steps(evaluate, (x, y, mask)).tolist() == [1, 0, 0]
-    judges = seen[0].query[2].reshape(3, FOLDS, 5).sum(1)
-    assert judges.tolist() == [[0] * 5, [0, 0, 0, 1, 1], [0] * 5]
+    assert seen[0].query[2].reshape(3, -1).sum(1).tolist() == [0, 2, 0]
+    judge = seen[0].query[2].flatten() > 0
+    assert sorted(seen[0].query[0].flatten(0, 1)[judge].tolist()) == sorted(x[1, 3:].tolist())
 
 
 def test_no_rows_and_diverging_steps_mean_no_adaptation() -> None:
