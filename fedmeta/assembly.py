@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fedmeta import models
+from fedmeta.data import Population
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner, build, learner_class, settings_of
@@ -36,6 +37,18 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> 
         return models.build(section.name, shape, outputs, **keys).to(dtype)
 
     return build(section.name, model, **{**settings, **section.extra})
+
+
+def try_on(experiment: Experiment, population: Population) -> None:
+    """Runs an experiment's model on two rows of zeros of a population's form (`try_out`).
+
+    Raises:
+        FedmetaError: The learner or the model cannot be built from these settings, or not for such rows.
+    """
+    shape, outputs = tuple(population.shape), len(population.class_names) or 1
+    learner = learner_of(experiment, shape, outputs)
+    kind = {"tokens": population.tokens, "regression": population.regression}
+    try_out(learner, experiment.model.name, shape, outputs, **kind)
 
 
 def try_out(

@@ -113,6 +113,21 @@ CASES: dict[str, tuple[Case, str]] = {
 }
 
 
+@pytest.mark.parametrize("words", [["tune", "e.toml", "--trials", "3"], ["compare", "e.toml", "--learners", "maml"]])
+def test_a_model_that_cannot_work_leaves_no_search_and_no_comparison_behind(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "e.toml").write_text('[model]\nname = "tests.bad_models:of_other_rows"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.setattr(sys, "argv", ["fedmeta", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "failed on rows of shape (8, 8)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["e.toml"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_is_one_line_and_exit_code_2(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

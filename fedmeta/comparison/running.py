@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedmeta import checkpoint
+from fedmeta.assembly import try_on
 from fedmeta.comparison import settings
 from fedmeta.comparison.page import write
 from fedmeta.comparison.results import Comparison, tabulate
@@ -46,9 +47,9 @@ def compare(
         report: Gives each run what takes its progress.
 
     Raises:
-        FedmetaError: No learner is named, one is named twice or does not exist, or the data cannot be read: then
-            nothing is written; or every learner failed. One that fails alone, such as one whose training diverges under
-            all settings, is left out and named.
+        FedmetaError: No learner is named, one is named twice or does not exist, the data cannot be read or the model
+            does not take them: then nothing is written; or every learner failed. One that fails alone, such as one
+            whose training diverges under all settings, is left out and named.
     """
     if not learners:
         raise FedmetaError("--learners names none: give at least one, such as maml")
@@ -58,7 +59,9 @@ def compare(
         learner_class(name)
     experiment = experiment.absolute()
     if runtime != "deployment":  # there the data are elsewhere
-        draw_new_sites(load(experiment.data).names, experiment.data.new_sites, experiment.runtime.seed)
+        population = load(experiment.data)
+        draw_new_sites(population.names, experiment.data.new_sites, experiment.runtime.seed)
+        try_on(experiment, population)
     # The same call, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:

@@ -17,6 +17,7 @@ from pathlib import Path
 from optuna import Study
 from optuna.trial import TrialState
 
+from fedmeta.assembly import try_on
 from fedmeta.data import load
 from fedmeta.errors import FedmetaError
 from fedmeta.tuning.plan import Plan
@@ -44,14 +45,15 @@ def search(plan: Plan, report: Report, judge: Callable[[Search], Search] | None 
         judge: Returns what was found with what it is worth on new sites.
 
     Raises:
-        FedmetaError: Another process works on this search, the store or the data cannot be used, or no trial could
-            begin.
+        FedmetaError: Another process works on this search, the store, the data or the model cannot be used, or no
+            trial could begin.
         KeyboardInterrupt: The user stopped it; what was running waits for the search to go on.
     """
+    population = load(plan.experiment.data)
+    try_on(plan.experiment, population)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _alone(plan.folder):
-        lower_is_better = load(plan.experiment.data).regression
-        study = opened(plan, lower_is_better=lower_is_better)
+        study = opened(plan, lower_is_better=population.regression)
         for trial in interrupted(study):
             bury(plan, trial)
             put_back(study, trial.number)

@@ -98,8 +98,8 @@ def test_bad_trials_are_given_up_on_their_way(tmp_path: Path, pruner: str) -> No
 
 
 def test_a_search_whose_trials_cannot_begin_says_why_and_loses_none(tmp_path: Path) -> None:
-    asked = plan(tmp_path, 6, "random", "learner.name=anil", "learner.head=nowhere")
-    with pytest.raises(FedmetaError, match=r"3 trials in a row could not begin; the last: .*nowhere"):
+    asked = plan(tmp_path, 6, "random", "server.aggregator=bulyan", "server.weighting=uniform")
+    with pytest.raises(FedmetaError, match=r"3 trials in a row could not begin; the last: .*bulyan"):
         searched(asked)
     study = trial.opened(asked)
     assert sum(each.state.name == "WAITING" for each in study.trials) == 3
