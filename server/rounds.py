@@ -74,7 +74,7 @@ def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None 
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         rounds.save()
         rounds.journal.stop("KILLED")
-        rounds.say_how_to_go_on()
+        rounds.tell(f"stopped after round {rounds.round_number}; to go on: --resume {rounds.journal.folder.name}")
         raise
     except BaseException:
         rounds.journal.stop("FAILED")
@@ -140,17 +140,17 @@ class Rounds:
 
     def train(self) -> None:
         """Runs the rounds that are left, with an evaluation before the first one."""
-        self._report()
+        self.tell()
         self.journal.missed(0, self.roll.refused, "start")
         for site, difference in self.roll.refused.items():
-            self._report(f"refused {site}: {difference}")
+            self.tell(f"refused {site}: {difference}")
         self.journal.missed(self.round_number, dict.fromkeys(self.roll.absent, ABSENT), "start")
         for site in self.roll.absent:
-            self._report(f"goes on without {site}: {ABSENT}")
+            self.tell(f"goes on without {site}: {ABSENT}")
         every, last = self.experiment.evaluation.every, self.last
         if last < self.experiment.server.rounds:
             budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
-            self._report(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
+            self.tell(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
         saves = self.experiment.runtime.checkpoint_every
         # A run that was stopped between a round and its evaluation goes on with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
@@ -162,7 +162,7 @@ class Rounds:
                 self._evaluate()
             if saves and self.round_number % saves == 0:
                 self.save()
-            self._report()
+            self.tell()
 
     def finish(self) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
@@ -176,11 +176,7 @@ class Rounds:
         )
         privacy = self.privacy.summary() if self.privacy else {}
         summary = self.journal.finish(sites, self.totals, self.round_number, path, privacy)
-        return Outcome(summary, sites, self._meta_state(), self.journal.folder)
-
-    def say_how_to_go_on(self) -> None:
-        """Tells a user who stopped the run where it is."""
-        self._report(f"stopped after round {self.round_number}; to go on: --resume {self.journal.folder.name}")
+        return Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
 
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
@@ -189,7 +185,7 @@ class Rounds:
             experiment=self.experiment.to_toml(),
             run_id=self.journal.run_id,
             round_number=self.round_number,
-            meta_state=self._meta_state(),
+            meta_state=self.strategy.meta_state,
             optimizer=self.strategy.optimizer.state(),
             classes=federation.classes,
             names=federation.names,
@@ -218,7 +214,7 @@ class Rounds:
         strategy, before = self.strategy, self.roll.federation.names
         refused = set(self.roll.refused)
         for note in self.roll.refresh():
-            self._report(note)
+            self.tell(note)
         fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
         self.journal.missed(number, fresh, "start")
         self.evaluations = reindexed(self.evaluations, before, self.roll.federation)
@@ -244,7 +240,7 @@ class Rounds:
         if metrics is None or strategy.log.failed:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
             if note := self.told.worth_telling(what, strategy.log.failed):
-                self._report(note)
+                self.tell(note)
         if self.idle == HOPELESS:
             raise FedmetaError(f"none of {HOPELESS} rounds had a usable reply: {strategy.log.reasons(advise=True)}")
 
@@ -269,7 +265,7 @@ class Rounds:
             self.scores = headline(groups)
             self.journal.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
-        self._report()
+        self.tell()
 
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
         """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
@@ -281,9 +277,9 @@ class Rounds:
         self._count(time.perf_counter() - started)
         self.journal.missed(self.round_number, strategy.log.failed, "evaluation")
         if strategy.evaluated is None:
-            self._report(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
+            self.tell(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
         elif strategy.log.failed:
-            self._report(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
+            self.tell(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
         return strategy.evaluated
 
     def _evaluated(self) -> bool:
@@ -291,17 +287,11 @@ class Rounds:
 
     def _count(self, seconds: float) -> None:
         log = self.strategy.log
-        gains = {
-            "wall_s": seconds,
-            "bytes_down": log.bytes_down,
-            "bytes_up": log.bytes_up,
-            "failures": len(log.failed),
-        }
+        gains = {"wall_s": seconds, "bytes_down": log.bytes_down, "bytes_up": log.bytes_up}
+        gains["failures"] = len(log.failed)
         self.totals = {name: self.totals.get(name, 0.0) + gain for name, gain in gains.items()}
 
-    def _meta_state(self) -> dict[str, Tensor]:
-        return {**self.strategy.optimizer.meta_state, **self.strategy.constants}
-
-    def _report(self, note: str = "") -> None:
+    def tell(self, note: str = "") -> None:
+        """Reports how far the run is, and what there is to say about it."""
         failures = int(self.totals.get("failures", 0))
         self.report(Progress(self.round_number, self.last, *self.scores, failures, note, self.journal.run_id))

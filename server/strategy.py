@@ -104,10 +104,15 @@ class MetaGradientStrategy(Strategy):
     def summary(self) -> None:
         """Prints nothing: what a run is, the experiment says."""
 
+    @property
+    def meta_state(self) -> dict[str, Tensor]:
+        """A copy of the meta-state as it stands, with its constants."""
+        return {**self.optimizer.meta_state, **self.constants}
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
-            self._packed = write_arrays({**self.optimizer.meta_state, **self.constants})
+            self._packed = write_arrays(self.meta_state)
         return self._packed
 
     def configure_train(
