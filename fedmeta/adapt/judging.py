@@ -22,7 +22,7 @@ from fedmeta import cohort
 from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
 from fedmeta.adapt.start import Start
 from fedmeta.cohort.accumulate import Scores
-from fedmeta.cohort.gate import MARGIN, choose_steps
+from fedmeta.cohort.gate import FOLDS, choose_steps
 from fedmeta.data.strata import stratified
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
@@ -43,8 +43,8 @@ JUDGED = 20
 MANY_ROWS = 1000
 """From how many rows on twice as many of them may be set aside at a time."""
 
-FOLDS = 5
-"""Into how many parts rows are dealt for a choice, of which there is one for each part that is set aside."""
+MARGIN = 1.0
+"""By how many standard errors any number of steps must beat the usual one."""
 
 LONGEST = 2
 """How many times the run's own number of inner steps a site may take, as in a run's automatic schedule."""
@@ -145,13 +145,12 @@ class _Desk:
         """Returns the number of steps that each set of rows (indices, in order) chooses."""
         if not self.most:
             return [0] * len(sets)
-        dealt = [_dealt(own, self.blocks) for own in sets]
-        longest = max(1, max(map(len, dealt)))
+        longest = max(1, max(map(len, sets)))
         together = max(1, GROUP_VALUES // (FOLDS * longest * max(1, self.x[0].numel())))
         steps: list[int] = []
-        for start in range(0, len(dealt), together):
-            support = self._padded(dealt[start : start + together], longest)
-            steps += choose_steps(self._evaluate, support, self.most // LONGEST, between=MARGIN, folds=FOLDS).tolist()
+        for start in range(0, len(sets), together):
+            support = self._padded(sets[start : start + together], longest)
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST, MARGIN, MARGIN).tolist()
             report(len(steps), len(sets))
         return steps
 
@@ -193,12 +192,3 @@ def _spread(y: Tensor, seed: int) -> NDArray[np.int64]:
     own = np.zeros(len(y), dtype=np.int64)
     drawn = row_draws(seed, "adapt", 0, site_keys([""]).repeat(len(y)), np.arange(len(y)))
     return np.argsort(stratified(labels, own, drawn, seed, "adapt"), kind="stable")
-
-
-def _dealt(rows: NDArray[np.int64], blocks: bool) -> NDArray[np.int64]:
-    """Returns rows in the order in which the gate, dealing them in turn, makes each fold a run of neighbours."""
-    if not blocks:
-        return rows
-    parts = np.array_split(rows, FOLDS)  # the longer ones first, so that dealing in turn finds each its own
-    rank = np.concatenate([np.arange(len(part)) for part in parts])
-    return rows[np.lexsort((np.repeat(np.arange(FOLDS), [len(part) for part in parts]), rank))]

@@ -105,6 +105,21 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it(folds: int) -> None:
             assert sorted(held + trained) == sorted(real.tolist())
 
 
+def test_folds_have_the_classes_in_proportion() -> None:
+    seen: list[Batch] = []
+
+    def evaluate(batch: Batch) -> Scores:
+        seen.append(batch)
+        return with_losses(torch.ones(batch.sites, STEPS + 1))
+
+    x, _, mask = rows(1, 20)
+    for classes in (2, 5, 10):
+        choose_steps(evaluate, (x, torch.arange(20)[None] % classes, mask), folds=10)
+        _, y, judges = seen[-1].query
+        assert judges.all(), "no fold takes all rows of a class"
+        assert (y[:, 0] != y[:, 1]).all()
+
+
 def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
     seen: list[Batch] = []
 
