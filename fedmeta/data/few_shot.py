@@ -171,7 +171,11 @@ class _Table(NamedTuple):
     rotations: bool
 
     def of(self, classes: _Classes, drawn: _Drawn, starts: IntArray, counts: IntArray) -> Padded:
-        """Returns a stretch of the rows of each drawn class, with the classes' numbers as labels."""
+        """Returns a stretch of the rows of each drawn class, with the classes' numbers as labels.
+
+        The classes take turns, one row of each after another: each stretch of a task has them in proportion, as the
+        folds of `fedmeta.cohort.gate` need it.
+        """
         columns = np.arange(max(1, int(counts[drawn.places].max(initial=0))))
         there = columns < counts[drawn.places, None]
         shape = (self.tasks, self.ways, len(columns))
@@ -182,10 +186,10 @@ class _Table(NamedTuple):
         rows[at] = classes.rows[np.where(there, starts[drawn.places, None] + columns, 0)]
         labels[at] = drawn.ways[:, None]
         turns[at] = drawn.turns[:, None]
-        flat = (self.tasks, -1)
-        return Padded(
-            rows.reshape(flat),
-            mask.reshape(flat),
-            labels.reshape(flat),
-            turns.reshape(flat) if self.rotations else None,
-        )
+        # What pads a task comes last.
+        order = np.argsort(~mask.swapaxes(1, 2).reshape(self.tasks, -1), axis=1, kind="stable")
+
+        def flat(table: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(table.swapaxes(1, 2).reshape(self.tasks, -1), order, axis=1)
+
+        return Padded(flat(rows), flat(mask), flat(labels), flat(turns) if self.rotations else None)

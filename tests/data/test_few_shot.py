@@ -94,6 +94,21 @@ def test_a_task_has_n_classes_of_its_own_and_k_rows_of_each(
             assert {turns for _, _, turns, _ in support} <= ({0, 1, 2, 3} if rotations else {0})
 
 
+def test_each_stretch_of_a_task_has_its_classes_in_proportion() -> None:
+    there, data = made([6, 7], drawings=16, shots=4, query=9)
+    rows = split(there, data, 0)
+    for episodes in (
+        training_tasks(rows, there.all_sites, 1, data),
+        evaluation_tasks(rows, there.all_sites, 2, data),
+    ):
+        for padded in (episodes.support, episodes.query):
+            assert padded.labels is not None
+            assert padded.mask.all()
+            turns = padded.labels.reshape(len(padded.labels), -1, 3)
+            assert turns.shape[1] > 1
+            assert (np.sort(turns, axis=2) == np.arange(3)).all()
+
+
 @pytest.mark.parametrize("how", ["random", "blocks"])
 @pytest.mark.parametrize(("share", "count"), [(0.5, 4), (0.25, 2)])
 def test_each_class_is_split(how: Any, share: float, count: int) -> None:
