@@ -150,7 +150,7 @@ class _Desk:
         steps: list[int] = []
         for start in range(0, len(sets), together):
             support = self._padded(sets[start : start + together], longest)
-            steps += choose_steps(self._evaluate, support, self.most // LONGEST, MARGIN, MARGIN).tolist()
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST, margin=MARGIN, between=MARGIN).tolist()
             report(len(steps), len(sets))
         return steps
 
