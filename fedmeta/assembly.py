@@ -40,33 +40,29 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> 
 
 
 def try_on(experiment: Experiment, population: Population) -> None:
-    """Runs an experiment's model on two rows of zeros of a population's form (`try_out`).
-
-    Raises:
-        FedmetaError: The learner or the model cannot be built from these settings, or not for such rows.
-    """
-    shape, outputs = tuple(population.shape), len(population.class_names) or 1
-    learner = learner_of(experiment, shape, outputs)
+    """Runs an experiment's model on rows of a population's form (`tried_learner`)."""
+    outputs = len(population.class_names) or 1
     kind = {"tokens": population.tokens, "regression": population.regression}
-    try_out(learner, experiment.model.name, shape, outputs, **kind)
+    tried_learner(experiment, tuple(population.shape), outputs, **kind)
 
 
-def try_out(
-    learner: Learner, name: str, shape: tuple[int, ...], outputs: int, *, tokens: bool, regression: bool
-) -> None:
-    """Runs a learner's model on two rows of zeros: one that cannot work is to be refused before anything is written.
+def tried_learner(
+    experiment: Experiment, shape: tuple[int, ...], outputs: int, *, tokens: bool, regression: bool
+) -> Learner:
+    """Builds the learner, and runs its model on two rows of zeros, to refuse what cannot work before a file exists.
 
     Args:
-        learner: The learner.
-        name: What the experiment calls the model.
+        experiment: The run's description.
         shape: The shape of one row.
         outputs: The number of classes, or 1 for regression.
         tokens: Whether rows are codes of symbols.
         regression: Whether labels are numbers.
 
     Raises:
-        FedmetaError: The model does not take such rows, or returns something else than outputs for each.
+        FedmetaError: The learner or the model cannot be built, or the model does not take such rows or returns
+            something else than outputs for each.
     """
+    learner, name = learner_of(experiment, shape, outputs), experiment.model.name
     if name == "char_lstm" and not tokens:
         raise FedmetaError(
             '[model] name = "char_lstm" needs rows of symbol codes, as data.source = "shakespeare" has them'
@@ -85,3 +81,4 @@ def try_out(
         raise FedmetaError(
             f'[model] name = "{name}" returned outputs of shape {tuple(found.shape)} for 2 rows: make it (2, {outputs})'
         )
+    return learner

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedmeta import checkpoint as checkpoints
-from fedmeta.assembly import learner_of, try_out
+from fedmeta.assembly import tried_learner
 from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarise
@@ -93,9 +93,8 @@ class Rounds:
         if earlier:
             moved = reindexed(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
-        self.learner = learner = learner_of(experiment, federation.shape, federation.outputs)
         kind = {"tokens": federation.tokens, "regression": federation.regression}
-        try_out(learner, experiment.model.name, federation.shape, federation.outputs, **kind)
+        self.learner = learner = tried_learner(experiment, federation.shape, federation.outputs, **kind)
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
         constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
         self.round_number = earlier.round_number if earlier else 0

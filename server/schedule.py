@@ -22,12 +22,12 @@ class Schedule(NamedTuple):
     Attributes:
         steps: The number of inner steps.
         rate: What the inner rates are multiplied by.
-        losses: The validation sites' mean loss by rate and step; empty where nothing was chosen.
+        losses: The validation sites' mean loss by rate and step.
     """
 
     steps: int
-    rate: float = 1.0
-    losses: dict[str, list[float]] = {}  # noqa: RUF012 - a NamedTuple's default is never changed
+    rate: float
+    losses: dict[str, list[float]]
 
 
 def choose_schedule(losses_at: Callable[[float, int], NDArray[np.float64] | None], inner_steps: int) -> Schedule | None:

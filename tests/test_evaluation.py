@@ -174,7 +174,7 @@ def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
 )
 def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) -> None:
     before, after, kinds = (list(column) for column in zip(*rows, strict=True))
-    frame = frame_of(before, after, kinds=kinds)  # type: ignore[arg-type]
+    frame = frame_of(before, after, kinds=kinds)
     for group in summarise(frame).values():
         if not group["n"]:
             continue

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ def mutated(content: bytes, draws: random.Random) -> bytes:
             case _:
                 changed[place : place + length] = bytes(length)
     return bytes(changed)
+
+
+def read_into(found: list[Any], unpack: Callable[[RecordDict], object], content: RecordDict) -> None:
+    found.append(unpack(content))
 
 
 def refusal(read: Callable[[], object], *kinds: type[BaseException]) -> str:
@@ -225,7 +230,7 @@ def test_a_broken_reply_is_refused_or_has_the_right_form(count: int) -> None:
         if failure(content):
             continue
         read: list[Any] = []
-        refused += bool(refusal(lambda: read.append(unpack(content)), MessageError))  # noqa: B023 - called here
+        refused += bool(refusal(partial(read_into, read, unpack, content), MessageError))
         for reply in read:
             check_accepted(reply)
     assert refused > 0.5 * count

@@ -199,7 +199,7 @@ def exchange() -> Callable[[str, RecordDict], RecordDict]:
         assert reply.has_content()
         return reply.content
 
-    ask.experiment = Experiment.from_toml(toml)  # type: ignore[attr-defined]
+    ask.experiment = Experiment.from_toml(toml)
     return ask
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 from fedmeta.comparison import Comparison, interval, spread
 from fedmeta.comparison.results import compared_kind, sites_by_learner
 from fedmeta.experiment import Experiment
@@ -43,14 +46,14 @@ def _keys(found: Comparison, kind: str) -> tuple[Key, ...]:
     keys = [Key(number(best["personalized"]), str(best["learner"]), f"mean personalized {found.score}, {kind} sites")]
     others = found.table.iloc[1:4]
     keys += [
-        Key(number(row["personalized"]), str(row["learner"]), _against(found, row)) for _, row in others.iterrows()
+        Key(number(row["personalized"]), str(row["learner"]), _against(found, row.to_dict()))
+        for _, row in others.iterrows()
     ]
     runs = f"{len(found.table)} learners, {found.runs['seed'].nunique()} seeds"
     return (*keys, Key(str(len(found.runs)), "runs", runs))
 
 
-def _against(found: Comparison, row: object) -> str:
-    entry = dict(row)  # type: ignore[call-overload]
+def _against(found: Comparison, entry: Mapping[Hashable, Any]) -> str:
     if entry["learner"] == found.baseline:
         return "the baseline"
     sure = "" if entry["low"] > 0 or entry["high"] < 0 else ", not surely"

@@ -1,5 +1,6 @@
 """Sites that are judged by several tasks, and what nodes that share few-shot or text sites say of them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
             expected = torch.cat([getattr(scores, figures) for scores in each]).double().mean(0)
             np.testing.assert_allclose(found[place], expected.numpy(), rtol=1e-6)
         assert len({tuple(scores.score.flatten().tolist()) for scores in each}) > 1
+
+
+@pytest.mark.parametrize(("learner", "inner_lr"), [("maml", 5.0), ("fedrep", 1.0)])
+def test_the_steps_chosen_do_not_hang_on_how_many_sites_choose_together(
+    tmp_path: Path, learner: str, inner_lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_of(experiment(tmp_path, learner, shots=4))
+    classes = node.classes()
+    learned = replace(learner_for(node, classes), inner_lr=inner_lr)
+    state = learned.init(0)
+    judge = Judge.of(learned, state, WorkRequest(state, 1, classes, (), "run", steps=2, engine="loop"))
+    (_, batch), *_ = node.evaluation_batches(node.hosted, AS_IS, classes)
+    own = None
+    if learned.personal(state):
+        draw = torch.Generator().manual_seed(0)
+        kept = learned.personal(state)
+        own = {name: torch.randn(batch.sites, *value.shape, generator=draw) for name, value in kept.items()}
+    together = judge.steps_chosen(batch, own)
+    monkeypatch.setattr("clients.judging.GROUP_ROWS", 1)
+    assert torch.equal(judge.steps_chosen(batch, own), together)
+    assert len(together.unique()) > 1
 
 
 def test_rounds_bring_new_tasks(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_run_waits_for_the_sites_that_it_names(tmp_path: Path) -> None:
             grid.join(NODE_IDS[3], hospital(tmp_path, "zion"))
         return list(grid.contexts)
 
-    grid.get_node_ids = node_ids  # type: ignore[method-assign]
+    grid.get_node_ids = node_ids
     assert Roll(grid, experiment).federation.names == ("abbey", "zion")
     assert len(asked) == 3
     # Nobody is asked twice.
@@ -90,7 +90,7 @@ def test_a_run_without_any_node_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "reason"), [(silence, "no reply within 0.5 s"), (breaks, "error code 5")])
 def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: object, reason: str) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
-    grid.faults[NODE_IDS[0]] = fault  # type: ignore[assignment]
+    grid.faults[NODE_IDS[0]] = fault
     expected = f"no node could say which sites it hosts: node {NODE_IDS[0]}: {reason}"
     with pytest.raises(FedmetaError, match=f"^{re.escape(expected)}$"):
         Roll(grid, grid.experiment)
@@ -108,7 +108,7 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
 def test_a_site_that_differs_is_refused_and_the_others_go_on(
     tmp_path: Path, other: dict[str, object], said: str
 ) -> None:
-    configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]  # type: ignore[arg-type]
+    configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
     for order in (configs, configs[::-1]):
         grid = SeveralNodes(app, hospitals(tmp_path), node_configs=order)
         roll = Roll(grid, grid.experiment)
