@@ -79,6 +79,8 @@ tail -1 "$WORK/local.json" | sed 's#/here/local#/tmp/local#g' | server sh -c 'ca
 tar -C "$WORK" -c local | server tar -C /tmp -x
 server python - /tmp/deployed.json /tmp/local.json http://mlflow:5000 "${SITES[@]}" <tests/deployment/compare_runs.py ||
     die "the deployed run is not the local one"
+podman logs "${P}_hospital-a-app_1" >"$WORK/app.log" 2>&1
+! grep "Start .flwr-clientapp" "$WORK/app.log" || die "a hospital's app started a process where a copy would have done"
 say "it is the local run, and MLflow has every site"
 
 # A run that loses a hospital, and strangers meanwhile. A reply is given up after twice the time that a round took.

@@ -93,6 +93,16 @@ class Federation:
         log = self.work / f"{site}.log"
         self.nodes[site] = self.stack.enter_context(keep([*command, "--node-config", config], env, log))
 
+    def start_node_and_app(self, site: str, file: Path) -> subprocess.Popen[bytes]:
+        """Starts a node that runs no code of a run's, and the SuperExec beside it that does; returns the latter."""
+        api = free_port()
+        command = ["flower-supernode", "--insecure", "--superlink", f"{HERE}:{self.port}", "--isolation", "process"]
+        command += ["--host", HERE, "--port", str(api), "--node-config", f'site="{site}" data="{file}"']
+        self.nodes[site] = self.stack.enter_context(keep(command, self.env, self.work / f"{site}.log"))
+        command = [sys.executable, "-P", "-m", "fedmeta.superexec", "--insecure"]
+        command += ["--runtime-api-address", f"{HERE}:{api}"]
+        return self.stack.enter_context(keep(command, self.env, self.work / f"{site}-app.log"))
+
     def send(self, process: subprocess.Popen[bytes], number: int) -> None:
         """Sends a signal to all that came of a command."""
         for child in list(keeper.descendants(process.pid)):
