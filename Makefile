@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Installed once per change of what is asked for.
+# Installed once per change of what is asked for; an old pip takes minutes longer to find out what goes together.
 READY := $(VENV)/.ready
 
 .PHONY: install demo test test-all containers lint audit ui bench clean
@@ -11,6 +11,7 @@ install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
