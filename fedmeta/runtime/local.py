@@ -25,6 +25,9 @@ class LocalGrid(Grid):
         experiment: The run's description, which the node reads from its run config as everywhere.
     """
 
+    complete = True
+    """Whether no further node will come."""
+
     def __init__(self, client: ClientApp, experiment: Experiment) -> None:
         self._client = client
         self.context = Context(

@@ -11,6 +11,8 @@ import pytest
 from fedmeta import run
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import LEARNERS, Experiment
+from fedmeta.progress import Progress
+from tests.deployment.processes import write_sites
 
 ROWS = 160
 RNG = np.random.default_rng(0)
@@ -84,3 +86,23 @@ def test_data_that_changed_between_two_runs_are_read_anew(tmp_path: Path) -> Non
     assert same.summary["training_sites"] == first.summary["training_sites"]
     other = run(experiment(tmp_path, {**FILES["regression"], "y": TARGET + 1}))
     assert other.summary["training_sites"] != first.summary["training_sites"]
+
+
+def test_nobody_is_waited_for_who_cannot_come(tmp_path: Path) -> None:
+    files = write_sites(tmp_path / "data")
+    settings = ("data.source=tables", f"data.path={tmp_path / 'data'}", "server.rounds=4", "runtime.checkpoint_every=1")
+    own = Experiment().with_overrides([*settings, "tracking.uri=none", f"tracking.folder={tmp_path / 'runs'}"])
+    # The deadline is its default, ten minutes.
+    with pytest.raises(FedmetaError, match=r"^server.wait_for is not met, still missing: site-9$"):
+        run(own.with_overrides(['server.wait_for=["site-0", "site-9"]']))
+
+    def stop(progress: Progress) -> None:
+        if progress.round_number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(own, report=stop)
+    files["site-1"].unlink()
+    resumed = run(own, resume="auto")
+    assert resumed.summary["rounds"] == 4
+    assert "site-1" in (resumed.folder / "missed.json").read_text()
