@@ -75,9 +75,11 @@ def serve(requests: socket.socket) -> None:
 
 def run_task(task: dict[str, Any]) -> None:
     """Does what `flwr-clientapp` does: gets the message from the node, lets the submitted app answer, gives it back."""
+    import numpy as np
     from flwr.supercore.tls import validate_and_resolve_root_certificates
     from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+    np.random.seed()  # noqa: NPY002  (whoever draws from NumPy's common generator: copies must not draw alike)
     run_clientapp(
         runtime_api_address=task["runtime_api_address"],
         token=task["token"],

@@ -122,7 +122,7 @@ def superlink(home: Path, env: Mapping[str, str], log: Path) -> Iterator[subproc
         port = free_port()
         command = ["flower-superlink", "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
         with keep(command, env, log) as process:
-            if _answers(process, port):
+            if answers(process, port):
                 home.mkdir(parents=True, exist_ok=True)
                 (home / "config.toml").write_text(
                     f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
@@ -150,7 +150,8 @@ def last_words(log: Path) -> str:
     return (telling or spoken or ["it said nothing"])[-1][:300]
 
 
-def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+def answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Returns whether a SuperLink in plain text gets to answer at a port of this machine, before it ends."""
     deadline = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -83,7 +83,7 @@ class Federation:
         command = ["flower-superlink", "--insecure", "--database", str(self.work / "state.db"), "--host", HERE]
         command += ["--port", str(self.port), "--disable-runtime-dependency-installation", *options]
         link = self.stack.enter_context(keep(command, self.env, self.work / "superlink.log"))
-        assert superlink._answers(link, self.port), (self.work / "superlink.log").read_text()
+        assert superlink.answers(link, self.port), (self.work / "superlink.log").read_text()
         return link
 
     def start_node(self, site: str, file: Path, fault: str = "") -> None:
