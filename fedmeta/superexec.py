@@ -32,6 +32,7 @@ LIBRARIES = (
 ANSWERS_S = 120.0
 """How long a fork may take (seconds); the first one waits for the imports."""
 LONGEST = 1 << 16
+"""How long a task may be as JSON (bytes)."""
 
 
 def main() -> None:
