@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fedmeta.cohort.tightening import note, tighten
 from fedmeta.models import FunctionalModel
 
 Computation = Callable[..., list[Tensor]]
@@ -95,12 +96,14 @@ def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[T
     graph = recorder.graph
     graph.output([recorder.node(value) for value in outputs])
     graph.eliminate_dead_code()
+    tighten(graph)
     run = fx.GraphModule(recorder.constants, graph).forward
 
     def replay(*inputs: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        # Quicker by what each operation does for differentiation; what it makes cannot be differentiated, a copy can.
+        with torch.inference_mode():
             values: list[Tensor] = run(*inputs)
-        return values
+        return [value.clone() for value in values]
 
     return replay
 
@@ -175,10 +178,21 @@ class _Recorder(TorchDispatchMode):
                 self.zeros.add(line)
             for place, value in enumerate(values):
                 if value is not None:
-                    self._stands_for(
-                        value, line if value is result else self._line(operator.getitem, ((line, place), {}))
-                    )
+                    own = line if value is result else self._line(operator.getitem, ((line, place), {}))
+                    self._stands_for(value, own, self._viewed(value, (args, kwargs)))
         return result
+
+    def _viewed(self, value: Tensor, arguments: Any) -> fx.Node | None:
+        """Returns the node in whose memory a result lies, or None where it has its own."""
+        found: list[fx.Node] = []
+
+        def look(argument: Any) -> Any:
+            if isinstance(argument, Tensor) and _one_memory(argument, value):
+                found.append(self.node(argument).meta["memory"])
+            return argument
+
+        map_aggregate(arguments, look)
+        return found[0] if found else None
 
     def _line(self, func: Any, operands: tuple[Any, Any]) -> fx.Node:
         """Returns the node of an operation on these operands, the earlier one where it was done before."""
@@ -189,9 +203,11 @@ class _Recorder(TorchDispatchMode):
             self.lines[key] = self.graph.call_function(func, *operands)
         return self.lines[key]
 
-    def _stands_for(self, value: Tensor, node: fx.Node) -> None:
+    def _stands_for(self, value: Tensor, node: fx.Node, memory: fx.Node | None = None) -> None:
         if node in self.used:
             self.kept.add(node)
+        else:
+            note(node, value, memory or node)
         self.used.add(node)
         self.nodes[value] = node
 
@@ -202,6 +218,7 @@ class _Recorder(TorchDispatchMode):
             raise UnrecordableError("an operation writes into a tensor that is used elsewhere")
         self.lines.clear()
         self.nodes[result] = self.graph.call_function(func, *operands)
+        note(self.nodes[result], result, written.meta["memory"])
 
     def _same(self, func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
         """Returns the argument that a result equals by the operation's nature, or None."""
@@ -211,6 +228,10 @@ class _Recorder(TorchDispatchMode):
         elif func is torch.ops.aten.add.Tensor and not kwargs:
             candidates = [one for one, other in (args, args[::-1]) if self.node(other) in self.zeros]
         return next((one for one in candidates if isinstance(one, Tensor) and _alike(one, result)), None)
+
+
+def _one_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
