@@ -96,14 +96,16 @@ class Node:
             return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
         return torch.ones(len(sites), dtype=torch.float64)
 
-    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
-        """Returns the tasks of some sites in a round."""
+    def training_batch(
+        self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str], joined: bool = False
+    ) -> Batch:
+        """Returns the tasks of some sites in a round; `joined` as in `gather`."""
         data = self.experiment.data
         if data.ways:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes)
+        return self._gather(episodes, scale, classes, joined)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -121,10 +123,12 @@ class Node:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
             yield group, self._gather(episodes, scale, classes)
 
-    def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
+    def _gather(
+        self, episodes: Episodes, scale: Standardisation, classes: Sequence[str], joined: bool = False
+    ) -> Batch:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
-        return gather(self.population, episodes, scale, codes, dtype).to(self.experiment.runtime.device)
+        return gather(self.population, episodes, scale, codes, dtype, joined).to(self.experiment.runtime.device)
 
 
 def node_of(context: Context) -> Node:

@@ -88,10 +88,26 @@ class CohortRows:
         return (values.view_as(shares) * shares).sum(1)
 
 
-def concatenate(*parts: Rows) -> Rows:
-    """Returns several (x, y, mask) of the same sites as one, along their rows."""
-    x, y, mask = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    return x, y, mask
+def concatenate(one: Rows, other: Rows) -> Rows:
+    """Returns two (x, y, mask) of the same sites as one, along their rows; without a copy where they are `adjacent`."""
+    pairs = list(zip(one, other, strict=True))
+    if not adjacent(one, other):
+        return tuple(torch.cat(pair, 1) for pair in pairs)
+    return tuple(
+        first.as_strided((len(first), first.shape[1] + second.shape[1], *first.shape[2:]), first.stride())
+        for first, second in pairs
+    )
+
+
+def adjacent(one: Rows, other: Rows) -> bool:
+    """Whether each site's rows of the one lie in memory in front of its rows of the other, in the same arrays."""
+    return all(
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.stride() == second.stride()
+        and first.shape[2:] == second.shape[2:]
+        and first.storage_offset() + first.shape[1] * first.stride(1) == second.storage_offset()
+        for first, second in zip(one, other, strict=True)
+    )
 
 
 def _shares(mask: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from fedmeta.cohort.adaptation import Adaptation
 from fedmeta.cohort.forms import Forms, Rates, choose_forms, sharing
 from fedmeta.cohort.operations import MisfitError
 from fedmeta.cohort.recording import replayed
-from fedmeta.cohort.rows import CohortRows, concatenate
+from fedmeta.cohort.rows import CohortRows, adjacent, concatenate
 from fedmeta.cohort.survey import Survey, survey
 from fedmeta.learners import THETA, Learner
 from fedmeta.learners.learner import with_theta
@@ -159,7 +159,7 @@ def _replayed_sum(
         return [*(gradient[name] for name in meta_state), losses]
 
     inputs = [*meta_state.values(), *batch.support, *batch.query, weights]
-    *gradient, losses = replayed(learner.network, (learner, *meta_state), compute, inputs)
+    *gradient, losses = replayed(learner.network, (learner, adjacent(*batch), *meta_state), compute, inputs)
     return dict(zip(meta_state, gradient, strict=True)), losses
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmeta.data.episodes import Episodes, Padded
+from fedmeta.data.episodes import Episodes, Padded, beside
 from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.sums import Standardisation
@@ -20,6 +20,7 @@ def gather(
     standardisation: Standardisation,
     codes: IntArray,
     dtype: torch.dtype = torch.float32,
+    joined: bool = False,
 ) -> Batch:
     """Returns a cohort's episodes as one batch of tensors on the processor.
 
@@ -33,7 +34,13 @@ def gather(
         standardisation: The run's.
         codes: The run's code of each of the population's classes, -1 = none (`class_codes`); empty for regression.
         dtype: The type of features, of regression targets and of the mask.
+        joined: Whether a site's support and query rows are to lie one after the other in one array, for learners that
+            adapt on both; not at evaluation.
     """
+    if joined and not episodes.scored:
+        rows = gather_rows(population, beside(*episodes[:2]), standardisation, codes, dtype)
+        first = episodes.support.rows.shape[1]
+        return Batch(tuple(tensor[:, :first] for tensor in rows), tuple(tensor[:, first:] for tensor in rows))
     support = gather_rows(population, episodes.support, standardisation, codes, dtype, scored=False)
     return Batch(support, gather_rows(population, episodes.query, standardisation, codes, dtype, episodes.scored))
 

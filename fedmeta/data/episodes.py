@@ -82,6 +82,16 @@ def evaluation_episodes(split: Split, sites: IntArray, support: int) -> Episodes
     )
 
 
+def beside(one: Padded, other: Padded) -> Padded:
+    """Returns two tables of the same sites' rows as one, the columns of the one before those of the other."""
+
+    def together(first: IntArray | None, second: IntArray | None) -> IntArray | None:
+        return None if first is None or second is None else np.concatenate([first, second], 1)
+
+    rows, mask = np.concatenate([one.rows, other.rows], 1), np.concatenate([one.mask, other.mask], 1)
+    return Padded(rows, mask, together(one.labels, other.labels), together(one.turns, other.turns))
+
+
 def group_by_size(sizes: IntArray, rows: int) -> list[IntArray]:
     """Returns sites in groups of similar size, so that padding a group to its largest site wastes little.
 

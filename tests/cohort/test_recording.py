@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedmeta import cohort, models
 from fedmeta.cohort import recording, span
 from fedmeta.cohort.recording import MOST, SIGHTS, UnrecordableError, record, replayed
+from fedmeta.cohort.rows import adjacent, concatenate
 from fedmeta.learners import build
 from fedmeta.models import FunctionalModel
 from fedmeta.task import Batch
@@ -80,6 +81,31 @@ def test_sites_that_are_not_finite_are_found_in_replays_too(sites: list[int]) ->
     assert figures["finite"].tolist() == [site not in sites for site in range(3)]
     for name, value in expected[0].items():
         torch.testing.assert_close(gradient[name], value)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "reptile"])
+def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
+    apart = tasks(RAGGED, (20,))
+    whole = concatenate(*apart)
+    assert not adjacent(*apart)
+    first = apart.support[2].shape[1]
+    joined = Batch(tuple(each[:, :first] for each in whole), tuple(each[:, first:] for each in whole))
+    assert adjacent(*joined)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in zip(concatenate(*joined), whole, strict=True))
+    # Laid out alike, but one after the other in no array: a recording for the joined rows must not serve it.
+    padded = [torch.cat([each, each], 1) for each in whole]
+    between = whole[0].shape[1]
+    parted = Batch(
+        tuple(each[:, :first] for each in padded), tuple(each[:, between + first : 2 * between] for each in padded)
+    )
+    assert not adjacent(*parted)
+    learner = build(name, MODELS["mlp"](), inner_steps=2)
+    own = state(learner, torch.float32)
+    for _ in range(SIGHTS + 1):
+        found = [cohort.meta_gradients(learner, own, batch, "span") for batch in (apart, joined, parted)]
+    for gradient, _, figures in found[1:]:
+        assert all(torch.equal(gradient[key], found[0][0][key]) for key in own)
+        assert torch.equal(figures["query_loss"], found[0][2]["query_loss"])
 
 
 def test_old_recordings_make_room() -> None:

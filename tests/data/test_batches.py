@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedmeta.cohort.rows import adjacent
 from fedmeta.data import (
     ArrayPopulation,
     Episodes,
@@ -59,6 +60,20 @@ def test_batches_hold_the_rows_of_the_episodes(sizes: list[int], scored: bool) -
         assert (x.dtype, y.dtype, mask.dtype) == (torch.float32, torch.int64, torch.float32)
     for site in range(batch.sites):
         assert len(batch.task(site).query[0]) == episodes.query.mask[site].sum()
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), scored=st.booleans())
+def test_joined_batches_are_the_same_in_one_array(sizes: list[int], scored: bool) -> None:
+    there = population(sizes)
+    rows = split(there, Data(), 0)
+    episodes = (
+        evaluation_episodes(rows, there.all_sites, 4) if scored else training_episodes(rows, there.all_sites, 0, 4, 3)
+    )
+    joined, apart = (gather(there, episodes, AS_IS, THREE, joined=joined) for joined in (True, False))
+    for own, expected in zip(joined, apart, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(own, expected, strict=True))
+    assert adjacent(*joined) != scored
+    assert not adjacent(*apart)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
