@@ -127,8 +127,7 @@ class Adaptation:
         dense = [name for name in self.dense if name in rates]
         common = common_rate(rates)
         with torch.set_grad_enabled(self.exact):
-            gradient = rows.errors(outputs)
-            gradient = -gradient if common is None else gradient * -common
+            gradient = rows.errors(outputs, -1.0 if common is None else -common)
         errors = torch.autograd.grad(
             outputs,
             [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],

@@ -111,6 +111,24 @@ class _Product(torch.autograd.Function):
         )
 
 
+class _Outer(torch.autograd.Function):
+    """A^T B of every site, whose derivatives are laid out by rows, as A and B are."""
+
+    @staticmethod
+    def forward(context: Any, one: Tensor, other: Tensor) -> Tensor:
+        context.save_for_backward(one, other)
+        return torch.bmm(one.transpose(1, 2), other)
+
+    @staticmethod
+    def backward(context: Any, *errors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        one, other = context.saved_tensors
+        by_one, by_other = context.needs_input_grad
+        return (
+            products(other, errors[0]) if by_one else None,
+            products(one, errors[0].transpose(1, 2)) if by_other else None,
+        )
+
+
 class _Noted(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
@@ -229,9 +247,9 @@ def _outer(errors: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     A weight that is a transposed view belongs to a product that was differentiated. A product of few rows by many
     columns is up to five times quicker than its transpose.
     """
-    if weight.stride(1) < weight.stride(2):
-        return torch.bmm(x.transpose(1, 2), errors).transpose(1, 2)
-    return torch.bmm(errors.transpose(1, 2), x)
+    turned = weight.stride(1) < weight.stride(2)
+    outer: Tensor = _apply(_Outer, x, errors) if turned else _apply(_Outer, errors, x)
+    return outer.transpose(1, 2) if turned else outer
 
 
 def shared(weight: Tensor) -> bool:

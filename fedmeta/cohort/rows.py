@@ -57,9 +57,9 @@ class CohortRows:
         """Returns each site's mean loss [sites] over its rows of known classes."""
         return self._means(row_losses(outputs, self.y), self.counted)
 
-    def errors(self, outputs: Tensor) -> Tensor:
-        """Returns the derivative of each row's site's loss with respect to the row's outputs [sites * n, outputs]."""
-        return row_errors(outputs, self.y) * self.counted.reshape(-1, *[1] * (outputs.dim() - 1))
+    def errors(self, outputs: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        """Returns `factor` times the derivative of a row's site's loss by the row's outputs [sites * n, outputs]."""
+        return row_errors(outputs, self.y) * (self.counted * factor).reshape(-1, *[1] * (outputs.dim() - 1))
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Returns each site's accuracy, or RMSE for floating-point y, [sites]."""
