@@ -24,9 +24,12 @@ def _hash(text: str) -> int:
 
 def _mix(keys: Keys) -> Keys:
     z = keys + _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
+    z ^= z >> np.uint64(30)
+    z *= _MIX_1
+    z ^= z >> np.uint64(27)
+    z *= _MIX_2
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def _stream(seed: int, purpose: str, round_number: int) -> np.uint64:

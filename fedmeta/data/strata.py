@@ -32,7 +32,7 @@ def stratified(
         round_number: The round.
         within: What a class's rows are ranked by [rows]; None = by draw.
     """
-    order = np.lexsort((drawn if within is None else within, labels, owners))
+    order = _by_class(drawn if within is None else within, labels, owners)
     labels, owners = labels[order], owners[order]
     starts = first_rows(labels, owners)
     counts = np.diff(np.append(starts, len(order)))
@@ -41,6 +41,19 @@ def stratified(
     fractions = np.empty(len(order))
     fractions[order] = (ranks + np.repeat(phases, counts)) / np.repeat(counts, counts)
     return fractions
+
+
+def _by_class(within: NDArray[Any], labels: NDArray[Any], owners: IntArray) -> IntArray:
+    """Returns `np.lexsort((within, labels, owners))`, with site and class as one key where they are small numbers.
+
+    Keys of 16 bits NumPy sorts digit by digit, in a tenth of the time.
+    """
+    classes = int(labels.max(initial=0)) + 1
+    if labels.dtype.kind != "i" or labels.min(initial=0) < 0 or (int(owners.max(initial=0)) + 1) * classes > 1 << 16:
+        return np.lexsort((within, labels, owners))
+    order = within.argsort(kind="stable")
+    groups = (owners * classes + labels).astype(np.uint16)
+    return order[groups[order].argsort(kind="stable")]
 
 
 def first_rows(labels: NDArray[Any], owners: IntArray) -> IntArray:
