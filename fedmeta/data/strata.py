@@ -53,7 +53,8 @@ def _by_class(within: NDArray[Any], labels: NDArray[Any], owners: IntArray) -> I
         return np.lexsort((within, labels, owners))
     order = within.argsort(kind="stable")
     groups = (owners * classes + labels).astype(np.uint16)
-    return order[groups[order].argsort(kind="stable")]
+    sorted_rows: IntArray = order[groups[order].argsort(kind="stable")]
+    return sorted_rows
 
 
 def first_rows(labels: NDArray[Any], owners: IntArray) -> IntArray:
