@@ -27,7 +27,7 @@ PARTS = {
 
 SHORT = {
     "engines": ["--repeats", "7"],
-    "rounds": ["--blocks", "3", "--rounds", "20", "--flower-rounds", "3"],
+    "rounds": ["--blocks", "2", "--rounds", "80", "--flower-rounds", "4"],
     "overhead": ["--rounds", "100"],
     "scale": ["--repeats", "1", "--rounds", "10"],
 }
