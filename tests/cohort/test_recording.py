@@ -86,23 +86,21 @@ def test_sites_that_are_not_finite_are_found_in_replays_too(sites: list[int]) ->
 @pytest.mark.parametrize("name", ["fedavg", "reptile"])
 def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
     apart = tasks(RAGGED, (20,))
-    whole = concatenate(*apart)
     assert not adjacent(*apart)
-    first = apart.support[2].shape[1]
-    joined = Batch(tuple(each[:, :first] for each in whole), tuple(each[:, first:] for each in whole))
+    first, end = apart.support[2].shape[1], apart.support[2].shape[1] + apart.query[2].shape[1]
+    whole = [torch.cat([own, query, query], 1) for own, query in zip(*apart, strict=True)]
+    joined = Batch(tuple(each[:, :first] for each in whole), tuple(each[:, first:end] for each in whole))
     assert adjacent(*joined)
     assert all(one.data_ptr() == other.data_ptr() for one, other in zip(concatenate(*joined), whole, strict=True))
-    # Laid out alike, but one after the other in no array: a recording for the joined rows must not serve it.
-    padded = [torch.cat([each, each], 1) for each in whole]
-    between = whole[0].shape[1]
-    parted = Batch(
-        tuple(each[:, :first] for each in padded), tuple(each[:, between + first : 2 * between] for each in padded)
-    )
+    # Laid out alike, but with other rows between: a recording for the joined rows must not serve it.
+    between = [torch.cat([own, query * 0, query], 1) for own, query in zip(*apart, strict=True)]
+    parted = Batch(tuple(each[:, :first] for each in between), tuple(each[:, end:] for each in between))
     assert not adjacent(*parted)
+    assert [each.stride() for each in parted.query] == [each.stride() for each in joined.query]
     learner = build(name, MODELS["mlp"](), inner_steps=2)
     own = state(learner, torch.float32)
     for _ in range(SIGHTS + 1):
-        found = [cohort.meta_gradients(learner, own, batch, "span") for batch in (apart, joined, parted)]
+        found = [cohort.meta_gradients(learner, own, batch, "span") for batch in (apart, parted, joined)]
     for gradient, _, figures in found[1:]:
         assert all(torch.equal(gradient[key], found[0][0][key]) for key in own)
         assert torch.equal(figures["query_loss"], found[0][2]["query_loss"])

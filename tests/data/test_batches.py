@@ -42,13 +42,18 @@ def table(*rows: list[int]) -> Padded:
     return Padded(np.array([own + [0] * (longest - len(own)) for own in rows], dtype=np.int64), mask)
 
 
+def episodes_of(there: ArrayPopulation, scored: bool) -> Episodes:
+    """All sites' episodes, of an evaluation or of a round."""
+    rows = split(there, Data(), 0)
+    return (
+        evaluation_episodes(rows, there.all_sites, 4) if scored else training_episodes(rows, there.all_sites, 0, 4, 3)
+    )
+
+
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), scored=st.booleans())
 def test_batches_hold_the_rows_of_the_episodes(sizes: list[int], scored: bool) -> None:
     there = population(sizes)
-    rows = split(there, Data(), 0)
-    episodes = (
-        evaluation_episodes(rows, there.all_sites, 4) if scored else training_episodes(rows, there.all_sites, 0, 4, 3)
-    )
+    episodes = episodes_of(there, scored)
     batch = gather(there, episodes, AS_IS, THREE)
     for padded, (x, y, mask) in ((episodes.support, batch.support), (episodes.query, batch.query)):
         assert mask.bool().numpy().tolist() == padded.mask.tolist()
@@ -65,10 +70,7 @@ def test_batches_hold_the_rows_of_the_episodes(sizes: list[int], scored: bool) -
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), scored=st.booleans())
 def test_joined_batches_are_the_same_in_one_array(sizes: list[int], scored: bool) -> None:
     there = population(sizes)
-    rows = split(there, Data(), 0)
-    episodes = (
-        evaluation_episodes(rows, there.all_sites, 4) if scored else training_episodes(rows, there.all_sites, 0, 4, 3)
-    )
+    episodes = episodes_of(there, scored)
     joined, apart = (gather(there, episodes, AS_IS, THREE, joined=joined) for joined in (True, False))
     for own, expected in zip(joined, apart, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(own, expected, strict=True))
