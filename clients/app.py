@@ -138,7 +138,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
             request.engine,
             weights=weights,
             budget=request.budget or cohort.BUDGET,
-            dtype=None if request.per_site else torch.float64,
+            rounded=request.per_site,
             clip_norm=clip_norm,
             per_site=request.per_site,
         )

@@ -114,13 +114,14 @@ def assumed_false(byzantine: float | int, sites: int) -> int:
 def weighted_mean(replies: Sequence[TrainReply]) -> Gradient | None:
     """Returns the weighted mean of meta-gradients, added up in float64 in site order; None where nothing has weight."""
     weight = sum(reply.weight for reply in replies)
-    return {name: value / weight for name, value in total(replies).items()} if weight > 0 else None
+    return {name: value.div_(weight) for name, value in total(replies).items()} if weight > 0 else None
 
 
 def total(replies: Sequence[TrainReply]) -> Gradient:
     """Returns the sum of the replies' sums, in float64."""
-    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in replies[0].gradient.items()}
-    for reply in replies:
+    first, *others = replies
+    sums = {name: value.to(torch.float64, copy=True) for name, value in first.gradient.items()}
+    for reply in others:
         for name, value in reply.gradient.items():
             sums[name] += value
     return sums

@@ -15,6 +15,7 @@ class Machine:
     """Measures from one call to the next."""
 
     def __init__(self) -> None:
+        self._processors = os.cpu_count() or 1
         self._clock, self._processor = time.perf_counter(), time.process_time()
 
     def figures(self) -> dict[str, float]:
@@ -27,6 +28,6 @@ class Machine:
         self._clock, self._processor = clock, processor
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT / 1e6
         return {
-            "system/process_cpu_percentage": 100 * used / (max(seconds, 1e-9) * (os.cpu_count() or 1)),
+            "system/process_cpu_percentage": 100 * used / (max(seconds, 1e-9) * self._processors),
             "system/process_peak_memory_megabytes": peak,
         }

@@ -32,7 +32,7 @@ def meta_gradients(
     weights: Sequence[float] | Tensor | None = None,
     chunk: int | None = None,
     budget: int = BUDGET,
-    dtype: torch.dtype | None = None,
+    rounded: bool = True,
     clip_norm: float = 0.0,
     per_site: bool = False,
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
@@ -47,14 +47,15 @@ def meta_gradients(
         weights: The weight of each site [sites]; None for 1 each.
         chunk: The number of sites that are computed together; None for as many as the budget holds.
         budget: Bytes that the sites which are computed together may take, by prediction.
-        dtype: The type of the sum, such as float64, in which it was added up; None for the meta-state's own.
+        rounded: Whether to return the sum in the meta-state's types; else it stays in float64 where parts were added
+            up, and where one part was all, in the type in which that was computed.
         clip_norm: The longest gradient of one site, over all entries of the meta-state; longer ones are shortened
             before they are added up; 0 = any length. Costs up to half more in the span form, which tells norms without
             any site's gradient; elsewhere, and with learned inner rates, several times as much.
         per_site: Whether to return each site's own gradient in place of the sum.
 
     Returns:
-        The weighted sum (the meta-state's keys, summed in float64 in site order and returned in its types), or with
+        The weighted sum (the meta-state's keys, its parts summed in float64 in site order), or with
         `per_site` the sites' gradients as they are [sites, ...], 0 for one that is not finite; the total weight; and
         per-site figures [sites], among them "query_loss" and "finite". A site whose gradient or query loss is not
         finite has neither a share in the sum nor in the weight.
@@ -74,7 +75,7 @@ def meta_gradients(
         total = Contribution.empty(meta_state, clip_norm, per_site)
         total.metrics = {"query_loss": [own], "finite": [own]}
     values = total.stacked() if per_site else total.total
-    gradient = {name: value.to(dtype or meta_state[name].dtype) for name, value in values.items()}
+    gradient = {name: value.to(meta_state[name].dtype) if rounded else value for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
 
 
@@ -119,7 +120,7 @@ def evaluate(
 
 def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
     own = torch.ones(sites) if weights is None else torch.as_tensor(weights)
-    if own.shape != (sites,) or not bool((own.isfinite() & (own >= 0)).all()):
+    if own.shape != (sites,) or not bool(((own >= 0) & (own < torch.inf)).all()):
         raise FedmetaError(f"weights: {sites} numbers of at least 0 are needed, one for each site")
     return own.double()
 

@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedmeta.cohort.tightening import note, tighten
+from fedmeta.cohort.tightening import bind, note, tighten
 from fedmeta.models import FunctionalModel
 
 Computation = Callable[..., list[Tensor]]
@@ -97,6 +97,7 @@ def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[T
     graph.output([recorder.node(value) for value in outputs])
     graph.eliminate_dead_code()
     tighten(graph)
+    bind(graph)
     run = fx.GraphModule(recorder.constants, graph).forward
 
     def replay(*inputs: Tensor) -> list[Tensor]:

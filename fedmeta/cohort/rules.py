@@ -159,8 +159,14 @@ def run(
 
 def _in_site_order(total: Contribution, places: Sequence[Tensor]) -> Tensor:
     """Puts the figures of chunks with the sites at these places in order; returns the order."""
-    order = torch.cat(list(places)).argsort() if places else torch.arange(0)
-    total.metrics = {name: [torch.cat(values)[order]] for name, values in total.metrics.items()}
+    figures = {name: torch.cat(values) for name, values in total.metrics.items()}
+    if len(places) == 1:
+        # All sites, which within a chunk are in order.
+        order = places[0]
+    else:
+        order = torch.cat(list(places)).argsort() if places else torch.arange(0)
+        figures = {name: values[order] for name, values in figures.items()}
+    total.metrics = {name: [values] for name, values in figures.items()}
     return order
 
 

@@ -27,6 +27,7 @@ sum_t alpha_t A_t^T D_t.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from math import isfinite
 from weakref import WeakKeyDictionary
 
 import torch
@@ -145,7 +146,7 @@ def _finite_sum(
 
 
 def _finite(value: Tensor) -> bool:
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    return isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def _replayed_sum(

@@ -16,8 +16,8 @@ from torch import Tensor
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 V = TypeVar("V", bool, int, float, str)
 
-PLAIN = frozenset({"float32", "float64", "int64", "uint8", "bool"})
-"""Types of arrays whose headers are kept."""
+PLAIN = {np.dtype(name): name for name in ("float32", "float64", "int64", "uint8", "bool")}
+"""Types of arrays whose headers are kept, and their names, which NumPy makes anew each time."""
 
 LARGEST = 2**63 - 1
 """The largest whole number that a message may hold."""
@@ -46,15 +46,16 @@ def read_arrays(content: RecordDict, name: str) -> dict[str, Tensor]:
 
 def _array(numbers: NDArray[Any]) -> Array:
     """Returns an array as Flower's `Array(numbers)` does, by a kept header where there was one of its shape."""
-    if str(numbers.dtype) not in PLAIN:
+    name = PLAIN.get(numbers.dtype)
+    if name is None:
         return Array(numbers)
     data = b"".join((_header(numbers.dtype.str, numbers.shape), numbers.tobytes()))
-    return Array(str(numbers.dtype), tuple(numbers.shape), "numpy.ndarray", data)
+    return Array(name, tuple(numbers.shape), "numpy.ndarray", data)
 
 
 def _numbers(array: Array) -> NDArray[Any]:
     """Returns what Flower's `array.numpy()` does, without parsing a header that is known."""
-    plain = array.stype == "numpy.ndarray" and array.dtype in PLAIN
+    plain = array.stype == "numpy.ndarray" and array.dtype in PLAIN.values()
     header = _header(np.dtype(array.dtype).str, array.shape) if plain else b""
     if not plain or not array.data.startswith(header):
         return array.numpy()
@@ -85,8 +86,10 @@ def payload_bytes(content: RecordDict) -> int:
 def _size(value: Any) -> int:
     if isinstance(value, list):
         # A record's list holds values of one type, and often one for each site.
-        numbers = value and type(value[0]) in (int, float)
-        return 8 * len(value) if numbers else sum(map(_size, value))
+        kind = type(value[0]) if value else None
+        if kind is str:
+            return _size("".join(value))
+        return 8 * len(value) if kind in (int, float) else sum(map(_size, value))
     if isinstance(value, str | bytes):
         return len(value.encode() if isinstance(value, str) else value)
     return 1 if isinstance(value, bool) else 8

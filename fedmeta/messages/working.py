@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,8 @@ class TrainReply:
             if value.shape != (*sites, *like[name].shape) or value.dtype not in (torch.float32, torch.float64):
                 raise MessageError(f"the gradient of {name} has another shape or type than it should")
             # In the type in which the server steps: a number that is finite in 64 bits may not be so in 32.
-            if value.numel() and not torch.stack(value.aminmax()).to(like[name].dtype).isfinite().all():
+            bounds = torch.stack(value.aminmax()).to(like[name].dtype).tolist() if value.numel() else []
+            if not all(map(isfinite, bounds)):
                 raise MessageError(f"the gradient of {name} is not finite")
         cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
         weight = read_scalar(cohort, "weight", float)

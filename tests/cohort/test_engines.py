@@ -54,6 +54,16 @@ def test_chunks_change_nothing(engine: str) -> None:
         assert torch.allclose(scores[1], cohort.evaluate(learner, own, batch, engine)[1])
 
 
+def test_a_sum_of_parts_can_stay_as_it_was_added_up() -> None:
+    learner, batch = mlp(), tasks(RAGGED, (20,), dtype=torch.float32)
+    own = state(learner, dtype=torch.float32)
+    for chunk, expected in ((1, torch.float64), (None, torch.float32)):
+        kept = cohort.meta_gradients(learner, own, batch, "span", chunk=chunk, rounded=False)[0]
+        rounded = cohort.meta_gradients(learner, own, batch, "span", chunk=chunk)[0]
+        assert {value.dtype for value in kept.values()} == {expected}
+        assert all(torch.equal(value.float(), rounded[name]) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "local"])
 def test_sites_that_are_not_finite_have_no_share(name: str, engine: str) -> None:
