@@ -28,6 +28,7 @@ from fedmeta.data import (
     load,
     load_site,
     split,
+    standardised,
     train_sums,
     training_episodes,
     training_tasks,
@@ -128,7 +129,10 @@ class Node:
     ) -> Batch:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
-        return gather(self.population, episodes, scale, codes, dtype, joined).to(self.experiment.runtime.device)
+        population = self.population
+        if episodes.support.turns is None:
+            population, scale = standardised(population, scale, dtype)
+        return gather(population, episodes, scale, codes, dtype, joined).to(self.experiment.runtime.device)
 
 
 def node_of(context: Context) -> Node:
@@ -162,8 +166,14 @@ def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dic
     if device == "cuda" and not torch.cuda.is_available():
         raise FedmetaError('[runtime] device = "cuda": there is no CUDA device here; use "cpu"')
     learned = {name: v.to(device) for name, v in meta_state.items() if not name.startswith("standardisation.")}
-    mean, scale = (meta_state[f"standardisation.{name}"].numpy() for name in ("mean", "scale"))
-    return learned, Standardisation(mean, scale)
+    mean, scale = (meta_state[f"standardisation.{name}"].float().numpy() for name in ("mean", "scale"))
+    return learned, _standardisation(mean.shape, mean.tobytes(), scale.tobytes())
+
+
+@lru_cache(maxsize=4)
+def _standardisation(shape: tuple[int, ...], mean: bytes, scale: bytes) -> Standardisation:
+    """Returns the same object for the same numbers, which a run sends in every message."""
+    return Standardisation(*(np.frombuffer(each, np.float32).reshape(shape).copy() for each in (mean, scale)))
 
 
 @lru_cache(maxsize=4)
@@ -181,6 +191,7 @@ def forget_changed(data: Data) -> None:
         _stamps[data.path] = stamp
         _population.cache_clear()
         _share_node.cache_clear()
+        standardised.cache_clear()
 
 
 _stamps: dict[str, tuple[tuple[str, int, int, int], ...]] = {}

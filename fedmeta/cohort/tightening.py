@@ -26,7 +26,8 @@ IN_PLACE = {
 
 BINDINGS: dict[Any, Any] = {
     **{getattr(aten, name).default: getattr(torch, name) for name in ("addmm", "baddbmm", "bmm", "mm", "relu_")},
-    **{getattr(aten, name).default: getattr(torch, name) for name in ("_softmax", "_log_softmax", "permute", "relu", "t")},
+    **{getattr(aten, name).default: getattr(torch, name) for name in ("_softmax", "_log_softmax", "relu")},
+    **{getattr(aten, name).default: getattr(Tensor, name) for name in ("permute", "t")},
     **{getattr(aten, name).Tensor: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
     **{getattr(aten, name).Tensor: getattr(Tensor, name) for name in ("add_", "sub_", "mul_")},
     **{getattr(aten, name).default: getattr(Tensor, name) for name in ("view", "expand", "baddbmm_")},

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fedmeta.data.batches import gather, gather_rows
+from fedmeta.data.batches import gather, gather_rows, standardised
 from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
@@ -90,6 +90,7 @@ __all__ = [
     "order_classes",
     "split",
     "standardisation",
+    "standardised",
     "train_sums",
     "training_episodes",
     "training_tasks",

@@ -1,15 +1,24 @@
 """Rows by number to a batch of tensors: the path that every row of every round takes."""
 
+from dataclasses import replace
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmeta.data.episodes import Episodes, Padded, beside
-from fedmeta.data.population import Population
+from fedmeta.data.population import ArrayPopulation, Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.sums import Standardisation
 from fedmeta.errors import FedmetaError
 from fedmeta.task import Batch, Rows
+
+AT_ONCE = 1 << 28
+"""Bytes of features up to which a population's are standardised all at once, and then no more in any round."""
+
+AS_IS = Standardisation(np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.float32))
+"""Features stay as they are."""
 
 _WIDE = (torch.int32, torch.uint32, torch.int64, torch.uint64, torch.float64)
 
@@ -43,6 +52,27 @@ def gather(
         return Batch(tuple(tensor[:, :first] for tensor in rows), tuple(tensor[:, first:] for tensor in rows))
     support = gather_rows(population, episodes.support, standardisation, codes, dtype, scored=False)
     return Batch(support, gather_rows(population, episodes.query, standardisation, codes, dtype, episodes.scored))
+
+
+@lru_cache(maxsize=2)
+def standardised(
+    population: Population, standardisation: Standardisation, dtype: torch.dtype
+) -> tuple[Population, Standardisation]:
+    """Returns a population whose rows need no more than to be gathered, and `AS_IS`, where it is stored and small.
+
+    Else the two as they are. Pixels are standardised after a task has turned them: not for tasks that do.
+
+    Args:
+        population: The population.
+        standardisation: The run's.
+        dtype: The type of features.
+    """
+    if not isinstance(population, ArrayPopulation) or population.tokens or standardisation.identity:
+        return population, standardisation
+    if population.x.size * dtype.itemsize > AT_ONCE:
+        return population, standardisation
+    x = _prepared(population, torch.from_numpy(population.x.copy()), standardisation, dtype)
+    return replace(population, x=x.numpy(), missing=False), AS_IS
 
 
 def gather_rows(

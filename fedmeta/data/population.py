@@ -97,7 +97,7 @@ class Population(ABC):
         """A hash of the population's content, 32 characters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArrayPopulation(Population):
     """A population whose rows lie in one array, in memory or mapped from a file; sites are lists of row numbers.
 

@@ -51,7 +51,7 @@ class FeatureSums:
         return FeatureSums(self.count + other.count, self.total + other.total, self.square + other.square)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standardisation:
     """What features are standardised by: (x - mean) / scale, and a missing feature is 0 thereafter, which is its mean.
 

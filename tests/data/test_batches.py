@@ -14,12 +14,14 @@ from fedmeta.data import (
     Episodes,
     Padded,
     Standardisation,
+    batches,
     class_codes,
     evaluation_episodes,
     gather,
     gather_rows,
     order_classes,
     split,
+    standardised,
     training_episodes,
 )
 from fedmeta.experiment import Data
@@ -90,6 +92,36 @@ def test_features_are_standardised(stored: str, dtype: torch.dtype, shape: tuple
     assert found.dtype == dtype
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", ["uint8", "int64", "float16", "float32", "float64"])
+def test_standardised_once_is_standardised_each_time(stored: str, dtype: torch.dtype) -> None:
+    x = np.random.default_rng(0).integers(0, 100, (6, 3)).astype(stored)
+    missing = stored.startswith("float")
+    if missing:
+        x[5, 1] = np.nan
+    kept, there = x.copy(), of_rows(x, missing=missing)
+    scale = Standardisation(*np.random.default_rng(1).uniform(1, 5, (2, 3)).astype(np.float32))
+    ready, no_scale = standardised(there, scale, dtype)
+    assert no_scale.identity
+    rows = table([5, 1], [2])
+    for found, expected in zip(
+        gather_rows(ready, rows, no_scale, THREE, dtype), gather_rows(there, rows, scale, THREE, dtype), strict=True
+    ):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    np.testing.assert_array_equal(x, kept)
+    assert standardised(there, scale, dtype)[0] is ready
+
+
+def test_what_is_large_or_has_no_scale_is_not_standardised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = Standardisation(np.array([1, 5], np.float32), np.array([2, 4], np.float32))
+    there, tokens = of_rows(np.zeros((3, 2), np.float32)), of_rows(np.zeros((3, 2), np.uint8), tokens=True)
+    assert standardised(there, AS_IS, torch.float32) == (there, AS_IS)
+    assert standardised(tokens, scale, torch.float32) == (tokens, scale)
+    monkeypatch.setattr(batches, "AT_ONCE", 3 * 2 * 4 - 1)
+    assert standardised(there, scale, torch.float32) == (there, scale)
 
 
 def test_large_numbers_keep_their_differences() -> None:
