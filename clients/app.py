@@ -97,9 +97,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
-    batch = node.training_batch(
-        node.find(request.names), request.round_number, scale, request.classes, joined=learner.sends == "displacement"
-    )
+    batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = cohort.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
@@ -114,9 +112,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
-    batch = node.training_batch(
-        here, request.round_number, scale, request.classes, joined=learner.sends == "displacement"
-    )
+    batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
         kept = Shelf.of(context, node.experiment, request)

@@ -97,16 +97,14 @@ class Node:
             return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
         return torch.ones(len(sites), dtype=torch.float64)
 
-    def training_batch(
-        self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str], joined: bool = False
-    ) -> Batch:
-        """Returns the tasks of some sites in a round; `joined` as in `gather`."""
+    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
+        """Returns the tasks of some sites in a round."""
         data = self.experiment.data
         if data.ways:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes, joined)
+        return self._gather(episodes, scale, classes)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -124,15 +122,13 @@ class Node:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
             yield group, self._gather(episodes, scale, classes)
 
-    def _gather(
-        self, episodes: Episodes, scale: Standardisation, classes: Sequence[str], joined: bool = False
-    ) -> Batch:
+    def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
         population = self.population
         if episodes.support.turns is None:
             population, scale = standardised(population, scale, dtype)
-        return gather(population, episodes, scale, codes, dtype, joined).to(self.experiment.runtime.device)
+        return gather(population, episodes, scale, codes, dtype).to(self.experiment.runtime.device)
 
 
 def node_of(context: Context) -> Node:

@@ -67,8 +67,14 @@ def rows_mask(rows: Rows) -> Tensor:
 
 
 def stack(tasks: Sequence[Task]) -> Batch:
-    """Returns tasks of unequal sizes as one padded batch; padding rows are zero and masked out."""
-    return Batch(_stack([task.support for task in tasks]), _stack([task.query for task in tasks]))
+    """Returns tasks of unequal sizes as one padded batch; padding rows are zero and masked out.
+
+    A site's support and query rows lie one after the other in one array, as some engines take them best.
+    """
+    parts = [_stack([task.support for task in tasks]), _stack([task.query for task in tasks])]
+    both = [torch.cat(pair, 1) for pair in zip(*parts, strict=True)]
+    first = parts[0][0].shape[1]
+    return Batch(tuple(tensor[:, :first] for tensor in both), tuple(tensor[:, first:] for tensor in both))
 
 
 def _unpad(rows: Rows, site: int) -> Rows:

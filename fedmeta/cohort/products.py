@@ -7,8 +7,7 @@ Weights that are the same at all sites, an expanded view before the first step, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,32 +40,28 @@ def noted_product(x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, boo
     return note(x, z, False)
 
 
-def joint_products(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns x W^T + b and the same of other rows, whose derivatives by a large W are added up without a copy of it.
+def joint_products(x: Tensor, first: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns x W^T + b of each site's `first` rows and of its others, with one derivative by W, which may be large.
 
     Args:
-        x: Rows [rows, width], data: no derivative with respect to them is computed.
-        other: More rows, likewise.
+        x: Rows [sites, rows, width], data.
+        first: How many of each site's rows come first.
         weight: W [outputs, width].
         bias: b [outputs], or None.
     """
-    z: tuple[Tensor, Tensor] = _apply(_Joint, x, other, weight, bias)
+    z: tuple[Tensor, Tensor] = _apply(_Joint, x, first, weight, bias)
     return z
 
 
-def summed_outer(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns the sum of errors^T rows [outputs, width] over pairs of rows [n, width] and errors [n, outputs].
+def summed_outer(rows: Tensor, errors: Tensor) -> Tensor:
+    """Returns errors^T rows [outputs, width] of rows [n, width] and errors [n, outputs].
 
     The wider of the two comes first where the other is much narrower, which a matrix product takes better: a sixth
     quicker for 128 outputs of 784 inputs.
     """
-    turned = NARROW * pairs[0][1].shape[1] <= pairs[0][0].shape[1]
-    total: Tensor | None = None
-    for rows, errors in pairs:
-        one, other = (rows.T, errors) if turned else (errors.T, rows)
-        total = one @ other if total is None else torch.addmm(total, one, other, out=total)
-    assert total is not None
-    return total.T.contiguous() if turned else total
+    if NARROW * errors.shape[1] <= rows.shape[1]:
+        return (rows.T @ errors).T.contiguous()
+    return errors.T @ rows
 
 
 class Geometry(NamedTuple):
@@ -149,19 +144,26 @@ class _Noted(torch.autograd.Function):
 
 class _Joint(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        context.save_for_backward(x, other)
+    def forward(context: Any, x: Tensor, first: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        context.save_for_backward(x)
+        context.first = first
         context.set_materialize_grads(False)
-        return functional.linear(x, weight, bias), functional.linear(other, weight, bias)
+        z = functional.linear(x.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)
+        return z[:, :first].contiguous(), z[:, first:].contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = [(rows, own) for rows, own in zip(context.saved_tensors, errors, strict=True) if own is not None]
+        (x,) = context.saved_tensors
         _, _, by_weight, by_bias = context.needs_input_grad
-        weight = summed_outer(pairs) if by_weight and pairs else None
-        bias = reduce(torch.add, [own.sum(0) for _, own in pairs]) if by_bias and pairs else None
-        return None, None, weight, bias
+        parts = (x[:, : context.first], x[:, context.first :])
+        known = [(rows, own) for rows, own in zip(parts, errors, strict=True) if own is not None]
+        if not known:
+            return None, None, None, None
+        rows = x if len(known) == 2 else known[0][0]
+        both = torch.cat([own for _, own in known], 1).flatten(0, 1)
+        weight = summed_outer(rows.flatten(0, 1), both) if by_weight else None
+        return None, None, weight, both.sum(0) if by_bias else None
 
 
 class _Convolution(torch.autograd.Function):

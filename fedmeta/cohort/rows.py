@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedmeta.learners.loss import calibration_error, row_errors, row_losses
-from fedmeta.task import Rows
+from fedmeta.task import Batch, Rows
 
 
 @dataclass
@@ -23,6 +23,7 @@ class CohortRows:
         counted: Each row's share of its site's loss, where rows of unseen classes have none either.
         kept: What does not change between inner steps, by the place of the call that computes it.
         beside: Other rows of the same sites that will be computed too: a shared weight may serve both at once.
+        tasks: Where these are support rows and the query rows are `beside` them: both, by site.
     """
 
     x: Tensor
@@ -31,6 +32,7 @@ class CohortRows:
     counted: Tensor
     kept: dict[object, Tensor] = field(default_factory=dict)
     beside: CohortRows | None = None
+    tasks: Batch | None = None
 
     @classmethod
     def of(cls, rows: Rows, dtype: torch.dtype) -> CohortRows:
@@ -41,6 +43,13 @@ class CohortRows:
         mask = mask.to(dtype)
         known = mask if y.is_floating_point() else mask * (y >= 0)
         return cls(x.flatten(0, 1), y.flatten(0, 1), _shares(mask), _shares(known))
+
+    @classmethod
+    def both(cls, batch: Batch, dtype: torch.dtype) -> tuple[CohortRows, CohortRows]:
+        """Returns the support rows, which know of the query rows beside them, and the query rows."""
+        support, query = (cls.of(rows, dtype) for rows in batch)
+        support.beside, support.tasks = query, batch
+        return support, query
 
     @property
     def sites(self) -> int:

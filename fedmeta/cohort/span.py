@@ -203,8 +203,7 @@ def objective(
         by_site: As for `Adaptation`.
     """
     rates, counts = _all_rates(learner, inner, learner.inner_steps), learner.query_weights(inner)
-    support, query = (CohortRows.of(rows, _dtype(state)) for rows in batch)
-    support.beside = query
+    support, query = CohortRows.both(batch, _dtype(state))
     adaptation = _adaptation(learner, state, batch, batch.support, rates, learner.estimator == "exact", by_site)
     total, losses = torch.zeros(()), torch.zeros(())
     for step, count in enumerate(counts):

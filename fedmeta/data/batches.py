@@ -29,13 +29,13 @@ def gather(
     standardisation: Standardisation,
     codes: IntArray,
     dtype: torch.dtype = torch.float32,
-    joined: bool = False,
 ) -> Batch:
     """Returns a cohort's episodes as one batch of tensors on the processor.
 
     Features are standardised and missing ones imputed (tokens stay as they are, int64). Labels are int64 codes into
     the run's class list, or of type `dtype` for regression. A row whose label is not in that list has mask 0 and
     label 0 where it would be learned from, and mask 1 and label -1 where it is scored. Padding is 0 throughout.
+    In training a site's support and query rows lie one after the other in one array.
 
     Args:
         population: Whose rows.
@@ -43,10 +43,8 @@ def gather(
         standardisation: The run's.
         codes: The run's code of each of the population's classes, -1 = none (`class_codes`); empty for regression.
         dtype: The type of features, of regression targets and of the mask.
-        joined: Whether a site's support and query rows are to lie one after the other in one array, for learners that
-            adapt on both; not at evaluation.
     """
-    if joined and not episodes.scored:
+    if not episodes.scored:
         rows = gather_rows(population, beside(*episodes[:2]), standardisation, codes, dtype)
         first = episodes.support.rows.shape[1]
         return Batch(tuple(tensor[:, :first] for tensor in rows), tuple(tensor[:, first:] for tensor in rows))

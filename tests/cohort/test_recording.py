@@ -83,9 +83,11 @@ def test_sites_that_are_not_finite_are_found_in_replays_too(sites: list[int]) ->
         torch.testing.assert_close(gradient[name], value)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "reptile"])
+@pytest.mark.parametrize("name", ["fedavg", "reptile", "maml", "fomaml", "anil"])
 def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
-    apart = tasks(RAGGED, (20,))
+    stacked = tasks(RAGGED, (20,))
+    assert adjacent(*stacked)
+    apart = Batch(*(tuple(each.clone(memory_format=torch.contiguous_format) for each in rows) for rows in stacked))
     assert not adjacent(*apart)
     first, end = apart.support[2].shape[1], apart.support[2].shape[1] + apart.query[2].shape[1]
     whole = [torch.cat([own, query, query], 1) for own, query in zip(*apart, strict=True)]
