@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.cohort import span
 from fedmeta.cohort.accumulate import Contribution
+from fedmeta.cohort.checking import check, few_rows
 from fedmeta.cohort.forms import Forms
 from fedmeta.cohort.operations import MisfitError
 from fedmeta.cohort.survey import Call
@@ -83,7 +84,7 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bo
     if key not in known:
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                span.check(learner, meta_state, span.few_rows(batch), _weighted_sum)
+                check(learner, meta_state, few_rows(batch), _weighted_sum)
             known[key] = True
         except MisfitError:
             known[key] = False

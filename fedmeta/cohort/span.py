@@ -26,7 +26,7 @@ sum_t alpha_t A_t^T D_t.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import isfinite
 from weakref import WeakKeyDictionary
 
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.cohort import loop
 from fedmeta.cohort.accumulate import Contribution, Scores
 from fedmeta.cohort.adaptation import Adaptation
+from fedmeta.cohort.checking import check, double, few_rows
 from fedmeta.cohort.forms import Forms, Rates, choose_forms, sharing
 from fedmeta.cohort.operations import MisfitError
 from fedmeta.cohort.recording import replayed
@@ -49,11 +49,6 @@ from fedmeta.task import Batch, Rows
 
 ESTIMATORS = ("exact", "first-order", "displacement", "nothing")
 """What of `learner.estimator` this engine computes."""
-
-CHECKED_ROWS = 4
-"""How many rows a site's are cut to when a model is run to see what it does."""
-
-WeightedSum = Callable[[Learner, Mapping[str, Tensor], Batch, Tensor], Mapping[str, Tensor]]
 
 _known: WeakKeyDictionary[FunctionalModel, dict[Hashable, Survey | str]] = WeakKeyDictionary()
 
@@ -285,7 +280,7 @@ def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: in
             # Fused attention has no second derivative.
             with sdpa_kernel(SDPBackend.MATH):
                 known[key] = survey(
-                    learner.network, _double(learner.theta(state)), adapting, few.support[0].flatten(0, 1)
+                    learner.network, double(learner.theta(state)), adapting, few.support[0].flatten(0, 1)
                 )
                 check(learner, state, few, lambda *asked: _weighted_sum(*asked)[0])
         except MisfitError as reason:
@@ -294,29 +289,3 @@ def _forms(learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: in
     if isinstance(found, str):
         raise MisfitError(found)
     return choose_forms(found, groups, rows)
-
-
-def few_rows(batch: Batch) -> Batch:
-    """Returns two sites with a few rows each."""
-    return Batch(*(tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in part) for part in batch))
-
-
-def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_sum: WeightedSum) -> None:
-    """Checks a way to the gradient of two sites, in float64, against the reference loop.
-
-    Raises:
-        MisfitError: They differ: the model does something that was not seen.
-    """
-    state = _double(state)
-    few = Batch(*((x.double().nan_to_num() if x.is_floating_point() else x, y, mask) for x, y, mask in few))
-    weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.support[2].device)
-    expected = loop.meta_gradients(learner, state, few, weights).total
-    gradient = weighted_sum(learner, state, few, weights)
-    size = torch.stack([value.norm() for value in expected.values()]).norm()
-    wrong = torch.stack([(value - gradient[name]).norm() for name, value in expected.items()]).norm()
-    if bool(wrong > 1e-8 * size + 1e-12):
-        raise MisfitError("the model does something with its parameters that cannot be seen: its gradient is another")
-
-
-def _double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().double() if value.is_floating_point() else value for name, value in state.items()}
