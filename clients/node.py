@@ -126,7 +126,8 @@ class Node:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
         population = self.population
-        if episodes.support.turns is None:
+        # Several nodes that host a share each would have a copy of all rows in every process.
+        if episodes.support.turns is None and len(self.hosted) == len(population):
             population, scale = standardised(population, scale, dtype)
         return gather(population, episodes, scale, codes, dtype).to(self.experiment.runtime.device)
 

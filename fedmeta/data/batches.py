@@ -56,9 +56,10 @@ def gather(
 def standardised(
     population: Population, standardisation: Standardisation, dtype: torch.dtype
 ) -> tuple[Population, Standardisation]:
-    """Returns a population whose rows need no more than to be gathered, and `AS_IS`, where it is stored and small.
+    """Returns a population whose rows need no more than to be gathered, and `AS_IS`, where it is in memory and small.
 
-    Else the two as they are. Pixels are standardised after a task has turned them: not for tasks that do.
+    Else the two as they are: of a file that is mapped no rows are read but a cohort's. Pixels are standardised after a
+    task has turned them: not for tasks that do.
 
     Args:
         population: The population.
@@ -67,7 +68,7 @@ def standardised(
     """
     if not isinstance(population, ArrayPopulation) or population.tokens or standardisation.identity:
         return population, standardisation
-    if population.x.size * dtype.itemsize > AT_ONCE:
+    if isinstance(population.x, np.memmap) or population.x.size * dtype.itemsize > AT_ONCE:
         return population, standardisation
     x = _prepared(population, torch.from_numpy(population.x.copy()), standardisation, dtype)
     return replace(population, x=x.numpy(), missing=False), AS_IS

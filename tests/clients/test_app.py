@@ -11,7 +11,7 @@ from ray import cloudpickle
 from clients import app as module
 from clients.app import CODES, app
 from fedmeta.assembly import learner_of
-from fedmeta.data import FeatureSums, standardisation
+from fedmeta.data import FeatureSums, standardisation, standardised
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -110,6 +110,15 @@ def test_a_nodes_gradient_is_the_sum_over_its_sites(tmp_path: Path) -> None:
     assert np.allclose(whole.query_loss, np.concatenate([part.query_loss for part in parts]), rtol=1e-12)
     for key, value in whole.gradient.items():
         assert torch.allclose(value, sum(part.gradient[key] for part in parts), rtol=1e-10, atol=1e-14)
+
+
+def test_a_node_that_hosts_a_share_keeps_no_copy_of_all_rows(tmp_path: Path) -> None:
+    experiment = digits(tmp_path)
+    for nodes, kept in ((2, 0), (1, 1)):
+        standardised.cache_clear()
+        content = ask(SeveralNodes(app, experiment, nodes), TRAIN, request(experiment, ("site-02",)).pack())
+        assert failure(content) is None
+        assert standardised.cache_info().currsize == kept
 
 
 def test_scores_start_before_adaptation_and_end_after_it(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,13 +116,20 @@ def test_standardised_once_is_standardised_each_time(stored: str, dtype: torch.d
     assert standardised(there, scale, dtype)[0] is ready
 
 
-def test_what_is_large_or_has_no_scale_is_not_standardised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_large_or_mapped_or_has_no_scale_is_not_standardised_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     scale = Standardisation(np.array([1, 5], np.float32), np.array([2, 4], np.float32))
     there, tokens = of_rows(np.zeros((3, 2), np.float32)), of_rows(np.zeros((3, 2), np.uint8), tokens=True)
     assert standardised(there, AS_IS, torch.float32) == (there, AS_IS)
     assert standardised(tokens, scale, torch.float32) == (tokens, scale)
+    there.x.tofile(tmp_path / "x")
+    mapped = of_rows(np.memmap(tmp_path / "x", np.float32, "c", shape=(3, 2)))
+    assert standardised(mapped, scale, torch.float32) == (mapped, scale)
+    assert standardised(there, scale, torch.float32) != (there, scale)
     monkeypatch.setattr(batches, "AT_ONCE", 3 * 2 * 4 - 1)
-    assert standardised(there, scale, torch.float32) == (there, scale)
+    large = of_rows(np.zeros((3, 2), np.float32))
+    assert standardised(large, scale, torch.float32) == (large, scale)
 
 
 def test_large_numbers_keep_their_differences() -> None:
