@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,6 +50,9 @@ ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.defau
 _known: WeakKeyDictionary[FunctionalModel, OrderedDict[Hashable, int | Computation | None]] = WeakKeyDictionary()
 
 
+_sights: ContextVar[int] = ContextVar("sights", default=SIGHTS)
+
+
 class UnrecordableError(Exception):
     """A computation depends on more than the shapes of its inputs."""
 
@@ -70,13 +75,23 @@ def replayed(network: FunctionalModel, key: Hashable, compute: Computation, inpu
     if isinstance(found, int):
         outputs = compute(*inputs)
         found = found + 1
-        known[key] = found if found < SIGHTS else _faithful(network, compute, inputs, outputs)
+        known[key] = found if found < _sights.get() else _faithful(network, compute, inputs, outputs)
     else:
         outputs = found(*inputs) if found else compute(*inputs)
     known.move_to_end(key)
     if len(known) > MOST:
         known.popitem(last=False)
     return outputs
+
+
+@contextmanager
+def recorded_at_once() -> Iterator[None]:
+    """Within it a computation is recorded the first time that it is seen."""
+    token = _sights.set(1)
+    try:
+        yield
+    finally:
+        _sights.reset(token)
 
 
 def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[Tensor] = ()) -> Computation:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedmeta import cohort, models
-from fedmeta.cohort import recording, span
+from fedmeta.cohort import recording, rules, span
 from fedmeta.cohort.recording import MOST, SIGHTS, UnrecordableError, record, replayed
 from fedmeta.cohort.rows import adjacent, concatenate
 from fedmeta.learners import build
@@ -106,6 +107,23 @@ def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
     for gradient, _, figures in found[1:]:
         assert all(torch.equal(gradient[key], found[0][0][key]) for key in own)
         assert torch.equal(figures["query_loss"], found[0][2]["query_loss"])
+
+
+def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, batch = build("maml", Transformer(), inner_steps=1), tasks([(3, 2)] * 2, (4,), tokens=True)
+    own, replays = state(learner, torch.float32), []
+    assert rules.unsure(learner, batch, own)
+    faithful = recording._faithful
+
+    def counted(*arguments: Any) -> Any:
+        replay = faithful(*arguments)
+        assert replay is not None
+        return lambda *inputs: (replays.append(1), replay(*inputs))[1]
+
+    monkeypatch.setattr(recording, "_faithful", counted)
+    _, figures = cohort.trial(learner, own, batch)
+    assert "span" in figures
+    assert replays
 
 
 def test_old_recordings_make_room() -> None:
