@@ -47,9 +47,26 @@ def draws(seed: int, purpose: str, round_number: int, keys: Keys) -> Keys:
     return _mix(_mix(keys) ^ _stream(seed, purpose, round_number))
 
 
-def row_draws(seed: int, purpose: str, round_number: int, keys: Keys, positions: NDArray[np.int64]) -> Keys:
-    """Returns one uniform 64-bit draw [rows] for each (site key [rows], position of the row within its site [rows])."""
-    return _mix(draws(seed, purpose, round_number, keys) ^ _mix(positions.astype(np.uint64)))
+def row_draws(
+    seed: int,
+    purpose: str,
+    round_number: int,
+    keys: Keys,
+    positions: NDArray[np.int64],
+    owners: NDArray[np.int64] | None = None,
+) -> Keys:
+    """Returns one uniform 64-bit draw [rows] for each (key of its site, position within its site [rows]).
+
+    Args:
+        seed: The run's seed.
+        purpose: What the draws are for.
+        round_number: The round.
+        keys: The key of each row's site [rows]; of each site [sites] where `owners` are given.
+        positions: The place of each row within its site [rows].
+        owners: The site of each row [rows], as a place in `keys`.
+    """
+    drawn = draws(seed, purpose, round_number, keys)
+    return _mix((drawn if owners is None else drawn[owners]) ^ _mix(positions.astype(np.uint64)))
 
 
 def uniform(bits: Keys) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ checked before one is used, and what cannot be recorded, such as random numbers,
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedmeta.cohort.tightening import bind, note, tighten
+from fedmeta.cohort.tightening import note, tighten
 from fedmeta.models import FunctionalModel
 
 Computation = Callable[..., list[Tensor]]
@@ -109,19 +110,35 @@ def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[T
     with recorder:
         outputs = compute(*inputs)
     graph = recorder.graph
-    graph.output([recorder.node(value) for value in outputs])
+    graph.output(tuple(recorder.node(value) for value in outputs))
     graph.eliminate_dead_code()
     tighten(graph)
-    bind(graph)
-    run = fx.GraphModule(recorder.constants, graph).forward
+    lines = fx.GraphModule(recorder.constants, graph)
+    run = _without_python(lines, inputs) or lines.forward
 
     def replay(*inputs: Tensor) -> list[Tensor]:
         # Quicker by what each operation does for differentiation; what it makes cannot be differentiated, a copy can.
-        with torch.inference_mode():
-            values: list[Tensor] = run(*inputs)
+        # What TorchScript would optimise is so already, and its ways of adding up have other last bits.
+        with torch.inference_mode(), torch.jit.optimized_execution(False):
+            values: tuple[Tensor, ...] = run(*inputs)
         return [value.clone() for value in values]
 
     return replay
+
+
+def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
+    """Returns straight-line code as TorchScript, or None where torch cannot.
+
+    Between two operations Python takes as long as a small one of them does. Torch recommends its compiler in place of
+    TorchScript, but that needs one for C++, and half a minute.
+    """
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(), torch.jit.optimized_execution(False):
+            warnings.simplefilter("ignore")
+            run: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(lines, tuple(inputs), check_trace=False).forward
+        return run
+    except Exception:  # whatever an operation that it does not know makes it raise
+        return None
 
 
 def _faithful(

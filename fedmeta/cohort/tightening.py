@@ -24,22 +24,6 @@ IN_PLACE = {
 }
 """Operations that can write over their first operand, and how."""
 
-BINDINGS: dict[Any, Any] = {
-    **{getattr(aten, name).default: getattr(torch, name) for name in ("addmm", "baddbmm", "bmm", "mm", "relu_")},
-    **{getattr(aten, name).default: getattr(torch, name) for name in ("_softmax", "_log_softmax", "relu")},
-    **{getattr(aten, name).default: getattr(Tensor, name) for name in ("permute", "t")},
-    **{getattr(aten, name).Tensor: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
-    **{getattr(aten, name).Tensor: getattr(Tensor, name) for name in ("add_", "sub_", "mul_")},
-    **{getattr(aten, name).default: getattr(Tensor, name) for name in ("view", "expand", "baddbmm_")},
-    aten.addmm.out: torch.addmm,
-    aten.transpose.int: torch.transpose,
-    aten.squeeze.dim: torch.squeeze,
-    aten.sum.dim_IntList: torch.sum,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten._softmax_backward_data.default: torch._softmax_backward_data,
-}
-"""The same operations as torch offers them to Python, where a call takes half as long: as they are, 5 microseconds."""
-
 COMPARED = 4000
 """How many numbers are compared at the least to tell that two ways to a sum have the same bits."""
 
@@ -60,12 +44,6 @@ def tighten(graph: fx.Graph) -> None:
     _drop_views(graph)
     _join_products(graph)
     _reuse_memory(graph)
-
-
-def bind(graph: fx.Graph) -> None:
-    """Has a graph call its operations by the quickest way that Python has to them, in place."""
-    for node in graph.nodes:
-        node.target = BINDINGS.get(node.target, node.target)
 
 
 def _drop_views(graph: fx.Graph) -> None:

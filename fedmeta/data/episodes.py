@@ -120,7 +120,7 @@ def group_by_size(sizes: IntArray, rows: int) -> list[IntArray]:
 def _drawn_order(split: Split, sites: IntArray, purpose: str, round_number: int) -> Ragged:
     """Returns the train rows of each site in a drawn order, stratified by class where there are classes."""
     population, seed, rows = split.population, split.seed, split.train_rows(sites)
-    drawn = row_draws(seed, purpose, round_number, population.keys(sites)[rows.owners], rows.positions)
+    drawn = row_draws(seed, purpose, round_number, population.keys(sites), rows.positions, rows.owners)
     if population.regression:
         order = np.lexsort((drawn, rows.owners))
     else:

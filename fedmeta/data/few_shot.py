@@ -140,7 +140,7 @@ class _Drawn(NamedTuple):
 def _by_class(
     population: Population, rows: Ragged, keys: Keys, seed: int, purpose: str, round_number: int = 0
 ) -> _Classes:
-    drawn = row_draws(seed, purpose, round_number, keys[rows.owners], rows.positions)
+    drawn = row_draws(seed, purpose, round_number, keys, rows.positions, rows.owners)
     labels = population.labels(rows.rows)
     order = np.lexsort((drawn, labels, rows.owners))
     labels, owners = labels[order], rows.owners[order]

@@ -76,7 +76,7 @@ def split(population: Population, data: Data, seed: int) -> Split:
     if blocks and not data.ways:
         return Split(population, seed, data.test, rows)
     keys = population.keys(population.all_sites)
-    drawn = row_draws(seed, "split", 0, keys[rows.owners], rows.positions)
+    drawn = row_draws(seed, "split", 0, keys, rows.positions, rows.owners)
     order = np.lexsort((drawn, rows.owners))
     if data.ways:
         labels, within = population.labels(rows.rows), rows.positions if blocks else None

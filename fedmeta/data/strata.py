@@ -44,17 +44,16 @@ def stratified(
 
 
 def _by_class(within: NDArray[Any], labels: NDArray[Any], owners: IntArray) -> IntArray:
-    """Returns `np.lexsort((within, labels, owners))`, with site and class as one key where they are small numbers.
+    """Returns `np.lexsort((within, labels, owners))`, of draws as one sort by one key where site and class are small.
 
-    Keys of 16 bits NumPy sorts digit by digit, in a tenth of the time.
+    The key holds a draw's first 48 bits: two of a class's rows that share them, one pair in 10^14, stay as they come.
     """
     classes = int(labels.max(initial=0)) + 1
-    if labels.dtype.kind != "i" or labels.min(initial=0) < 0 or (int(owners.max(initial=0)) + 1) * classes > 1 << 16:
+    small = (int(owners.max(initial=0)) + 1) * classes <= 1 << 16
+    if not small or within.dtype != np.uint64 or labels.dtype.kind != "i" or labels.min(initial=0) < 0:
         return np.lexsort((within, labels, owners))
-    order = within.argsort(kind="stable")
-    groups = (owners * classes + labels).astype(np.uint16)
-    sorted_rows: IntArray = order[groups[order].argsort(kind="stable")]
-    return sorted_rows
+    groups = (owners * classes + labels).astype(np.uint64)
+    return ((groups << np.uint64(48)) + (within >> np.uint64(16))).argsort(kind="stable")
 
 
 def first_rows(labels: NDArray[Any], owners: IntArray) -> IntArray:

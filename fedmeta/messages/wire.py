@@ -29,7 +29,11 @@ class MessageError(ValueError):
 
 def write_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Returns tensors as a record."""
-    return ArrayRecord({name: _array(value.detach().cpu().contiguous().numpy()) for name, value in tensors.items()})
+    record = ArrayRecord()
+    for name, value in tensors.items():
+        # One by one: of a dictionary of arrays Flower makes each a second time.
+        record[name] = _array(value.detach().cpu().contiguous().numpy())
+    return record
 
 
 def read_arrays(content: RecordDict, name: str) -> dict[str, Tensor]:
@@ -49,7 +53,7 @@ def _array(numbers: NDArray[Any]) -> Array:
     name = PLAIN.get(numbers.dtype)
     if name is None:
         return Array(numbers)
-    data = b"".join((_header(numbers.dtype.str, numbers.shape), numbers.tobytes()))
+    data = b"".join((_header(numbers.dtype.str, numbers.shape), numbers.data))
     return Array(name, tuple(numbers.shape), "numpy.ndarray", data)
 
 
@@ -125,7 +129,7 @@ def read_scalar(record: ConfigRecord | MetricRecord, key: str, kind: type[V]) ->
 def read_list(record: ConfigRecord | MetricRecord, key: str, kind: type[V], length: int | None = None) -> list[V]:
     """Returns a list of values of one type and, where given, of one length."""
     values: Any = record.get(key)
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
         raise MessageError(f'"{key}" is not a list of {kind.__name__}')
     if length is not None and len(values) != length:
         raise MessageError(f'"{key}" has {len(values)} values and not {length}')

@@ -141,38 +141,3 @@ def test_whole_numbers_are_not_joined() -> None:
     numbers = torch.ones(2, 3, 3, dtype=torch.int64)
     found = targets(graph_of(lambda x: [torch.bmm(x, x) + x], numbers))
     assert torch.ops.aten.baddbmm.default not in found
-
-
-def test_bindings_are_the_same_operations() -> None:
-    aten, one, two = torch.ops.aten, torch.rand(2, 3, 3), torch.rand(2, 3, 3)
-    row, column, wide = one[0], two[0], one.expand(2, 3, 3)
-    arguments = {
-        aten.addmm.default: (row, row, column),
-        aten.addmm.out: (row, row, column),
-        aten.baddbmm.default: (one, one, two),
-        aten.baddbmm_.default: (one, one, two),
-        aten.bmm.default: (one, two),
-        aten.mm.default: (row, column),
-        aten.relu.default: (one - two,),
-        aten.relu_.default: (one - two,),
-        aten._softmax.default: (one, -1, False),
-        aten._log_softmax.default: (one, 1, False),
-        aten._softmax_backward_data.default: (one, two, -1, torch.float32),
-        aten.permute.default: (one, [2, 0, 1]),
-        aten.t.default: (row,),
-        aten.transpose.int: (one, 1, 2),
-        aten.view.default: (one, [6, 3]),
-        aten.expand.default: (row, [4, 3, 3]),
-        aten.unsqueeze.default: (one, -1),
-        aten.squeeze.dim: (one[:1], 0),
-        aten.sum.dim_IntList: (wide, [1], True),
-        **{getattr(aten, name).Tensor: (one, two) for name in ("add", "sub", "mul", "div", "add_", "sub_", "mul_")},
-    }
-    assert arguments.keys() == tightening.BINDINGS.keys()
-    for operation, own in arguments.items():
-        by_binding, as_it_is = ([value.clone() if isinstance(value, Tensor) else value for value in own] for _ in "ab")
-        out = {"out": torch.empty(3, 3)} if operation is aten.addmm.out else {}
-        result = tightening.BINDINGS[operation](*by_binding, **out)
-        assert torch.equal(result, operation(*as_it_is, **out)), operation
-        pairs = zip(by_binding, as_it_is, strict=True)
-        assert all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)), operation
