@@ -27,6 +27,7 @@ from fedmeta.data import (
     group_by_size,
     load,
     load_site,
+    pairs_of,
     split,
     standardised,
     train_sums,
@@ -42,6 +43,10 @@ Sites = NDArray[np.int64]
 
 GROUP_ROWS = 1 << 14
 """How many padded rows an evaluation gathers at once."""
+
+
+LINEAR = ("logistic", "mlp")
+"""Models whose first layer is a linear one on the whole row."""
 
 
 class UnknownSiteError(FedmetaError):
@@ -125,11 +130,13 @@ class Node:
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
         dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
-        population = self.population
+        population, pairs = self.population, None
         # Several nodes that host a share each would have a copy of all rows in every process.
         if episodes.support.turns is None and len(self.hosted) == len(population):
             population, scale = standardised(population, scale, dtype)
-        return gather(population, episodes, scale, codes, dtype).to(self.experiment.runtime.device)
+            if self.experiment.model.name in LINEAR:
+                pairs = pairs_of(population, scale, dtype)
+        return gather(population, episodes, scale, codes, dtype, pairs).to(self.experiment.runtime.device)
 
 
 def node_of(context: Context) -> Node:
@@ -189,6 +196,7 @@ def forget_changed(data: Data) -> None:
         _population.cache_clear()
         _share_node.cache_clear()
         standardised.cache_clear()
+        pairs_of.cache_clear()
 
 
 _stamps: dict[str, tuple[tuple[str, int, int, int], ...]] = {}

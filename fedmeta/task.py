@@ -1,6 +1,7 @@
 """Tasks: what a site adapts on, and what judges it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,16 +23,27 @@ class Task(NamedTuple):
     query: Rows
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """The tasks of many sites, padded to one length and stacked along a leading site axis.
+
+    Iterates over support and query.
 
     Attributes:
         support: x [sites, n, *shape], y [sites, n], mask [sites, n].
         query: The same with its own n.
+        pairs: The inner products of each site's rows x with each other, support before query, [sites, N, N] with N the
+            rows of both; None where they are not known beforehand.
     """
 
     support: Rows
     query: Rows
+    pairs: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Yields the support rows and the query rows."""
+        yield self.support
+        yield self.query
 
     @property
     def sites(self) -> int:
@@ -44,13 +56,21 @@ class Batch(NamedTuple):
 
     def to(self, device: str) -> "Batch":
         """Returns the batch on a device ("cpu" or "cuda")."""
-        return Batch(*(tuple(tensor.to(device) for tensor in rows) for rows in self))
+        pairs = None if self.pairs is None else self.pairs.to(device)
+        return replace(self.map(lambda rows: tuple(tensor.to(device) for tensor in rows)), pairs=pairs)
 
     def chunk(self, start: int, stop: int) -> "Batch":
         """Returns the sites `start` to `stop` (exclusive) as views."""
-        return Batch(
-            tuple(tensor[start:stop] for tensor in self.support), tuple(tensor[start:stop] for tensor in self.query)
-        )
+        return self.take(slice(start, stop))
+
+    def take(self, sites: slice | Tensor) -> "Batch":
+        """Returns some sites: as views of a slice, as copies for numbers."""
+        pairs = None if self.pairs is None else self.pairs[sites]
+        return replace(self.map(lambda rows: tuple(tensor[sites] for tensor in rows)), pairs=pairs)
+
+    def map(self, change: Callable[[Rows], Rows]) -> "Batch":
+        """Returns a batch of changed support and query rows, of which no `pairs` are known."""
+        return Batch(change(self.support), change(self.query))
 
 
 def rows_mask(rows: Rows) -> Tensor:

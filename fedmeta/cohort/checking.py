@@ -20,7 +20,7 @@ WeightedSum = Callable[[Learner, Mapping[str, Tensor], Batch, Tensor], Mapping[s
 
 def few_rows(batch: Batch) -> Batch:
     """Returns two sites with a few rows each."""
-    return Batch(*(tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in part) for part in batch))
+    return batch.map(lambda rows: tuple(tensor[[0, -1], :CHECKED_ROWS] for tensor in rows))
 
 
 def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_sum: WeightedSum) -> None:
@@ -30,7 +30,7 @@ def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_su
         MisfitError: They differ: the model does something that was not seen.
     """
     state = double(state)
-    few = Batch(*((x.double().nan_to_num() if x.is_floating_point() else x, y, mask) for x, y, mask in few))
+    few = few.map(lambda rows: (rows[0].double().nan_to_num() if rows[0].is_floating_point() else rows[0], *rows[1:]))
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.support[2].device)
     expected = loop.meta_gradients(learner, state, few, weights).total
     gradient = weighted_sum(learner, state, few, weights)

@@ -64,7 +64,7 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     while start < batch.sites:
         stop = next((i for i in range(start, batch.sites) if ranked[i] < EVEN * ranked[start]), batch.sites)
         for sites in torch.split(order[start:stop].sort().values, size):
-            yield sites, Batch(*(_cut(tuple(tensor[sites] for tensor in rows)) for rows in batch))
+            yield sites, batch.take(sites).map(_cut)
         start = stop
 
 

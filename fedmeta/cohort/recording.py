@@ -113,32 +113,38 @@ def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[T
     graph.output(tuple(recorder.node(value) for value in outputs))
     graph.eliminate_dead_code()
     tighten(graph)
-    lines = fx.GraphModule(recorder.constants, graph)
-    run = _without_python(lines, inputs) or lines.forward
+    run = _without_python(fx.GraphModule(recorder.constants, graph), inputs)
 
     def replay(*inputs: Tensor) -> list[Tensor]:
         # Quicker by what each operation does for differentiation; what it makes cannot be differentiated, a copy can.
-        # What TorchScript would optimise is so already, and its ways of adding up have other last bits.
-        with torch.inference_mode(), torch.jit.optimized_execution(False):
-            values: tuple[Tensor, ...] = run(*inputs)
+        with torch.inference_mode():
+            values = run(*inputs)
         return [value.clone() for value in values]
 
     return replay
 
 
-def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
-    """Returns straight-line code as TorchScript, or None where torch cannot.
+def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Returns straight-line code as TorchScript; where torch cannot make it that, as it is.
 
     Between two operations Python takes as long as a small one of them does. Torch recommends its compiler in place of
     TorchScript, but that needs one for C++, and half a minute.
     """
+    script: Any = torch.jit
     try:
-        with warnings.catch_warnings(), torch.inference_mode(), torch.jit.optimized_execution(False):
+        with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
-            run: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(lines, tuple(inputs), check_trace=False).forward
-        return run
+            traced = script.trace(lines, tuple(inputs), check_trace=False).forward
     except Exception:  # whatever an operation that it does not know makes it raise
-        return None
+        return lines.forward
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        # What TorchScript would make quicker is so already, and other ways of adding up have other last bits.
+        with script.optimized_execution(False):
+            values: tuple[Tensor, ...] = traced(*inputs)
+        return values
+
+    return run
 
 
 def _faithful(

@@ -24,6 +24,8 @@ class CohortRows:
         kept: What does not change between inner steps, by the place of the call that computes it.
         beside: Other rows of the same sites that will be computed too: a shared weight may serve both at once.
         tasks: Where these are support rows and the query rows are `beside` them: both, by site.
+        pairs: x x^T of each site's rows [sites, n, n], or of both its rows where others are `beside` these; None where
+            that is not known beforehand.
     """
 
     x: Tensor
@@ -33,21 +35,24 @@ class CohortRows:
     kept: dict[object, Tensor] = field(default_factory=dict)
     beside: CohortRows | None = None
     tasks: Batch | None = None
+    pairs: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Rows, dtype: torch.dtype) -> CohortRows:
+    def of(cls, rows: Rows, dtype: torch.dtype, pairs: Tensor | None = None) -> CohortRows:
         """Returns x [sites, n, *shape], y [sites, n] and mask [sites, n] as one batch, x in the model's own type."""
         x, y, mask = rows
         if x.is_floating_point():
             x = x.to(dtype)
         mask = mask.to(dtype)
         known = mask if y.is_floating_point() else mask * (y >= 0)
-        return cls(x.flatten(0, 1), y.flatten(0, 1), _shares(mask), _shares(known))
+        # Of rows in another type they are less exact than what is computed.
+        pairs = pairs if pairs is not None and pairs.dtype == dtype else None
+        return cls(x.flatten(0, 1), y.flatten(0, 1), _shares(mask), _shares(known), pairs=pairs)
 
     @classmethod
     def both(cls, batch: Batch, dtype: torch.dtype) -> tuple[CohortRows, CohortRows]:
         """Returns the support rows, which know of the query rows beside them, and the query rows."""
-        support, query = (cls.of(rows, dtype) for rows in batch)
+        support, query = cls.of(batch.support, dtype, batch.pairs), cls.of(batch.query, dtype)
         support.beside, support.tasks = query, batch
         return support, query
 

@@ -137,6 +137,10 @@ class SiteModels(TorchFunctionMode):
         """Whether a call is on the rows themselves, and others of the same sites will be computed too."""
         return self.rows.beside is not None and call.fixed and not self.adaptation.by_site and _same(x, self.rows.x)
 
+    def _whole(self, inputs: Tensor) -> bool:
+        """Whether a call's inputs are all rows that inner products are known of."""
+        return self.rows.beside is None and _same(inputs, self.rows.x)
+
     def _keep_first(self, place: int, call: Call, first: int, weight: Tensor, bias: Tensor | None) -> None:
         """Keeps A W + b of the rows, `first` a site, and of those beside them.
 
@@ -157,7 +161,10 @@ class SiteModels(TorchFunctionMode):
         if (place, source) in kept:
             return kept[place, source]
         both = kept.get((place, "both")) if source == place else None
-        pairs = products(inputs, others if both is None else both)
+        # For `both` these are the rows themselves.
+        known = self.rows.pairs if both is not None or (source == place and self._whole(inputs)) else None
+        wanted = others if both is None else both
+        pairs = products(inputs, wanted) if known is None else known[:, : inputs.shape[1]]
         if calls[place].bias in self.forms.absorbed:
             pairs = pairs + 1
         if both is not None and self.rows.beside is not None:

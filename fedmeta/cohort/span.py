@@ -133,8 +133,7 @@ def _finite_sum(
     else:
         parts = [finite.nonzero().flatten()] if bool(finite.any()) else []
     for part in parts:
-        own = Batch(*(tuple(tensor[part] for tensor in rows) for rows in batch))
-        added, _, good = _finite_sum(learner, meta_state, own, weights[part])
+        added, _, good = _finite_sum(learner, meta_state, batch.take(part), weights[part])
         nothing = {name: value + added[name] for name, value in nothing.items()}
         finite[part] = good
     return nothing, losses, finite
@@ -151,10 +150,11 @@ def _replayed_sum(
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         state, own = dict(zip(meta_state, tensors, strict=False)), tensors[len(meta_state) :]
-        gradient, losses = _weighted_sum(learner, state, Batch(own[:3], own[3:6]), own[6])
+        gradient, losses = _weighted_sum(learner, state, Batch(own[:3], own[3:6], *own[7:]), own[6])
         return [*(gradient[name] for name in meta_state), losses]
 
     inputs = [*meta_state.values(), *batch.support, *batch.query, weights]
+    inputs += [] if batch.pairs is None else [batch.pairs]
     *gradient, losses = replayed(learner.network, (learner, adjacent(*batch), *meta_state), compute, inputs)
     return dict(zip(meta_state, gradient, strict=True)), losses
 
@@ -227,7 +227,8 @@ def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
     steps = learner.inner_steps if sends else learner.evaluation_steps()
     rates = _all_rates(learner, meta_state, steps)
     adaptation = _adaptation(learner, leaves(meta_state), batch, rows, rates, exact=False)
-    own, query = CohortRows.of(rows, _dtype(meta_state)), CohortRows.of(batch.query, _dtype(meta_state))
+    own = CohortRows.of(rows, _dtype(meta_state), batch.pairs if sends else None)
+    query = CohortRows.of(batch.query, _dtype(meta_state))
     for step in rates:
         adaptation.step(own, step)
     with torch.no_grad():

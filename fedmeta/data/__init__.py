@@ -15,6 +15,7 @@ from typing import Any
 from fedmeta.data.batches import gather, gather_rows, standardised
 from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
+from fedmeta.data.pairs import Pairs, pairs_of
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
@@ -71,6 +72,7 @@ __all__ = [
     "Episodes",
     "FeatureSums",
     "Padded",
+    "Pairs",
     "Population",
     "Ragged",
     "Split",
@@ -88,6 +90,7 @@ __all__ = [
     "load",
     "load_site",
     "order_classes",
+    "pairs_of",
     "split",
     "standardisation",
     "standardised",

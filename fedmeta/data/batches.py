@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.data.episodes import Episodes, Padded, beside
+from fedmeta.data.pairs import Pairs
 from fedmeta.data.population import ArrayPopulation, Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.sums import Standardisation
@@ -29,6 +30,7 @@ def gather(
     standardisation: Standardisation,
     codes: IntArray,
     dtype: torch.dtype = torch.float32,
+    pairs: Pairs | None = None,
 ) -> Batch:
     """Returns a cohort's episodes as one batch of tensors on the processor.
 
@@ -43,11 +45,14 @@ def gather(
         standardisation: The run's.
         codes: The run's code of each of the population's classes, -1 = none (`class_codes`); empty for regression.
         dtype: The type of features, of regression targets and of the mask.
+        pairs: The inner products of the population's rows, where they are known; a batch of training has its own.
     """
     if not episodes.scored:
-        rows = gather_rows(population, beside(*episodes[:2]), standardisation, codes, dtype)
+        together = beside(*episodes[:2])
+        rows = gather_rows(population, together, standardisation, codes, dtype)
         first = episodes.support.rows.shape[1]
-        return Batch(tuple(tensor[:, :first] for tensor in rows), tuple(tensor[:, first:] for tensor in rows))
+        parts = (tuple(tensor[:, :first] for tensor in rows), tuple(tensor[:, first:] for tensor in rows))
+        return Batch(*parts, None if pairs is None else pairs.of(together.rows, together.mask))
     support = gather_rows(population, episodes.support, standardisation, codes, dtype, scored=False)
     return Batch(support, gather_rows(population, episodes.query, standardisation, codes, dtype, episodes.scored))
 

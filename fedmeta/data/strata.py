@@ -53,7 +53,8 @@ def _by_class(within: NDArray[Any], labels: NDArray[Any], owners: IntArray) -> I
     if not small or within.dtype != np.uint64 or labels.dtype.kind != "i" or labels.min(initial=0) < 0:
         return np.lexsort((within, labels, owners))
     groups = (owners * classes + labels).astype(np.uint64)
-    return ((groups << np.uint64(48)) + (within >> np.uint64(16))).argsort(kind="stable")
+    order: IntArray = ((groups << np.uint64(48)) + (within >> np.uint64(16))).argsort(kind="stable")
+    return order
 
 
 def first_rows(labels: NDArray[Any], owners: IntArray) -> IntArray:

@@ -10,8 +10,9 @@ from ray import cloudpickle
 
 from clients import app as module
 from clients.app import CODES, app
+from clients.node import node_of
 from fedmeta.assembly import learner_of
-from fedmeta.data import FeatureSums, standardisation, standardised
+from fedmeta.data import FeatureSums, Standardisation, pairs, pairs_of, standardisation, standardised
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -119,6 +120,20 @@ def test_a_node_that_hosts_a_share_keeps_no_copy_of_all_rows(tmp_path: Path) -> 
         content = ask(SeveralNodes(app, experiment, nodes), TRAIN, request(experiment, ("site-02",)).pack())
         assert failure(content) is None
         assert standardised.cache_info().currsize == kept
+
+
+def test_a_node_that_hosts_all_sites_knows_their_rows_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "WIDE", 64)
+    known = {}
+    for model in ("mlp", "logistic", "cnn"):
+        for nodes in (1, 2):
+            pairs_of.cache_clear()
+            grid = SeveralNodes(app, digits(tmp_path, f"model.name={model}"), nodes)
+            node = node_of(next(iter(grid.contexts.values())))
+            scale = Standardisation(np.ones(1, np.float32), np.full(1, 2, np.float32))
+            batch = node.training_batch(node.hosted[:2], 1, scale, node.population.class_names)
+            known[model, nodes] = batch.pairs is not None
+    assert known == {(model, nodes): nodes == 1 and model != "cnn" for model, nodes in known}
 
 
 def test_scores_start_before_adaptation_and_end_after_it(tmp_path: Path) -> None:

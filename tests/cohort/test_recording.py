@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fedmeta import cohort, models
 from fedmeta.cohort import recording, rules, span
@@ -107,6 +107,32 @@ def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
     for gradient, _, figures in found[1:]:
         assert all(torch.equal(gradient[key], found[0][0][key]) for key in own)
         assert torch.equal(figures["query_loss"], found[0][2]["query_loss"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_replays_run_without_python_and_give_the_same_bits_with_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = build("maml", MODELS[model](), inner_steps=2)
+    batch = tasks(RAGGED, () if model == "transformer" else (20,), torch.float32, tokens=model == "transformer")
+    own, made, without_python = state(learner, torch.float32), [], recording._without_python
+
+    def seen(lines: fx.GraphModule, inputs: Any) -> Any:
+        made.append(lines)
+        return without_python(lines, inputs)
+
+    def replay() -> list[Tensor]:
+        for _ in range(SIGHTS + 1):
+            gradient = cohort.meta_gradients(learner, own, batch, "span")[0]
+        return list(gradient.values())
+
+    monkeypatch.setattr(recording, "_without_python", seen)
+    replay()
+    monkeypatch.setattr(made[0], "forward", None)
+    found = replay()
+    recording._known[learner.network].clear()
+    monkeypatch.setattr(torch.jit, "trace", None)
+    expected = replay()
+    assert len(made) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
