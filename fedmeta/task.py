@@ -32,8 +32,8 @@ class Batch:
     Attributes:
         support: x [sites, n, *shape], y [sites, n], mask [sites, n].
         query: The same with its own n.
-        pairs: The inner products of each site's rows x with each other, support before query, [sites, N, N] with N the
-            rows of both; None where they are not known beforehand.
+        pairs: The Gram matrix x x^T of each site's rows, support before query, [sites, N, N] with N the rows of both;
+            None where it is not known beforehand.
     """
 
     support: Rows

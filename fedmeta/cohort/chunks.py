@@ -52,12 +52,13 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     Sites stay in order where they have about as many rows. Where padding would take much of the work, they are grouped
     by their rows, and each group is cut to its longest site.
     """
-    if _even(batch):
-        everyone = torch.arange(batch.sites, device=batch.support[2].device)
+    lengths = _lengths(batch.support) + _lengths(batch.query)
+    longest = batch.support[0].shape[1] + batch.query[0].shape[1]
+    if batch.sites == 0 or float(lengths.double().mean()) >= EVEN * longest:
+        everyone = torch.arange(batch.sites, device=lengths.device)
         for start in range(0, batch.sites, size):
             yield everyone[start : start + size], batch.chunk(start, start + size)
         return
-    lengths = _lengths(batch.support) + _lengths(batch.query)
     order = lengths.argsort(descending=True, stable=True)
     ranked = lengths[order].tolist()
     start = 0
@@ -68,19 +69,12 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
         start = stop
 
 
-def _even(batch: Batch) -> bool:
-    """Whether the sites have about as many rows each, so that little of the work is on padding."""
-    # The common case first: no site's last rows are padding.
-    if all(bool((mask[:, -1:] > 0).all()) for _, _, mask in batch):
-        return True
-    lengths = _lengths(batch.support) + _lengths(batch.query)
-    longest = batch.support[0].shape[1] + batch.query[0].shape[1]
-    return float(lengths.double().mean()) >= EVEN * longest
-
-
 def _lengths(rows: Rows) -> Tensor:
     """Returns where each site's last row ends [sites]."""
     mask = rows[2]
+    # The common case first, which is sooner seen than counted.
+    if bool((mask[:, -1:] > 0).all()):
+        return torch.full(mask.shape[:1], mask.shape[1], device=mask.device)
     return ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 

@@ -1,4 +1,4 @@
-"""Inner products of each site's rows with each other: all that a wide linear layer's adaptation needs to know of them.
+"""Gram matrices of the sites' rows, x x^T: all that a wide linear layer's adaptation needs to know of the rows.
 
 They are the same in every round; see `fedmeta.cohort.span`, where they are a A^T.
 """
@@ -19,12 +19,12 @@ AT_ONCE = 1 << 26
 """Bytes of products up to which they are kept."""
 
 WIDE = 256
-"""The numbers of a row from which on its products are sooner looked up than computed."""
+"""How many numbers a row has at the least for its products to be looked up: below, they are as soon computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """The inner products of each site's rows.
+    """The inner products of each site's rows with each other: their Gram matrices.
 
     Attributes:
         products: Each row's with those of its site, in the site's own order [rows, longest].
