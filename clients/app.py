@@ -11,21 +11,21 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.judging import Judge, judge_sites
+from clients.evaluation import Evaluator, evaluate_sites
+from clients.local_state import LocalStateStore, StorageError
 from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
-from clients.personal import Shelf, StorageError
-from fedmeta import cohort
-from fedmeta.allocation import keep_freed_memory
-from fedmeta.cohort.personal import stack_personal, train_personal
+from fedmeta import engines
+from fedmeta.allocation import tune_glibc_malloc
+from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EngineReply,
     MessageError,
+    RoundRequest,
     SitesReply,
     SumsReply,
     SumsRequest,
     TrainReply,
-    WorkRequest,
     pack_failure,
 )
 
@@ -45,7 +45,7 @@ CODES: dict[type[BaseException], str] = {
 """Which code a node replies with for which error; the first that fits."""
 
 
-def guarded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+def error_coded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable[[Message, Context], Message]:
     """Returns a handler that turns every error into a code: an error's text, which may hold data, stays in the log."""
 
     # Under the name by which it is imported: Ray then sends that name to its workers, and not the handler's code.
@@ -63,7 +63,7 @@ def guarded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable[[Me
 
 
 @app.query("sites")
-@guarded
+@error_coded
 def sites(content: RecordDict, context: Context) -> RecordDict:
     """Says which sites are here, how many rows they have, and what their rows look like."""
     node = node_of(context)
@@ -81,7 +81,7 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 
 
 @app.query("sums")
-@guarded
+@error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the feature sums of training sites."""
     node = node_of(context)
@@ -90,24 +90,24 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 
 
 @app.query("engine")
-@guarded
+@error_coded
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
-    node, request = node_of(context), WorkRequest.unpack(content)
+    node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
-    chosen, seconds = cohort.trial(learner, meta_state, batch)
+    chosen, seconds = engines.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
 
 
 @app.train()
-@guarded
+@error_coded
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
-    node, request = node_of(context), WorkRequest.unpack(content)
+    node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
@@ -115,7 +115,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
-        kept = Shelf.of(context, node.experiment, request)
+        kept = LocalStateStore.of(context, node.experiment, request)
         gradient, weight, metrics, own = train_personal(
             learner,
             meta_state,
@@ -127,13 +127,13 @@ def train(content: RecordDict, context: Context) -> RecordDict:
         )
         kept.write(own)
     else:
-        gradient, weight, metrics = cohort.meta_gradients(
+        gradient, weight, metrics = engines.meta_gradients(
             learner,
             meta_state,
             batch,
             request.engine,
             weights=weights,
-            budget=request.budget or cohort.BUDGET,
+            budget=request.budget or engines.BUDGET,
             rounded=request.per_site,
             clip_norm=clip_norm,
             per_site=request.per_site,
@@ -148,17 +148,17 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 
 
 @app.evaluate()
-@guarded
+@error_coded
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
-    node, request = node_of(context), WorkRequest.unpack(content)
+    node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.reference
-    kept = Shelf.of(context, node.experiment, request).read(after_round=True) if keeps else None
-    return judge_sites(node, here, request, Judge.of(learner, meta_state, request), scale, kept).pack()
+    kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
+    return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
 
 
 def memory_budget(gib: float, device: str = "cpu") -> int:
@@ -175,6 +175,6 @@ def memory_budget(gib: float, device: str = "cpu") -> int:
 
 
 def _use_machine(threads: int) -> None:
-    keep_freed_memory()
+    tune_glibc_malloc()
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

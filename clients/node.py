@@ -13,7 +13,7 @@ from flwr.app import Context
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.assembly import learner_of
+from fedmeta.build import learner_of
 from fedmeta.data import (
     Episodes,
     FeatureSums,
@@ -24,10 +24,10 @@ from fedmeta.data import (
     evaluation_episodes,
     evaluation_tasks,
     gather,
+    gram_matrices,
     group_by_size,
     load,
     load_site,
-    pairs_of,
     split,
     standardised,
     train_sums,
@@ -135,7 +135,7 @@ class Node:
         if episodes.support.turns is None and len(self.hosted) == len(population):
             population, scale = standardised(population, scale, dtype)
             if self.experiment.model.name in LINEAR:
-                pairs = pairs_of(population, scale, dtype)
+                pairs = gram_matrices(population, scale, dtype)
         return gather(population, episodes, scale, codes, dtype, pairs).to(self.experiment.runtime.device)
 
 
@@ -153,7 +153,7 @@ def node_of(context: Context) -> Node:
     config = context.node_config
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
-    return _share_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
+    return _partition_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
 
 
 def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
@@ -185,7 +185,7 @@ def _experiment(text: str) -> Experiment:
     return Experiment.from_toml(text, origin="run config: experiment")
 
 
-def forget_changed(data: Data) -> None:
+def invalidate_stale_caches(data: Data) -> None:
     """Lets what was read of an experiment's data go where its files have changed since: a new run reads them anew."""
     path = Path(data.path).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if data.path and path.exists() else []
@@ -194,9 +194,9 @@ def forget_changed(data: Data) -> None:
     if _stamps.setdefault(data.path, stamp) != stamp:
         _stamps[data.path] = stamp
         _population.cache_clear()
-        _share_node.cache_clear()
+        _partition_node.cache_clear()
         standardised.cache_clear()
-        pairs_of.cache_clear()
+        gram_matrices.cache_clear()
 
 
 _stamps: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
@@ -212,7 +212,7 @@ def _population(data: Data) -> Population:
 
 
 @lru_cache(maxsize=8)
-def _share_node(experiment: Experiment, partition: int, partitions: int) -> Node:
+def _partition_node(experiment: Experiment, partition: int, partitions: int) -> Node:
     population = _population(experiment.data)
     hosted = np.arange(partition, len(population), partitions)
     return Node(experiment, population, split(population, experiment.data, experiment.runtime.seed), hosted)

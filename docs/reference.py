@@ -14,8 +14,8 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 
 import fedmeta
-from fedmeta import cohort, comparison, learners, messages
-from fedmeta.messages import EngineReply, EvaluateReply, SitesReply, SumsReply, SumsRequest, TrainReply, WorkRequest
+from fedmeta import comparison, engines, learners, messages
+from fedmeta.messages import EngineReply, EvaluateReply, RoundRequest, SitesReply, SumsReply, SumsRequest, TrainReply
 
 FOLDER = Path(__file__).parent
 LONGEST_LINE = 100
@@ -24,7 +24,7 @@ BY_HAND = "Made by `python docs/reference.py` from docstrings; do not edit."
 API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta", (fedmeta.load_experiment, fedmeta.Experiment, fedmeta.run, fedmeta.Result, fedmeta.Task)),
     ("fedmeta.learners", (learners.build, learners.Learner)),
-    ("fedmeta.cohort", (cohort.meta_gradients,)),
+    ("fedmeta.engines", (engines.meta_gradients,)),
     ("fedmeta.comparison", (comparison.compare, comparison.Comparison, comparison.write)),
 )
 """The modules that a program uses, and what of them."""
@@ -40,8 +40,8 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
     ),
     (messages.QUERY_SUMS, "server to node", SumsRequest(NAMES)),
     (messages.QUERY_SUMS, "node to server", SumsReply(np.zeros(2), np.zeros(2), np.zeros(2))),
-    (messages.QUERY_ENGINE, "node to server", EngineReply("span", 1 << 30, {"loop": 0.02, "span": 0.01})),
-    (f"{messages.TRAIN}, {messages.EVALUATE}", "server to node", WorkRequest(THETA, 1, ("0", "1"), NAMES, "maml")),
+    (messages.QUERY_ENGINE, "node to server", EngineReply("lowrank", 1 << 30, {"loop": 0.02, "lowrank": 0.01})),
+    (f"{messages.TRAIN}, {messages.EVALUATE}", "server to node", RoundRequest(THETA, 1, ("0", "1"), NAMES, "maml")),
     (messages.TRAIN, "node to server", TrainReply(THETA, 2.0, NAMES, np.zeros(2), np.ones(2, dtype=bool))),
     (
         messages.EVALUATE,

@@ -32,10 +32,10 @@ from scipy.special import betainc, betaln
 
 import fedmeta
 from fedmeta import checkpoint, data
+from fedmeta.adapt.estimate import judge
+from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import accuracy
-from fedmeta.adapt.judging import judge
 from fedmeta.adapt.model import SiteModel
-from fedmeta.adapt.start import Start
 from fedmeta.experiment import Experiment, load_experiment
 
 HERE = Path(__file__).parent
@@ -44,17 +44,17 @@ FEWEST_TEST_ROWS = 20
 SIMULATIONS = 200
 
 
-def trained(file: str, folder: Path, earlier: str) -> tuple[Start, checkpoint.Checkpoint]:
+def trained(file: str, folder: Path, earlier: str) -> tuple[MetaModel, checkpoint.Checkpoint]:
     """Returns what a run of an experiment hands on: of an earlier one's folder, or of a new one."""
     if earlier:
         found = checkpoint.newest(Path(earlier))[0]
     else:
         overrides = ["tracking.uri=none", f"tracking.folder={folder}", "evaluation.every=0"]
         found = checkpoint.newest(fedmeta.run(load_experiment(HERE / file, overrides)).folder)[0]
-    return Start.of(found), found
+    return MetaModel.of(found), found
 
 
-def judged(start: Start, run: checkpoint.Checkpoint, rows: int) -> dict[str, NDArray[np.float64]]:
+def judged(start: MetaModel, run: checkpoint.Checkpoint, rows: int) -> dict[str, NDArray[np.float64]]:
     """Returns, per new site, the estimate with its interval and the accuracy on the site's other rows."""
     population = data.load(Experiment.from_toml(run.experiment).data)
     model = SiteModel.of(start, start.learner.theta(start.state))
@@ -127,7 +127,7 @@ def ideal(a: float, b: float, tests: NDArray[np.float64], rows: int) -> float:
     return float(np.mean(shares))
 
 
-def cold(start: Start, run: checkpoint.Checkpoint, folder: Path) -> dict[str, float]:
+def cold(start: MetaModel, run: checkpoint.Checkpoint, folder: Path) -> dict[str, float]:
     """Returns how long `fedmeta adapt` takes, from a new process on, for a new person's 40 rows; and what it found."""
     experiment = Experiment.from_toml(run.experiment)
     population = data.load(experiment.data)
@@ -136,8 +136,8 @@ def cold(start: Start, run: checkpoint.Checkpoint, folder: Path) -> dict[str, fl
     names = {"class_names": np.array(population.class_names), "feature_names": np.array(population.feature_names)}
     for name, rows in (("mine", first[np.linspace(0, len(first) - 1, 40).astype(int)]), ("later", later)):
         np.savez(folder / f"{name}.npz", x=population.features(rows).numpy(), y=population.labels(rows), **names)
-    start.write(folder / "start.safetensors")
-    command = [sys.executable, "-m", "fedmeta", "adapt", str(folder / "start.safetensors"), "--json"]
+    start.write(folder / "meta_model.safetensors")
+    command = [sys.executable, "-m", "fedmeta", "adapt", str(folder / "meta_model.safetensors"), "--json"]
     command += ["--data", str(folder / "mine.npz"), "--test", str(folder / "later.npz"), "--out", str(folder / "out")]
     before, started = os.times(), time.perf_counter()
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

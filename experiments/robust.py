@@ -25,10 +25,10 @@ from clients.app import app
 from clients.node import node_of
 from fedmeta import Experiment, load_experiment
 from fedmeta.errors import FedmetaError
-from fedmeta.messages import TRAIN, TrainReply, WorkRequest
-from fedmeta.progress import silent
+from fedmeta.messages import TRAIN, RoundRequest, TrainReply
+from fedmeta.progress import ignore_progress
 from fedmeta.runtime.local import LocalGrid
-from server import rounds
+from server import training_loop
 
 HERE = Path(__file__).parent
 SHARE, STRENGTH = 0.2, -10.0
@@ -49,7 +49,7 @@ class Attack:
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answers as the app does, but for the gradients of false sites."""
-        request = WorkRequest.unpack(message.content) if message.metadata.message_type == TRAIN else None
+        request = RoundRequest.unpack(message.content) if message.metadata.message_type == TRAIN else None
         asked = set(request.names) & self.false if request else set()
         reply = app(message, context)
         if request is None or not asked:
@@ -78,12 +78,12 @@ def accuracy(experiment: Experiment, attacked: bool) -> tuple[float, float]:
     client: Any = Attack(false, STRENGTH)
     grid = LocalGrid(client, experiment)
     if attacked:
-        training = rounds.Roll(grid, experiment).federation
+        training = training_loop.Membership(grid, experiment).federation
         names = [training.names[site] for site in training.training]
         draw = np.random.default_rng(experiment.runtime.seed)
         false |= set(draw.choice(names, math.ceil(SHARE * len(names)), replace=False).tolist())
     node_of(grid.context)
-    summary = rounds.run(grid, experiment, silent).summary
+    summary = training_loop.run(grid, experiment, ignore_progress).summary
     return summary["new_sites"]["personalized"]["mean"], summary["new_sites"]["global"]["mean"]
 
 

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from fedmeta import comparison, watching
+from fedmeta import comparison
+from fedmeta.cli import live
 from fedmeta.experiment import load_experiment
 from fedmeta.report import write
 from fedmeta.tracking.opening import open_client
@@ -46,7 +47,7 @@ def compared(folder: Path) -> tuple[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"tracking.uri={uri}", f"tracking.folder={folder}/fedmeta-runs", "evaluation.every=20"]
     experiment = load_experiment(ROOT / "experiments" / "digits.toml", overrides)
-    with watching.several(experiment) as report:
+    with live.several(experiment) as report:
         found = comparison.compare(experiment, list(LEARNERS), SEEDS, report=report)
     return uri, found.folder
 

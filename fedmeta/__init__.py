@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmeta import cohort, learners
+    from fedmeta import engines, learners
     from fedmeta.experiment import Experiment, load_experiment
     from fedmeta.runtime import Result, run
     from fedmeta.task import Task

@@ -19,7 +19,7 @@ _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNAB
 
 
 @cache
-def keep_freed_memory() -> bool:
+def tune_glibc_malloc() -> bool:
     """Has glibc keep freed memory for the next allocation; returns whether it will.
 
     An engine allocates and frees arrays of megabytes in every step. By default glibc maps a large array anew and gives

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from fedmeta.durable import PART, write_whole
 from fedmeta.errors import FedmetaError
-from fedmeta.tensor_file import read_tensors
+from fedmeta.files import PART, read_tensors, write_atomic
 
 FORMAT = "1"
 COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
@@ -120,7 +119,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     """
     path = folder / f"round-{checkpoint.round_number:06d}.safetensors"
     try:
-        write_whole(path, _encode(checkpoint))
+        write_atomic(path, _encode(checkpoint))
         for old in [*_files(folder)[KEPT:], *folder.glob(f"round-*{PART}")]:
             old.unlink(missing_ok=True)
     except OSError as error:

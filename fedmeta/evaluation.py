@@ -79,12 +79,12 @@ def sites_frame(
     )
 
 
-def summarise(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def summarize(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the summaries of new and of training sites in a frame of one evaluation.
 
     Returns:
         Per group n (sites that have a score), diverged (see `diverged`), global and personalized (see
-        `summarise_scores`, and "ece", the mean expected calibration error), helped (the share of sites whose
+        `summarize_scores`, and "ece", the mean expected calibration error), helped (the share of sites whose
         personalized score is at least as good as the global one; a diverged site is not helped), the mean gain, and the
         mean scores "ungated" (all take all steps) and "local" (each on its own).
     """
@@ -99,7 +99,7 @@ def _summarise_group(frame: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {"n": len(judged), "diverged": int(lost.sum())}
     for state in ("global", "personalized"):
         scores, loss, ece = (judged[f"{state}_{figure}"] for figure in (name, "loss", "ece"))
-        summary[state] = {**summarise_scores(scores, loss, worst_is_high=regression), "ece": _mean(ece)}
+        summary[state] = {**summarize_scores(scores, loss, worst_is_high=regression), "ece": _mean(ece)}
     everyone = frame[lost | frame.index.isin(judged.index)]
     summary["helped"] = _mean((everyone["gain"] >= 0) & ~lost[everyone.index])
     summary["gain"] = _mean(judged["gain"])
@@ -114,7 +114,7 @@ def _mean(values: pd.Series) -> float | None:
     return None if math.isnan(mean) else float(mean)
 
 
-def summarise_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: bool = False) -> dict[str, float | None]:
+def summarize_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: bool = False) -> dict[str, float | None]:
     """Returns mean, std (over sites, population form), worst_decile, min and mean loss of per-site scores.
 
     `worst_decile` is the mean of the worst ceil(n / 10) sites: the lowest accuracies, or the highest errors. All are

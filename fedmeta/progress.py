@@ -43,11 +43,11 @@ Report = Callable[[Progress], None]
 """Takes a run's progress as it comes."""
 
 
-def silent(progress: Progress) -> None:
+def ignore_progress(progress: Progress) -> None:
     """Takes progress and says nothing."""
 
 
-class Told:
+class FailureThrottle:
     """Keeps what fails again and again from scrolling everything else away.
 
     Args:
@@ -61,7 +61,7 @@ class Told:
         self.rounds = 0
         self.known: set[tuple[str, str]] = set()
 
-    def worth_telling(self, note: str, failed: Mapping[str, str]) -> str:
+    def filter(self, note: str, failed: Mapping[str, str]) -> str:
         """Returns the note of a round in which something failed, or "" where that has been told often enough.
 
         Args:

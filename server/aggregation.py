@@ -38,7 +38,7 @@ from fedmeta.messages import TRAIN, TrainReply
 
 Gradient = dict[str, Tensor]
 
-FEWEST: Mapping[str, tuple[str, Callable[[int], int]]] = {
+MIN_REPLIES: Mapping[str, tuple[str, Callable[[int], int]]] = {
     "mean": ("1", lambda f: 1),
     "median": ("2f + 1", lambda f: 2 * f + 1),
     "trimmed-mean": ("2f + 1", lambda f: 2 * f + 1),
@@ -62,7 +62,7 @@ STRATEGIES: Mapping[str, Callable[[int, int], FedAvg]] = {
 _MESSAGE: Any = Message
 
 
-def combine(replies: Sequence[TrainReply], settings: Server) -> Gradient | None:
+def aggregate_replies(replies: Sequence[TrainReply], settings: Server) -> Gradient | None:
     """Returns the gradient that the server steps along, in float64.
 
     Args:
@@ -75,11 +75,11 @@ def combine(replies: Sequence[TrainReply], settings: Server) -> Gradient | None:
     if settings.aggregator == "mean":
         return weighted_mean(replies)
     sites = gradients_by_site(replies)
-    false = assumed_false(settings.byzantine, len(sites))
-    if len(sites) < FEWEST[settings.aggregator][1](false):
+    false = num_byzantine(settings.byzantine, len(sites))
+    if len(sites) < MIN_REPLIES[settings.aggregator][1](false):
         return None
     if settings.mixing:
-        sites = mixed(sites, false)
+        sites = nearest_neighbor_mixing(sites, false)
     if settings.aggregator == "norm-bound":
         return norm_bounded_mean(sites, settings.norm_bound)
     return aggregate(STRATEGIES[settings.aggregator](len(sites), false), sites)
@@ -96,8 +96,8 @@ def check(settings: Server, sites: int) -> None:
         FedmetaError: It has not.
     """
     asked = min(settings.sites_per_round or sites, sites)
-    false = assumed_false(settings.byzantine, asked)
-    words, fewest = FEWEST[settings.aggregator]
+    false = num_byzantine(settings.byzantine, asked)
+    words, fewest = MIN_REPLIES[settings.aggregator]
     if asked < fewest(false):
         raise FedmetaError(
             f'[server] aggregator = "{settings.aggregator}": needs {words} = {fewest(false)} sites in a round to '
@@ -106,7 +106,7 @@ def check(settings: Server, sites: int) -> None:
         )
 
 
-def assumed_false(byzantine: float | int, sites: int) -> int:
+def num_byzantine(byzantine: float | int, sites: int) -> int:
     """Returns how many replies of a round are assumed to be false: a count, or a share of its sites, rounded up."""
     return byzantine if isinstance(byzantine, int) else math.ceil(byzantine * sites - 1e-9)
 
@@ -138,7 +138,7 @@ def gradients_by_site(replies: Sequence[TrainReply]) -> list[Gradient]:
     return [found[name] for name in sorted(found)]
 
 
-def mixed(sites: Sequence[Gradient], false: int) -> list[Gradient]:
+def nearest_neighbor_mixing(sites: Sequence[Gradient], false: int) -> list[Gradient]:
     """Returns each gradient's mean with the n - f - 1 others that are nearest to it (nearest-neighbour mixing).
 
     Source: Allouah et al. 2023, "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", Algorithm 2.

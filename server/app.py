@@ -14,9 +14,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.launch import RESUME_VARIABLE, announce, launcher_folder, reporter, write_result
 from fedmeta.runtime.deployment import print_progress, tracked
-from fedmeta.runtime.handover import RESUME_VARIABLE, announce, launcher_folder, reporter, write_result
-from server import rounds
+from server import training_loop
 
 app = ServerApp()
 
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         announce(folder)
     try:
         experiment, resume = _task(context)
-        outcome = rounds.run(grid, experiment, reporter(folder) if folder else print_progress, resume)
+        outcome = training_loop.run(grid, experiment, reporter(folder) if folder else print_progress, resume)
     except FedmetaError as error:
         print(f"fedmeta: {error}", file=sys.stderr, flush=True)
         _hand_over(folder, {"error": str(error)})

@@ -29,10 +29,10 @@ from fedmeta.messages import (
     failure,
 )
 
-NOBODY = 0
+NO_NODE = 0
 """In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
 
-ABSENT = "it was not there, or refused, when the run was gone on with"
+SITE_UNAVAILABLE = "it was not there, or refused, when the run was gone on with"
 """Why a site whose node is nobody does not answer."""
 
 _FEW = 16
@@ -45,7 +45,7 @@ class Federation:
 
     Attributes:
         names: All sites, sorted by name.
-        homes: The node that hosts each site, by Flower's unsigned 64-bit id; a site whose node is lost keeps its last
+        node_ids: The node that hosts each site, by Flower's unsigned 64-bit id; a site whose node is lost keeps its last
             one.
         train_rows: Train rows per site.
         test_rows: Test rows per site.
@@ -60,7 +60,7 @@ class Federation:
     """
 
     names: tuple[str, ...]
-    homes: NDArray[np.uint64]
+    node_ids: NDArray[np.uint64]
     train_rows: NDArray[np.int64]
     test_rows: NDArray[np.int64]
     new: NDArray[np.bool_]
@@ -105,7 +105,7 @@ class Federation:
     def by_node(self, sites: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
         """Returns the names of some sites (indices, ascending) by the node that hosts them."""
         shares: dict[int, list[str]] = {}
-        for site, home in zip(sites.tolist(), self.homes[sites].tolist(), strict=True):
+        for site, home in zip(sites.tolist(), self.node_ids[sites].tolist(), strict=True):
             shares.setdefault(home, []).append(self.names[site])
         return {node: tuple(names) for node, names in shares.items()}
 
@@ -155,7 +155,9 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
     }
 
 
-def federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None) -> Federation:
+def build_federation(
+    replies: Mapping[int, SitesReply], experiment: Experiment, earlier: Checkpoint | None
+) -> Federation:
     """Returns the federation of what nodes host, with its new sites drawn, or as a checkpoint fixed them.
 
     Raises:
@@ -177,16 +179,16 @@ def federate(replies: Mapping[int, SitesReply], experiment: Experiment, earlier:
         first.regression,
         first.tokens,
     )
-    federation = admit(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
+    federation = add_sites(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
     if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
-        if judged_on_validation_sites(experiment):
+        if uses_validation_sites(experiment):
             federation = only(federation, set(earlier.names))
         known, validation = set(earlier.names) - set(earlier.new_sites), earlier.validation_sites
         return _with_kinds(federation, [name for name in federation.names if name not in known], validation)
     new = draw_new_sites(federation.names, experiment.data.new_sites, experiment.runtime.seed)
-    if judged_on_validation_sites(experiment):
+    if uses_validation_sites(experiment):
         federation = only(federation, set(federation.names) - set(new))
         new = _split_off(federation, experiment)
     federation = _with_kinds(federation, new, ())
@@ -211,10 +213,10 @@ def _absent(replies: Mapping[int, SitesReply], earlier: Checkpoint | None) -> di
         regression=earlier.regression,
         tokens=earlier.tokens,
     )
-    return {NOBODY: absent}
+    return {NO_NODE: absent}
 
 
-def judged_on_validation_sites(experiment: Experiment) -> bool:
+def uses_validation_sites(experiment: Experiment) -> bool:
     """Returns whether validation sites stand in for the new ones."""
     return experiment.evaluation.judge == "validation_sites"
 
@@ -231,7 +233,7 @@ def only(federation: Federation, names: Set[str]) -> Federation:
     return replace(
         federation,
         names=tuple(name for name in federation.names if name in names),
-        homes=federation.homes[kept],
+        node_ids=federation.node_ids[kept],
         train_rows=federation.train_rows[kept],
         test_rows=federation.test_rows[kept],
         new=federation.new[kept],
@@ -246,7 +248,7 @@ def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence
     return replace(federation, new=masks[0], validation=masks[1])
 
 
-def admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
+def add_sites(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
     """Returns the federation with what nodes host; where two claim one site, the later one is believed."""
     everyone = [*federation.names, *(name for reply in replies.values() for name in reply.names)]
     nodes = (np.full(len(reply.names), node, dtype=np.uint64) for node, reply in replies.items())
@@ -258,7 +260,7 @@ def admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: 
     grown = replace(
         federation,
         names=names,
-        homes=np.concatenate([federation.homes, *nodes])[last],
+        node_ids=np.concatenate([federation.node_ids, *nodes])[last],
         train_rows=np.concatenate([federation.train_rows, *train])[last],
         test_rows=np.concatenate([federation.test_rows, *test])[last],
     )
@@ -268,7 +270,9 @@ def admit(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: 
     return replace(grown, new=new, validation=validation)
 
 
-def reindexed(evaluations: Sequence[Evaluation], names: tuple[str, ...], federation: Federation) -> list[Evaluation]:
+def remap_site_indices(
+    evaluations: Sequence[Evaluation], names: tuple[str, ...], federation: Federation
+) -> list[Evaluation]:
     """Returns evaluations whose sites are indices into `names` as ones into the federation's, which sites may join."""
     # Every round asks, and comparing a million names takes longer than the rest of the round's bookkeeping.
     if names is federation.names or names == federation.names:

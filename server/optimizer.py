@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmeta.assembly import AUTOMATIC
+from fedmeta.build import AUTOMATIC
 from fedmeta.experiment import Server
 
 

@@ -20,22 +20,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.durable import write_whole
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.files import write_atomic
 from fedmeta.learners import Learner
 from fedmeta.messages import MessageError, TrainReply
 from server.accountant import Accountant
 from server.aggregation import Gradient, total
 
-LEDGER = "privacy.json"
+BUDGET_FILE = "privacy.json"
 """The file in a run's folder that counts the rounds whose meta-state has been released, also those since repeated."""
 
-SLACK = 1 + 1e-6
+CLIP_TOLERANCE = 1 + 1e-6
 """How far rounding may carry a clipped sum beyond its bound."""
 
 
-class SitePrivacy:
+class SiteLevelDP:
     """The private rounds of one run.
 
     Args:
@@ -58,7 +58,7 @@ class SitePrivacy:
         self.accountant = Accountant(sites, expected, settings.noise_multiplier, settings.delta)
         self.clip_norm = settings.clip_norm
         self.deviation = settings.noise_multiplier * settings.clip_norm
-        self._ledger = folder / LEDGER
+        self._ledger = folder / BUDGET_FILE
         self.spent = _read(self._ledger, sites) if done or self._ledger.exists() else 0
         self.budget = settings.epsilon
         first = self.accountant.epsilon(1)  # says now if the accountant is not installed
@@ -91,7 +91,7 @@ class SitePrivacy:
             MessageError: It is.
         """
         norm = float(torch.stack([value.double().norm() for value in reply.gradient.values()]).norm())
-        if norm > SLACK * self.clip_norm * len(reply.names):
+        if norm > CLIP_TOLERANCE * self.clip_norm * len(reply.names):
             raise MessageError("its gradient is longer than privacy.clip_norm allows")
 
     def release(self, replies: Sequence[TrainReply], like: Mapping[str, Tensor]) -> Gradient:
@@ -106,7 +106,7 @@ class SitePrivacy:
         """
         self.spent += 1
         try:
-            write_whole(self._ledger, json.dumps({"rounds": self.spent, "sites": self.accountant.sites}).encode())
+            write_atomic(self._ledger, json.dumps({"rounds": self.spent, "sites": self.accountant.sites}).encode())
         except OSError as error:
             raise FedmetaError(f"{self._ledger}: cannot be written: {error.strerror or error}") from error
         empty = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
@@ -121,18 +121,18 @@ class SitePrivacy:
         return {"epsilon": self.epsilon, "delta": self.accountant.delta, "rounds": self.spent}
 
 
-def private_rounds(
+def make_dp_mechanism(
     experiment: Experiment, learner: Learner, meta_state: Mapping[str, Tensor], sites: int, folder: Path, done: int
-) -> SitePrivacy | None:
+) -> SiteLevelDP | None:
     """Returns what makes a run's rounds private; None where the experiment asks for no noise.
 
     Raises:
-        FedmetaError: As `check` and `SitePrivacy` do.
+        FedmetaError: As `check` and `SiteLevelDP` do.
     """
     if not experiment.privacy.noise_multiplier:
         return None
     check(experiment, learner, meta_state)
-    return SitePrivacy(experiment, sites, folder, done)
+    return SiteLevelDP(experiment, sites, folder, done)
 
 
 def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Tensor]) -> None:

@@ -23,16 +23,16 @@ from fedmeta.messages import (
     EngineReply,
     EvaluateReply,
     MessageError,
+    RoundRequest,
     TrainReply,
-    WorkRequest,
     failure,
     payload_bytes,
     write_arrays,
 )
-from server.aggregation import Gradient, combine
-from server.federation import ABSENT, NOBODY, Federation
+from server.aggregation import Gradient, aggregate_replies
+from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
-from server.privacy import SitePrivacy
+from server.privacy import SiteLevelDP
 from server.sampling import sample_cohort, sites_to_evaluate
 
 DIVERGED = "its meta-gradient was not finite"
@@ -82,7 +82,7 @@ class MetaGradientStrategy(Strategy):
         optimizer: ServerOptimizer,
         constants: Mapping[str, Tensor],
         run: str,
-        privacy: SitePrivacy | None = None,
+        privacy: SiteLevelDP | None = None,
     ) -> None:
         self.experiment = experiment
         self.federation = federation
@@ -95,11 +95,11 @@ class MetaGradientStrategy(Strategy):
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
-        self._asked: dict[int, tuple[str, ...]] = {}
+        self._requested: dict[int, tuple[str, ...]] = {}
         self._columns = 1
         self._packed: ArrayRecord | None = None
         # What a gradient looks like: the keys, shapes and types, which do not change.
-        self._like = optimizer.meta_state
+        self._template = optimizer.meta_state
 
     def summary(self) -> None:
         """Prints nothing: what a run is, the experiment says."""
@@ -138,9 +138,11 @@ class MetaGradientStrategy(Strategy):
             return None
         size, seed = self.experiment.server.sites_per_round, self.experiment.runtime.seed
         cohort = sample_cohort(self.federation.training, size, seed, 1)
-        here = cohort[self.federation.homes[cohort] == self.federation.homes[cohort[0]]]
+        here = cohort[self.federation.node_ids[cohort] == self.federation.node_ids[cohort[0]]]
         messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
-        for _, content in self._answers(grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)):
+        for _, content in self._valid_replies(
+            grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        ):
             try:
                 reply = EngineReply.unpack(content)
             except MessageError:
@@ -161,19 +163,19 @@ class MetaGradientStrategy(Strategy):
             round always steps, and tells no loss where nobody was drawn.
         """
         usable = self._train_replies(replies)
-        worked = sum(int(reply.finite.sum()) for reply in usable)
+        num_ok = sum(int(reply.finite.sum()) for reply in usable)
         gradient: Gradient | None = None
         if self.privacy:
             gradient = self.privacy.release(usable, self.optimizer.meta_state)
-        elif worked >= max(1, self.experiment.server.min_sites):
-            gradient = combine(usable, self.experiment.server)
+        elif num_ok >= max(1, self.experiment.server.min_sites):
+            gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
         self.optimizer.step(gradient)
         self._packed = None
         losses = [loss for reply in usable for loss in reply.query_loss[reply.finite].tolist()]
-        told = {"query_loss": float(np.mean(losses))} if losses else {}
-        return self.arrays(), MetricRecord({**told, "sites": worked})
+        metrics = {"query_loss": float(np.mean(losses))} if losses else {}
+        return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -183,7 +185,7 @@ class MetaGradientStrategy(Strategy):
         Args:
             server_round: The last finished round.
             arrays: The meta-state.
-            config: How: steps, rate, gate, reference as in `WorkRequest`; and validation, true to ask only the sites
+            config: How: steps, rate, gate, reference as in `RoundRequest`; and validation, true to ask only the sites
                 that choose how far to adapt.
             grid: Flower's grid.
         """
@@ -200,14 +202,14 @@ class MetaGradientStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collects the sites' scores, in site order, into `evaluated`; returns None where none came."""
         usable: list[EvaluateReply] = []
-        for node, content in self._answers(replies):
+        for node, content in self._valid_replies(replies):
             try:
                 reply = EvaluateReply.unpack(content)
                 self._check_names(node, reply.names)
                 if reply.scores.shape[1] != self._columns:
                     raise MessageError("it has scores of other steps than asked")
             except MessageError as error:
-                self._fail(node, f"bad reply: {error}")
+                self._record_failure(node, f"bad reply: {error}")
                 continue
             usable.append(reply)
         if not usable:
@@ -227,16 +229,16 @@ class MetaGradientStrategy(Strategy):
     def _train_replies(self, replies: Iterable[Message]) -> list[TrainReply]:
         """Returns the replies that are what they should be; names the sites of the others, and those left out."""
         usable: list[TrainReply] = []
-        for node, content in self._answers(replies):
+        for node, content in self._valid_replies(replies):
             try:
                 per_site = self.experiment.server.aggregator != "mean"
-                reply = TrainReply.unpack(content, self._like, per_site)
+                reply = TrainReply.unpack(content, self._template, per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:
                     self.privacy.check(reply)
             except MessageError as error:
-                self._fail(node, f"bad reply: {error}")
+                self._record_failure(node, f"bad reply: {error}")
                 continue
             for name, finite in zip(reply.names, reply.finite, strict=True):
                 if not finite:
@@ -247,10 +249,10 @@ class MetaGradientStrategy(Strategy):
     def _messages(
         self, grid: Grid, kind: str, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord, **how: Any
     ) -> list[Message]:
-        self._asked = self.federation.by_node(sites)
+        self._requested = self.federation.by_node(sites)
         messages = []
-        for node, names in self._asked.items():
-            content = WorkRequest(
+        for node, names in self._requested.items():
+            content = RoundRequest(
                 meta_state={},
                 round_number=server_round,
                 classes=self.federation.classes,
@@ -261,29 +263,31 @@ class MetaGradientStrategy(Strategy):
                 budget=self.budget,
                 **how,
             ).pack(arrays)
-            if node == NOBODY:
+            if node == NO_NODE:
                 continue
             self.log.bytes_down += payload_bytes(content)
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
 
-    def _answers(self, replies: Iterable[Message]) -> Iterable[tuple[int, RecordDict]]:
+    def _valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, RecordDict]]:
         """Yields each node's answer in the order of its first site; counts errors, failures and silence."""
         received = {reply.metadata.src_node_id: reply for reply in replies}
-        for node in sorted(self._asked, key=lambda node: self._asked[node][0]):
+        for node in sorted(self._requested, key=lambda node: self._requested[node][0]):
             reply = received.get(node)
             if reply is None:
-                self._fail(node, "no reply in time" if node != NOBODY else ABSENT)
+                self._record_failure(node, "no reply in time" if node != NO_NODE else SITE_UNAVAILABLE)
             elif reply.has_error():
-                self._fail(node, f"Flower error code {reply.error.code}: the node is lost or its app did not start")
+                self._record_failure(
+                    node, f"Flower error code {reply.error.code}: the node is lost or its app did not start"
+                )
             elif code := failure(reply.content):
-                self._fail(node, f"{code}: {FAILURES[code]}")
+                self._record_failure(node, f"{code}: {FAILURES[code]}")
             else:
                 self.log.bytes_up += payload_bytes(reply.content)
                 yield node, reply.content
 
     def _check_names(self, node: int, names: tuple[str, ...]) -> None:
-        if names != self._asked[node]:
+        if names != self._requested[node]:
             raise MessageError("it speaks of other sites than it was asked for")
 
     def _check_weight(self, reply: TrainReply) -> None:
@@ -292,5 +296,5 @@ class MetaGradientStrategy(Strategy):
         if reply.weight < least or (self.experiment.server.weighting == "uniform" and reply.weight != least):
             raise MessageError("its weight is not that of its sites")
 
-    def _fail(self, node: int, reason: str) -> None:
-        self.log.failed.update(dict.fromkeys(self._asked[node], reason))
+    def _record_failure(self, node: int, reason: str) -> None:
+        self.log.failed.update(dict.fromkeys(self._requested[node], reason))

@@ -9,9 +9,9 @@ import pytest
 FAULTS = """
 import resource
 import numpy as np
-from fedmeta.allocation import keep_freed_memory
+from fedmeta.allocation import tune_glibc_malloc
 
-print(keep_freed_memory(), end=" ")
+print(tune_glibc_malloc(), end=" ")
 for round_number in range(10):
     if round_number == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

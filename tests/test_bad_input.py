@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmeta.cli import main
+from fedmeta.cli.main import main
 
 Case = Callable[[Path], list[str]]
 

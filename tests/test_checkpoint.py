@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedmeta import checkpoint as module
-from fedmeta import durable
+from fedmeta import files
 from fedmeta.checkpoint import KEPT, Checkpoint, Evaluation, find, newest, read, rounds, write
 from fedmeta.errors import FedmetaError
-from fedmeta.tensor_file import read_tensors
+from fedmeta.files import read_tensors
 
 
 def evaluation(number: int, sites: int = 3, steps: int = 2) -> Evaluation:
@@ -58,7 +58,7 @@ def saved(number: int = 7, **changes: Any) -> Checkpoint:
         tokens=True,
         evaluations=(evaluation(0), evaluation(5, 2, 0), evaluation(10)),
         totals={"wall_s": 0.1 + 0.2, "bytes_up": 2.0**53, "failures": 0},
-        engine="span",
+        engine="lowrank",
         budget=1 << 28,
         metrics={1: {"train/query_loss": 0.25}, 12: {"time/round_s": 1e-9}},
     )
@@ -143,7 +143,7 @@ def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatc
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     for number in (7, 8):
         with pytest.raises(
             FedmetaError, match=r"round-00000\d\.safetensors: cannot write the checkpoint: No space left"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmeta.checkpoint import Evaluation
-from fedmeta.evaluation import headline, left_behind, sites_frame, summarise, summarise_scores
+from fedmeta.evaluation import headline, left_behind, sites_frame, summarize, summarize_scores
 
 
 def frame_of(
@@ -86,7 +86,7 @@ def test_a_site_without_test_rows_has_no_score() -> None:
     assert row[unknown].isna().all()
     assert np.isnan(row["steps"]).all()
     assert row["rows"] == 7
-    summary = summarise(frame)["new_sites"]
+    summary = summarize(frame)["new_sites"]
     assert summary["n"] == 1
     assert summary["global"]["mean"] == 0.5
     assert summary["helped"] == 1.0
@@ -98,7 +98,7 @@ def test_a_site_without_test_rows_has_no_score() -> None:
 
 def test_scores_are_summarised_as_by_hand() -> None:
     scores, losses = pd.Series([0.2, 0.4, 0.6, 0.8]), pd.Series([4.0, 3.0, 2.0, 1.0])
-    assert summarise_scores(scores, losses) == pytest.approx(
+    assert summarize_scores(scores, losses) == pytest.approx(
         {"mean": 0.5, "std": math.sqrt(0.05), "worst_decile": 0.2, "min": 0.2, "loss": 2.5}
     )
 
@@ -108,9 +108,9 @@ def test_scores_are_summarised_as_by_hand() -> None:
 )
 def test_the_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(sites: int, worst: list[int]) -> None:
     values = np.random.default_rng(sites).permutation(sites)
-    summary = summarise_scores(pd.Series(values / 100), pd.Series(values * 0.0))
+    summary = summarize_scores(pd.Series(values / 100), pd.Series(values * 0.0))
     assert summary["worst_decile"] == pytest.approx(np.mean(list(worst)) / 100)
-    highest = summarise_scores(pd.Series(values / 100), pd.Series(values * 0.0), worst_is_high=True)
+    highest = summarize_scores(pd.Series(values / 100), pd.Series(values * 0.0), worst_is_high=True)
     assert highest["worst_decile"] == pytest.approx((sites - 1 - np.mean(list(worst))) / 100)
 
 
@@ -121,7 +121,7 @@ def test_groups_are_summarised_apart() -> None:
         kinds=["new", "new", "training", "validation"],
         reference=[0.3, 0.5, math.nan, math.nan],
     )
-    summary = summarise(frame)
+    summary = summarize(frame)
     assert set(summary) == {"new_sites", "training_sites"}
     new, training = summary["new_sites"], summary["training_sites"]
     assert (new["n"], training["n"]) == (2, 1)
@@ -139,7 +139,7 @@ def test_groups_are_summarised_apart() -> None:
 
 
 def test_for_regression_the_worst_errors_are_the_highest() -> None:
-    summary = summarise(frame_of([2.0, 1.0], [1.5, 1.25], regression=True))["new_sites"]
+    summary = summarize(frame_of([2.0, 1.0], [1.5, 1.25], regression=True))["new_sites"]
     assert summary["global"]["worst_decile"] == 2.0
     assert summary["personalized"]["worst_decile"] == 1.5
     assert summary["global"]["mean"] == 1.5
@@ -147,26 +147,26 @@ def test_for_regression_the_worst_errors_are_the_highest() -> None:
 
 
 def test_a_group_without_sites_is_empty_and_no_error() -> None:
-    summary = summarise(frame_of([0.5], [0.7]))["training_sites"]
+    summary = summarize(frame_of([0.5], [0.7]))["training_sites"]
     assert summary["n"] == 0
     assert summary["helped"] is None
     assert set(summary["global"].values()) == {None}
-    assert set(summarise(frame_of([], []))["new_sites"]["personalized"].values()) == {None}
+    assert set(summarize(frame_of([], []))["new_sites"]["personalized"].values()) == {None}
 
 
 def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
     frame = frame_of([2.0, 2.0], [math.nan, 0.7], regression=True)
-    summary = summarise(frame)["new_sites"]
+    summary = summarize(frame)["new_sites"]
     assert (summary["n"], summary["diverged"], summary["helped"]) == (1, 1, 0.5)
     assert summary["personalized"]["mean"] == 0.7
     assert left_behind(frame) == 1
     # An accuracy can be counted even of outputs that are no numbers; the loss gives them away.
     frame = frame_of([0.5, 0.5], [0.6, 0.7])
     frame.loc[0, "personalized_loss"] = math.nan
-    summary = summarise(frame)["new_sites"]
+    summary = summarize(frame)["new_sites"]
     assert (summary["n"], summary["diverged"], summary["helped"]) == (2, 1, 0.5)
     assert left_behind(frame) == 1
-    assert summarise(frame_of([0.5], [math.nan], test_rows=[0]))["new_sites"]["diverged"] == 0
+    assert summarize(frame_of([0.5], [math.nan], test_rows=[0]))["new_sites"]["diverged"] == 0
 
 
 @given(
@@ -175,7 +175,7 @@ def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
 def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) -> None:
     before, after, kinds = (list(column) for column in zip(*rows, strict=True))
     frame = frame_of(before, after, kinds=kinds)
-    for group in summarise(frame).values():
+    for group in summarize(frame).values():
         if not group["n"]:
             continue
         for state in ("global", "personalized"):
@@ -183,7 +183,7 @@ def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) 
             assert figures["min"] <= figures["worst_decile"] + 1e-12 <= figures["mean"] + 2e-12
             assert 0 <= figures["std"] <= 0.5 + 1e-12
         assert 0 <= group["helped"] <= 1
-    helped = sum(group["helped"] * group["n"] for group in summarise(frame).values() if group["n"])
+    helped = sum(group["helped"] * group["n"] for group in summarize(frame).values() if group["n"])
     assert round(helped) == len(rows) - left_behind(frame)
 
 
@@ -191,7 +191,7 @@ def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) 
 
 
 def test_the_headline_is_of_new_sites_where_there_are_any() -> None:
-    mixed = summarise(frame_of([0.5, 0.9], [0.7, 0.9], kinds=["new", "training"]))
+    mixed = summarize(frame_of([0.5, 0.9], [0.7, 0.9], kinds=["new", "training"]))
     assert headline(mixed) == (0.5, 0.7)
-    assert headline(summarise(frame_of([0.9], [0.8], kinds=["training"]))) == (0.9, 0.8)
-    assert headline(summarise(frame_of([0.9], [0.8], kinds=["training"], test_rows=[0]))) == (None, None)
+    assert headline(summarize(frame_of([0.9], [0.8], kinds=["training"]))) == (0.9, 0.8)
+    assert headline(summarize(frame_of([0.9], [0.8], kinds=["training"], test_rows=[0]))) == (None, None)

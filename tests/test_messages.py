@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.app import app
-from fedmeta.assembly import learner_of
+from fedmeta.build import learner_of
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -23,14 +23,14 @@ from fedmeta.messages import (
     EngineReply,
     EvaluateReply,
     MessageError,
+    RoundRequest,
     SitesReply,
     SumsReply,
     SumsRequest,
     TrainReply,
-    WorkRequest,
     failure,
     pack_failure,
-    wire,
+    records,
 )
 from fedmeta.runtime.local import NODE_ID, LocalGrid
 
@@ -47,7 +47,7 @@ SITES = SitesReply(
     tokens=False,
 )
 SUMS = SumsReply(np.array([2.0, 0.0]), np.array([1e9, -3.5]), np.array([4.0, 1e-300]))
-REQUEST = WorkRequest(
+REQUEST = RoundRequest(
     meta_state={**GRADIENT, "standardisation.mean": torch.zeros(2)},
     round_number=7,
     classes=("0", "1"),
@@ -66,13 +66,13 @@ EVALUATED = EvaluateReply(
     calibration=np.array([[0.2, 0.1], [math.nan, math.nan]]),
     chosen=np.array([1, 0]),
 )
-ENGINE = EngineReply("span", 1 << 28, {"span": 0.01, "loop": 0.5})
+ENGINE = EngineReply("lowrank", 1 << 28, {"lowrank": 0.01, "loop": 0.5})
 
 PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
     (SITES, SitesReply.unpack),
     (SumsRequest(("abbey", "zion")), SumsRequest.unpack),
     (SUMS, SumsReply.unpack),
-    (REQUEST, WorkRequest.unpack),
+    (REQUEST, RoundRequest.unpack),
     (TRAINED, lambda content: TrainReply.unpack(content, GRADIENT)),
     (EVALUATED, EvaluateReply.unpack),
     (ENGINE, EngineReply.unpack),
@@ -204,18 +204,18 @@ def exchange() -> Callable[[str, RecordDict], RecordDict]:
 
 
 @pytest.fixture(scope="module")
-def work(exchange: Any) -> WorkRequest:
+def work(exchange: Any) -> RoundRequest:
     """A request that the client can answer."""
     classes = SitesReply.unpack(exchange(QUERY_SITES, RecordDict())).classes
     state = learner_of(exchange.experiment, (8, 8), len(classes)).init(0)
     scale = {f"standardisation.{name}": torch.ones(1, 1) for name in ("mean", "scale")}
-    return WorkRequest(
+    return RoundRequest(
         {**state, **scale}, 1, classes, ("site-03", "site-11", "site-30"), "a-run", steps=2, engine="vmap"
     )
 
 
 @pytest.mark.parametrize("kind", CONTRACT)
-def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, work: WorkRequest, kind: str) -> None:
+def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, work: RoundRequest, kind: str) -> None:
     question = {QUERY_SITES: RecordDict(), QUERY_SUMS: SumsRequest(work.names).pack()}.get(kind, work.pack())
     reply = exchange(kind, question)
     assert failure(reply) is None
@@ -379,11 +379,11 @@ WRONG = [
     ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, -1]), "a site takes more steps than there are"),
     ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2**63]), '"chosen" has a number that is too large'),
     ("EvaluateReply", of_no_site(2**62), "the figures are of no site or have no column"),
-    ("WorkRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
-    ("WorkRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
+    ("RoundRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
+    ("RoundRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
     ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is negative"),
     ("EngineReply", changed(ENGINE, "choice", "budget", 2**63), '"budget" has a number that is too large'),
-    ("EngineReply", changed(ENGINE, "seconds", "span", [1.0]), '"span" is not of type float'),
+    ("EngineReply", changed(ENGINE, "seconds", "lowrank", [1.0]), '"lowrank" is not of type float'),
     ("EngineReply", changed(ENGINE, "choice", "engine", "spam"), 'there is no engine "spam"'),
     ("EngineReply", changed(ENGINE, "seconds", "x" * 300, 1.0), 'there is no engine "xxx'),
 ]
@@ -417,16 +417,16 @@ def test_a_record_more_or_less_is_refused(message: Any, unpack: Callable[[Record
 def test_arrays_travel_as_flowers_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     value = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
     for tensor in (value, value.movedim(0, -1) if shape else value):
-        record = wire.write_arrays({"name": tensor})
+        record = records.write_arrays({"name": tensor})
         own = Array(tensor.contiguous().numpy())
         assert (record["name"].data, record["name"].dtype) == (own.data, own.dtype)
         assert record["name"].shape == own.shape
-        assert torch.equal(wire.read_arrays(RecordDict({"arrays": record}), "arrays")["name"], tensor)
+        assert torch.equal(records.read_arrays(RecordDict({"arrays": record}), "arrays")["name"], tensor)
 
 
 def test_arrays_in_column_order_are_read_too() -> None:
     numbers = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    found = wire.read_arrays(RecordDict({"arrays": ArrayRecord({"name": Array(numbers)})}), "arrays")
+    found = records.read_arrays(RecordDict({"arrays": ArrayRecord({"name": Array(numbers)})}), "arrays")
     assert found["name"].tolist() == numbers.tolist()
 
 
@@ -439,4 +439,4 @@ def test_arrays_of_another_length_are_refused(shape: tuple[int, ...], change: Ca
     mutated = Array(own.dtype, own.shape, own.stype, change(own.data))
     content = RecordDict({"arrays": ArrayRecord({"name": mutated})})
     with pytest.raises(MessageError):
-        wire.read_arrays(content, "arrays")
+        records.read_arrays(content, "arrays")

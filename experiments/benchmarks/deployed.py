@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.deployed --sites 2
 
 Runs a SuperLink, nodes and SuperExecs as processes of this machine, in plain text, and MAML over them, by turns with
-`fedmeta.superexec` and with `flower-superexec`; prints the median seconds of a round and their ratio. The first round
+`fedmeta.prefork_superexec` and with `flower-superexec`; prints the median seconds of a round and their ratio. The first round
 of a run is left out: torch is imported meanwhile.
 """
 
@@ -21,7 +21,7 @@ from statistics import median
 from fedmeta import load_experiment, run
 from fedmeta.progress import Progress
 from fedmeta.runtime.deployment import PLAIN_TEXT, ROOT_CERTIFICATES, SUPERLINK
-from fedmeta.runtime.superlink import answers, environment, free_port, keep, last_words
+from fedmeta.runtime.superlink import answers, environment, free_port, keep, last_log_line
 from tests.deployment.processes import HERE, write_sites
 
 EXPERIMENT = """
@@ -47,7 +47,7 @@ uri = "sqlite:///{work}/mlflow.db"
 folder = "{work}/runs"
 """
 COMMANDS = {
-    "copies": [sys.executable, "-P", "-m", "fedmeta.superexec"],
+    "copies": [sys.executable, "-P", "-m", "fedmeta.prefork_superexec"],
     "Flower's processes": ["flower-superexec"],
 }
 SETTINGS = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "OMP_NUM_THREADS": "1"}
@@ -63,7 +63,7 @@ def seconds_of_rounds(command: list[str], sites: int, rounds: int) -> list[float
         words = ["flower-superlink", "--insecure", "--host", HERE, "--port", str(port)]
         words += ["--disable-runtime-dependency-installation"]
         if not answers(stack.enter_context(keep(words, env, work / "superlink.log")), port):
-            sys.exit(f"the SuperLink does not start: {last_words(work / 'superlink.log')}")
+            sys.exit(f"the SuperLink does not start: {last_log_line(work / 'superlink.log')}")
         files = write_sites(work / "data", sites)
         for site, file in files.items():
             api = str(free_port())

@@ -27,14 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clients.app import memory_budget
 from fedmeta import models
-from fedmeta.allocation import keep_freed_memory
-from fedmeta.cohort import fits, meta_gradients, trial
-from fedmeta.cohort.recording import SIGHTS
+from fedmeta.allocation import tune_glibc_malloc
+from fedmeta.engines import fits, meta_gradients, trial
+from fedmeta.engines.lowrank.capture import WARMUP_CALLS
 from fedmeta.learners import Learner, build
-from fedmeta.learners.loss import loss
+from fedmeta.problems.rows import loss
 from fedmeta.task import Batch, Task, stack
 
-ENGINES = ("loop", "vmap", "span")
+ENGINES = ("loop", "vmap", "lowrank")
 
 
 class Block(nn.Module):
@@ -118,8 +118,8 @@ CASES = (
     Case("logistic 13-2", mlp((), 13, 2), (13,), 2, sites=32),
     Case("3136-2048-62", mlp((2048,), 3136, 62), (3136,), 62, sites=16),
     Case("transformer block 64", Block, (20,), 80, sites=16, steps=2, tokens=80),
-    Case("small CNN", cnn(28, 10, **SMALL_CNN), (28, 28), 10, sites=16, engines=("loop", "span")),
-    Case("FedMeta CNN", cnn(28, 62), (28, 28), 62, sites=4, rows=(10, 10), steps=1, engines=("loop", "span")),
+    Case("small CNN", cnn(28, 10, **SMALL_CNN), (28, 28), 10, sites=16, engines=("loop", "lowrank")),
+    Case("FedMeta CNN", cnn(28, 62), (28, 28), 62, sites=4, rows=(10, 10), steps=1, engines=("loop", "lowrank")),
 )
 
 
@@ -168,7 +168,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     ways: dict[str, Callable[[], object]] = {
         name: lambda name=name: meta_gradients(learner, state, batch, name, budget=budget)
         for name in case.engines
-        if name != "span" or fits(learner, batch, state) is None
+        if name != "lowrank" or fits(learner, batch, state) is None
     }
     if learner.estimator == "exact" and case.learner == "maml":
         own = {name: value.clone() for name, value in state.items()}
@@ -176,7 +176,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     chosen, figures = trial(learner, state, batch)
     ways["clipped"] = lambda: meta_gradients(learner, state, batch, chosen, budget=budget, clip_norm=0.1)
     for name, way in ways.items():
-        for _ in range(SIGHTS if name == "span" else 1):
+        for _ in range(WARMUP_CALLS if name == "lowrank" else 1):
             way()
     runs: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write every run's time")
     options = parser.parse_args()
-    keep_freed_memory()
+    tune_glibc_malloc()
     torch.set_num_threads(options.threads)
     peak = matmul_peak(options.device)
     results = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fedmeta
-from fedmeta import cohort
+from fedmeta import engines
 
 EXPERIMENT = Path(__file__).parents[1] / "digits.toml"
 
@@ -26,7 +26,7 @@ EXPERIMENT = Path(__file__).parents[1] / "digits.toml"
 def measure(rounds: int, folder: str) -> dict[str, Any]:
     """Returns medians over rounds, in milliseconds: the whole round, the learner's part, and the rest."""
     inside: list[float] = []
-    original = cohort.meta_gradients
+    original = engines.meta_gradients
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -37,11 +37,11 @@ def measure(rounds: int, folder: str) -> dict[str, Any]:
     overrides = [f"server.rounds={rounds}", "evaluation.every=0", "tracking.uri=none", f"tracking.folder={folder}"]
     experiment = fedmeta.load_experiment(EXPERIMENT, overrides)
     ends: list[float] = []
-    cohort.meta_gradients = timed
+    engines.meta_gradients = timed
     try:
         result = fedmeta.run(experiment, report=lambda progress: ends.append(time.perf_counter()))
     finally:
-        cohort.meta_gradients = original
+        engines.meta_gradients = original
     # One report before the first round, one after each, one after the evaluation at the end.
     whole = [after - before for before, after in itertools.pairwise(ends[: rounds + 1])]
     rest = [total - learner for total, learner in zip(whole, inside[-rounds:], strict=True)]

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 from fedmeta import checkpoint
-from fedmeta.adapt.start import FILE, Start
+from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.tracking import model
 
 
-def hand_on(checkpoint_file: Path, folder: Path) -> Path:
+def export_meta_model(checkpoint_file: Path, folder: Path) -> Path:
     """Writes a run's start into its folder, and beside it the MLflow model made of it; returns the model's folder.
 
     Its input example is the mean of each feature over all training sites, which the server knows: no site's row.
@@ -19,7 +19,7 @@ def hand_on(checkpoint_file: Path, folder: Path) -> Path:
         FedmetaError: The checkpoint cannot be read.
         OSError: The folder cannot be written.
     """
-    start = Start.of(checkpoint.read(checkpoint_file))
+    start = MetaModel.of(checkpoint.read(checkpoint_file))
     start.write(folder / FILE)
     whole, part = folder / model.FOLDER, folder / f"{model.FOLDER}.part"
     for earlier in (part, whole):

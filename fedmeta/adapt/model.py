@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedmeta.adapt.start import Form, Start
-from fedmeta.durable import write_whole
+from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.experiment import Experiment
+from fedmeta.files import read_tensors, write_atomic
 from fedmeta.models import Parameters
-from fedmeta.tensor_file import read_tensors
 
 FILE = "model.safetensors"
 FORMAT = "fedmeta-model-1"
@@ -47,7 +46,7 @@ class SiteModel(nn.Module):
         self.eval()
 
     @classmethod
-    def of(cls, start: Start, parameters: Parameters) -> SiteModel:
+    def of(cls, start: MetaModel, parameters: Parameters) -> SiteModel:
         """Returns the model of a site that has these parameters."""
         network = copy.deepcopy(start.learner.network.module)
         model = cls(network, start.mean, start.scale, start.form)
@@ -78,7 +77,7 @@ class SiteModel(nn.Module):
             outputs = self(torch.from_numpy(np.ascontiguousarray(x)).to(self.form.dtype))
         return said(outputs, self.form)
 
-    def write(self, path: Path, start: Start, facts: Mapping[str, Any]) -> None:
+    def write(self, path: Path, start: MetaModel, facts: Mapping[str, Any]) -> None:
         """Writes the model's state, how it is built, and facts about it into one file, atomically."""
         texts = {
             "format": FORMAT,
@@ -87,7 +86,7 @@ class SiteModel(nn.Module):
             "facts": json.dumps(facts),
         }
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        write_whole(path, save(state, texts))
+        write_atomic(path, save(state, texts))
 
     @classmethod
     def read(cls, path: Path) -> SiteModel:
@@ -96,7 +95,7 @@ class SiteModel(nn.Module):
         Raises:
             FedmetaError: It is not such a file.
         """
-        from fedmeta.assembly import learner_of
+        from fedmeta.build import learner_of
 
         texts, state = read_tensors(path, "site's model", FORMAT)
         form = Form.of(json.loads(texts["form"]))

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedmeta.adapt.judging import choose
+from fedmeta.adapt.estimate import choose
+from fedmeta.adapt.initialization import FILE as START_FILE
+from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.adapt.model import FILE as MODEL_FILE
 from fedmeta.adapt.model import SiteModel
-from fedmeta.adapt.start import FILE as START_FILE
-from fedmeta.adapt.start import Form, Start
 from fedmeta.data import class_codes
 from fedmeta.errors import FedmetaError
 
@@ -32,7 +32,7 @@ def _load_pyfunc(path: str) -> StartServer | ModelServer:
     place = Path(path)
     folder = place if place.is_dir() else place.parent
     if (folder / START_FILE).is_file():
-        return StartServer(Start.read(folder / START_FILE))
+        return StartServer(MetaModel.read(folder / START_FILE))
     return ModelServer(SiteModel.read(folder / MODEL_FILE))
 
 
@@ -53,7 +53,7 @@ class StartServer:
     Without a support it predicts as the global model. With one it adapts first, for this call alone.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: MetaModel) -> None:
         self.start = start
         self.model = SiteModel.of(start, start.learner.theta(start.state))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmeta.adapt import export
-from fedmeta.adapt.card import card
-from fedmeta.adapt.joining import Adapted
+from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.model import FILE
+from fedmeta.adapt.model_card import card
 from fedmeta.errors import FedmetaError
 
 MLFLOW_FOLDER = "mlflow-model"

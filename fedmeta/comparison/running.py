@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedmeta import checkpoint
-from fedmeta.assembly import try_on
+from fedmeta.build import smoke_test
 from fedmeta.comparison import settings
 from fedmeta.comparison.page import write
 from fedmeta.comparison.results import Comparison, tabulate
@@ -61,7 +61,7 @@ def compare(
     if runtime != "deployment":  # there the data are elsewhere
         population = load(experiment.data)
         draw_new_sites(population.names, experiment.data.new_sites, experiment.runtime.seed)
-        try_on(experiment, population)
+        smoke_test(experiment, population)
     # The same call, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:

@@ -15,7 +15,7 @@ from typing import Any
 from fedmeta.data.batches import gather, gather_rows, standardised
 from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
-from fedmeta.data.pairs import Pairs, pairs_of
+from fedmeta.data.gram import GramCache, gram_matrices
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
@@ -71,8 +71,8 @@ __all__ = [
     "ArrayPopulation",
     "Episodes",
     "FeatureSums",
+    "GramCache",
     "Padded",
-    "Pairs",
     "Population",
     "Ragged",
     "Split",
@@ -86,11 +86,11 @@ __all__ = [
     "feature_sums",
     "gather",
     "gather_rows",
+    "gram_matrices",
     "group_by_size",
     "load",
     "load_site",
     "order_classes",
-    "pairs_of",
     "split",
     "standardisation",
     "standardised",

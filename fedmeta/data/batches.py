@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.data.episodes import Episodes, Padded, beside
-from fedmeta.data.pairs import Pairs
+from fedmeta.data.gram import GramCache
 from fedmeta.data.population import ArrayPopulation, Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.sums import Standardisation
@@ -30,7 +30,7 @@ def gather(
     standardisation: Standardisation,
     codes: IntArray,
     dtype: torch.dtype = torch.float32,
-    pairs: Pairs | None = None,
+    pairs: GramCache | None = None,
 ) -> Batch:
     """Returns a cohort's episodes as one batch of tensors on the processor.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedmeta.data.ragged import IntArray, Ragged
 from fedmeta.data.splits import Split
-from fedmeta.data.strata import stratified
+from fedmeta.data.stratified import stratified
 from fedmeta.randomness import row_draws
 
 

@@ -15,7 +15,7 @@ from fedmeta.data.episodes import Episodes, Padded
 from fedmeta.data.population import ArrayPopulation, Population
 from fedmeta.data.ragged import IntArray, Ragged
 from fedmeta.data.splits import Split
-from fedmeta.data.strata import first_rows
+from fedmeta.data.stratified import first_rows
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
 from fedmeta.randomness import Keys, draws, row_draws
@@ -174,7 +174,7 @@ class _Table(NamedTuple):
         """Returns a stretch of the rows of each drawn class, with the classes' numbers as labels.
 
         The classes take turns, one row of each after another: each stretch of a task has them in proportion, as the
-        folds of `fedmeta.cohort.gate` need it.
+        folds of `fedmeta.engines.step_selection` need it.
         """
         columns = np.arange(max(1, int(counts[drawn.places].max(initial=0))))
         there = columns < counts[drawn.places, None]

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray, Ragged
-from fedmeta.data.strata import stratified
+from fedmeta.data.stratified import stratified
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
 from fedmeta.randomness import draws, row_draws, site_keys

@@ -41,7 +41,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """One section: immutable, no silent conversion between types, no unknown keys, no infinities."""
+    """One section: immutable, no ignore_progress conversion between types, no unknown keys, no infinities."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 

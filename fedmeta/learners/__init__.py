@@ -13,7 +13,7 @@ from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners.anil import Anil
 from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
 from fedmeta.learners.imaml import Imaml
-from fedmeta.learners.learner import ALPHA, BY_ROUND, THETA, Learner, MetaState, Metrics
+from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, THETA, Learner, MetaState, Metrics
 from fedmeta.learners.maml import Fomaml, Maml
 from fedmeta.learners.maml_plus_plus import MamlPlusPlus
 from fedmeta.learners.meta_sgd import MetaSgd
@@ -86,4 +86,4 @@ def learner_class(name: str) -> type[Learner]:
 
 def settings_of(kind: type[Learner]) -> tuple[str, ...]:
     """Returns the names of a learner's own keys."""
-    return tuple(field.name for field in fields(kind) if field.name != "model" and BY_ROUND not in field.metadata)
+    return tuple(field.name for field in fields(kind) if field.name != "model" and SET_BY_ROUND not in field.metadata)

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedmeta.learners.estimator import estimates
+from fedmeta.learners.gradient_kind import gradient_kind
 from fedmeta.learners.inner import Objective, inner_loop, proximal
 from fedmeta.learners.learner import THETA, Learner, MetaState, Metrics, with_theta, zeros_like
-from fedmeta.learners.loss import concatenate
 from fedmeta.models import Parameters
+from fedmeta.problems.rows import concatenate
 from fedmeta.task import Rows, Task, rows_mask
 
 
@@ -37,7 +37,7 @@ class FedAvgFinetuned(Learner):
         objective = self.local_objective(theta, all_rows(task))
         return inner_loop(objective, theta, partial(self.rates, meta_state), self.inner_steps)[-1]
 
-    @estimates("displacement")
+    @gradient_kind("displacement")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns theta - theta_i after K local steps on all the task's rows, and the query loss at theta_i."""
         own = self.local_model(meta_state, task)
@@ -81,7 +81,7 @@ class Local(Learner):
 
     sends: ClassVar[str] = "nothing"
 
-    @estimates("nothing")
+    @gradient_kind("nothing")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns zeros, and the query loss after K steps on support."""
         return zeros_like(meta_state), {"query_loss": self.loss(self.adapt(meta_state, task.support), task.query)}

@@ -42,7 +42,7 @@ class ProximalLearner(Learner):
         objective = proximal(partial(self.loss, rows=rows), theta, self.lam)
         return inner_loop(objective, theta, partial(self.rates, meta_state), steps)
 
-    def trajectory(
+    def adaptation_path(
         self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
         """Returns the parameters after 0, 1, ... `steps` steps on the proximal problem around theta."""
@@ -61,7 +61,7 @@ class Imaml(ProximalLearner):
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns (I + H / lam)^-1 times the query gradient at phi, and the query loss there."""
-        phi = self.trajectory(meta_state, task.support, self.inner_steps)[-1]
+        phi = self.adaptation_path(meta_state, task.support, self.inner_steps)[-1]
         query_gradient, query_loss = grad_and_value(partial(self.loss, rows=task.query))(phi)
         # The Hessian is symmetric, so that the gradient's pullback multiplies by it; one graph serves all products.
         hessian_times = vjp(grad(partial(self.loss, rows=task.support)), phi)[1]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.estimator import estimator
+from fedmeta.learners.gradient_kind import estimator
 from fedmeta.learners.inner import inner_loop
-from fedmeta.learners.loss import calibration_error, loss, score
 from fedmeta.models import FunctionalModel, Parameters
+from fedmeta.problems.rows import calibration_error, loss, score
 from fedmeta.task import Rows, Task, rows_mask
 
 MetaState = Mapping[str, Tensor]
@@ -27,7 +27,7 @@ Metrics = dict[str, Tensor]
 THETA = "theta."
 ALPHA = "alpha."
 
-BY_ROUND = "by_round"
+SET_BY_ROUND = "by_round"
 """Marks (in a field's metadata) what `Learner.at` sets, so that it is no key of an experiment."""
 
 
@@ -93,7 +93,7 @@ class Learner(ABC):
         outputs, y, mask = self.predict(parameters, rows[0]), rows[1], rows_mask(rows)
         return score(outputs, y, mask), loss(outputs, y, mask), calibration_error(outputs, y, mask)
 
-    def trajectory(
+    def adaptation_path(
         self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
         """Returns the site's parameters after 0, 1, ... `steps` inner steps on its support rows.
@@ -119,9 +119,9 @@ class Learner(ABC):
             meta_state: The meta-state.
             support: (x, y) or (x, y, mask).
             steps: The number of inner steps; None for `inner_steps`. A learner that does not adapt takes none.
-            personal: As for `trajectory`.
+            personal: As for `adaptation_path`.
         """
-        return self.trajectory(meta_state, support, self.evaluation_steps(steps), personal)[-1]
+        return self.adaptation_path(meta_state, support, self.evaluation_steps(steps), personal)[-1]
 
     def evaluation_steps(self, steps: int | None = None) -> int:
         """Returns a site's inner steps at evaluation: `steps` (None: `inner_steps`), or 0 if it never adapts."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fedmeta.learners.estimator import estimates
+from fedmeta.learners.gradient_kind import gradient_kind
 from fedmeta.learners.learner import Learner, MetaState, Metrics, with_theta
 from fedmeta.task import Task
 
@@ -34,12 +34,12 @@ class Maml(Learner):
         between = [0.0] * (self.inner_steps - 1)
         return [self.global_weight, *between, 1 - self.global_weight] if self.inner_steps else [1.0]
 
-    @estimates("exact")
+    @gradient_kind("exact")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns the gradient of the query loss after adaptation, through all inner steps, and that loss."""
 
         def objective(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            path = self.trajectory(state, task.support, self.inner_steps)
+            path = self.adaptation_path(state, task.support, self.inner_steps)
             query_loss = self.loss(path[-1], task.query)
             *weights, last = self.query_weights(state)
             terms = [weight * self.loss(path[step], task.query) for step, weight in counted(weights)]
@@ -53,10 +53,10 @@ class Maml(Learner):
 class Fomaml(Maml):
     """Sends d L_Q / d phi at the adapted parameters (Finn et al. 2017, section 5.2: the first-order approximation)."""
 
-    @estimates("first-order")
+    @gradient_kind("first-order")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns the gradient of the query loss at the adapted parameters, and that loss."""
-        path = self.trajectory(meta_state, task.support, self.inner_steps)
+        path = self.adaptation_path(meta_state, task.support, self.inner_steps)
         *weights, last = self.query_weights(meta_state)
         own, query_loss = grad_and_value(self.loss)(path[-1], task.query)
         gradient = {name: last * value for name, value in own.items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.learner import ALPHA, BY_ROUND, Learner, MetaState
+from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, Learner, MetaState
 from fedmeta.learners.maml import Maml
 
 
@@ -30,7 +30,7 @@ class MamlPlusPlus(Maml):
     """
 
     annealing: float = 0.3
-    step_weights: tuple[float, ...] = field(default=(), metadata={BY_ROUND: True})
+    step_weights: tuple[float, ...] = field(default=(), metadata={SET_BY_ROUND: True})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,7 +32,9 @@ class PersonalLearner(Learner):
     sends: ClassVar[str] = "displacement"
 
     @abstractmethod
-    def personal_path(self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters) -> list[Parameters]:
+    def personal_adaptation_path(
+        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+    ) -> list[Parameters]:
         """Returns the site's whole model after 0, 1, ... `steps` steps of its personal part on rows."""
 
     @abstractmethod
@@ -41,12 +43,12 @@ class PersonalLearner(Learner):
     ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
         """Returns the global part's displacement, the query loss of the site's model, and its personal part."""
 
-    def trajectory(
+    def adaptation_path(
         self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
         """Returns theta, and the site's model after 1, ... `steps` steps of its personal part on support."""
         start = self.personal(meta_state) if personal is None else personal
-        return [self.theta(meta_state), *self.personal_path(meta_state, support, steps, start)[1:]]
+        return [self.theta(meta_state), *self.personal_adaptation_path(meta_state, support, steps, start)[1:]]
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns what a site sends in its first round."""
@@ -68,7 +70,9 @@ class Ditto(PersonalLearner):
         """Returns theta: the site's own model at its start."""
         return self.theta(meta_state)
 
-    def personal_path(self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters) -> list[Parameters]:
+    def personal_adaptation_path(
+        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+    ) -> list[Parameters]:
         """Returns v after 0, 1, ... `steps` steps on the pulled objective."""
         objective = proximal(partial(self.loss, rows=rows), self.theta(meta_state), self.lam)
         return inner_loop(objective, personal, partial(self.rates, meta_state), steps)
@@ -79,7 +83,7 @@ class Ditto(PersonalLearner):
         """Returns fedavg's displacement, the query loss of v, and v."""
         fedavg = FedAvgFinetuned(self.model, self.inner_steps, self.inner_lr)
         theta_i = fedavg.local_model(meta_state, task)
-        own = self.personal_path(meta_state, all_rows(task), self.inner_steps, personal)[-1]
+        own = self.personal_adaptation_path(meta_state, all_rows(task), self.inner_steps, personal)[-1]
         return displacement(meta_state, theta_i), {"query_loss": self.loss(own, task.query)}, own
 
 
@@ -119,13 +123,15 @@ class FedRep(PersonalLearner):
         rates: Mapping[str, Tensor | float] = dict.fromkeys(names, self.inner_lr)
         return inner_loop(partial(self.loss, rows=rows), start, lambda _: rates, steps)
 
-    def personal_path(self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters) -> list[Parameters]:
+    def personal_adaptation_path(
+        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+    ) -> list[Parameters]:
         """Returns theta's body with the head after 0, 1, ... `steps` steps."""
         return self.descend({**self.theta(meta_state), **personal}, rows, self.head_names, steps)
 
     def local_model(self, meta_state: MetaState, rows: Rows, personal: Parameters) -> Parameters:
         """Returns the site's model after its head's steps and then its body's."""
-        own = self.personal_path(meta_state, rows, self.inner_steps, personal)[-1]
+        own = self.personal_adaptation_path(meta_state, rows, self.inner_steps, personal)[-1]
         return self.descend(own, rows, self.body_names, self.body_steps)[-1]
 
     def train(

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedmeta.messages.joining import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.wire import MessageError, payload_bytes, write_arrays
-from fedmeta.messages.working import EngineReply, EvaluateReply, TrainReply, WorkRequest
+from fedmeta.messages.records import MessageError, payload_bytes, write_arrays
+from fedmeta.messages.registration import SitesReply, SumsReply, SumsRequest
+from fedmeta.messages.rounds import EngineReply, EvaluateReply, RoundRequest, TrainReply
 
 __all__ = [
     "EVALUATE",
@@ -36,11 +36,11 @@ __all__ = [
     "EngineReply",
     "EvaluateReply",
     "MessageError",
+    "RoundRequest",
     "SitesReply",
     "SumsReply",
     "SumsRequest",
     "TrainReply",
-    "WorkRequest",
     "failure",
     "pack_failure",
     "payload_bytes",

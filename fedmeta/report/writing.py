@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedmeta import __version__
-from fedmeta.durable import write_whole
 from fedmeta.errors import FedmetaError
+from fedmeta.files import write_atomic
 from fedmeta.report import parts
 from fedmeta.report.html_page import html_page
 from fedmeta.report.markdown_page import markdown_page
@@ -41,10 +41,10 @@ def write(names: Sequence[str], out: Path | None, root: Path, uri: str) -> list[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = markdown_page(document, footer, folder / PICTURES)
-        write_whole(folder / HTML, html_page(document, footer).encode())
-        write_whole(folder / MARKDOWN, text.encode())
+        write_atomic(folder / HTML, html_page(document, footer).encode())
+        write_atomic(folder / MARKDOWN, text.encode())
         if experiment := _experiment(about):
-            write_whole(folder / parts.EXPERIMENT_FILE, experiment.encode())
+            write_atomic(folder / parts.EXPERIMENT_FILE, experiment.encode())
     except OSError as error:
         raise FedmetaError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
     return [folder / HTML, folder / MARKDOWN]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Report, silent
+from fedmeta.progress import Report, ignore_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ class Result:
 
 
 def run(
-    experiment: Experiment, *, runtime: str = "local", resume: str | None = None, report: Report = silent
+    experiment: Experiment, *, runtime: str = "local", resume: str | None = None, report: Report = ignore_progress
 ) -> Result:
     """Runs an experiment to its end.
 
@@ -86,16 +86,16 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
     import torch
 
     from clients.app import app
-    from clients.node import forget_changed, node_of
+    from clients.node import invalidate_stale_caches, node_of
     from fedmeta.runtime.local import LocalGrid
-    from server import rounds
+    from server import training_loop
 
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
-    forget_changed(experiment.data)
+    invalidate_stale_caches(experiment.data)
     grid = LocalGrid(app, experiment)
     node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
-    outcome = rounds.run(grid, experiment, report, resume)
+    outcome = training_loop.run(grid, experiment, report, resume)
     return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
 
 

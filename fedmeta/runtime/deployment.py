@@ -27,7 +27,7 @@ from typing import Any
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.progress import Progress, Report
-from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_words, write_app, write_run_config
+from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_log_line, write_app, write_run_config
 
 SUPERLINK, ROOT_CERTIFICATES, TRACKING_URI = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES", "FEDMETA_TRACKING_URI"
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
@@ -175,7 +175,7 @@ def _watch(number: str, env: dict[str, str], log: Path, report: Report) -> tuple
         lost += 1
         time.sleep(_AGAIN_S)
     raise FedmetaError(
-        f"lost the SuperLink while run {number} went on ({last_words(log)}); look in MLflow for {run_id}"
+        f"lost the SuperLink while run {number} went on ({last_log_line(log)}); look in MLflow for {run_id}"
     )
 
 

@@ -27,8 +27,7 @@ from typing import Any
 from fedmeta.data import load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Report
-from fedmeta.runtime.handover import (
+from fedmeta.launch import (
     RESULT_VARIABLE,
     RESUME_VARIABLE,
     ProgressTail,
@@ -36,8 +35,17 @@ from fedmeta.runtime.handover import (
     read_result,
     server_process,
 )
-from fedmeta.runtime.keeper import is_alive
-from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_words, superlink, write_app, write_run_config
+from fedmeta.progress import Report
+from fedmeta.runtime.process_guard import is_alive
+from fedmeta.runtime.superlink import (
+    CONNECTION,
+    environment,
+    keep,
+    last_log_line,
+    superlink,
+    write_app,
+    write_run_config,
+)
 
 _QUIET_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -133,9 +141,9 @@ def _wait(
             server, looked = server_process(folder), now
             ended = now if server is not None and not is_alive(server) else None
         if ended is not None and now - ended > _GRACE_S:
-            raise FedmetaError(f"Flower's run ended without a result: {last_words(log)}")
+            raise FedmetaError(f"Flower's run ended without a result: {last_log_line(log)}")
         if now - heard > patience:
-            raise FedmetaError(f"Flower's run has not reported for {patience:.0f} s: {last_words(log)}")
+            raise FedmetaError(f"Flower's run has not reported for {patience:.0f} s: {last_log_line(log)}")
         time.sleep(_POLL_S)
 
 

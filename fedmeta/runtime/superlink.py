@@ -93,7 +93,7 @@ def keep(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
         raise FedmetaError(f'{command[0]} is not installed: pip install "flwr[simulation]"')
-    keeper = [sys.executable, "-I", str(Path(__file__).with_name("keeper.py")), program, *command[1:]]
+    keeper = [sys.executable, "-I", str(Path(__file__).with_name("process_guard.py")), program, *command[1:]]
     with log.open("ab") as file:
         # A session of its own, so that Ctrl-C comes to this process alone and the run can end in order.
         process = subprocess.Popen(
@@ -132,7 +132,7 @@ def superlink(home: Path, env: Mapping[str, str], log: Path) -> Iterator[subproc
                 return
             # Another process may have taken the port since it was found free: then a second one is worth a try.
             if process.poll() is None or attempt == _TRIES - 1:
-                raise FedmetaError(f"Flower's SuperLink does not start: {last_words(log)}")
+                raise FedmetaError(f"Flower's SuperLink does not start: {last_log_line(log)}")
 
 
 def free_port() -> int:
@@ -142,7 +142,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def last_words(log: Path) -> str:
+def last_log_line(log: Path) -> str:
     """Returns the last line of a log that says something, or that there is none."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     spoken = [line.strip() for line in lines if any(letter.isalpha() for letter in line)]

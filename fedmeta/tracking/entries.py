@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmeta.durable import write_whole
 from fedmeta.errors import FedmetaError
+from fedmeta.files import write_atomic
 
 
 class Metric(NamedTuple):
@@ -79,7 +79,7 @@ def write_unsent(path: Path, run_id: str, entries: Iterable[Entry]) -> None:
     """Writes the run and its entries as JSON lines; removes the file where there are none."""
     lines = [json.dumps({"kind": type(entry).__name__, **entry._asdict()}) for entry in entries]
     if lines:
-        write_whole(path, ("\n".join([json.dumps({"run_id": run_id}), *lines]) + "\n").encode())
+        write_atomic(path, ("\n".join([json.dumps({"run_id": run_id}), *lines]) + "\n").encode())
     else:
         path.unlink(missing_ok=True)
 

@@ -35,10 +35,10 @@ def deliver(entries: Sequence[Entry], send: Callable[[list[Entry]], None]) -> tu
     left: list[Entry] = []
     failed: set[type] = set()
     error: Exception | None = None
-    silent = False
+    ignore_progress = False
     for batch in batches(entries):
         kind = type(batch[0])
-        if silent or kind in failed:
+        if ignore_progress or kind in failed:
             left += batch
             continue
         begun = time.monotonic()
@@ -48,7 +48,7 @@ def deliver(entries: Sequence[Entry], send: Callable[[list[Entry]], None]) -> tu
             error = problem
             left += batch
             failed.add(kind)
-            silent = time.monotonic() - begun > SLOW_FAILURE_S
+            ignore_progress = time.monotonic() - begun > SLOW_FAILURE_S
     return left, error
 
 

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarise, summarise_scores
+from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarize, summarize_scores
 from fedmeta.tracking.run_page import latest, score_of, worst_first
 
 DOTS_PER_INCH = 200
@@ -115,7 +115,7 @@ def by_round(sites: pd.DataFrame) -> Figure:
     """Draws scores over rounds: personalized, its worst tenth, and global, for new and for training sites."""
     figure, axes = figure_of(7.0, 4.4)
     rounds = sorted(set(sites["round"].tolist()))
-    summaries = [summarise(sites[sites["round"] == number]) for number in rounds]
+    summaries = [summarize(sites[sites["round"] == number]) for number in rounds]
     marker = "o" if len(summaries) < 30 else ""
     kinds = [kind for kind, _ in _groups(_judged(sites)) if kind in GROUPS]
     for kind in kinds:
@@ -211,7 +211,7 @@ def _band(ranked: pd.DataFrame) -> Figure:
         axes.plot(share, after, color=COLOURS[kind], linewidth=2.2, zorder=3)
         axes.axvspan(0, 10, color=LOSS, alpha=0.1, linewidth=0)
         scores, losses = part[f"personalized_{score}"], part["personalized_loss"]
-        worst = summarise_scores(scores, losses, worst_is_high=score == "rmse")["worst_decile"]
+        worst = summarize_scores(scores, losses, worst_is_high=score == "rmse")["worst_decile"]
         box = {"facecolor": GROUND, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
         axes.text(
             12, 0.03, f"worst tenth {worst:.3f}", transform=axes.get_xaxis_transform(), fontsize=8, color=INK, bbox=box

@@ -17,7 +17,7 @@ from pathlib import Path
 from optuna import Study
 from optuna.trial import TrialState
 
-from fedmeta.assembly import try_on
+from fedmeta.build import smoke_test
 from fedmeta.data import load
 from fedmeta.errors import FedmetaError
 from fedmeta.tuning.plan import Plan
@@ -50,7 +50,7 @@ def search(plan: Plan, report: Report, judge: Callable[[Search], Search] | None 
         KeyboardInterrupt: The user stopped it; what was running waits for the search to go on.
     """
     population = load(plan.experiment.data)
-    try_on(plan.experiment, population)
+    smoke_test(plan.experiment, population)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _alone(plan.folder):
         study = opened(plan, lower_is_better=population.regression)

@@ -82,7 +82,7 @@ def usual_space(experiment: Experiment) -> list[Range]:
     the space is the experiment as it stands.
     """
     # PyTorch takes seconds to import, and a command that only reads a search's options needs none of it.
-    from fedmeta.assembly import AUTOMATIC
+    from fedmeta.build import AUTOMATIC
     from fedmeta.learners import learner_class, settings_of
 
     learner, server = experiment.learner, experiment.server

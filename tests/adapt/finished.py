@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fedmeta
-from fedmeta.adapt.start import FILE, Start
+from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.experiment import Experiment
 
 COLUMNS = ("age", "dose", "weight")
@@ -54,11 +54,11 @@ def experiment(tmp: Path, data: Path | None = None, *overrides: str) -> Experime
     return Experiment().with_overrides([*of_data, *usual, *overrides])
 
 
-def run(tmp: Path, data: Path | None = None, *overrides: str) -> tuple[fedmeta.Result, Start]:
+def run(tmp: Path, data: Path | None = None, *overrides: str) -> tuple[fedmeta.Result, MetaModel]:
     """Runs an experiment to its end; returns the result and what it hands on."""
     from fedmeta import checkpoint
 
     result = fedmeta.run(experiment(tmp, data, *overrides))
-    start = Start.of(checkpoint.newest(result.folder)[0])
+    start = MetaModel.of(checkpoint.newest(result.folder)[0])
     start.write(tmp / FILE)
     return result, start

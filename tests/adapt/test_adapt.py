@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedmeta.adapt import export, joining, writing
-from fedmeta.adapt.finding import find_start
+from fedmeta.adapt import adaptation, export, writing
+from fedmeta.adapt.initialization import FILE as START
+from fedmeta.adapt.initialization import MetaModel
+from fedmeta.adapt.locate import find_start
 from fedmeta.adapt.model import FILE, SiteModel
+from fedmeta.adapt.rows import read_rows
 from fedmeta.adapt.serving import _load_pyfunc
-from fedmeta.adapt.site import read_rows
-from fedmeta.adapt.start import FILE as START
-from fedmeta.adapt.start import Start
-from fedmeta.cli import app
+from fedmeta.cli.main import app
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import LEARNERS
 from tests.adapt.finished import COLUMNS, hospitals, rows, run, said, write_csv
@@ -82,8 +82,8 @@ def test_every_form_of_the_model_says_the_same(tables: Path, tmp_path: Path) -> 
     import mlflow.pyfunc
     import pandas as pd
 
-    start = Start.read(tables / START)
-    adapted = joining.adapt(start, str(site(tmp_path)))
+    start = MetaModel.read(tables / START)
+    adapted = adaptation.adapt(start, str(site(tmp_path)))
     folder = writing.write(adapted, tmp_path / "out").folder
     raw = read_rows(start, str(site(tmp_path, 50, seed=7, missing=0.3))).x
     assert bool(raw.isnan().any())
@@ -108,7 +108,7 @@ def test_every_form_of_the_model_says_the_same(tables: Path, tmp_path: Path) -> 
 
 def test_columns_may_come_in_any_order(tables: Path, tmp_path: Path) -> None:
     x, score = rows(3, 30, 3.0)
-    start = Start.read(tables / START)
+    start = MetaModel.read(tables / START)
     one = read_rows(start, str(write_csv(tmp_path / "a.csv", x, said(score))))
     turned = write_csv(tmp_path / "b.csv", x[:, ::-1], said(score), COLUMNS[::-1])
     assert torch.equal(one.x, read_rows(start, str(turned)).x)
@@ -143,8 +143,8 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 def test_where_adapting_does_not_help_the_global_model_is_advised(tables: Path, tmp_path: Path) -> None:
     """At a hundred times the rate that the run learned with, every step is one too many."""
-    start = replace(Start.read(tables / START), rate=100.0)
-    adapted = joining.adapt(start, str(site(tmp_path)))
+    start = replace(MetaModel.read(tables / START), rate=100.0)
+    adapted = adaptation.adapt(start, str(site(tmp_path)))
     assert adapted.summary()["advice"] == "global"
     theta = start.learner.theta(start.state)
     assert all(torch.equal(value, theta[name]) for name, value in adapted.judgement.parameters.items())
@@ -195,7 +195,7 @@ def test_images(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     x = draw.uniform(0, 16, size=(12, 8, 8))
     np.savez(tmp_path / "mine.npz", x=x, y=draw.integers(0, 3, 12))
-    written = writing.write(joining.adapt(start, str(tmp_path / "mine.npz")), tmp_path / "out")
+    written = writing.write(adaptation.adapt(start, str(tmp_path / "mine.npz")), tmp_path / "out")
     assert written.onnx_difference is not None
     assert written.onnx_difference <= NEAR
     predicted = _load_pyfunc(str(tmp_path / "out")).predict(x)
@@ -205,14 +205,14 @@ def test_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_serves_a_site_that_joins(learner: str, tmp_path: Path) -> None:
     _, start = run(tmp_path, hospitals(tmp_path / "hospitals"), f"learner.name={learner}", "server.rounds=2")
-    adapted = joining.adapt(start, str(site(tmp_path, 20)))
+    adapted = adaptation.adapt(start, str(site(tmp_path, 20)))
     assert adapted.judgement.steps == 0 or start.learner.adapts
     if learner == "fedavg":
         assert "serves every site with the global model" in adapted.advice
 
 
 def test_nothing_half_written_is_left(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = joining.adapt(Start.read(tables / START), str(site(tmp_path)))
+    adapted = adaptation.adapt(MetaModel.read(tables / START), str(site(tmp_path)))
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def full(*arguments: Any) -> str:
@@ -238,7 +238,7 @@ def test_without_the_packages_all_but_onnx_is_written(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "NEEDED", ("onnx", "no_such_package"))
-    written = writing.write(joining.adapt(Start.read(tables / START), str(site(tmp_path))), tmp_path / "out")
+    written = writing.write(adaptation.adapt(MetaModel.read(tables / START), str(site(tmp_path))), tmp_path / "out")
     assert written.onnx_difference is None
     assert "no_such_package" in written.note
     assert "model.safetensors" in written.files
@@ -262,7 +262,7 @@ def test_what_a_run_hands_on_holds_nothing_of_where_it_was(tmp_path: Path) -> No
     content = (tmp_path / START).read_bytes().decode("latin-1")
     for secret in (str(tmp_path), "secret-place", "hospital-"):
         assert secret not in content
-    assert Start.read(tmp_path / START).form.features == COLUMNS
+    assert MetaModel.read(tmp_path / START).form.features == COLUMNS
 
 
 def test_a_run_that_chose_how_far_to_adapt_hands_that_on(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from ray import cloudpickle
 from clients import app as module
 from clients.app import CODES, app
 from clients.node import node_of
-from fedmeta.assembly import learner_of
-from fedmeta.data import FeatureSums, Standardisation, pairs, pairs_of, standardisation, standardised
+from fedmeta.build import learner_of
+from fedmeta.data import FeatureSums, Standardisation, gram, gram_matrices, standardisation, standardised
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
@@ -21,11 +21,11 @@ from fedmeta.messages import (
     QUERY_SUMS,
     TRAIN,
     EvaluateReply,
+    RoundRequest,
     SitesReply,
     SumsReply,
     SumsRequest,
     TrainReply,
-    WorkRequest,
     failure,
 )
 from tests.server.digits import digits
@@ -87,12 +87,12 @@ def sites() -> list[str]:
 # ---------------------------------------------------------------- what a node works out
 
 
-def request(experiment: Experiment, names: tuple[str, ...], **more: Any) -> WorkRequest:
+def request(experiment: Experiment, names: tuple[str, ...], **more: Any) -> RoundRequest:
     classes = tuple(str(digit) for digit in range(10))
     state = learner_of(experiment, (8, 8), 10).init(0)
     scale = {"standardisation.mean": torch.zeros(1, 1), "standardisation.scale": torch.full((1, 1), 8.0)}
     settings = {"round_number": 1, "run": "a-run", "steps": 2, "engine": "vmap", **more}
-    return WorkRequest({**state, **scale}, classes=classes, names=names, **settings)
+    return RoundRequest({**state, **scale}, classes=classes, names=names, **settings)
 
 
 def test_a_nodes_gradient_is_the_sum_over_its_sites(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_node_that_hosts_a_share_keeps_no_copy_of_all_rows(tmp_path: Path) -> 
 
 
 def test_a_node_that_hosts_all_sites_knows_their_rows_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "WIDE", 64)
+    monkeypatch.setattr(gram, "WIDE", 64)
     known = {}
     for model in ("mlp", "logistic", "cnn"):
         for nodes in (1, 2):
-            pairs_of.cache_clear()
+            gram_matrices.cache_clear()
             grid = SeveralNodes(app, digits(tmp_path, f"model.name={model}"), nodes)
             node = node_of(next(iter(grid.contexts.values())))
             scale = Standardisation(np.ones(1, np.float32), np.full(1, 2, np.float32))
@@ -183,7 +183,7 @@ def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
     learner = learner_of(experiment, said.shape, len(said.classes))
     constants = {"standardisation.mean": scale.mean, "standardisation.scale": scale.scale}
     state = learner.init(0) | {name: torch.from_numpy(value) for name, value in constants.items()}
-    reply = ask(grid, TRAIN, WorkRequest(state, 1, said.classes, said.names, "a-run").pack())
+    reply = ask(grid, TRAIN, RoundRequest(state, 1, said.classes, said.names, "a-run").pack())
     assert_only_a_code(reply, "bad-storage")
     assert "Traceback" not in caplog.text
     assert "round-000001.safetensors: cannot be written: Not a directory" in caplog.text
@@ -230,7 +230,7 @@ def test_the_text_of_no_error_leaves_its_site(
 
     experiment = digits(tmp_path)
     grid = SeveralNodes(app, experiment, 1)
-    monkeypatch.setattr(module.cohort, "meta_gradients", fails)
+    monkeypatch.setattr(module.engines, "meta_gradients", fails)
     reply = ask(grid, TRAIN, request(experiment, ("site-00",)).pack())
     assert_only_a_code(reply, code)
     assert SECRET not in texts(reply)

@@ -10,12 +10,12 @@ import torch
 from flwr.app import RecordDict
 
 from clients.app import app
-from clients.judging import Judge, judge_sites
+from clients.evaluation import Evaluator, evaluate_sites
 from clients.node import Node, learner_for
-from fedmeta import cohort
+from fedmeta import engines
 from fedmeta.data import Standardisation, load, split
 from fedmeta.experiment import Data, Evaluation, Experiment, Learner, Model
-from fedmeta.messages import QUERY_SITES, SitesReply, WorkRequest
+from fedmeta.messages import QUERY_SITES, RoundRequest, SitesReply
 from tests.several_nodes import NODE_IDS, SeveralNodes
 
 AS_IS = Standardisation(np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32))
@@ -56,10 +56,10 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
     learned = learner_for(node, classes)
     state = learned.init(0)
     names = tuple(node.population.names[site] for site in (3, 0, 4))
-    request = WorkRequest(state, 1, classes, names, "run", steps=2, gate=gate, engine="loop")
+    request = RoundRequest(state, 1, classes, names, "run", steps=2, gate=gate, engine="loop")
     own = learned.personal(state)
-    judge = Judge.of(learned, state, request)
-    reply = judge_sites(node, node.find(names), request, judge, AS_IS, [own, None, own] if own else None)
+    judge = Evaluator.of(learned, state, request)
+    reply = evaluate_sites(node, node.find(names), request, judge, AS_IS, [own, None, own] if own else None)
     assert reply.scores.shape == (3, 3)
     assert ((reply.chosen >= 0) & (reply.chosen <= 2)).all()
     if own:
@@ -67,7 +67,7 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
     for place, site in enumerate((3, 0, 4)):
         (_, batch), *_ = node.evaluation_batches(np.array([site]), AS_IS, classes)
         assert batch.sites == 4
-        each = [cohort.evaluate(learned, state, [batch.task(task)], "loop", steps=2) for task in range(4)]
+        each = [engines.evaluate(learned, state, [batch.task(task)], "loop", steps=2) for task in range(4)]
         for found, figures in ((reply.scores, "score"), (reply.losses, "loss")):
             expected = torch.cat([getattr(scores, figures) for scores in each]).double().mean(0)
             np.testing.assert_allclose(found[place], expected.numpy(), rtol=1e-6)
@@ -82,7 +82,7 @@ def test_the_steps_chosen_do_not_hang_on_how_many_sites_choose_together(
     classes = node.classes()
     learned = replace(learner_for(node, classes), inner_lr=inner_lr)
     state = learned.init(0)
-    judge = Judge.of(learned, state, WorkRequest(state, 1, classes, (), "run", steps=2, engine="loop"))
+    judge = Evaluator.of(learned, state, RoundRequest(state, 1, classes, (), "run", steps=2, engine="loop"))
     (_, batch), *_ = node.evaluation_batches(node.hosted, AS_IS, classes)
     own = None
     if learned.personal(state):
@@ -90,7 +90,7 @@ def test_the_steps_chosen_do_not_hang_on_how_many_sites_choose_together(
         kept = learned.personal(state)
         own = {name: torch.randn(batch.sites, *value.shape, generator=draw) for name, value in kept.items()}
     together = judge.steps_chosen(batch, own)
-    monkeypatch.setattr("clients.judging.GROUP_ROWS", 1)
+    monkeypatch.setattr("clients.evaluation.GROUP_ROWS", 1)
     assert torch.equal(judge.steps_chosen(batch, own), together)
     assert len(together.unique()) > 1
 

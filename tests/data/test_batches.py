@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedmeta.cohort.rows import adjacent
 from fedmeta.data import (
     ArrayPopulation,
     Episodes,
@@ -25,6 +24,7 @@ from fedmeta.data import (
     standardised,
     training_episodes,
 )
+from fedmeta.engines.lowrank.flat_batch import adjacent
 from fedmeta.experiment import Data
 from tests.data.made import population
 

@@ -125,8 +125,8 @@ grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "nobody
 [ "$(last 's["rounds"]' "$WORK/killed.json")" = 2 ] || die "the second run is too short"
 [ "$(last 's["failures"]' "$WORK/killed.json")" -ge 1 ] || die "no failure was counted"
 server python -c "import sys; from mlflow import MlflowClient
-path = MlflowClient('http://mlflow:5000').download_artifacts(sys.argv[1], 'missed.json', '/tmp'); print(open(path).read())" \
-    "$(last 's["run_id"]' "$WORK/killed.json")" >"$WORK/missed.json" 2>"$WORK/missed.log" ||
+path = MlflowClient('http://mlflow:5000').download_artifacts(sys.argv[1], 'failures.json', '/tmp'); print(open(path).read())" \
+    "$(last 's["run_id"]' "$WORK/killed.json")" >"$WORK/failures.json" 2>"$WORK/missed.log" ||
     { cat "$WORK/missed.log"; die "MLflow does not give what the run missed"; }
-grep -q hospital-c "$WORK/missed.json" || { cat "$WORK/missed.json"; die "MLflow does not name who was lost"; }
+grep -q hospital-c "$WORK/failures.json" || { cat "$WORK/failures.json"; die "MLflow does not name who was lost"; }
 say "the run finished without hospital-c and named it"

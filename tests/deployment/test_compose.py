@@ -52,7 +52,7 @@ def test_what_runs_submitted_code_has_no_key_and_no_way_out() -> None:
 def test_submitted_code_runs_in_copies_of_a_process_that_has_torch() -> None:
     for _, app, _ in apps():
         # -P: the folder that it is started in is the run's to write to, and nothing is imported from there.
-        assert app["command"].startswith("python -P -m fedmeta.superexec --runtime-api-address ")
+        assert app["command"].startswith("python -P -m fedmeta.prefork_superexec --runtime-api-address ")
 
 
 def test_sites_share_no_network_and_no_volume() -> None:

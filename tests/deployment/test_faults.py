@@ -20,7 +20,7 @@ import fedmeta
 from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.progress import Progress
-from fedmeta.runtime import deployment, keeper, superlink
+from fedmeta.runtime import deployment, process_guard, superlink
 from fedmeta.runtime.superlink import environment, free_port, keep
 from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.ui import serving
@@ -99,13 +99,13 @@ class Federation:
         command = ["flower-supernode", "--insecure", "--superlink", f"{HERE}:{self.port}", "--isolation", "process"]
         command += ["--host", HERE, "--port", str(api), "--node-config", f'site="{site}" data="{file}"']
         self.nodes[site] = self.stack.enter_context(keep(command, self.env, self.work / f"{site}.log"))
-        command = [sys.executable, "-P", "-m", "fedmeta.superexec", "--insecure"]
+        command = [sys.executable, "-P", "-m", "fedmeta.prefork_superexec", "--insecure"]
         command += ["--runtime-api-address", f"{HERE}:{api}"]
         return self.stack.enter_context(keep(command, self.env, self.work / f"{site}-app.log"))
 
     def send(self, process: subprocess.Popen[bytes], number: int) -> None:
         """Sends a signal to all that came of a command."""
-        for child in list(keeper.descendants(process.pid)):
+        for child in list(process_guard.descendants(process.pid)):
             os.kill(child, number)
 
     def await_mark(self, name: str) -> None:
@@ -148,10 +148,10 @@ def experiment_of(work: Path, sites: list[str], **settings: object) -> fedmeta.E
 
 def missed(run: fedmeta.runtime.Result, work: Path) -> list[dict[str, object]]:
     """Returns what the server wrote down of who missed what."""
-    (path,) = (work / "runs").glob("*/missed.json")
+    (path,) = (work / "runs").glob("*/failures.json")
     entries: list[dict[str, object]] = json.loads(path.read_text())
     there = {file.path for file in open_client(store_of(work)).list_artifacts(run.summary["run_id"])}
-    assert "missed.json" in there
+    assert "failures.json" in there
     return entries
 
 
@@ -267,7 +267,7 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
 
     run_id = result.summary["run_id"]
     # The run's artifacts are the store's server's, which is gone; the run's own folder has the same record.
-    (path,) = (tmp_path / "runs").glob("ditto-*/missed.json")
+    (path,) = (tmp_path / "runs").glob("ditto-*/failures.json")
     record = json.loads(path.read_text())
     reasons = {(entry["round"], entry["site"]): str(entry["reason"]) for entry in record}
     assert {site for number, site in reasons if number == 2} == {"site-1", "site-2"}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedmeta import cohort
-from fedmeta.cohort import ENGINES
+from fedmeta import engines
+from fedmeta.engines import ENGINES
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import LEARNERS, Learner, build, learner_class, settings_of
 from fedmeta.models import build as build_model
@@ -67,7 +67,7 @@ def test_engines_agree_on_ragged_sites(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(4)]
     state = make_state(learner)
     expected = [learner.meta_gradient(state, task)[0] for task in tasks]
-    total, weight, metrics = cohort.meta_gradients(learner, state, tasks, engine, weights=[1, 2, 3, 4], chunk=3)
+    total, weight, metrics = engines.meta_gradients(learner, state, tasks, engine, weights=[1, 2, 3, 4], chunk=3)
     summed = {name: sum((k + 1) * own[name] for k, own in enumerate(expected)) for name in state}
     assert weight == 10
     assert metrics["query_loss"].shape == (4,)
@@ -138,7 +138,7 @@ def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtyp
     assert float((flat(ours) - flat(theirs)).abs().max()) == 0
     theta = learner.theta(state)
     assert learner.score(theta, other.query) == learner.score(theta, plain.query)
-    scores = [cohort.evaluate(learner, state, [task, task]) for task in (other, plain)]
+    scores = [engines.evaluate(learner, state, [task, task]) for task in (other, plain)]
     assert all(torch.equal(one, another) for one, another in zip(*scores, strict=True))
 
 
@@ -188,7 +188,7 @@ def test_integer_rows_reach_an_embedding(learner: Learner, engine: str) -> None:
         for size in (3, 2)
     ]
     state = make_state(embedded)
-    total, _, _ = cohort.meta_gradients(embedded, state, tasks, engine)
+    total, _, _ = engines.meta_gradients(embedded, state, tasks, engine)
     summed = sum(flat(embedded.meta_gradient(state, task)[0]) for task in tasks)
     assert flat(total).sub(summed).norm() <= 1e-10 * summed.norm()
 
@@ -240,7 +240,7 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
     if model == "char_lstm":
         tasks = [Task(*((x.abs().long().clamp(max=2), y) for x, y in task)) for task in tasks]
     state = make_state(deep)
-    total, _, _ = cohort.meta_gradients(deep, state, tasks, engine)
+    total, _, _ = engines.meta_gradients(deep, state, tasks, engine)
     summed = sum(flat(deep.meta_gradient(state, task)[0]) for task in tasks)
     assert flat(total).sub(summed).norm() <= 1e-9 * summed.norm()
 
@@ -249,11 +249,11 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
 def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]
     state = make_state(learner)
-    scores, losses, _ = cohort.evaluate(learner, state, tasks, engine, steps=3)
+    scores, losses, _ = engines.evaluate(learner, state, tasks, engine, steps=3)
     steps = learner.evaluation_steps(3)
     assert scores.shape == losses.shape == (3, steps + 1)
     for site, task in enumerate(tasks):
-        path = learner.trajectory(state, task.support, steps)
+        path = learner.adaptation_path(state, task.support, steps)
         expected = torch.stack([torch.stack(learner.score(own, task.query)) for own in path])
         assert torch.allclose(scores[site].double(), expected[:, 0].double(), atol=1e-6)
         assert torch.allclose(losses[site].double(), expected[:, 1].double(), rtol=1e-9)

@@ -162,7 +162,7 @@ def test_mamlpp_goes_on_at_the_last_rate() -> None:
         5,
     )
     assert relative_error(learner.adapt(state, task.support, 5), theirs) < 1e-12
-    assert len(learner.trajectory(state, task.support, 1)) == 2
+    assert len(learner.adaptation_path(state, task.support, 1)) == 2
 
 
 def test_anil_moves_the_head_alone() -> None:

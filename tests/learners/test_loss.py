@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedmeta import Task, cohort
-from fedmeta.cohort import ENGINES
+from fedmeta import Task, engines
+from fedmeta.engines import ENGINES
 from fedmeta.learners import build
-from fedmeta.learners.loss import calibration_error, loss, row_errors, row_losses, score
+from fedmeta.problems.rows import calibration_error, loss, row_errors, row_losses, score
 
 
 def test_calibration_error_by_hand() -> None:
@@ -37,9 +37,9 @@ def test_regression_has_no_calibration() -> None:
 def test_classes_may_be_integers_of_any_width(dtype: torch.dtype, engine: str) -> None:
     learner = build("maml", nn.Linear(4, 3), inner_steps=2)
     state, x, y = learner.init(0), torch.randn(6, 4), torch.arange(6) % 3
-    expected, _, _ = cohort.meta_gradients(learner, state, [Task((x, y), (x, y))], engine)
+    expected, _, _ = engines.meta_gradients(learner, state, [Task((x, y), (x, y))], engine)
     narrow = y.to(dtype)
-    found, _, _ = cohort.meta_gradients(learner, state, [Task((x, narrow), (x, narrow))], engine)
+    found, _, _ = engines.meta_gradients(learner, state, [Task((x, narrow), (x, narrow))], engine)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 

@@ -112,7 +112,7 @@ def test_a_path_starts_at_the_global_model_and_goes_on_from_the_personal_part(na
     learner, task = make(name), make_task(3, (4,), 3)
     state = make_state(learner)
     personal = moved(learner.personal(state))
-    path = learner.trajectory(state, task.support, 2, personal)
+    path = learner.adaptation_path(state, task.support, 2, personal)
     assert len(path) == 3
     assert relative_error(path[0], learner.theta(state)) == 0
     assert relative_error(path[2], learner.adapt(state, task.support, 2, personal)) == 0

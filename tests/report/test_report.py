@@ -11,9 +11,9 @@ import pytest
 
 from fedmeta import comparison
 from fedmeta.errors import FedmetaError
-from fedmeta.evaluation import summarise
+from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment, load_experiment
-from fedmeta.progress import silent
+from fedmeta.progress import ignore_progress
 from fedmeta.report import write
 from fedmeta.report.parts import EXPERIMENT_FILE, differing
 from fedmeta.report.reading import labelled, read
@@ -81,7 +81,7 @@ def made(tmp_path_factory):
 def compared(tmp_path_factory):
     root = tmp_path_factory.mktemp("compared")
     found = comparison.compare(
-        described(root, "runtime.seed=3"), ["local", "fedavg-ft", "maml"], 2, report=lambda *_: silent
+        described(root, "runtime.seed=3"), ["local", "fedavg-ft", "maml"], 2, report=lambda *_: ignore_progress
     )
     return root, found
 
@@ -206,8 +206,10 @@ def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
     at_hand = write([str(result.folder)], tmp_path / "a", tmp_path, NOWHERE)[0].read_text()
     fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
     assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
-    assert summarise(result.sites)["new_sites"]["n"] == 4
-    found = comparison.compare(described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: silent)
+    assert summarize(result.sites)["new_sites"]["n"] == 4
+    found = comparison.compare(
+        described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress
+    )
     run_id = json.loads((found.folder / "mlflow.json").read_text())["run_id"]
     assert found.verdict in write([run_id], tmp_path / "c", tmp_path / "none", uri)[1].read_text()
 

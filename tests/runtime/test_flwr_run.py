@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedmeta.checkpoint import newest
-from fedmeta.runtime.handover import RESULT_VARIABLE
+from fedmeta.launch import RESULT_VARIABLE
 from fedmeta.runtime.superlink import environment, superlink, write_run_config
 from tests.runtime.processes import wait_until
 

@@ -105,4 +105,4 @@ def test_nobody_is_waited_for_who_cannot_come(tmp_path: Path) -> None:
     files["site-1"].unlink()
     resumed = run(own, resume="auto")
     assert resumed.summary["rounds"] == 4
-    assert "site-1" in (resumed.folder / "missed.json").read_text()
+    assert "site-1" in (resumed.folder / "failures.json").read_text()

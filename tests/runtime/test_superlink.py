@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.runtime.superlink import PACKAGES, environment, keep, last_words, write_app, write_run_config
+from fedmeta.runtime.superlink import PACKAGES, environment, keep, last_log_line, write_app, write_run_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -119,8 +119,8 @@ def test_a_command_that_is_not_installed_is_named(tmp_path: Path) -> None:
 )
 def test_the_last_words_of_a_log_are_one_telling_line(tmp_path: Path, log: str, said: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_words(tmp_path / "log") == said
+    assert last_log_line(tmp_path / "log") == said
 
 
 def test_a_log_that_is_not_there_says_nothing(tmp_path: Path) -> None:
-    assert last_words(tmp_path / "log") == "it said nothing"
+    assert last_log_line(tmp_path / "log") == "it said nothing"

@@ -32,7 +32,7 @@ def reply(values: list[list[float]], finite: list[bool] | None = None) -> TrainR
 
 
 def combined(aggregator: str, values: list[list[float]], byzantine: float | int = 1, **keys: float) -> list[float]:
-    found = aggregation.combine([reply(values)], Server(aggregator=aggregator, byzantine=byzantine, **keys))
+    found = aggregation.aggregate_replies([reply(values)], Server(aggregator=aggregator, byzantine=byzantine, **keys))
     assert found is not None
     assert found["theta"].dtype == torch.float64
     assert found["alpha"].shape == ()
@@ -75,11 +75,11 @@ def test_the_norm_bound_shortens_what_is_longer_than_the_median_norm() -> None:
 def test_mixing_replaces_each_gradient_by_the_mean_of_its_nearest() -> None:
     # n - f = 2: each with its nearest one. 0 and 2 find each other, 5 finds 2, -100 finds 0.
     sites = [{"theta": torch.tensor([value, 0.0]), "alpha": torch.tensor(value)} for value in (0.0, 2.0, 5.0, -100.0)]
-    found = aggregation.mixed(sites, 2)
+    found = aggregation.nearest_neighbor_mixing(sites, 2)
     assert [site["theta"].tolist() for site in found] == [[1.0, 0.0], [1.0, 0.0], [3.5, 0.0], [-50.0, 0.0]]
     assert [float(site["alpha"]) for site in found] == [1.0, 1.0, 3.5, -50.0]
     # With nobody false, all become the mean.
-    assert [float(site["alpha"]) for site in aggregation.mixed(sites, 0)] == [-23.25] * 4
+    assert [float(site["alpha"]) for site in aggregation.nearest_neighbor_mixing(sites, 0)] == [-23.25] * 4
 
 
 def test_mixing_gives_krum_what_honest_sites_have_in_common() -> None:
@@ -95,8 +95,10 @@ def test_mixing_leaves_honest_sites_nearer_to_their_mean(aggregator: str) -> Non
     _, matrix = random_sites(23)
     honest = matrix[:18] + 1.0
     values = [*honest.tolist(), *(-10 * (matrix[18:] + 1.0)).tolist()]
-    plain, mixed = (np.array(combined(aggregator, values, 5, mixing=mixing)) for mixing in (False, True))
-    assert np.linalg.norm(mixed - honest.mean(0)) < np.linalg.norm(plain - honest.mean(0))
+    plain, nearest_neighbor_mixing = (
+        np.array(combined(aggregator, values, 5, mixing=mixing)) for mixing in (False, True)
+    )
+    assert np.linalg.norm(nearest_neighbor_mixing - honest.mean(0)) < np.linalg.norm(plain - honest.mean(0))
 
 
 def test_mixing_is_refused_where_the_server_sees_no_single_reply() -> None:
@@ -154,7 +156,7 @@ def test_the_order_of_nodes_changes_nothing(aggregator: str, mixing: bool) -> No
         )
         for keep in (list(range(1, 12, 2)), list(range(0, 12, 2)))
     ]
-    one, other = aggregation.combine([whole], settings), aggregation.combine(parts, settings)
+    one, other = aggregation.aggregate_replies([whole], settings), aggregation.aggregate_replies(parts, settings)
     assert one is not None
     assert other is not None
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -162,7 +164,9 @@ def test_the_order_of_nodes_changes_nothing(aggregator: str, mixing: bool) -> No
 
 def test_sites_that_are_not_finite_are_left_out() -> None:
     values = [[1.0, 1.0], [0.0, 0.0], [2.0, 3.0], [9.0, 9.0]]
-    found = aggregation.combine([reply(values, [True, False, True, True])], Server(aggregator="median", byzantine=1))
+    found = aggregation.aggregate_replies(
+        [reply(values, [True, False, True, True])], Server(aggregator="median", byzantine=1)
+    )
     assert found is not None
     assert found["theta"].tolist() == [2.0, 3.0]
 
@@ -186,7 +190,7 @@ def test_too_few_sites_are_refused_at_the_start_in_one_line(aggregator: str, sit
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
     aggregation.check(settings, sites + 1)
-    assert aggregation.combine([reply([[1.0, 1.0]] * sites)], settings) is None
+    assert aggregation.aggregate_replies([reply([[1.0, 1.0]] * sites)], settings) is None
 
 
 def test_a_cohort_counts_and_not_the_population() -> None:
@@ -198,7 +202,7 @@ def test_a_cohort_counts_and_not_the_population() -> None:
     ("share", "sites", "false"), [(0.2, 15, 3), (0.2, 16, 4), (0.07, 100, 7), (3, 16, 3), (0.0, 9, 0)]
 )
 def test_a_share_of_false_sites_is_rounded_up(share: float | int, sites: int, false: int) -> None:
-    assert aggregation.assumed_false(share, sites) == false
+    assert aggregation.num_byzantine(share, sites) == false
 
 
 # ---------------------------------------------------------------- in a round

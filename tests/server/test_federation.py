@@ -7,9 +7,9 @@ from flwr.app import Message
 
 from clients.app import app
 from fedmeta.errors import FedmetaError
-from server import roll as module
+from server import membership as module
 from server.federation import ask_standardisation
-from server.roll import Roll
+from server.membership import Membership
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, breaks, silence
 
@@ -22,9 +22,9 @@ def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sites_are_sorted_by_name_whichever_node_hosts_them(tmp_path: Path) -> None:
     names = ["mercy", "abbey", "zion"]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, name) for name in names])
-    federation = Roll(grid, grid.experiment).federation
+    federation = Membership(grid, grid.experiment).federation
     assert federation.names == ("abbey", "mercy", "zion")
-    assert federation.homes.tolist() == [NODE_IDS[1], NODE_IDS[0], NODE_IDS[2]]
+    assert federation.node_ids.tolist() == [NODE_IDS[1], NODE_IDS[0], NODE_IDS[2]]
     assert federation.classes == ("healthy", "ill")
     assert federation.features == ("age", "pressure")
     assert federation.train_rows.tolist() == federation.test_rows.tolist() == [6, 6, 6]
@@ -38,7 +38,7 @@ def test_the_class_list_is_the_sorted_union(tmp_path: Path) -> None:
         hospital(tmp_path, "mercy", classes=("2",)),
     ]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    assert Roll(grid, grid.experiment).federation.classes == ("2", "9", "10")
+    assert Membership(grid, grid.experiment).federation.classes == ("2", "9", "10")
 
 
 def test_new_sites_are_drawn_over_names_and_not_over_nodes(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_new_sites_are_drawn_over_names_and_not_over_nodes(tmp_path: Path) -> No
     for order in (names, names[::-1]):
         experiment = hospitals(tmp_path, "data.new_sites=2")
         grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, name) for name in order])
-        federation = Roll(grid, experiment).federation
+        federation = Membership(grid, experiment).federation
         drawn.append(federation.new_sites)
         assert len(federation.training) == 3
         assert not set(federation.new_sites) & {federation.names[site] for site in federation.training}
@@ -67,7 +67,7 @@ def test_a_run_waits_for_the_sites_that_it_names(tmp_path: Path) -> None:
         return list(grid.contexts)
 
     grid.get_node_ids = node_ids
-    assert Roll(grid, experiment).federation.names == ("abbey", "zion")
+    assert Membership(grid, experiment).federation.names == ("abbey", "zion")
     assert len(asked) == 3
     # Nobody is asked twice.
     assert [message.metadata.dst_node_id for message in grid.sent] == [NODE_IDS[0], NODE_IDS[3]]
@@ -78,13 +78,13 @@ def test_a_run_says_whom_it_waited_for_in_vain(tmp_path: Path, wait_for: str, mi
     experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.05")
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "abbey")])
     with pytest.raises(FedmetaError, match=f"^server.wait_for is not met, still missing: {missing}$"):
-        Roll(grid, experiment)
+        Membership(grid, experiment)
 
 
 def test_a_run_without_any_node_says_so(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "server.round_timeout=0.05")
     with pytest.raises(FedmetaError, match=r"^no node is connected$"):
-        Roll(SeveralNodes(app, experiment, nodes=0), experiment)
+        Membership(SeveralNodes(app, experiment, nodes=0), experiment)
 
 
 @pytest.mark.parametrize(("fault", "reason"), [(silence, "no reply within 0.5 s"), (breaks, "error code 5")])
@@ -93,7 +93,7 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
     grid.faults[NODE_IDS[0]] = fault
     expected = f"no node could say which sites it hosts: node {NODE_IDS[0]}: {reason}"
     with pytest.raises(FedmetaError, match=f"^{re.escape(expected)}$"):
-        Roll(grid, grid.experiment)
+        Membership(grid, grid.experiment)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_site_that_differs_is_refused_and_the_others_go_on(
     configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
     for order in (configs, configs[::-1]):
         grid = SeveralNodes(app, hospitals(tmp_path), node_configs=order)
-        roll = Roll(grid, grid.experiment)
+        roll = Membership(grid, grid.experiment)
         assert roll.federation.names == ("mercy", "zion")
         assert roll.federation.features == ("age", "pressure")
         assert roll.refused == {"abbey": said}
@@ -120,7 +120,7 @@ def test_a_site_that_differs_is_refused_and_the_others_go_on(
 def test_of_two_forms_with_equally_many_sites_the_first_sites_is_taken(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "zion", columns=("age",)), hospital(tmp_path, "abbey")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     assert roll.federation.names == ("abbey",)
     assert roll.refused == {"zion": "columns missing: pressure"}
 
@@ -132,19 +132,19 @@ def test_a_run_that_needs_a_refused_site_says_how_it_differs(tmp_path: Path, wai
     grid = SeveralNodes(app, experiment, node_configs=configs)
     said = f"server.wait_for is not met, still missing: {missing}; zion cannot take part: columns missing: pressure"
     with pytest.raises(FedmetaError, match=f"^{re.escape(said)}$"):
-        Roll(grid, experiment)
+        Membership(grid, experiment)
 
 
 def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     assert roll.refresh() == []
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", rows=8, classes=("ill", "unheard of")))
     assert roll.refresh() == ["abbey joined as new"]
     federation = roll.federation
     assert federation.names == ("abbey", "mercy")
     assert federation.new.tolist() == [True, False]
-    assert federation.homes.tolist() == [NODE_IDS[4], NODE_IDS[0]]
+    assert federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[0]]
     assert federation.train_rows.tolist() == [4, 6]
     assert federation.classes == ("healthy", "ill")
     assert roll.refresh() == []
@@ -153,7 +153,7 @@ def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
 def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "server.admit=true")
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "mercy")])
-    roll = Roll(grid, experiment)
+    roll = Membership(grid, experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey"))
     assert roll.refresh() == ["abbey joined as training"]
     assert roll.federation.training.tolist() == [0, 1]
@@ -161,7 +161,7 @@ def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> 
 
 def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     before = roll.federation
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", columns=("age", "weight")))
     assert roll.refresh() == ["refused abbey: columns too many: weight; columns missing: pressure"]
@@ -172,35 +172,35 @@ def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_pat
 def test_a_node_that_comes_back_under_a_new_id_keeps_its_site(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path, "data.new_sites=1"), node_configs=configs)
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     before = roll.federation
     grid.join(NODE_IDS[4], grid.leave(NODE_IDS[0]))
     assert roll.refresh() == []
-    assert roll.federation.homes.tolist() == [NODE_IDS[4], NODE_IDS[1]]
+    assert roll.federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[1]]
     assert roll.federation.names == before.names
     assert roll.federation.new.tolist() == before.new.tolist()
 
 
 def test_a_node_that_comes_back_while_its_old_id_still_stands_keeps_its_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     # For the better part of a minute Flower lists a node that was killed.
     grid.faults[NODE_IDS[0]] = breaks
     grid.join(NODE_IDS[4], dict(grid.contexts[NODE_IDS[0]].node_config))
     assert roll.refresh() == []
-    assert roll.federation.homes.tolist() == [NODE_IDS[4]]
+    assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
     assert roll.refused == {}
 
 
 def test_two_nodes_with_one_sites_name_are_refused_at_the_start_and_the_others_go_on(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "abbey", 20)]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     assert roll.federation.names == ("mercy",)
     assert roll.refused == {"abbey": "another node serves this site too; stop one of the two"}
     experiment = hospitals(tmp_path, 'server.wait_for=["abbey", "mercy"]')
     with pytest.raises(FedmetaError, match=r"still missing: abbey; abbey cannot take part: another node serves this"):
-        Roll(SeveralNodes(app, experiment, node_configs=configs), experiment)
+        Membership(SeveralNodes(app, experiment, node_configs=configs), experiment)
 
 
 def test_a_second_node_of_a_site_is_refused_and_taken_once_the_first_is_gone(
@@ -208,15 +208,15 @@ def test_a_second_node_of_a_site_is_refused_and_taken_once_the_first_is_gone(
 ) -> None:
     monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", 20))
     assert roll.refresh() == ["refused abbey: another node serves this site too; stop one of the two"]
-    assert roll.federation.homes.tolist() == [NODE_IDS[0]]
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    assert roll.federation.node_ids.tolist() == [NODE_IDS[0]]
+    monkeypatch.setattr(module, "BACKOFF_FACTOR", 0.0)
     grid.leave(NODE_IDS[0])
     roll._paused.clear()
     assert roll.refresh() == []
-    assert roll.federation.homes.tolist() == [NODE_IDS[4]]
+    assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
 
 
 def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
@@ -225,7 +225,7 @@ def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
     grid.faults[NODE_IDS[1]] = breaks
-    roll = Roll(grid, grid.experiment)
+    roll = Membership(grid, grid.experiment)
     assert roll.federation.names == ("abbey",)
     del grid.faults[NODE_IDS[1]]
     assert roll.refresh() == []
@@ -237,7 +237,7 @@ def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
     monkeypatch.undo()
     monkeypatch.setattr(module, "POLL_S", 0.01)
     monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(module, "BACKOFF_FACTOR", 0.0)
     experiment = hospitals(tmp_path, 'server.wait_for=["abbey"]', "server.round_timeout=60")
     grid = SeveralNodes(app, experiment, node_configs=configs[:1])
     failed: list[Message] = []
@@ -247,14 +247,14 @@ def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
         return reply if len(failed) > 2 else breaks(message, reply)
 
     grid.faults[NODE_IDS[0]] = fails_twice
-    assert Roll(grid, experiment).federation.names == ("abbey",)
+    assert Membership(grid, experiment).federation.names == ("abbey",)
 
 
 def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "data.new_sites=1", 'data.split="blocks"')
     configs = [hospital(tmp_path, name, rows) for name, rows in (("abbey", 20), ("mercy", 30), ("zion", 14))]
     grid = SeveralNodes(app, experiment, node_configs=configs)
-    federation = Roll(grid, experiment).federation
+    federation = Membership(grid, experiment).federation
     rows = []
     for site in federation.training:
         table = (tmp_path / f"{federation.names[site]}.csv").read_text().splitlines()[1:]
@@ -268,7 +268,7 @@ def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) ->
 def test_a_run_does_not_start_without_a_nodes_sums(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, name) for name in ("abbey", "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    federation = Roll(grid, grid.experiment).federation
+    federation = Membership(grid, grid.experiment).federation
     grid.faults[NODE_IDS[1]] = silence
     with pytest.raises(FedmetaError, match=r"^no feature sums from the node of mercy: no reply within 0\.5 s$"):
         ask_standardisation(grid, federation, grid.experiment)

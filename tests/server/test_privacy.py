@@ -19,9 +19,9 @@ from fedmeta.messages import TrainReply
 from fedmeta.progress import Progress
 from fedmeta.runtime.local import LocalGrid
 from server import privacy as module
-from server import rounds
+from server import training_loop
 from server.accountant import Accountant
-from server.privacy import LEDGER, SitePrivacy, noise
+from server.privacy import BUDGET_FILE, SiteLevelDP, noise
 from tests.server.digits import digits
 from tests.server.test_strategy import strategy_over, train
 from tests.several_nodes import SeveralNodes, silence
@@ -29,8 +29,8 @@ from tests.several_nodes import SeveralNodes, silence
 NOISY = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=2.0")
 
 
-def private(folder: Path, *overrides: str, sites: int = 32) -> SitePrivacy:
-    return SitePrivacy(digits(folder, *NOISY, *overrides), sites, folder)
+def private(folder: Path, *overrides: str, sites: int = 32) -> SiteLevelDP:
+    return SiteLevelDP(digits(folder, *NOISY, *overrides), sites, folder)
 
 
 # ---------------------------------------------------------------- noise and draws
@@ -132,7 +132,7 @@ def test_rounds_that_a_resumed_run_repeats_are_paid_for_twice(tmp_path: Path) ->
     with pytest.raises(RuntimeError):
         run(experiment, report=stop)
     folder = next((tmp_path / "runs").iterdir())
-    assert json.loads((folder / LEDGER).read_text()) == {"rounds": 3, "sites": 32}
+    assert json.loads((folder / BUDGET_FILE).read_text()) == {"rounds": 3, "sites": 32}
     summary = run(experiment, resume="auto").summary
     assert summary["rounds"] == 6
     assert summary["privacy"]["rounds"] == 7
@@ -145,7 +145,7 @@ def test_a_disk_that_does_not_take_the_ledger_ends_the_run_in_one_line(
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_whole", full)
+    monkeypatch.setattr(module, "write_atomic", full)
     with pytest.raises(FedmetaError, match=r"privacy\.json: cannot be written: No space left on device$"):
         run(digits(tmp_path, *NOISY))
 
@@ -160,9 +160,9 @@ def test_a_disk_that_does_not_take_the_ledger_ends_the_run_in_one_line(
 )
 def test_a_run_does_not_go_on_without_its_ledger(tmp_path: Path, content: str | None, line: str) -> None:
     if content is not None:
-        (tmp_path / LEDGER).write_text(content)
+        (tmp_path / BUDGET_FILE).write_text(content)
     with pytest.raises(FedmetaError, match=line):
-        SitePrivacy(digits(tmp_path, *NOISY), 32, tmp_path, done=2)
+        SiteLevelDP(digits(tmp_path, *NOISY), 32, tmp_path, done=2)
 
 
 def test_a_private_round_steps_also_where_nobody_answers(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_sum_longer_than_clipping_allows_is_a_bad_reply(tmp_path: Path) -> Non
 def test_what_makes_no_sense_with_noise_is_refused_in_one_line(tmp_path: Path, override: str, line: str) -> None:
     experiment = digits(tmp_path, *NOISY, override)
     with pytest.raises(FedmetaError, match=line) as refused:
-        rounds.run(LocalGrid(app, experiment), experiment, lambda progress: None)
+        training_loop.run(LocalGrid(app, experiment), experiment, lambda progress: None)
     assert "\n" not in str(refused.value)
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.app import app
-from fedmeta.assembly import learner_of
-from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, TrainReply, WorkRequest, pack_failure
+from fedmeta.build import learner_of
+from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, RoundRequest, TrainReply, pack_failure
 from server.federation import Federation, ask_standardisation
+from server.membership import Membership
 from server.optimizer import ServerOptimizer
-from server.roll import Roll
 from server.sampling import sample_cohort, sites_to_evaluate
 from server.strategy import MetaGradientStrategy
 from tests.server.digits import digits
@@ -25,7 +25,7 @@ LOST = "Flower error code 5: the node is lost or its app did not start"
 
 def strategy_over(grid: SeveralNodes) -> MetaGradientStrategy:
     """Returns a strategy that takes plain steps of length 1, so that a step shows the aggregate."""
-    federation = Roll(grid, grid.experiment).federation
+    federation = Membership(grid, grid.experiment).federation
     learner = learner_of(grid.experiment, federation.shape, federation.outputs)
     settings = grid.experiment.server.model_copy(update={"optimizer": "sgd", "lr": 1.0})
     optimizer = ServerOptimizer(settings, learner.sends, learner.init(0))
@@ -59,7 +59,7 @@ def sites_of(grid: SeveralNodes, strategy: MetaGradientStrategy, node: int) -> s
         name
         for message in messages
         if message.metadata.dst_node_id == node
-        for name in WorkRequest.unpack(message.content).names
+        for name in RoundRequest.unpack(message.content).names
     }
 
 
@@ -134,10 +134,10 @@ def test_all_sites_come_round_equally_often() -> None:
 def federation_of(new: list[bool]) -> Federation:
     rows = np.ones(len(new), dtype=np.int64)
     names = tuple(f"site-{number:03d}" for number in range(len(new)))
-    homes = np.zeros(len(new), dtype=np.uint64)
+    node_ids = np.zeros(len(new), dtype=np.uint64)
     return Federation(
         names,
-        homes,
+        node_ids,
         rows,
         rows,
         np.array(new),
@@ -166,7 +166,7 @@ def test_the_cohort_does_not_hang_on_nodes(tmp_path: Path) -> None:
         grid = SeveralNodes(app, digits(tmp_path), nodes)
         strategy = strategy_over(grid)
         messages = list(strategy.configure_train(3, strategy.arrays(), ConfigRecord(), grid))
-        names = [WorkRequest.unpack(message.content).names for message in messages]
+        names = [RoundRequest.unpack(message.content).names for message in messages]
         assert all(tuple(sorted(share)) == share for share in names)
         assert {message.metadata.message_type for message in messages} == {TRAIN}
         asked.append(sorted(name for share in names for name in share))
@@ -206,7 +206,7 @@ def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
     # Of two nodes, too, the one that answers what it was not asked is left out, also where its sites come first.
     grid = SeveralNodes(app, digits(tmp_path), 2)
     strategy = strategy_over(grid)
-    grid.faults[int(strategy.federation.homes[0])] = one_step_too_few
+    grid.faults[int(strategy.federation.node_ids[0])] = one_step_too_few
     messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
     strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
     assert strategy.evaluated is not None

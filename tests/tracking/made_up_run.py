@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedmeta.evaluation import summarise
+from fedmeta.evaluation import summarize
 
 STEPS = 5
 
@@ -63,7 +63,7 @@ def summary(sites: pd.DataFrame, rounds: int, learner: str = "maml") -> dict[str
         "bytes_up": 1_000_000,
         "failures": 0,
         "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
-        **summarise(last),
+        **summarize(last),
         "checkpoint": str(Path("checkpoint")),
     }
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from fedmeta.errors import FedmetaError
-from fedmeta.evaluation import summarise
+from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.opening import open_client
@@ -37,7 +37,7 @@ def track(uri, folder, learner, worse):
         tracker.round(number, {"train/query_loss": 2 / (number + 1), "time/round_s": 0.1, "failures/replies": 0})
         if number % EVERY == 0:
             sites = run[run["round"] == number]
-            tracker.evaluation(number, sites, summarise(sites))
+            tracker.evaluation(number, sites, summarize(sites))
     assert tracker.finish(summary(run, ROUNDS, learner), run) == []
     return tracker.run_id, run
 

@@ -16,25 +16,25 @@ from mlflow.exceptions import get_error_code
 
 import fedmeta
 from fedmeta import checkpoint
-from fedmeta.adapt.finding import find_start
-from fedmeta.adapt.start import Start
+from fedmeta.adapt.initialization import MetaModel
+from fedmeta.adapt.locate import find_start
 from fedmeta.tracking import model as module
 from fedmeta.tracking.store import MLFLOW_DEFAULTS
 from tests.adapt.finished import experiment, hospitals, rows, said
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, fedmeta.Result, Start]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, fedmeta.Result, MetaModel]:
     """A store with a run over hospitals whose model is registered as "heart"."""
     tmp = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{tmp}/mlflow.db"
     overrides = (f"tracking.uri={uri}", "tracking.model=heart")
     result = fedmeta.run(experiment(tmp, hospitals(tmp / "hospitals"), *overrides))
-    return uri, result, Start.of(checkpoint.newest(result.folder)[0])
+    return uri, result, MetaModel.of(checkpoint.newest(result.folder)[0])
 
 
 @pytest.fixture
-def loaded(finished: tuple[str, fedmeta.Result, Start], monkeypatch: pytest.MonkeyPatch) -> Any:
+def loaded(finished: tuple[str, fedmeta.Result, MetaModel], monkeypatch: pytest.MonkeyPatch) -> Any:
     import mlflow.pyfunc
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished[0])
@@ -42,11 +42,11 @@ def loaded(finished: tuple[str, fedmeta.Result, Start], monkeypatch: pytest.Monk
     return mlflow.pyfunc.load_model("models:/heart/1")
 
 
-def frame(start: Start, x: Any) -> pd.DataFrame:
+def frame(start: MetaModel, x: Any) -> pd.DataFrame:
     return pd.DataFrame(x, columns=list(start.form.features))
 
 
-def test_a_run_logs_its_model_and_registers_it(finished: tuple[str, fedmeta.Result, Start]) -> None:
+def test_a_run_logs_its_model_and_registers_it(finished: tuple[str, fedmeta.Result, MetaModel]) -> None:
     uri, result, _ = finished
     client = MlflowClient(uri)
     run = client.get_run(result.summary["run_id"])
@@ -59,7 +59,7 @@ def test_a_run_logs_its_model_and_registers_it(finished: tuple[str, fedmeta.Resu
     assert version.status == "READY"
 
 
-def test_it_predicts_class_names_for_raw_rows(finished: tuple[str, fedmeta.Result, Start], loaded: Any) -> None:
+def test_it_predicts_class_names_for_raw_rows(finished: tuple[str, fedmeta.Result, MetaModel], loaded: Any) -> None:
     _, _, start = finished
     x, _ = rows(30, 50, 3.0, missing=0.2)
     prepared = ((torch.from_numpy(x) - start.mean) / start.scale).nan_to_num(nan=0.0).float()
@@ -70,7 +70,7 @@ def test_it_predicts_class_names_for_raw_rows(finished: tuple[str, fedmeta.Resul
     assert next(iter(loaded.predict(example))) in start.form.classes
 
 
-def test_with_a_support_it_becomes_a_sites_own(finished: tuple[str, fedmeta.Result, Start], loaded: Any) -> None:
+def test_with_a_support_it_becomes_a_sites_own(finished: tuple[str, fedmeta.Result, MetaModel], loaded: Any) -> None:
     _, _, start = finished
     x, score = rows(31, 540, 3.0)
     labels = np.array(said(score))
@@ -87,7 +87,7 @@ def test_with_a_support_it_becomes_a_sites_own(finished: tuple[str, fedmeta.Resu
 
 
 def test_the_model_holds_no_row_and_the_run_goes_on_from_the_registry(
-    finished: tuple[str, fedmeta.Result, Start], tmp_path: Path
+    finished: tuple[str, fedmeta.Result, MetaModel], tmp_path: Path
 ) -> None:
     uri, result, start = finished
     for name in ("models:/heart/1", result.summary["run_id"]):
@@ -97,7 +97,7 @@ def test_the_model_holds_no_row_and_the_run_goes_on_from_the_registry(
     assert example["data"] == [pytest.approx(start.mean.tolist(), rel=1e-5)]
 
 
-def test_a_second_sending_makes_no_second_model(finished: tuple[str, fedmeta.Result, Start]) -> None:
+def test_a_second_sending_makes_no_second_model(finished: tuple[str, fedmeta.Result, MetaModel]) -> None:
     uri, result, _ = finished
     client = MlflowClient(uri)
     assert module.log(client, result.summary["run_id"], result.folder / "model", "heart") == ""
@@ -105,7 +105,7 @@ def test_a_second_sending_makes_no_second_model(finished: tuple[str, fedmeta.Res
     assert len(client.get_run(result.summary["run_id"]).outputs.model_outputs) == 1
 
 
-def test_a_store_without_models_keeps_them_as_artifacts(finished: tuple[str, fedmeta.Result, Start]) -> None:
+def test_a_store_without_models_keeps_them_as_artifacts(finished: tuple[str, fedmeta.Result, MetaModel]) -> None:
     uri, result, _ = finished
 
     refused = MlflowException("API request failed", error_code=get_error_code(404))
@@ -122,7 +122,7 @@ def test_a_store_without_models_keeps_them_as_artifacts(finished: tuple[str, fed
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it(finished: tuple[str, fedmeta.Result, Start], tmp_path: Path) -> None:
+def test_mlflow_serves_it(finished: tuple[str, fedmeta.Result, MetaModel], tmp_path: Path) -> None:
     _, result, start = finished
     x, _ = rows(30, 6, 3.0)
     given = {"dataframe_split": {"columns": list(start.form.features), "data": x.tolist()}}

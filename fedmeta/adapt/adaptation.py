@@ -1,0 +1,172 @@
+"""A new site joins: its rows are read, it adapts, and it is told what that is worth and what to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmeta.adapt.estimate import NestedCVResult, Report, ignore_progress, judge
+from fedmeta.adapt.initialization import MetaModel
+from fedmeta.adapt.intervals import LEVEL, Estimate
+from fedmeta.adapt.model import SiteModel
+from fedmeta.adapt.rows import SiteRows, read_rows
+from fedmeta.problems.rows import score
+
+SENSIBLE_ROWS = 20
+"""With fewer rows an estimate says little: nine right of ten may be anything from 61 to 99 %."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Scores on rows that were set apart.
+
+    Attributes:
+        rows: How many.
+        before: The global model's score.
+        after: That of the model after the steps that cross-validation chose.
+    """
+
+    rows: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of a site's rows.
+
+    Attributes:
+        start: What the run handed on.
+        name: The site's name: its file's.
+        source: Its file's name.
+        rows: Its rows.
+        judgement: What they say.
+        model: The site's model.
+        test: Scores on test rows; None where there are none.
+        warnings: What to know before the model is used, a sentence each.
+        date: When, in UTC.
+    """
+
+    start: MetaModel
+    name: str
+    source: str
+    rows: SiteRows
+    judgement: NestedCVResult
+    model: SiteModel
+    test: Proof | None
+    warnings: tuple[str, ...]
+    date: str
+
+    @property
+    def advice(self) -> str:
+        """One sentence: which model to use, and why."""
+        found = self.judgement
+        if not self.start.learner.adapts:
+            return f"{self.start.name} serves every site with the global model, and so is this."
+        if found.steps:
+            return f"Use the personal model: {found.steps} inner steps on these rows make it the better one."
+        if found.chosen:
+            return (
+                f"Use the global model: {found.chosen} inner steps looked better, but on rows that had no part in that "
+                "choice they made it worse. This is the global model."
+            )
+        return "Use the global model: adapting to these rows does not make it better. This is the global model."
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what the command line prints as JSON."""
+        found, test = self.judgement, self.test
+        return {
+            "run_id": self.start.run_id,
+            "learner": self.start.name,
+            "digest": self.start.digest,
+            "site": self.name,
+            "rows": len(self.rows),
+            "metric": found.before.metric,
+            "level": LEVEL,
+            "steps": found.steps,
+            "steps_chosen": found.chosen,
+            "advice": "personal" if found.steps else "global",
+            "global": _figures(found.before, test.before if test else None),
+            "personalized": _figures(found.after, test.after if test else None),
+            "test_rows": test.rows if test else 0,
+            "warnings": list(self.warnings),
+        }
+
+
+def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_progress) -> Adapted:
+    """Adapts a run's model to a site's rows.
+
+    Args:
+        start: What the run hands on.
+        data: The site's file.
+        test: A file of further rows of the site, which only judge the result; "" where there is none.
+        report: Takes progress.
+
+    Raises:
+        FedmetaError: A file cannot be read, or is not of the run's form.
+    """
+    rows = read_rows(start, data)
+    start = replace(start, form=replace(start.form, classes=rows.classes))
+    apart = read_rows(start, test, rows.classes) if test else None
+    bare = SiteModel.of(start, start.learner.theta(start.state))
+    x, y = _prepared(bare, rows)
+    found = judge(start, x, y, report)
+    model = SiteModel.of(start, found.parameters)
+    tested = None
+    if apart:
+        chosen = found.parameters if found.steps else start.learner.adapt(start.state, (x, y), found.chosen)
+        tested = _test(bare, SiteModel.of(start, chosen), apart)
+    path = Path(data)
+    warnings = tuple(_warnings(start, rows))
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Adapted(start, path.stem, path.name, rows, found, model, tested, warnings, date)
+
+
+def _prepared(model: SiteModel, rows: SiteRows) -> tuple[Tensor, Tensor]:
+    x = model.prepare(rows.x)
+    return x, rows.y.to(x.dtype) if model.form.regression else rows.y
+
+
+def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:
+    return Proof(len(rows), *(_score(model, rows) for model in (before, after)))
+
+
+def _score(model: SiteModel, rows: SiteRows) -> float:
+    x, y = _prepared(model, rows)
+    with torch.no_grad():
+        outputs = model.network(x)
+    return float(score(outputs, y, torch.ones(len(y), dtype=outputs.dtype)))
+
+
+def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
+    said = []
+    if not start.finished:
+        said.append(f"The run has not ended: this is its state after round {start.round_number}.")
+    if len(rows) < SENSIBLE_ROWS:
+        said.append(
+            f"There are {len(rows)} rows: below about {SENSIBLE_ROWS} neither the choice nor its estimate says much."
+        )
+    if not start.form.regression:
+        seen = np.unique(rows.y.numpy())
+        absent = [name for code, name in enumerate(rows.classes) if code not in seen]
+        if len(seen) == 1:
+            said.append(f'All rows are of class "{rows.classes[int(seen[0])]}": nothing is known about other classes.')
+        elif absent and not start.experiment.data.ways:
+            said.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
+    if start.experiment.data.split == "blocks":
+        said.append(
+            "Neighbouring rows resemble each other (data.split = blocks), so that they say less than as many others: "
+            "the true interval is wider."
+        )
+    return said
+
+
+def _figures(estimate: Estimate, test: float | None) -> dict[str, float | None]:
+    high = estimate.high if np.isfinite(estimate.high) else None
+    return {"estimate": estimate.score, "low": estimate.low, "high": high, "test": test}

@@ -1,0 +1,194 @@
+"""How far a new site should adapt, and how good that makes its model, both from the same few labelled rows.
+
+The number of inner steps is chosen by cross-validation on the rows (`fedmeta.engines.step_selection`): zero, the usual number or
+more. Any number need beat the usual one by one standard error only, for the rows are all there is to tell. The figures
+of that cross-validation favour the choice that it made, so they are no estimate. The estimate comes from a second
+cross-validation around the first: a part of the rows is set aside, the others choose their own number of steps and
+adapt, and the rows set aside judge the result (Varma and Simon, BMC Bioinformatics 7:91, 2006). Each row is so judged
+by a model that neither adapted nor chose on it, and that had nearly as many rows as the final one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta import engines
+from fedmeta.adapt.initialization import MetaModel
+from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
+from fedmeta.data.stratified import stratified
+from fedmeta.engines.step_selection import FOLDS, choose_steps
+from fedmeta.engines.weighted_sum import Scores
+from fedmeta.learners import Learner
+from fedmeta.models import Parameters
+from fedmeta.randomness import row_draws, site_keys
+from fedmeta.task import Batch, Rows, Task, stack
+
+Report = Callable[[int, int], None]
+"""Takes how many of how many choices are made."""
+
+
+def ignore_progress(done: int, count: int) -> None:
+    """Takes progress and shows nothing."""
+
+
+JUDGED = 20
+"""Into how many parts rows are set aside in turn: with more, each model has nearly as many rows as the final one."""
+
+MANY_ROWS = 1000
+"""From how many rows on twice as many of them may be set aside at a time."""
+
+MARGIN = 1.0
+"""By how many standard errors any number of steps must beat the usual one."""
+
+LONGEST = 2
+"""How many times the run's own number of inner steps a site may take, as in a run's automatic schedule."""
+
+GROUP_VALUES = 1 << 24
+"""How many features are adapted on at once while steps are chosen: 64 MB."""
+
+
+@dataclass(frozen=True)
+class NestedCVResult:
+    """What the rows say.
+
+    Attributes:
+        steps: The inner steps that the site's model takes; 0 for the global model.
+        chosen: The inner steps that cross-validation chose, before they had to prove themselves.
+        before: The global model's score.
+        after: The score of the model after `chosen` steps; that of the global model where it is 0.
+        parameters: The site's own parameters, after `steps` steps on all rows.
+    """
+
+    steps: int
+    chosen: int
+    before: Estimate
+    after: Estimate
+    parameters: Parameters
+
+    @property
+    def best(self) -> Estimate:
+        """The score of the site's model."""
+        return self.after if self.steps else self.before
+
+
+def judge(start: MetaModel, x: Tensor, y: Tensor, report: Report = ignore_progress) -> NestedCVResult:
+    """Chooses how far a site adapts, and gradient_kind what that does.
+
+    Args:
+        start: What the run hands on.
+        x: Standardised features [n, *shape].
+        y: Codes of classes or numbers [n].
+        report: Takes progress.
+    """
+    learner, state = start.learner, start.state
+    desk = _Desk.of(start, x, y)
+    parts = desk.parts()
+    others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
+    chosen, *inner = desk.choices([np.arange(len(y)), *others], report)
+    score = rmse if start.form.regression else accuracy
+    before, after = desk.set_aside(parts, inner)
+    rows = np.bincount(parts)
+    unadapted, adapted = score(before, rows), score(after, rows, shared_excess(rows))
+    adapted = adapted if chosen else unadapted
+    steps = chosen if adapted.better_or_equal(unadapted) else 0
+    own = learner.adaptation_path(state, (x, y), steps)[-1]
+    return NestedCVResult(steps, chosen, unadapted, adapted, {name: value.detach() for name, value in own.items()})
+
+
+def choose(start: MetaModel, x: Tensor, y: Tensor) -> int:
+    """Returns the number of inner steps that rows choose, without an estimate of what that does."""
+    return _Desk.of(start, x, y).choices([np.arange(len(y))])[0]
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """A site's rows, in the order in which they are dealt to folds, and who adapts on them.
+
+    Attributes:
+        learner: The learner.
+        state: The meta-state.
+        x: Standardised features [n, *shape].
+        y: Codes of classes or numbers [n].
+        most: The most inner steps that may be chosen.
+        blocks: Whether neighbouring rows resemble each other, so that a fold is a run of neighbours.
+    """
+
+    learner: Learner
+    state: dict[str, Tensor]
+    x: Tensor
+    y: Tensor
+    most: int
+    blocks: bool
+
+    @classmethod
+    def of(cls, start: MetaModel, x: Tensor, y: Tensor) -> _Desk:
+        learner, blocks = start.learner, start.experiment.data.split == "blocks"
+        order = torch.from_numpy(np.arange(len(y)) if blocks else _spread(y, start.experiment.runtime.seed))
+        most = learner.evaluation_steps(LONGEST * max(start.steps, learner.inner_steps))
+        return cls(learner, start.state, x[order], y[order], most, blocks)
+
+    def parts(self) -> NDArray[np.int64]:
+        """Returns in which part each row is set aside [n]."""
+        rows = len(self.y)
+        count = min(rows, JUDGED if rows < MANY_ROWS else JUDGED // 2)
+        if not self.blocks:
+            return np.arange(rows) % count
+        return np.repeat(np.arange(count), [len(part) for part in np.array_split(np.arange(rows), count)])
+
+    def choices(self, sets: list[NDArray[np.int64]], report: Report = ignore_progress) -> list[int]:
+        """Returns the number of steps that each set of rows (indices, in order) chooses."""
+        if not self.most:
+            return [0] * len(sets)
+        longest = max(1, max(map(len, sets)))
+        together = max(1, GROUP_VALUES // (FOLDS * longest * max(1, self.x[0].numel())))
+        steps: list[int] = []
+        for start in range(0, len(sets), together):
+            support = self._padded(sets[start : start + together], longest)
+            steps += choose_steps(self._evaluate, support, self.most // LONGEST, margin=MARGIN, between=MARGIN).tolist()
+            report(len(steps), len(sets))
+        return steps
+
+    def set_aside(self, parts: NDArray[np.int64], steps: list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns each part's score [parts] before and after adapting on all other parts, by their own steps."""
+        rows = self.x, self.y, torch.ones(len(self.y), dtype=self._kind)
+        tasks = [_task(rows, torch.from_numpy(parts == part)) for part in range(len(steps))]
+        scores = np.empty((len(tasks), self.most + 1))
+        together = max(1, GROUP_VALUES // (len(self.y) * max(1, self.x[0].numel())))
+        for start in range(0, len(tasks), together):
+            group = slice(start, start + together)
+            scores[group] = self._evaluate(stack(tasks[group])).score.double().numpy()
+        return scores[:, 0], scores[np.arange(len(steps)), steps]
+
+    def _evaluate(self, folds: Batch) -> Scores:
+        return engines.evaluate(self.learner, self.state, folds, steps=self.most)
+
+    def _padded(self, sets: list[NDArray[np.int64]], length: int) -> Rows:
+        """Returns x [sets, length, *shape], y and mask [sets, length] of sets of rows."""
+        index = torch.from_numpy(np.stack([np.pad(own, (0, length - len(own))) for own in sets]))
+        present = torch.from_numpy(np.stack([np.arange(length) < len(own) for own in sets]))
+        return self.x[index], self.y[index] * present, present.to(self._kind)
+
+    @property
+    def _kind(self) -> torch.dtype:
+        return self.x.dtype if self.x.is_floating_point() else torch.float32
+
+
+def _task(rows: Rows, held: Tensor) -> Task:
+    """Returns the task whose query is the rows `held` [n], and whose support is all others."""
+    x, y, mask = rows
+    # Masked and not left out: of a single row nothing would be left.
+    return Task((x, y, mask * ~held), (x[held], y[held], mask[held]))
+
+
+def _spread(y: Tensor, seed: int) -> NDArray[np.int64]:
+    """Returns an order of rows in which each class is spread evenly."""
+    labels = np.zeros(len(y), dtype=np.int64) if y.is_floating_point() else y.numpy()
+    own = np.zeros(len(y), dtype=np.int64)
+    drawn = row_draws(seed, "adapt", 0, site_keys([""]).repeat(len(y)), np.arange(len(y)))
+    return np.argsort(stratified(labels, own, drawn, seed, "adapt"), kind="stable")

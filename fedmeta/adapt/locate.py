@@ -1,0 +1,67 @@
+"""Where a finished run is: a file, a folder, the folder of all runs, an MLflow store, or its model registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fedmeta import checkpoint
+from fedmeta.adapt.initialization import FILE, MetaModel
+from fedmeta.errors import FedmetaError
+from fedmeta.tracking import fetching
+from fedmeta.tracking.store import sqlite_file
+
+REGISTERED = "models:/"
+
+
+def find_start(run: str, root: Path, uri: str) -> MetaModel:
+    """Returns what a finished run hands to new sites.
+
+    Args:
+        run: A checkpoint or `meta_model.safetensors`; a run's folder, or an MLflow model's; a run's folder's name; its
+            MLflow id; or `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+        root: The folder of all runs.
+        uri: The MLflow store that is asked where the run is not found here.
+
+    Raises:
+        FedmetaError: There is no such run, or it cannot be read.
+    """
+    if not run.startswith(REGISTERED):
+        path = Path(run)
+        if path.is_file():
+            return read_start(path)
+        for folder in (path, path / "data", root / run):
+            if (folder / FILE).is_file():
+                return MetaModel.read(folder / FILE)
+        try:
+            return MetaModel.of(checkpoint.newest(checkpoint.find(root, run, ""))[0])
+        except FedmetaError as error:
+            if path.is_dir() or (root / run).is_dir():
+                raise FedmetaError(f"{run}: neither a run's folder nor a model's ({error})") from None
+    return _stored(run, root, uri)
+
+
+def read_start(path: Path) -> MetaModel:
+    """Returns what a file of either kind holds: a start, or a checkpoint.
+
+    Raises:
+        FedmetaError: It is neither.
+    """
+    return MetaModel.read(path) if path.name == FILE else MetaModel.of(checkpoint.read(path))
+
+
+def _stored(run: str, root: Path, uri: str) -> MetaModel:
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        where = f"no MLflow store is at {file}" if run.startswith(REGISTERED) else f"{root} has none of that name"
+        raise FedmetaError(
+            f'no run "{run}": there is no such file or folder, and {where}; '
+            "name a run's folder or checkpoint, or the store with --uri"
+        )
+    with TemporaryDirectory() as folder:
+        if run.startswith(REGISTERED):
+            return read_start(fetching.fetch_registered(uri, run, Path(folder), FILE))
+        try:
+            return read_start(fetching.fetch_checkpoint(uri, run, Path(folder)))
+        except FedmetaError as error:
+            raise FedmetaError(f'no run "{run}": there is no such file or folder, and {error}') from None

@@ -1,0 +1,95 @@
+"""The card of a site's model: what it came from, what it is worth, how to use it. Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedmeta.adapt.adaptation import Adapted
+from fedmeta.adapt.intervals import LEVEL, Estimate
+
+UNIT = {"accuracy": "accuracy", "rmse": "RMSE"}
+
+
+def card(adapted: Adapted, files: Sequence[str]) -> str:
+    """Returns the card of a site's model, with the files that lie beside it."""
+    start, found = adapted.start, adapted.judgement
+    model, experiment = start.experiment.model, start.experiment
+    facts = [
+        ("site's rows", f"{len(adapted.rows)} ({adapted.source})"),
+        ("run", f"{start.run_id}, {start.round_number} rounds"),
+        ("learner", f"{start.name}, inner rate {start.learner.inner_lr:g}"),
+        ("network", model.name + (f", layers {model.hidden}" if model.name in ("mlp", "char_lstm") else "")),
+        ("digest of the start", start.digest),
+        ("inner steps taken", f"{found.steps} (chosen by cross-validation on the rows)"),
+        ("made", adapted.date),
+        ("labels", "numbers" if start.form.regression else ", ".join(adapted.rows.classes)),
+    ]
+    lines = [f"# {experiment.learner.name} adapted to {adapted.name}", "", adapted.advice, ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts), ""]
+    lines += ["## What it is worth", "", *_table(adapted), ""]
+    lines += [
+        f"Each row was judged by a model that neither adapted nor chose its steps on it (nested cross-validation); the "
+        f"interval is meant to cover the accuracy on the site's further rows {LEVEL:.0%} of the time, if these are "
+        "drawn as the rows at hand were. It says nothing about another site, or about this one once its data change.",
+        "",
+    ]
+    lines += [f"- {warning}" for warning in adapted.warnings] + [""] * bool(adapted.warnings)
+    return "\n".join([*lines, "## How to use it", "", *_use(adapted, files)]) + "\n"
+
+
+def in_words(estimate: Estimate) -> str:
+    """Returns a score with its interval."""
+    return f"{estimate.score:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _table(adapted: Adapted) -> list[str]:
+    found, test = adapted.judgement, adapted.test
+    unit = UNIT[found.before.metric]
+    lines = [f"| model | {unit} with {LEVEL:.0%} interval |" + (f" on {test.rows} test rows |" if test else "")]
+    lines += ["|---|---|" + ("---|" if test else "")]
+    named = [("global", found.before, test.before if test else 0.0)]
+    if found.chosen:
+        named.append((f"after {found.chosen} steps", found.after, test.after if test else 0.0))
+    return lines + [f"| {name} | {in_words(own)} |" + (f" {true:.3f} |" if test else "") for name, own, true in named]
+
+
+def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
+    form = adapted.start.form
+    columns = f"the columns {', '.join(form.features[:8])}{' ...' if len(form.features) > 8 else ''}, in this order"
+    rows = columns if form.named else f"rows of shape {form.shape}"
+    takes = f"All of them take raw rows ({rows}; NaN where a value is missing): standardisation is part of the model."
+    lines = [takes, ""]
+    if "model.onnx" in files:
+        output = "prediction" if form.regression else "probabilities"
+        kind = {"torch.float64": "float64", "torch.float32": "float32", "torch.int64": "int64"}[str(form.dtype)]
+        lines += [
+            "`model.onnx` needs nothing but ONNX Runtime:",
+            "",
+            "```python",
+            "import onnxruntime",
+            "",
+            'session = onnxruntime.InferenceSession("model.onnx")',
+            f'{output} = session.run(None, {{"x": rows}})[0]  # rows: {kind}',
+            "```",
+            "",
+        ]
+    lines += [
+        "`mlflow-model` is served by MLflow, in an environment that has fedmeta:",
+        "",
+        "```",
+        "mlflow models predict -m mlflow-model -i rows.json --env-manager local",
+        "```",
+        "",
+        "`model.safetensors` is the torch state:",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "",
+        "from fedmeta.adapt.model import SiteModel",
+        "",
+        'model = SiteModel.read(Path("model.safetensors"))',
+        "model.predict(rows)  # class names or numbers; model(tensor) gives "
+        + ("numbers" if form.regression else "probabilities"),
+        "```",
+    ]
+    return lines

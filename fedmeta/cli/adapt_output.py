@@ -1,0 +1,56 @@
+"""What people see of an adaptation: progress while it goes on, then the table, the advice and the files. On stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmeta.adapt.adaptation import Adapted
+from fedmeta.adapt.estimate import Report
+from fedmeta.adapt.intervals import LEVEL, Estimate
+from fedmeta.adapt.model_card import UNIT
+from fedmeta.adapt.writing import Written
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Shows a bar of the choices made, where stderr is a terminal; yields what feeds it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("choosing how far to adapt", total=None)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+def show(adapted: Adapted, written: Written) -> None:
+    """Shows what the site's rows say and where its model lies."""
+    console = Console(stderr=True)
+    start, found, test = adapted.start, adapted.judgement, adapted.test
+    # The names are a file's and a run's own, and may hold what Rich takes for a style.
+    title = escape(f"{adapted.name}: {len(adapted.rows)} rows, {start.name} after {start.round_number} rounds")
+    table = Table(title=title, title_justify="left")
+    headings = ["", UNIT[found.before.metric], f"{LEVEL:.0%} interval", *([f"{test.rows} test rows"] if test else [])]
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_row("global", *_cells(found.before, test.before if test else None, bold=not found.steps))
+    if found.chosen:
+        steps = f"{found.chosen} inner step{'s' if found.chosen > 1 else ''}"
+        table.add_row(
+            f"personalized, {steps}", *_cells(found.after, test.after if test else None, bold=bool(found.steps))
+        )
+    console.print(table)
+    console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
+    for warning in (*adapted.warnings, *([written.note] if written.note else [])):
+        console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"model {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(estimate: Estimate, test: float | None, bold: bool) -> list[str]:
+    score = f"{estimate.score:.3f}"
+    cells = [f"[bold]{score}[/]" if bold else score, f"{estimate.low:.3f} to {estimate.high:.3f}"]
+    return [*cells, *([f"{test:.3f}"] if test is not None else [])]

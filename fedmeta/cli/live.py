@@ -1,0 +1,103 @@
+"""Watching a run: a live view on stderr, two lines that stay where they are; nothing but notes where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fedmeta.experiment import Experiment
+from fedmeta.progress import Progress as Stand
+from fedmeta.progress import Report, ignore_progress
+
+BARS = "▁▂▃▄▅▆▇█"
+MOST_BARS = 24
+
+
+@contextmanager
+def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) -> Iterator[Report]:
+    """Shows how far a run is, the time that is left, new sites' score over the evaluations, and how many sites failed.
+
+    The view needs a terminal. Notes, such as a round that was skipped or a site that joined, are printed wherever
+    stderr goes.
+
+    Args:
+        experiment: What runs.
+        title: What to call it; made from learner and data where it is empty.
+        quiet: Whether to show nothing at all.
+
+    Yields:
+        What takes the run's progress.
+    """
+    if quiet:
+        yield ignore_progress
+        return
+    console = Console(stderr=True)
+    view = RunView(title or f"{experiment.learner.name} on {experiment.data.source}", experiment.server.rounds)
+    with ExitStack() as shown:
+        if console.is_terminal:
+            shown.enter_context(Live(view.group, console=console, transient=True, refresh_per_second=5))
+
+        def report(stand: Stand) -> None:
+            if stand.note:
+                console.print(f"fedmeta: {stand.note}", highlight=False, markup=False, soft_wrap=True)
+            view.update(stand)
+
+        yield report
+
+
+@contextmanager
+def several(experiment: Experiment, *, quiet: bool = False) -> Iterator[Callable[[str, int, int], Report]]:
+    """Shows the progress of one run after the other; yields what gives each run (title, number, count) its view."""
+    with ExitStack() as views:
+
+        def next_run(title: str, number: int, count: int) -> Report:
+            views.close()
+            return views.enter_context(progress(experiment, f"{number}/{count} {title}", quiet=quiet))
+
+        yield next_run
+
+
+class RunView:
+    """What the live view shows of one run.
+
+    Attributes:
+        group: The two lines.
+    """
+
+    def __init__(self, name: str, rounds: int) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True))
+        self._task = self._bar.add_task(name, total=rounds)
+        self._scores: list[float] = []
+        self._line = Text("starting", style="dim", no_wrap=True, overflow="ellipsis")
+        self.group = Group(self._bar, self._line)
+
+    def update(self, stand: Stand) -> None:
+        """Takes the run's progress."""
+        self._bar.update(self._task, completed=stand.round_number, total=stand.rounds)
+        score = stand.personalized_score
+        if score is not None and (not self._scores or self._scores[-1] != score):
+            self._scores.append(score)
+        self._line.plain = ""
+        self._line.style = ""
+        if score is None or stand.global_score is None:
+            self._line.append("new sites: no score yet", style="dim")
+        else:
+            self._line.append("new sites ").append(sparkline(self._scores), style="cyan")
+            self._line.append(f" personalized {score:.3f}", style="bold").append(f", global {stand.global_score:.3f}")
+        if stand.failures:
+            self._line.append(f"   {stand.failures} failed", style="red")
+
+
+def sparkline(values: Sequence[float], most: int = MOST_BARS) -> str:
+    """Returns values as bars between their lowest and their highest; of too many, evenly chosen ones and the last."""
+    if len(values) > most:
+        values = [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
+    low, high = min(values), max(values)
+    top = len(BARS) - 1
+    return "".join(BARS[round(top * (value - low) / (high - low)) if high > low else top // 2] for value in values)

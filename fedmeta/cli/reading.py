@@ -1,0 +1,98 @@
+"""Commands that look at sites and at finished runs: sites, adapt, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmeta.cli.application import File, Overrides, app
+from fedmeta.experiment import Tracking, load_experiment
+
+
+@app.command()
+def sites(
+    file: File,
+    overrides: Overrides = None,
+    node_config: Annotated[
+        str,
+        typer.Option(metavar="CONFIG", help='Show what a node with this config would send: site="NAME" data="FILE".'),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
+) -> None:
+    """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
+
+    With --node-config it shows, at a site and without sending anything, every message that the site's node would send.
+    """
+    from fedmeta.cli import tables
+    from fedmeta.data import load
+    from fedmeta.data.summary import summarize_sites
+
+    experiment = load_experiment(file, overrides or [])
+    if node_config:
+        from fedmeta.runtime.dry_run import dry_run, told
+
+        print(told(dry_run(experiment, node_config), as_json))
+        return
+    frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
+    if as_json:
+        print(frame.to_json(orient="records", lines=True), end="")
+    else:
+        tables.sites(frame)
+
+
+@app.command()
+def adapt(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder or checkpoint, its MLflow id, or models:/NAME/VERSION.", show_default=False
+        ),
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="The site's labelled rows: .csv, .parquet or .npz.")],
+    out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
+    test: Annotated[str, typer.Option(metavar="FILE", help="Further rows of the site, which only judge.")] = "",
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
+
+    Nothing leaves this machine.
+    """
+    from fedmeta.adapt import adaptation, locate, writing
+    from fedmeta.cli import adapt_output
+
+    writing.check_folder(out)
+    start = locate.find_start(run, Path(Tracking().folder), uri)
+    with adapt_output.progress() as report:
+        adapted = adaptation.adapt(start, data, test, report)
+    written = writing.write(adapted, out)
+    adapt_output.show(adapted, written)
+    if as_json:
+        found = adapted.summary() | {"out": str(out), "files": written.files}
+        print(json.dumps(found | {"onnx_difference": written.onnx_difference}))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="A run's folder, checkpoint or MLflow id; a comparison's folder or MLflow id; or several runs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+) -> None:
+    """Writes one page about a run, or about runs beside one another: HTML that needs no network, and Markdown.
+
+    RUN is a run's folder, checkpoint or MLflow id, or a comparison's folder or MLflow id; several runs are compared.
+    """
+    from fedmeta.report import write
+
+    for path in write(runs, out, Path(Tracking().folder), uri):
+        print(path)

@@ -1,0 +1,134 @@
+"""Runs a learner for many sites at once: the reference loop, and the fast ways, equal to it.
+
+An engine is a module with two functions: `meta_gradients(learner, meta_state, batch, weights)`, which returns a
+`WeightedSum`, and `evaluate(learner, meta_state, batch, steps)`, which returns `Scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedmeta.engines.lowrank.engine import fits
+from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
+from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_site, run, trial
+from fedmeta.engines.weighted_sum import Scores, WeightedSum
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.learners import Learner
+from fedmeta.task import Batch, Task, stack
+
+__all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "meta_gradients", "trial"]
+
+
+def meta_gradients(
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    tasks: Sequence[Task] | Batch,
+    engine: str = "auto",
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    chunk: int | None = None,
+    budget: int = BUDGET,
+    rounded: bool = True,
+    clip_norm: float = 0.0,
+    per_site: bool = False,
+) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """Computes the weighted sum of many sites' meta-gradients.
+
+    Args:
+        learner: The learner.
+        meta_state: The meta-state.
+        tasks: One task per site, in site order; or the same as one padded `Batch`.
+        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; "lowrank" stands for the better of the
+            others where it does not fit (`fits` says why).
+        weights: The weight of each site [sites]; None for 1 each.
+        chunk: The number of sites that are computed together; None for as many as the budget holds.
+        budget: Bytes that the sites which are computed together may take, by prediction.
+        rounded: Whether to return the sum in the meta-state's types; else it stays in float64 where parts were added
+            up, and where one part was all, in the type in which that was computed.
+        clip_norm: The longest gradient of one site, over all entries of the meta-state; longer ones are shortened
+            before they are added up; 0 = any length. Costs up to half more in the low-rank form, which tells norms without
+            any site's gradient; elsewhere, and with learned inner rates, several times as much.
+        per_site: Whether to return each site's own gradient in place of the sum.
+
+    Returns:
+        The weighted sum (the meta-state's keys, its parts summed in float64 in site order), or with
+        `per_site` the sites' gradients as they are [sites, ...], 0 for one that is not finite; the total weight; and
+        per-site figures [sites], among them "query_loss" and "finite". A site whose gradient or query loss is not
+        finite has neither a share in the sum nor in the weight.
+
+    Raises:
+        FedmetaError: There is no such engine, or the weights are not one number of at least 0 for each site.
+    """
+    own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
+    if len(own):
+        batch = tasks if isinstance(tasks, Batch) else stack(tasks)
+        name = _engine(engine, learner, meta_state, batch)
+        if clip_norm or per_site:
+            name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
+        own = own.to(batch.support[2].device)
+        total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
+    else:
+        total = WeightedSum.empty(meta_state, clip_norm, per_site)
+        total.metrics = {"query_loss": [own], "finite": [own]}
+    values = total.stacked() if per_site else total.total
+    gradient = {name: value.to(meta_state[name].dtype) if rounded else value for name, value in values.items()}
+    return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
+
+
+def evaluate(
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    tasks: Sequence[Task] | Batch,
+    engine: str = "auto",
+    *,
+    steps: int | None = None,
+    chunk: int | None = None,
+    budget: int = BUDGET,
+) -> Scores:
+    """Scores every site on its query rows before, during and after adaptation on its support rows.
+
+    Args:
+        learner: The learner.
+        meta_state: The meta-state.
+        tasks: One task per site (support: the rows to adapt on; query: the rows that judge), or one padded `Batch`.
+        engine: As for `meta_gradients`.
+        steps: Inner steps; None for the learner's own number. A learner that does not adapt takes none.
+        chunk: As for `meta_gradients`.
+        budget: As for `meta_gradients`.
+
+    Returns:
+        Accuracy (RMSE for regression), loss and calibration error, each [sites, steps + 1], after 0, 1, ... steps.
+    """
+    taken = learner.evaluation_steps(steps)
+    if not (tasks.sites if isinstance(tasks, Batch) else len(tasks)):
+        return Scores(*(torch.zeros(0, taken + 1) for _ in Scores._fields))
+    batch = tasks if isinstance(tasks, Batch) else stack(tasks)
+    name = _engine(engine, learner, meta_state, batch)
+    size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
+    parts, places = [], []
+    for sites, part in chunks(batch, size):
+        with sdpa_kernel(SDPBackend.MATH):
+            parts.append(ENGINES[name].evaluate(learner, meta_state, part, taken))
+        places.append(sites)
+    order = torch.cat(places).argsort()
+    return Scores(*(figure[order] for figure in Scores.join(parts)))
+
+
+def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
+    own = torch.ones(sites) if weights is None else torch.as_tensor(weights)
+    if own.shape != (sites,) or not bool(((own >= 0) & (own < torch.inf)).all()):
+        raise FedmetaError(f"weights: {sites} numbers of at least 0 are needed, one for each site")
+    return own.double()
+
+
+def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:
+    """Returns the engine that a name stands for here; "lowrank" gives way to another where it does not fit."""
+    if name not in (*ENGINES, "auto"):
+        raise FedmetaError(f'no engine "{name}"{nearest(name, ENGINES)} (known: auto, {", ".join(ENGINES)})')
+    if name == "auto" or (name == "lowrank" and fits(learner, batch, meta_state)):
+        return choose_engine(learner, batch, meta_state)
+    return name

@@ -1,0 +1,112 @@
+"""Which form each adapting parameter takes: the low-rank form, or one value per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from fedmeta.engines.lowrank.ops import UnsupportedModelError
+from fedmeta.engines.lowrank.trace import Call, ModuleTrace
+
+Rates = Mapping[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """The form of each parameter.
+
+    Attributes:
+        calls: The model's calls, in order.
+        in_place: Whether it changes tensors in place.
+        spans: The weights in low-rank form.
+        absorbed: The biases that move with a weight in low-rank form, at the same rates.
+        dense: The other adapting parameters: one value per site.
+    """
+
+    calls: tuple[Call, ...]
+    in_place: bool
+    spans: frozenset[str]
+    absorbed: frozenset[str]
+    dense: tuple[str, ...]
+
+
+Sharing = tuple[tuple[tuple[str, int], ...], ...]
+"""For each step the parameters that adapt, each with a number that those of the same rate share."""
+
+
+def sharing(rates: Sequence[Rates]) -> Sharing:
+    """Returns which parameters adapt in each step, and which of them share one rate.
+
+    Raises:
+        UnsupportedModelError: A rate is not a scalar.
+    """
+    return tuple(_groups(step) for step in rates)
+
+
+def _groups(rates: Rates) -> tuple[tuple[str, int], ...]:
+    seen: dict[object, int] = {}
+    for name, rate in rates.items():
+        if isinstance(rate, Tensor) and rate.dim() > 0:
+            raise UnsupportedModelError(f"parameter {name} has an inner rate for each of its elements")
+    return tuple((name, seen.setdefault(_key(rate), len(seen))) for name, rate in rates.items())
+
+
+def _key(rate: Tensor | float) -> object:
+    return (Tensor, id(rate)) if isinstance(rate, Tensor) else float(rate)
+
+
+@lru_cache(maxsize=256)
+def make_plan(found: ModuleTrace, steps: Sharing, rows: int) -> ParameterPlan:
+    """Returns the cheaper form of each adapting parameter.
+
+    Args:
+        found: What the model does with its parameters.
+        steps: Which parameters adapt in each step.
+        rows: Support rows per site.
+    """
+    adapting = dict.fromkeys(name for step in steps for name, _ in step)
+    by_name = {name: [call for call in found.calls if name in call.names] for name in adapting}
+    spans = {
+        name
+        for name, calls in by_name.items()
+        if all(call.kind == "linear" and call.weight == name for call in calls) and _saved(calls, rows, len(steps)) > 0
+    }
+    absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
+    dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
+    return ParameterPlan(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
+
+
+def _saved(calls: Sequence[Call], rows: int, steps: int) -> float:
+    """Returns about how many operations per site the low-rank form of a linear layer saves over one weight per site.
+
+    Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
+    element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed. The rows
+    of all calls of one weight, as in a recurrence, count together: each call's meet every other's.
+
+    Args:
+        calls: The calls of one weight.
+        rows: Support rows per site.
+        steps: Inner steps.
+    """
+    width, outputs = calls[0].width, calls[0].outputs
+    own = sum(call.rows for call in calls) * rows
+    weights = steps * (own + 30) * width * outputs
+    pairs = own * own * steps
+    fixed = all(call.fixed for call in calls)
+    return weights - (pairs * outputs + own * own * width if fixed else pairs * steps / 2 * (width + outputs))
+
+
+def _moves_along(
+    name: str, calls: list[Call], by_name: Mapping[str, list[Call]], spans: set[str], steps: Sharing
+) -> bool:
+    """Whether this is the bias of one weight in low-rank form that always moves at the same rate."""
+    weight = calls[0].weight
+    return (
+        weight in spans
+        and all(call.bias == name and call.weight == weight for call in calls)
+        and len(by_name[weight]) == len(calls)
+        and all(dict(step).get(name) == dict(step).get(weight) for step in steps)
+    )

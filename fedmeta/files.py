@@ -1,0 +1,69 @@
+"""Files on disk: atomic writes, and tensors read without executing anything."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedmeta.errors import FedmetaError
+
+PART = ".part"
+"""How the name of a file ends that is still being written; what a killed process left of one means nothing."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file atomically: under another name, to the disk, then renamed; the folder is created.
+
+    Raises:
+        OSError: The folder or the disk does not take it; what was there before is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(PART)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_tensors(path: Path, what: str, format_name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Reads a safetensors file.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+        format_name: The format that its header must name.
+
+    Returns:
+        The header's texts, and the tensors by name.
+
+    Raises:
+        FedmetaError: The file cannot be read, or is of another format or version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, str] = dict(file.metadata() or {})
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (OSError, SafetensorError) as error:
+        raise FedmetaError(f"{path}: not a readable {what} ({error})") from error
+    if header.get("format") != format_name:
+        raise FedmetaError(f"{path}: not a {what} of this version of fedmeta")
+    return header, tensors

@@ -1,0 +1,137 @@
+"""What a node says when it joins: which sites it hosts, and the feature sums of those that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedmeta.messages.records import (
+    MessageError,
+    only,
+    read_arrays,
+    read_list,
+    read_names,
+    read_record,
+    read_scalar,
+    write_arrays,
+    write_names,
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SitesReply:
+    """Which sites a node hosts.
+
+    Attributes:
+        names: The sites' names.
+        train_rows: Train rows per site.
+        test_rows: Test rows per site.
+        classes: The labels that occur at them, as text; empty for regression.
+        features: Feature names, where rows have them.
+        shape: The shape of one row.
+        regression: Whether labels are numbers.
+        tokens: Whether features are integer codes that must not be scaled.
+    """
+
+    names: tuple[str, ...]
+    train_rows: tuple[int, ...]
+    test_rows: tuple[int, ...]
+    classes: tuple[str, ...]
+    features: tuple[str, ...]
+    shape: tuple[int, ...]
+    regression: bool
+    tokens: bool
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        schema: dict[str, Any] = {
+            "classes": list(self.classes),
+            "features": list(self.features),
+            "shape": list(self.shape),
+            "regression": self.regression,
+            "tokens": self.tokens,
+        }
+        sizes: dict[str, Any] = {"train_rows": list(self.train_rows), "test_rows": list(self.test_rows)}
+        return RecordDict(
+            {"sites": write_names(self.names), "schema": ConfigRecord(schema), "sizes": MetricRecord(sizes)},
+        )
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> SitesReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "sites", "schema", "sizes")
+        names = read_names(content)
+        sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows")
+        schema = read_record(content, "schema", ConfigRecord, "classes", "features", "shape", "regression", "tokens")
+        rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
+        if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
+            raise MessageError("a number of rows is negative")
+        if len(set(names)) < len(names):
+            raise MessageError("two sites have the same name")
+        shape = tuple(read_list(schema, "shape", int))
+        if min(shape, default=1) < 1:
+            raise MessageError("the shape of a row is not positive")
+        return cls(
+            names=names,
+            train_rows=rows["train_rows"],
+            test_rows=rows["test_rows"],
+            classes=tuple(read_list(schema, "classes", str)),
+            features=tuple(read_list(schema, "features", str)),
+            shape=shape,
+            regression=read_scalar(schema, "regression", bool),
+            tokens=read_scalar(schema, "tokens", bool),
+        )
+
+
+@dataclass(frozen=True)
+class SumsRequest:
+    """Asks a node for the feature sums of some of its sites, which are training sites."""
+
+    names: tuple[str, ...]
+
+    def pack(self) -> RecordDict:
+        """Returns the message's content."""
+        return RecordDict({"sites": write_names(self.names)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> SumsRequest:
+        """Reads a message; raises `MessageError` where it is not one."""
+        only(content, "sites")
+        return cls(read_names(content))
+
+
+@dataclass(frozen=True)
+class SumsReply:
+    """Feature sums over the train rows of the sites asked for, missing values left out; float64, all of one shape."""
+
+    count: Floats
+    total: Floats
+    square: Floats
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        sums = {"count": self.count, "total": self.total, "square": self.square}
+        return RecordDict({"sums": write_arrays({name: torch.from_numpy(value) for name, value in sums.items()})})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> SumsReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "sums")
+        sums = {name: value.numpy() for name, value in read_arrays(content, "sums").items()}
+        only(sums, "count", "total", "square")
+        if len({value.shape for value in sums.values()}) != 1:
+            raise MessageError("the sums are not of one shape")
+        if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in sums.values()):
+            raise MessageError("the sums are not finite float64 numbers")
+        if (sums["count"] < 0).any() or (sums["square"] < 0).any():
+            raise MessageError("a count or a sum of squares is negative")
+        if (np.abs(sums["total"]) > np.maximum(sums["count"], 1.0) * np.finfo(np.float32).max).any():
+            raise MessageError("a sum is of larger numbers than sites may have")
+        return cls(**sums)

@@ -1,0 +1,263 @@
+"""What the server asks of sites in a round, and what a node answers: meta-gradients or scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta.engines import ENGINES
+from fedmeta.messages.records import (
+    MessageError,
+    only,
+    read_arrays,
+    read_list,
+    read_names,
+    read_record,
+    read_scalar,
+    write_arrays,
+    write_names,
+)
+
+Floats = NDArray[np.float64]
+
+TASK_KEYS = (
+    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "reference", "engine", "budget", "per_site",
+)  # fmt: skip
+FIGURES = ("scores", "losses", "calibration")
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """Asks a node to work on some of its sites: the content of `train` and of `evaluate`.
+
+    Attributes:
+        meta_state: The meta-state, standardisation included.
+        round_number: The round, from 1; for `evaluate` the last finished one.
+        classes: The run's class list; empty for regression.
+        names: The sites, in site order.
+        run: The name of the run's folder, under which sites keep what stays with them.
+        saved_rounds: The rounds of the run's checkpoints, from each of which it may go on; 0 where there are fewer.
+        steps: The number of inner steps (`evaluate`).
+        rate: What the inner rates are multiplied by (`evaluate`).
+        gate: Whether each site chooses its number of steps on its support rows (`evaluate`).
+        reference: Whether sites train from the meta-state on their own, as the learner "local" does (`evaluate`).
+        engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
+        budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
+        per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
+    """
+
+    meta_state: Mapping[str, Tensor]
+    round_number: int
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    run: str
+    saved_rounds: tuple[int, ...] = (0, 0)
+    steps: int = 0
+    rate: float = 1.0
+    gate: bool = False
+    reference: bool = False
+    engine: str = "auto"
+    budget: int = 0
+    per_site: bool = False
+
+    def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
+        """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
+        state = write_arrays(self.meta_state) if packed_state is None else packed_state
+        task: dict[str, Any] = {
+            "round": self.round_number,
+            "classes": list(self.classes),
+            "run": self.run,
+            "saved_rounds": list(self.saved_rounds),
+            "steps": self.steps,
+            "rate": self.rate,
+            "gate": self.gate,
+            "reference": self.reference,
+            "engine": self.engine,
+            "budget": self.budget,
+            "per_site": self.per_site,
+        }
+        return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> RoundRequest:
+        """Reads a message; raises `MessageError` where it is not one."""
+        only(content, "meta_state", "task", "sites")
+        task = read_record(content, "task", ConfigRecord, *TASK_KEYS)
+        return cls(
+            meta_state=read_arrays(content, "meta_state"),
+            round_number=read_scalar(task, "round", int),
+            classes=tuple(read_list(task, "classes", str)),
+            names=read_names(content),
+            run=read_scalar(task, "run", str),
+            saved_rounds=tuple(read_list(task, "saved_rounds", int)),
+            steps=read_scalar(task, "steps", int),
+            rate=read_scalar(task, "rate", float),
+            gate=read_scalar(task, "gate", bool),
+            reference=read_scalar(task, "reference", bool),
+            engine=read_scalar(task, "engine", str),
+            budget=read_scalar(task, "budget", int),
+            per_site=read_scalar(task, "per_site", bool),
+        )
+
+
+@dataclass(frozen=True)
+class EngineReply:
+    """Which cohort engine a node found fastest for the first cohort.
+
+    Attributes:
+        engine: Its name.
+        budget: Bytes that the node can give to the sites which are computed together.
+        seconds: What each engine took in a trial; empty where no trial was needed.
+    """
+
+    engine: str
+    budget: int
+    seconds: Mapping[str, float]
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        choice: dict[str, Any] = {"engine": self.engine, "budget": self.budget}
+        seconds: dict[str, Any] = dict(self.seconds)
+        return RecordDict({"choice": ConfigRecord(choice), "seconds": MetricRecord(seconds)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> EngineReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "choice", "seconds")
+        choice = read_record(content, "choice", ConfigRecord, "engine", "budget")
+        times = read_record(content, "seconds", MetricRecord)
+        seconds = {name: read_scalar(times, name, float) for name in times}
+        budget = read_scalar(choice, "budget", int)
+        if budget < 0:
+            raise MessageError("the budget is negative")
+        engine = read_scalar(choice, "engine", str)
+        if unknown := {engine, *seconds} - set(ENGINES):
+            raise MessageError(f'there is no engine "{min(unknown)}"')
+        return cls(engine, budget, seconds)
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """The weighted sum of meta-gradients over a node's share of the cohort, or where asked for each site's own.
+
+    Attributes:
+        gradient: The sum, with the keys and shapes of the learned part of the meta-state. It travels in float32 where
+            that loses nothing, as for one site of weight 1, and otherwise in float64, in which it was added up: a
+            node's share of the sum is not rounded before the whole is. Where the request said `per_site`: the sites'
+            own gradients, not weighted, along a leading axis [sites, ...]; 0 where one was not finite.
+        weight: The sum of the weights of the sites with a finite gradient.
+        names: The sites, in the order of the figures.
+        query_loss: The query loss after adaptation, per site.
+        finite: Whether the site's gradient was finite, per site; where not, it is in neither sum.
+    """
+
+    gradient: Mapping[str, Tensor]
+    weight: float
+    names: tuple[str, ...]
+    query_loss: Floats
+    finite: NDArray[np.bool_]
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        figures: dict[str, Any] = {
+            "weight": self.weight,
+            "query_loss": self.query_loss.tolist(),
+            "finite": self.finite.astype(int).tolist(),
+        }
+        gradient = {name: _downcast_if_lossless(value) for name, value in self.gradient.items()}
+        return RecordDict(
+            {"gradient": write_arrays(gradient), "cohort": MetricRecord(figures), "sites": write_names(self.names)}
+        )
+
+    @classmethod
+    def unpack(cls, content: RecordDict, like: Mapping[str, Tensor], per_site: bool = False) -> TrainReply:
+        """Reads a reply whose gradient must have the keys and shapes of `like`, with `per_site` once for each site.
+
+        Raises:
+            MessageError: It is not one, or its gradient or weight is not finite.
+        """
+        only(content, "gradient", "cohort", "sites")
+        names = read_names(content)
+        gradient = read_arrays(content, "gradient")
+        only(gradient, *like)
+        sites = (len(names),) if per_site else ()
+        for name, value in gradient.items():
+            if value.shape != (*sites, *like[name].shape) or value.dtype not in (torch.float32, torch.float64):
+                raise MessageError(f"the gradient of {name} has another shape or type than it should")
+            # In the type in which the server steps: a number that is finite in 64 bits may not be so in 32.
+            bounds = torch.stack(value.aminmax()).to(like[name].dtype).tolist() if value.numel() else []
+            if not all(map(isfinite, bounds)):
+                raise MessageError(f"the gradient of {name} is not finite")
+        cohort = read_record(content, "cohort", MetricRecord, "weight", "query_loss", "finite")
+        weight = read_scalar(cohort, "weight", float)
+        if not (np.isfinite(weight) and weight >= 0):
+            raise MessageError("the weight is not a finite number of at least 0")
+        return cls(
+            gradient=gradient,
+            weight=weight,
+            names=names,
+            query_loss=np.array(read_list(cohort, "query_loss", float, len(names))),
+            finite=np.array(read_list(cohort, "finite", int, len(names)), dtype=bool),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Scores of a node's sites on their test rows.
+
+    Attributes:
+        names: The sites.
+        scores: Accuracy (RMSE for regression) after 0, 1, ... steps, [sites, steps + 1].
+        losses: The mean loss, of the same shape.
+        calibration: The expected calibration error, of the same shape; NaN for regression.
+        chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
+    """
+
+    names: tuple[str, ...]
+    scores: Floats
+    losses: Floats
+    calibration: Floats
+    chosen: NDArray[np.int64]
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        figures: dict[str, Any] = {
+            "columns": int(self.scores.shape[1]),
+            "scores": self.scores.ravel().tolist(),
+            "losses": self.losses.ravel().tolist(),
+            "calibration": self.calibration.ravel().tolist(),
+            "chosen": self.chosen.tolist(),
+        }
+        return RecordDict({"figures": MetricRecord(figures), "sites": write_names(self.names)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> EvaluateReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "figures", "sites")
+        names = read_names(content)
+        figures = read_record(content, "figures", MetricRecord, "columns", *FIGURES, "chosen")
+        shape = (len(names), read_scalar(figures, "columns", int))
+        if shape[1] < 1 or not names:
+            raise MessageError("the figures are of no site or have no column")
+        values = (read_list(figures, key, float, shape[0] * shape[1]) for key in FIGURES)
+        scores, losses, calibration = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
+        if (scores < 0).any() or (calibration < 0).any():
+            raise MessageError("a score or a calibration error is negative")
+        chosen = np.array(read_list(figures, "chosen", int, shape[0]), dtype=np.int64)
+        if ((chosen < 0) | (chosen >= shape[1])).any():
+            raise MessageError("a site takes more steps than there are")
+        return cls(names, scores, losses, calibration, chosen)
+
+
+def _downcast_if_lossless(value: Tensor) -> Tensor:
+    """Returns a float64 tensor as float32 where that is the same numbers."""
+    short = value.float()
+    return short if value.dtype == torch.float64 and torch.equal(short.double(), value) else value

@@ -1,0 +1,217 @@
+"""Who is there as time goes on: nodes that come, come back under another id, fail, or claim a site of another's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedmeta.checkpoint import Checkpoint
+from fedmeta.errors import FedmetaError
+from fedmeta.experiment import Experiment
+from fedmeta.messages import QUERY_SITES, MessageError, SitesReply
+from server import schema
+from server.federation import NO_NODE, Federation, add_sites, ask, build_federation, only, uses_validation_sites
+
+POLL_S = 3.0
+"""How long to wait before asking again who is there, while sites that must be present are missing."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
+"""How long a node that could not say whom it hosts, or may not, is left alone before it is asked again."""
+
+BACKOFF_FACTOR = 4.0
+"""How many times as long as it took to fail a node is left alone at least: one that hangs must not hold up the rest."""
+
+DUPLICATE_SITE = "another node serves this site too; stop one of the two"
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """When a node is asked again, and how long it was left alone for that."""
+
+    until: float
+    seconds: float
+
+
+class Membership:
+    """Keeps a federation up to date while nodes come and go."""
+
+    def __init__(self, grid: Grid, experiment: Experiment, earlier: Checkpoint | None = None) -> None:
+        """Waits for the sites that must be present.
+
+        Args:
+            grid: Flower's grid.
+            experiment: The run's description.
+            earlier: The checkpoint to go on from: all its sites are waited for, and what it fixed stays.
+
+        Sites whose rows have another form than most nodes' are refused, and the others go on without them. A run that
+        goes on from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
+
+        Raises:
+            FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
+                refused.
+        """
+        self._grid = grid
+        self._experiment = experiment
+        self._earlier = earlier
+        self._seen: set[int] = set()
+        self._paused: dict[int, Backoff] = {}
+        self.refused: dict[str, str] = {}
+        self.federation = self._assemble()
+        absent = [self.federation.names[site] for site in np.flatnonzero(self.federation.node_ids == NO_NODE)]
+        self.absent = [name for name in absent if name not in self.refused]
+
+    def refresh(self) -> list[str]:
+        """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
+        fresh = self._pending_nodes()
+        return self._join(fresh) if fresh else []
+
+    def _pending_nodes(self) -> set[int]:
+        """Returns the nodes to ask: those that were not there before, and those whose pause is over."""
+        now = time.monotonic()
+        left_alone = {node for node, pause in self._paused.items() if now < pause.until}
+        return set(self._grid.get_node_ids()) - self._seen - left_alone
+
+    def _assemble(self) -> Federation:
+        required, earlier = self._experiment.server.wait_for, self._earlier
+        wanted = earlier.names if earlier else required
+        # Where all sites live in this process nobody else will come, however long one waits.
+        patience = 0.0 if getattr(self._grid, "complete", False) else self._experiment.server.round_timeout
+        deadline = time.monotonic() + patience
+        replies: dict[int, SitesReply] = {}
+        problems: dict[int, str] = {}
+        while True:
+            answers, failed = self._ask_sites(self._pending_nodes())
+            problems |= failed
+            node_ids = {name: node for node, reply in replies.items() for name in reply.names}
+            contested = self._duplicate_claims(node_ids, answers)
+            for node, reply in answers.items():
+                if node not in contested:
+                    for gone in {node_ids[name] for name in reply.names if name in node_ids}:
+                        del replies[gone]
+                    replies[node] = reply
+            accepted, self.refused = schema.select_majority_schema(replies, earlier)
+            self.refused |= {name: DUPLICATE_SITE for names in contested.values() for name in names}
+            present = [name for reply in accepted.values() for name in reply.names]
+            over = time.monotonic() >= deadline
+            # What a checkpoint says of its sites is enough to go on without those that are lost.
+            missing = _missing(required if over and earlier and earlier.train_rows else wanted, present)
+            if accepted and not missing:
+                return build_federation(accepted, self._experiment, earlier)
+            needed = [] if isinstance(required, int) else [name for name in required if name in self.refused]
+            all_refused = earlier is not None and set(earlier.names) <= self.refused.keys()
+            if needed or all_refused or over or (problems and not replies and not wanted):
+                raise FedmetaError(_no_sites_error([*problems.values()], missing, self.refused, bool(replies)))
+            time.sleep(POLL_S)
+
+    def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], dict[int, str]]:
+        """Returns what nodes host, and in words why the others could not say that; those are asked again later."""
+        started = time.monotonic()
+        self._seen |= nodes
+        answers: dict[int, SitesReply] = {}
+        problems: dict[int, str] = {}
+        contents = {node: RecordDict() for node in nodes}
+        for node, content in ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout).items():
+            try:
+                if isinstance(content, str):
+                    raise MessageError(content)
+                answers[node] = SitesReply.unpack(content)
+            except MessageError as error:
+                problems[node] = f"node {node}: {error}"
+                self._pause(node, time.monotonic() - started)
+        return answers, problems
+
+    def _pause(self, node: int, took: float = 0.0) -> None:
+        """Leaves a node alone for a while, longer each time."""
+        before = self._paused.get(node)
+        seconds = min(2 * before.seconds, LONGEST_PAUSE_S) if before else FIRST_PAUSE_S
+        seconds = max(seconds, BACKOFF_FACTOR * took)
+        self._paused[node] = Backoff(time.monotonic() + seconds, seconds)
+        self._seen.discard(node)
+
+    def _duplicate_claims(self, node_ids: Mapping[str, int], answers: Mapping[int, SitesReply]) -> dict[int, list[str]]:
+        """Returns the nodes among those that answered whose sites other living nodes serve too, with these sites.
+
+        A node that comes back under another id is none of them: the one that it was does not answer any more.
+
+        Args:
+            node_ids: The node of each site so far.
+            answers: What nodes say that were not there before.
+        """
+        claims: dict[str, list[int]] = {}
+        if node_ids or len(answers) > 1:
+            for node, reply in answers.items():
+                for name in reply.names:
+                    claims.setdefault(name, []).append(node)
+        alive = self._alive({node_ids[name] for name in claims if name in node_ids})
+        contested: dict[int, list[str]] = {}
+        for name, nodes in claims.items():
+            if len(nodes) > 1 or node_ids.get(name) in alive:
+                for node in nodes:
+                    contested.setdefault(node, []).append(name)
+        for node in contested:
+            self._pause(node)
+        return contested
+
+    def _alive(self, nodes: set[int]) -> set[int]:
+        """Returns those of some nodes that answer now."""
+        contents = {node: RecordDict() for node in nodes and nodes & set(self._grid.get_node_ids())}
+        if not contents:
+            return set()
+        answers = ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout)
+        return {node for node, content in answers.items() if not isinstance(content, str)}
+
+    def _join(self, nodes: set[int]) -> list[str]:
+        answers, problems = self._ask_sites(nodes)
+        said = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
+        federation = self.federation
+        node_ids = dict(zip(federation.names, federation.node_ids.tolist(), strict=True)) if answers else {}
+        for node, names in self._duplicate_claims(node_ids, answers).items():
+            del answers[node]
+            if any(self.refused.get(name) != DUPLICATE_SITE for name in names):
+                said.append(f"refused {', '.join(names[:5])}: {DUPLICATE_SITE}")
+            self.refused.update(dict.fromkeys(names, DUPLICATE_SITE))
+        for node, reply in answers.items():
+            difference = schema.difference(reply, federation)
+            if difference:
+                self.refused.update(dict.fromkeys(reply.names, difference))
+                said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
+                continue
+            known = set(federation.names)
+            joined = [name for name in reply.names if name not in known]
+            if joined and uses_validation_sites(self._experiment):
+                said.append(f"{', '.join(joined[:5])} left out: the run is judged on validation sites")
+                federation = only(add_sites(federation, {node: reply}, as_new=True), known)
+                continue
+            if joined:
+                said.append(
+                    f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
+                )
+            federation = add_sites(federation, {node: reply}, as_new=not self._experiment.server.admit)
+        self.federation = federation
+        return said
+
+
+def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
+    if isinstance(wanted, int):
+        return f"{wanted - len(present)} more sites" if len(present) < wanted else ""
+    there = set(present)
+    return ", ".join(name for name in wanted if name not in there)
+
+
+def _no_sites_error(problems: Sequence[str], missing: str, refused: Mapping[str, str], some: bool) -> str:
+    """Returns in words why a run cannot start; `some` says whether at least one node answered."""
+    if refused:
+        site, difference = next(iter(refused.items()))
+        if missing:
+            return f"server.wait_for is not met, still missing: {missing}; {site} cannot take part: {difference}"
+        return f"no site can take part; {site}: {difference}"
+    if problems and not some:
+        return f"no node could say which sites it hosts: {problems[0]}"
+    if missing:
+        return "; ".join([f"server.wait_for is not met, still missing: {missing}", *problems[:1]])
+    return "no node is connected"

@@ -1,0 +1,250 @@
+"""What a run writes down: its folder, its MLflow run, its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedmeta.adapt.handing_on import export_meta_model
+from fedmeta.checkpoint import UNFINISHED, Checkpoint, Evaluation
+from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import sites_frame, summarize
+from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.files import write_atomic
+from fedmeta.messages import EngineReply
+from fedmeta.tracking.entries import Dataset
+from fedmeta.tracking.retrieval import SUMMARY
+from fedmeta.tracking.tracker import Tracker
+from fedmeta.versions import versions
+from server.adaptation_schedule import Schedule
+from server.federation import Federation
+
+FAILURES_FILE = "failures.json"
+"""The file that says who did not take part in which round, and why."""
+
+
+class RunLogger:
+    """Writes a run down: figures by round, evaluations, results.
+
+    Args:
+        experiment: The run's description.
+        folder: The run's folder; created.
+        earlier: The checkpoint that the run goes on from; what tracking has not had of it is sent first.
+
+    Raises:
+        FedmetaError: The folder cannot be written.
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path, earlier: Checkpoint | None) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.schedule: dict[str, Any] = dict(earlier.schedule) if earlier else {}
+        self._earlier = earlier
+        self._missed = _missed_before(folder / FAILURES_FILE, earlier)
+        _prepare(folder, experiment)
+        self.tracker: Tracker | None = None
+        tracked = experiment.tracking.uri != UNTRACKED
+        self.run_id = earlier.run_id if earlier else "" if tracked else secrets.token_hex(16)
+
+    def start(self, federation: Federation) -> None:
+        """Opens the tracked run, and says again what it may not have heard before the checkpoint.
+
+        Raises:
+            FedmetaError: Tracking cannot be reached.
+        """
+        earlier = self._earlier
+        if self.experiment.tracking.uri != UNTRACKED:
+            self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier)
+            self.run_id = self.tracker.run_id
+        if earlier:
+            self._replay(earlier, federation)
+
+    def engine(self, choice: EngineReply | None) -> None:
+        """Writes down which cohort engine was chosen, and what each took in the trial."""
+        if self.tracker and choice:
+            tags = {"fedmeta.engine": choice.engine, "fedmeta.engine_budget_bytes": str(choice.budget)}
+            tags |= {f"fedmeta.engine_trial_s.{name}": f"{seconds:.6f}" for name, seconds in choice.seconds.items()}
+            self.tracker.tags(tags)
+
+    def round(self, number: int, figures: Mapping[str, float]) -> None:
+        """Writes down one round's figures."""
+        self.metrics[number] = dict(figures)
+        if self.tracker:
+            self.tracker.round(number, figures)
+
+    def log_failures(self, number: int, reasons: Mapping[str, str], what: str = "training") -> None:
+        """Writes down who did not take part in a round, and why; round 0 is the start.
+
+        Args:
+            number: The round.
+            reasons: Sites, and why each is missing.
+            what: What they were log_failures at: "start", "training" or "evaluation".
+        """
+        entries = [{"round": number, "what": what, "site": site, "reason": why} for site, why in reasons.items()]
+        known = [entry for entry in self._missed if entry["round"] == number]
+        fresh = [entry for entry in entries if entry not in known]
+        self._missed += fresh
+        if fresh:
+            _write(self.folder / FAILURES_FILE, json.dumps(self._missed, indent=1))
+
+    def evaluation(
+        self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any], schedule: Schedule | None = None
+    ) -> None:
+        """Writes down one evaluation, and how far sites adapted in it where that was chosen."""
+        if schedule:
+            self.schedule = {"steps": schedule.steps, "rate": schedule.rate, "validation_losses": schedule.losses}
+        if self.tracker:
+            self.tracker.evaluation(number, frame, groups)
+            if schedule:
+                self.tracker.round(number, {"schedule/steps": schedule.steps, "schedule/rate": schedule.rate})
+
+    def finish(
+        self,
+        sites: pd.DataFrame,
+        totals: Mapping[str, float],
+        rounds: int,
+        checkpoint: Path,
+        privacy: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Writes down the results, ends the tracked run, and returns the summary."""
+        last = sites[sites["round"] == sites["round"].max()]
+        summary: dict[str, Any] = {
+            "run_id": self.run_id,
+            "learner": self.experiment.learner.name,
+            "seed": self.experiment.runtime.seed,
+            "rounds": rounds,
+            "wall_s": round(totals.get("wall_s", 0.0), 3),
+            "bytes_down": int(totals.get("bytes_down", 0)),
+            "bytes_up": int(totals.get("bytes_up", 0)),
+            "failures": int(totals.get("failures", 0)),
+            "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
+            **({} if self.experiment.evaluation.judge == "new_sites" else {"judge": self.experiment.evaluation.judge}),
+            **summarize(last),
+            **({"schedule": self.schedule} if self.schedule else {}),
+            **({"privacy": dict(privacy)} if privacy else {}),
+            "versions": versions(),
+            "checkpoint": str(checkpoint),
+        }
+        summary = _without_nan(summary)
+        _write(self.folder / SUMMARY, json.dumps(summary))
+        if self.tracker:
+            files = [self.folder / name for name in (SUMMARY, FAILURES_FILE, "experiment.toml")]
+            artifacts = [checkpoint, *(file for file in files if file.exists())]
+            model = partial(export_meta_model, checkpoint, self.folder)
+            self.tracker.finish(summary, sites, artifacts, model, self.experiment.tracking.model)
+        else:
+            _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        return summary
+
+    def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
+        """Ends the tracked run before its time, with who log_failures what in it."""
+        if self.tracker:
+            self.tracker.stop(status, [path for path in (self.folder / FAILURES_FILE,) if path.exists()])
+
+    def _replay(self, earlier: Checkpoint, federation: Federation) -> None:
+        for number, figures in earlier.metrics.items():
+            self.round(number, figures)
+        for evaluation in earlier.evaluations:
+            frame = evaluation_frame(federation, evaluation)
+            last = evaluation is earlier.evaluations[-1] and earlier.finished
+            schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
+            self.evaluation(evaluation.round_number, frame, summarize(frame), schedule)
+
+
+def _prepare(folder: Path, experiment: Experiment) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED).touch()
+        write_atomic(folder / "experiment.toml", experiment.to_toml().encode())
+    except OSError as error:
+        raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    try:
+        write_atomic(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _schedule_of(entries: Mapping[str, Any]) -> Schedule:
+    return Schedule(entries["steps"], entries["rate"], entries["validation_losses"])
+
+
+def _start_tracker(experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None) -> Tracker:
+    dataset = _dataset(experiment, federation)
+    resumed = earlier.run_id if earlier else None
+    try:
+        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed)
+    except FedmetaError:
+        if not earlier:
+            _remove(folder)
+        raise
+
+
+def _missed_before(path: Path, earlier: Checkpoint | None) -> list[dict[str, Any]]:
+    """Returns who had log_failures a round up to the checkpoint; later rounds come a second time."""
+    if earlier is None or not path.exists():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())
+        return [entry for entry in entries if entry["round"] <= earlier.round_number]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedmetaError(f"{path}: not the list of who log_failures a round; move it away to go on") from error
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder of a run that never began, and the folder of all runs where it was the first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataFrame:
+    """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
+    sites = evaluation.sites
+    return sites_frame(
+        [federation.names[site] for site in sites],
+        [federation.kind(site) for site in sites],
+        federation.train_rows[sites].tolist(),
+        federation.test_rows[sites].tolist(),
+        evaluation,
+        regression=federation.regression,
+    )
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """Returns a folder for a new run, named after learner, data, seed and time."""
+    parts = (experiment.learner.name, experiment.data.source, str(experiment.runtime.seed))
+    moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = "-".join((*parts, moment, secrets.token_hex(2))).replace(":", ".").replace("/", ".")
+    return Path(experiment.tracking.folder) / name
+
+
+def _dataset(experiment: Experiment, federation: Federation) -> Dataset:
+    """Returns what MLflow lists as the run's data; the digest is over sites and their sizes, for rows stay there."""
+    content = blake2b(digest_size=16)
+    content.update(repr((federation.names, federation.classes, federation.features, federation.shape)).encode())
+    content.update(federation.train_rows.tobytes() + federation.test_rows.tobytes())
+    source = experiment.data.path or experiment.data.source
+    name = Path(source).stem or source
+    return Dataset(name=name, source=source, digest=content.hexdigest(), sites=len(federation.names))
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns a JSON value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,86 @@
+"""Which sites fit together: those whose rows have the form that most nodes share; the others are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from fedmeta.messages import SitesReply
+
+
+class Schema(Protocol):
+    """The form of rows and labels, as a node or a federation has it."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Feature names, where rows have them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers."""
+
+    @property
+    def tokens(self) -> bool:
+        """Whether features are integer codes."""
+
+
+def select_majority_schema(
+    replies: Mapping[int, SitesReply], fixed: Schema | None = None
+) -> tuple[dict[int, SitesReply], dict[str, str]]:
+    """Returns the replies of the form that most nodes share, and the other sites with how they differ from it.
+
+    A node has one voice: a key admits one, and a node that makes names up does not outvote the others. Of two forms
+    with equally many nodes the one with more sites is taken, then the one with the first site by name, so that neither
+    the order in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
+
+    Args:
+        replies: What nodes host.
+        fixed: The form, where it is fixed already, as in a run that is gone on with.
+    """
+    ordered = sorted(replies.items(), key=lambda reply: reply[1].names)
+    if fixed is not None:
+        differences = {node: difference(reply, fixed) for node, reply in ordered}
+        return (
+            {node: reply for node, reply in ordered if not differences[node]},
+            {name: differences[node] for node, reply in ordered if differences[node] for name in reply.names},
+        )
+    counts: dict[tuple[object, ...], tuple[int, int]] = {}
+    for _, reply in ordered:
+        nodes, sites = counts.get(_form(reply), (0, 0))
+        counts[_form(reply)] = (nodes + 1, sites + len(reply.names))
+    if not counts:
+        return {}, {}
+    chosen = max(counts, key=counts.__getitem__)  # of equal counts the first one, whose site came first
+    accepted = {node: reply for node, reply in ordered if _form(reply) == chosen}
+    example = next(iter(accepted.values()))
+    refused = {
+        name: difference(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
+    }
+    return accepted, refused
+
+
+def difference(reply: Schema, federation: Schema) -> str:
+    """Returns in words how a node's schema differs from the federation's, or the empty string."""
+    if reply.regression != federation.regression:
+        kinds = ("classes", "numbers")
+        return f"its labels are {kinds[reply.regression]}, the federation's {kinds[federation.regression]}"
+    if set(reply.features) != set(federation.features):
+        extra = sorted(set(reply.features) - set(federation.features))
+        lacking = sorted(set(federation.features) - set(reply.features))
+        parts = [f"columns too many: {', '.join(extra[:5])}"] * bool(extra)
+        return "; ".join(parts + [f"columns missing: {', '.join(lacking[:5])}"] * bool(lacking))
+    if reply.features != federation.features:
+        return "its columns are in another order"
+    if reply.shape != federation.shape:
+        return f"its rows have shape {reply.shape}, the federation's {federation.shape}"
+    if reply.tokens != federation.tokens:
+        return "its features are codes where the federation's are numbers, or the other way round"
+    return ""
+
+
+def _form(reply: SitesReply) -> tuple[object, ...]:
+    return (reply.features, reply.shape, reply.regression, reply.tokens)

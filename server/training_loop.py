@@ -1,0 +1,300 @@
+"""The rounds of a run: train, now and then evaluate, track, write checkpoints; from the start or from a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedmeta import checkpoint as checkpoints
+from fedmeta.build import validated_learner
+from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import headline, summarize
+from fedmeta.experiment import Experiment
+from fedmeta.messages import EvaluateReply
+from fedmeta.progress import FailureThrottle, Progress, Report
+from server import aggregation
+from server.evaluation import scores
+from server.federation import SITE_UNAVAILABLE, ask_standardisation, remap_site_indices
+from server.membership import Membership
+from server.optimizer import ServerOptimizer
+from server.privacy import make_dp_mechanism
+from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, new_folder
+from server.signals import defer_keyboard_interrupt
+from server.strategy import MetaGradientStrategy
+from server.system_metrics import Machine
+
+MAX_EMPTY_ROUNDS = 10
+"""After so many rounds in a row without a usable reply the run stops."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        summary: The JSON object of the command line.
+        sites: Every evaluation with one row per site (see `fedmeta.evaluation.sites_frame`).
+        meta_state: The final meta-state, standardisation included.
+        folder: The run's folder.
+    """
+
+    summary: dict[str, Any]
+    sites: pd.DataFrame
+    meta_state: dict[str, Tensor]
+    folder: Path
+
+
+def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None) -> Outcome:
+    """Runs an experiment over the nodes of a grid.
+
+    Args:
+        grid: Flower's grid.
+        experiment: The run's description.
+        report: Takes progress.
+        resume: The folder of an unfinished run of this experiment to go on with.
+
+    Raises:
+        FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
+        KeyboardInterrupt, SystemExit: The user stopped it; a checkpoint has been written.
+    """
+    earlier = checkpoints.newest(resume)[0] if resume else None
+    rounds = TrainingLoop(grid, experiment, report, resume or new_folder(experiment), earlier)
+    try:
+        rounds.begin()
+        rounds.train()
+        return rounds.finish()
+    except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
+        rounds.save()
+        rounds.journal.stop("KILLED")
+        rounds.tell(f"stopped after round {rounds.round_number}; to go on: --resume {rounds.journal.folder.name}")
+        raise
+    except BaseException:
+        rounds.journal.stop("FAILED")
+        raise
+
+
+class TrainingLoop:
+    """A run in progress; what it is made of is in its checkpoint."""
+
+    def __init__(
+        self, grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None
+    ) -> None:
+        self.grid, self.experiment, self.report = grid, experiment, report
+        self.roll = Membership(grid, experiment, earlier)
+        federation = self.roll.federation
+        if earlier:
+            moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
+            earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
+        kind = {"tokens": federation.tokens, "regression": federation.regression}
+        self.learner = learner = validated_learner(experiment, federation.shape, federation.outputs, **kind)
+        start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
+        constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
+        self.round_number = earlier.round_number if earlier else 0
+        aggregation.check(experiment.server, len(federation.training))
+        self.privacy = make_dp_mechanism(
+            experiment, learner, start, len(federation.training), folder, self.round_number
+        )
+        optimizer = ServerOptimizer(experiment.server, learner.sends, start)
+        if earlier:
+            optimizer.restore(start, earlier.optimizer)
+        else:
+            constants = ask_standardisation(grid, federation, experiment)
+        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name, self.privacy)
+        self.strategy.saved_rounds = checkpoints.rounds(folder, self.round_number)
+        self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
+        self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
+        self.scores: tuple[float | None, float | None] = (None, None)
+        self.last = experiment.server.rounds
+        if self.privacy:
+            self.last = self.round_number + self.privacy.rounds_left(self.last - self.round_number)
+        self.finished = bool(earlier and earlier.finished)
+        self.opened = bool(earlier and earlier.run_id)
+        self.idle = 0
+        self.metrics = FailureThrottle(see=FAILURES_FILE)
+        self.machine = Machine()
+        if earlier:
+            self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
+        self.journal = RunLogger(experiment, folder, earlier)
+
+    def begin(self) -> None:
+        """Opens the tracked run, and has the engine chosen where that is not done.
+
+        A checkpoint stands on the disk before the tracked run is opened: whenever the process dies from here on, the
+        run can be gone on with, and in the same tracked run.
+        """
+        fresh = self.experiment.runtime.checkpoint_every and not self.opened
+        if fresh:
+            self.save()
+        self.journal.start(self.roll.federation)
+        if not self.round_number and self.experiment.server.rounds:
+            self.journal.engine(self.strategy.choose_engine(self.grid))
+        if fresh:
+            self.save()
+
+    def train(self) -> None:
+        """Runs the rounds that are left, with an evaluation before the first one."""
+        self.tell()
+        self.journal.log_failures(0, self.roll.refused, "start")
+        for site, difference in self.roll.refused.items():
+            self.tell(f"refused {site}: {difference}")
+        self.journal.log_failures(self.round_number, dict.fromkeys(self.roll.absent, SITE_UNAVAILABLE), "start")
+        for site in self.roll.absent:
+            self.tell(f"goes on without {site}: {SITE_UNAVAILABLE}")
+        every, last = self.experiment.evaluation.every, self.last
+        if last < self.experiment.server.rounds:
+            budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
+            self.tell(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
+        saves = self.experiment.runtime.checkpoint_every
+        # A run that was stopped between a round and its evaluation goes on with the evaluation.
+        if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
+            self._evaluate()
+        while self.round_number < last:
+            self._round(self.round_number + 1)
+            # The last evaluation, with all that belongs to it, is `finish`'s.
+            if every and self.round_number % every == 0 and self.round_number < last:
+                self._evaluate()
+            if saves and self.round_number % saves == 0:
+                self.save()
+            self.tell()
+
+    def finish(self) -> Outcome:
+        """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
+        if not self.finished:
+            self._evaluate(last=True)
+        if not self.finished:
+            raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
+        path = self.save()
+        sites = pd.concat(
+            [evaluation_frame(self.roll.federation, evaluation) for evaluation in self.evaluations], ignore_index=True
+        )
+        privacy = self.privacy.summary() if self.privacy else {}
+        summary = self.journal.finish(sites, self.totals, self.round_number, path, privacy)
+        return Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
+
+    def save(self) -> Path:
+        """Writes a checkpoint and returns its path."""
+        federation = self.roll.federation
+        checkpoint = Checkpoint(
+            experiment=self.experiment.to_toml(),
+            run_id=self.journal.run_id,
+            round_number=self.round_number,
+            meta_state=self.strategy.meta_state,
+            optimizer=self.strategy.optimizer.state(),
+            classes=federation.classes,
+            names=federation.names,
+            new_sites=federation.new_sites,
+            validation_sites=federation.validation_sites,
+            features=federation.features,
+            shape=federation.shape,
+            train_rows=tuple(federation.train_rows.tolist()),
+            test_rows=tuple(federation.test_rows.tolist()),
+            regression=federation.regression,
+            tokens=federation.tokens,
+            evaluations=tuple(self.evaluations),
+            totals=self.totals,
+            engine=self.strategy.engine,
+            budget=self.strategy.budget,
+            metrics=self.journal.metrics,
+            schedule=self.journal.schedule,
+            finished=self.finished,
+        )
+        path = checkpoints.write(checkpoint, self.journal.folder)
+        self.strategy.saved_rounds = checkpoints.rounds(self.journal.folder, self.round_number)
+        return path
+
+    def _round(self, number: int) -> None:
+        started = time.perf_counter()
+        strategy, before = self.strategy, self.roll.federation.names
+        refused = set(self.roll.refused)
+        for note in self.roll.refresh():
+            self.tell(note)
+        fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
+        self.journal.log_failures(number, fresh, "start")
+        self.evaluations = remap_site_indices(self.evaluations, before, self.roll.federation)
+        strategy.federation = self.roll.federation
+        messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        with defer_keyboard_interrupt():
+            _, metrics = strategy.aggregate_train(number, replies)
+            self.round_number = number
+            # A private round steps also where nobody answered, for who was asked is not to be seen.
+            idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
+            self.idle = self.idle + 1 if idle else 0
+            seconds = time.perf_counter() - started
+            self._count(seconds)
+            figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
+            figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
+            figures |= self.machine.figures()
+            if self.privacy:
+                figures["privacy/epsilon"] = self.privacy.epsilon
+            loss = metrics.get("query_loss") if metrics else None
+            self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
+            self.journal.log_failures(number, strategy.log.failed)
+        if metrics is None or strategy.log.failed:
+            what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
+            if note := self.metrics.filter(what, strategy.log.failed):
+                self.tell(note)
+        if self.idle == MAX_EMPTY_ROUNDS:
+            raise FedmetaError(
+                f"none of {MAX_EMPTY_ROUNDS} rounds had a usable reply: {strategy.log.reasons(advise=True)}"
+            )
+
+    def _evaluate(self, last: bool = False) -> None:
+        """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
+        counted = self.totals
+        try:
+            found = scores(self._ask, self.strategy, self.learner, self.round_number, last)
+        except BaseException:
+            # It comes a second time, should the run be gone on with, and is then counted.
+            self.totals = counted
+            raise
+        if found is None:
+            return
+        evaluation, schedule = found
+        with defer_keyboard_interrupt():
+            if self._evaluated():
+                self.evaluations.pop()
+            self.evaluations.append(evaluation)
+            frame = evaluation_frame(self.roll.federation, evaluation)
+            groups = summarize(frame)
+            self.scores = headline(groups)
+            self.journal.evaluation(self.round_number, frame, groups, schedule)
+            self.finished = last
+        self.tell()
+
+    def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
+        """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
+        started = time.perf_counter()
+        strategy = self.strategy
+        messages = strategy.configure_evaluate(self.round_number, arrays, ConfigRecord(dict(how)), self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        strategy.aggregate_evaluate(self.round_number, replies)
+        self._count(time.perf_counter() - started)
+        self.journal.log_failures(self.round_number, strategy.log.failed, "evaluation")
+        if strategy.evaluated is None:
+            self.tell(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
+        elif strategy.log.failed:
+            self.tell(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
+        return strategy.evaluated
+
+    def _evaluated(self) -> bool:
+        return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number
+
+    def _count(self, seconds: float) -> None:
+        log = self.strategy.log
+        gains = {"wall_s": seconds, "bytes_down": log.bytes_down, "bytes_up": log.bytes_up}
+        gains["failures"] = len(log.failed)
+        self.totals = {name: self.totals.get(name, 0.0) + gain for name, gain in gains.items()}
+
+    def tell(self, note: str = "") -> None:
+        """Reports how far the run is, and what there is to say about it."""
+        failures = int(self.totals.get("failures", 0))
+        self.report(Progress(self.round_number, self.last, *self.scores, failures, note, self.journal.run_id))
