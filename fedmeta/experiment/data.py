@@ -1,11 +1,11 @@
 """The keys of [data]: where the sites and their rows come from."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from fedmeta.experiment.refusals import refuse
-from fedmeta.experiment.schema import Count, Section, Share, Texts
+from fedmeta.experiment.schema import Count, FunctionPath, OpenSection, Share, Texts
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
 
@@ -15,10 +15,15 @@ MADE_SOURCES = ("digits", "synthetic")
 """Sources that read no file."""
 
 
-class Data(Section):
-    """Where the sites and their rows come from, and how they are split."""
+class Data(OpenSection):
+    """Where the sites and their data come from. With an import path, further scalar keys become its arguments."""
 
-    source: SourceName = Field(default="digits", description="Kind of data set")
+    path_key: ClassVar[str] = "source"
+
+    source: SourceName | FunctionPath = Field(
+        default="digits",
+        description="Kind of data set, or a function that returns a fedmeta.TaskSource or a population of rows",
+    )
     path: str = Field(default="", description="File or folder of the data; relative to the working directory")
     label: str = Field(
         default="label", min_length=1, description="Name of the label column, in tables and Hugging Face data sets"
@@ -33,6 +38,9 @@ class Data(Section):
     columns: Texts = Field(
         default=(),
         description="All columns of tables without header, in order; in huggingface the features, empty = all others",
+    )
+    positive: str = Field(
+        default="", description="Class that sensitivity, auroc and the like are about; empty = the second of two"
     )
     missing: Texts = Field(
         default=("", "?", "NA", "NaN", "nan", "null"), description="Texts that mean a missing value, in tables"
@@ -93,7 +101,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.source not in MADE_SOURCES and not self.path:
+        if self.source not in MADE_SOURCES and ":" not in self.source and not self.path:
             raise refuse("path", f'must name the data where source = "{self.source}"')
         if self.rotations and self.ways is None:
             raise refuse("rotations", "must be false without data.ways: turned images are classes of few-shot tasks")

@@ -20,6 +20,7 @@ from fedmeta.experiment.sections import (
     Learner,
     Model,
     Privacy,
+    Problem,
     Runtime,
     Server,
     Tracking,
@@ -32,6 +33,7 @@ Table = dict[str, Any]
 class Experiment(Section):
     """One run, described completely: the same experiment and data give the same result."""
 
+    problem: Problem = Problem()
     data: Data = Data()
     model: Model = Model()
     learner: Learner = Learner()

@@ -1,7 +1,7 @@
 """What every section is made of: its base class, and the types that keys share."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
@@ -61,7 +61,8 @@ class OpenSection(Section):
 
     __pydantic_extra__: dict[str, Scalar] = Field(init=False)
 
-    name: str = ""
+    path_key: ClassVar[str] = "name"
+    """The key that may hold an import path."""
 
     @property
     def extra(self) -> dict[str, Scalar]:
@@ -71,6 +72,6 @@ class OpenSection(Section):
     @model_validator(mode="after")
     def _extra_only_by_import_path(self) -> Self:
         for key in self.__pydantic_extra__:
-            if ":" not in self.name or not key.isidentifier():
+            if ":" not in getattr(self, self.path_key) or not key.isidentifier():
                 raise refuse_unknown(key)
         return self

@@ -47,6 +47,15 @@ class Model(OpenSection):
     )
 
 
+class Problem(OpenSection):
+    """What sites solve. With an import path, all further scalar keys become arguments of that class or function."""
+
+    name: Literal["supervised"] | ClassPath = Field(
+        default="supervised",
+        description="supervised = a model on rows with labels; else a fedmeta.Problem, which may also be the source",
+    )
+
+
 class Learner(OpenSection):
     """The mathematics. With an import path, all further scalar keys become arguments of that class."""
 
@@ -146,6 +155,15 @@ class Evaluation(Section):
     """How sites are judged, before and after adaptation, on their test rows."""
 
     every: int = Field(default=10, ge=0, description="Interval between evaluations; 0 = only at the end (rounds)")
+    metrics: Texts = Field(
+        default=(),
+        description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse and mae",
+    )
+    score: str = Field(default="", description="Headline metric; empty = the first of the metrics")
+    local_baseline: Literal["auto", "network", "none"] = Field(
+        default="auto",
+        description="What a site does alone; auto = the best of several methods by cross-validation on its support",
+    )
     steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Length of adaptation at evaluation; none = learner.inner_steps (steps)"
     )
