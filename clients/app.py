@@ -11,9 +11,10 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
-from clients.node import DataError, UnknownSiteError, learner_for, node_of, split_meta_state
+from clients.node import learner_for, node_of, split_meta_state
 from fedmeta import engines
 from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.engines.personal_state import stack_personal, train_personal
@@ -22,7 +23,6 @@ from fedmeta.messages import (
     EngineReply,
     MessageError,
     RoundRequest,
-    SitesReply,
     SumsReply,
     SumsRequest,
     TrainReply,
@@ -66,18 +66,7 @@ def error_coded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable
 @error_coded
 def sites(content: RecordDict, context: Context) -> RecordDict:
     """Says which sites are here, how many rows they have, and what their rows look like."""
-    node = node_of(context)
-    population, hosted = node.population, node.hosted
-    return SitesReply(
-        names=population.names_of(hosted),
-        train_rows=tuple(node.split.train_sizes(hosted).tolist()),
-        test_rows=tuple(node.split.test_sizes(hosted).tolist()),
-        classes=node.classes(),
-        features=tuple(population.feature_names),
-        shape=tuple(population.shape),
-        regression=population.regression,
-        tokens=population.tokens,
-    ).pack()
+    return node_of(context).describe().pack()
 
 
 @app.query("sums")
@@ -111,7 +100,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
-    learner = learner_for(node, request.classes).at(request.round_number, node.experiment.server.rounds)
+    learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
@@ -156,7 +145,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
-    keeps = learner.personal(meta_state) and not request.reference
+    keeps = learner.personal(meta_state) and not request.local_only
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
 

@@ -1,4 +1,4 @@
-"""How a node's sites are judged: on their test rows, before, during and after adaptation on their support rows."""
+"""How a node's sites are evaluated: on their test data, before, during and after adaptation on their support."""
 
 from __future__ import annotations
 
@@ -11,29 +11,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clients.local_only import solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
 from fedmeta.engines.step_selection import FOLDS, choose_steps
-from fedmeta.engines.weighted_sum import Scores
-from fedmeta.learners import Learner, build
+from fedmeta.engines.weighted_sum import Figures
+from fedmeta.errors import FedmetaError
+from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
-from fedmeta.messages import EvaluateReply, RoundRequest
+from fedmeta.messages import LOSS, EvaluateReply, RoundRequest
 from fedmeta.models import Parameters
+from fedmeta.problems import RowMetric, Supervised
+from fedmeta.problems.pooled import Bins, Sums, sums_of
+from fedmeta.problems.row_metrics import Predictions, on_predictions, predictions_of
+from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
+
+Floats = NDArray[np.float64]
+
+STATES = ("global", "personalized")
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores sites from one meta-state in one way.
+    """Evaluates sites from one meta-state in one way.
 
     Attributes:
         learner: The learner, with its rates as they are to be used.
         meta_state: The meta-state, likewise.
         steps: The number of inner steps.
-        engine: The cohort engine.
+        engine: The engine.
         budget: Bytes that the sites which are computed together may take.
+        local_only: Whether sites solve on their own, without the federation.
     """
 
     learner: Learner
@@ -41,30 +52,37 @@ class Evaluator:
     steps: int
     engine: str
     budget: int
+    local_only: bool = False
 
     @classmethod
     def of(cls, learner: Learner, meta_state: Mapping[str, Tensor], request: RoundRequest) -> Evaluator:
-        """Returns the judge that a request asks for."""
-        if request.reference:
-            learner = build("local", learner.network, inner_steps=learner.inner_steps, inner_lr=learner.inner_lr)
+        """Returns the evaluator that a request asks for."""
+        budget = request.budget or engines.BUDGET
+        if request.local_only:
+            return cls(learner, meta_state, request.steps, request.engine, budget, local_only=True)
         learner, scaled = scale_inner_lr(learner, meta_state, request.rate)
-        steps = learner.evaluation_steps(request.steps)
-        return cls(learner, scaled, steps, request.engine, request.budget or engines.BUDGET)
+        return cls(learner, scaled, learner.evaluation_steps(request.steps), request.engine, budget)
 
-    def scores(self, batch: Batch, own: Parameters | None) -> Scores:
-        """Returns the scores of a batch; `own` are the personal parts that its sites kept, if the learner has such."""
+    def figures(self, batch: Batch, own: Parameters | None) -> Figures:
+        """Returns a batch's figures; `own` are the personal parts that its sites kept, if the learner has such."""
         if own is not None:
             return evaluate_personal(self.learner, self.meta_state, batch, self.steps, own)
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
-    def steps_chosen(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site chooses on its support rows."""
+    def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
+        """Returns the number of steps [sites] that each site selects on its support rows.
+
+        Raises:
+            FedmetaError: The data are no rows, which folds could be made of.
+        """
+        if not self.learner.problem.on_rows:
+            raise FedmetaError("[evaluation] gate = true: an own problem's data have no folds; set it to false")
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):
             few = slice(start, start + together)
             repeated = own and {name: value[few].repeat_interleave(FOLDS, 0) for name, value in own.items()}
-            evaluate = partial(self.scores, own=repeated)
+            evaluate = partial(self.figures, own=repeated)
             chosen.append(choose_steps(evaluate, tuple(tensor[few] for tensor in batch.support)))
         return torch.cat(chosen)
 
@@ -73,45 +91,116 @@ def evaluate_sites(
     node: Node,
     here: Sites,
     request: RoundRequest,
-    judge: Evaluator,
+    evaluator: Evaluator,
     scale: Standardisation,
     kept: Sequence[Parameters | None] | None,
 ) -> EvaluateReply:
-    """Returns the scores of the sites `here`, in groups that bound padding and memory.
+    """Returns the figures of the sites `here`, in groups that bound padding and memory.
 
     Args:
         node: The node.
         here: The sites, in the request's order.
         request: What was asked.
-        judge: How to score.
+        evaluator: How to evaluate.
         scale: The run's standardisation.
         kept: What each site kept of its own, where the learner has such.
     """
-    figures = np.full((3, len(here), judge.steps + 1), np.nan)
-    chosen = np.full(len(here), judge.steps, dtype=np.int64)
+    problem = evaluator.learner.problem
+    names = dict.fromkeys((LOSS, *(metric.name for metric in problem.metrics)))
+    columns = 1 if evaluator.local_only else evaluator.steps + 1
+    figures = {name: np.full((len(here), columns), np.nan) for name in names}
+    chosen = np.full(len(here), columns - 1, dtype=np.int64)
+    pooled: dict[str, Floats] = {}
+    pooled_sites = [0] * (max(request.groups, default=-1) + 1)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
-        own = None
-        if kept is not None:
-            places = np.repeat(group, batch.sites // len(group)).tolist()
-            own = stack_personal(judge.learner, judge.meta_state, [kept[place] for place in places])
-        found = judge.scores(batch, own)
-        # A site's tasks, several with data.ways, stand one after another; it is judged by their mean.
-        by_task = torch.stack(found).double().cpu().numpy()
-        if not node.population.regression:
-            by_task[0] = counted(by_task[0], batch)
-        figures[:, group] = by_task.reshape(len(found), len(group), -1, judge.steps + 1).mean(axis=2)
-        if request.gate and judge.steps:
-            chosen[group] = np.median(judge.steps_chosen(batch, own).cpu().numpy().reshape(len(group), -1), axis=1)
-    scores, losses, calibration = figures
-    return EvaluateReply(request.names, scores, losses, calibration, chosen)
+        if evaluator.local_only:
+            found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
+        else:
+            own = None
+            if kept is not None:
+                places = np.repeat(group, batch.sites // len(group)).tolist()
+                own = stack_personal(evaluator.learner, evaluator.meta_state, [kept[place] for place in places])
+            found = evaluator.figures(batch, own)
+            if request.gate and evaluator.steps:
+                picked = evaluator.select_steps(batch, own).cpu().numpy().reshape(len(group), -1)
+                chosen[group] = np.median(picked, axis=1)
+        outputs = found.pop(OUTPUTS, None)
+        taken = np.repeat(chosen[group], batch.sites // len(group))
+        by_task = {name: value.double().cpu().numpy() for name, value in found.items()}
+        if "accuracy" in by_task:
+            by_task["accuracy"] = exact_accuracy(by_task["accuracy"], batch)
+        if isinstance(problem, Supervised) and outputs is not None:
+            sums = _on_predictions(problem, outputs.cpu().numpy(), batch, taken, by_task, bool(request.groups))
+            per_site = batch.sites // len(group)
+            for place, parts in enumerate(sums):
+                site = int(group[place // per_site])
+                number = request.groups[site] if request.groups else -1
+                if number >= 0:
+                    pooled_sites[number] += place % per_site == 0
+                    for name, value in parts.items():
+                        key = f"{number}/{name}"
+                        pooled[key] = pooled[key] + value if key in pooled else value
+        # A site's tasks, several with data.ways, stand one after another; it is scored by their mean.
+        for name in figures:
+            figures[name][group] = by_task[name].reshape(len(group), -1, columns).mean(axis=1)
+    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites))
 
 
-def counted(shares: NDArray[np.float64], batch: Batch) -> NDArray[np.float64]:
+def _on_predictions(
+    problem: Supervised,
+    outputs: NDArray[np.floating],
+    batch: Batch,
+    taken: NDArray[np.int64],
+    figures: dict[str, Floats],
+    pool: bool,
+) -> list[Sums]:
+    """Adds the metrics that scikit-learn computes to a batch's figures, and returns each task's pooled sums.
+
+    Args:
+        problem: The problem.
+        outputs: The model's outputs [tasks, steps + 1, rows, outputs].
+        batch: The tasks.
+        taken: The steps that each task's site takes [tasks].
+        figures: The figures so far; metrics are computed at the first and the last taken step, the score at every one.
+        pool: Whether pooled sums are wanted.
+    """
+    chosen = [m for m in problem.metrics if isinstance(m, RowMetric) and m.on_predictions is not None]
+    columns = outputs.shape[1]
+    for metric in chosen:
+        figures[metric.name] = np.full((batch.sites, columns), np.nan)
+    sums: list[Sums] = []
+    if not chosen and not pool:
+        return sums
+    y, mask = (batch.query[k].cpu().numpy() for k in (1, 2))
+    bins = Bins()
+    for task in range(batch.sites):
+        present = mask[task] > 0
+        steps = {0, int(taken[task])}
+        every = range(columns) if any(metric is problem.metrics[0] for metric in chosen) else sorted(steps)
+        known: dict[int, Predictions] = {}
+        for step in every:
+            known[step] = predictions_of(outputs[task, step, present], y[task, present], problem.positive)
+            for metric in chosen:
+                if step in steps or metric is problem.metrics[0]:
+                    figures[metric.name][task, step] = on_predictions(metric, known[step])
+        if pool:
+            own: Sums = {}
+            for state, step in zip(STATES, (0, int(taken[task])), strict=True):
+                part = known[step]
+                finite = np.isfinite(part.probabilities if part.classes else part.outputs).all()
+                if finite:
+                    added = sums_of(part, int(present.sum()), problem.metrics, bins)
+                    own |= {f"{state}/{name}": value for name, value in added.items()}
+            sums.append(own)
+    return sums
+
+
+def exact_accuracy(shares: Floats, batch: Batch) -> Floats:
     """Returns accuracies [tasks, steps + 1] of a batch's query rows as what they stand for: right rows by rows.
 
-    Engines add up float32 shares of rows, whose last bits hang on which rows are right: as many of them after adapting
-    as before could read as a loss, and all of them as more than 1.
+    Engines add up float32 shares of rows, whose last bits depend on which rows are right: as many of them after
+    adapting as before could read as a loss, and all of them as more than 1.
     """
     rows = batch.query[2].double().sum(1, keepdim=True).clamp(min=1).cpu().numpy()
-    accuracies: NDArray[np.float64] = np.rint(shares * rows) / rows
+    accuracies: Floats = np.rint(shares * rows) / rows
     return accuracies

@@ -13,7 +13,9 @@ from flwr.app import Context
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.build import learner_of
+from clients.errors import DataError, UnknownSiteError
+from clients.tasks import TaskNode
+from fedmeta.build import dtype_of, learner_of, load_code, source_of
 from fedmeta.data import (
     Episodes,
     FeatureSums,
@@ -26,7 +28,6 @@ from fedmeta.data import (
     gather,
     gram_matrices,
     group_by_size,
-    load,
     load_site,
     split,
     standardised,
@@ -37,6 +38,8 @@ from fedmeta.data import (
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
+from fedmeta.messages import SitesReply
+from fedmeta.problems import TaskSource
 from fedmeta.task import Batch
 
 Sites = NDArray[np.int64]
@@ -49,17 +52,9 @@ LINEAR = ("logistic", "mlp")
 """Models whose first layer is a linear one on the whole row."""
 
 
-class UnknownSiteError(FedmetaError):
-    """A node was asked for a site that it does not host."""
-
-
-class DataError(FedmetaError):
-    """A node cannot read its sites' data."""
-
-
 @dataclass(frozen=True)
-class Node:
-    """A node's own view: the sites that it hosts, of a population that it can read.
+class RowNode:
+    """A node's own view: the sites that it hosts, of a population of rows that it can read.
 
     Attributes:
         experiment: The run's description.
@@ -72,6 +67,26 @@ class Node:
     population: Population
     split: Split
     hosted: Sites
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return tuple(self.population.shape)
+
+    def describe(self) -> SitesReply:
+        """Returns what the node sends of itself when it joins."""
+        population, train_rows = self.population, self.split.train_sizes(self.hosted)
+        return SitesReply(
+            names=population.names_of(self.hosted),
+            train_rows=tuple(train_rows.tolist()),
+            test_rows=tuple(self.split.test_sizes(self.hosted).tolist()),
+            classes=self.classes(),
+            features=tuple(population.feature_names),
+            shape=tuple(population.shape),
+            regression=population.regression,
+            tokens=population.tokens,
+            weights=tuple(train_rows.astype(np.float64).tolist()),
+        )
 
     def find(self, names: Sequence[str]) -> Sites:
         """Returns the numbers of named sites; raises `UnknownSiteError` where the node does not host one."""
@@ -129,7 +144,7 @@ class Node:
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
-        dtype = torch.float64 if self.experiment.model.dtype == "float64" else torch.float32
+        dtype = dtype_of(self.experiment)
         population, pairs = self.population, None
         # Several nodes that host a share each would have a copy of all rows in every process.
         if episodes.support.turns is None and len(self.hosted) == len(population):
@@ -137,6 +152,10 @@ class Node:
             if self.experiment.model.name in LINEAR:
                 pairs = gram_matrices(population, scale, dtype)
         return gather(population, episodes, scale, codes, dtype, pairs).to(self.experiment.runtime.device)
+
+
+Node = RowNode | TaskNode
+"""What a node hosts: rows, or the tasks of an own source."""
 
 
 def node_of(context: Context) -> Node:
@@ -158,7 +177,7 @@ def node_of(context: Context) -> Node:
 
 def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
     """Returns the run's learner, for the run's class list (empty for regression)."""
-    return _learner(node.experiment, node.population.shape, len(classes) or 1)
+    return _learner(node.experiment, node.shape, classes)
 
 
 def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dict[str, Tensor], Standardisation]:
@@ -193,7 +212,7 @@ def invalidate_stale_caches(data: Data) -> None:
     stamp = tuple((name, facts.st_ino, facts.st_mtime_ns, facts.st_size) for name, facts in found)
     if _stamps.setdefault(data.path, stamp) != stamp:
         _stamps[data.path] = stamp
-        _population.cache_clear()
+        _source.cache_clear()
         _partition_node.cache_clear()
         standardised.cache_clear()
         gram_matrices.cache_clear()
@@ -204,30 +223,44 @@ _stamps: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
 
 
 @lru_cache(maxsize=2)
-def _population(data: Data) -> Population:
+def _source(experiment: Experiment) -> Population | TaskSource:
     try:
-        return load(data)
+        return source_of(experiment)
     except FedmetaError as error:
         raise DataError(str(error)) from error
 
 
 @lru_cache(maxsize=8)
 def _partition_node(experiment: Experiment, partition: int, partitions: int) -> Node:
-    population = _population(experiment.data)
-    hosted = np.arange(partition, len(population), partitions)
-    return Node(experiment, population, split(population, experiment.data, experiment.runtime.seed), hosted)
+    source = _source(experiment.for_source())
+    if isinstance(source, TaskSource):
+        return TaskNode(experiment, source, np.arange(partition, len(source.sites()), partitions))
+    hosted = np.arange(partition, len(source), partitions)
+    return RowNode(experiment, source, split(source, experiment.data, experiment.runtime.seed), hosted)
 
 
 @lru_cache(maxsize=8)
 def _site_node(experiment: Experiment, path: str, site: str) -> Node:
     try:
-        population = load_site(experiment.data, path, site)
+        own = ":" in experiment.data.source or _is_own_source(experiment)
+        source = source_of(experiment, path=path, site=site) if own else load_site(experiment.data, path, site)
     except FedmetaError as error:
         raise DataError(str(error)) from error
-    rows = split(population, experiment.data, experiment.runtime.seed)
-    return Node(experiment, population, rows, np.arange(len(population)))
+    if isinstance(source, TaskSource):
+        return TaskNode(experiment, source, np.arange(len(source.sites())))
+    rows = split(source, experiment.data, experiment.runtime.seed)
+    return RowNode(experiment, source, rows, np.arange(len(source)))
+
+
+def _is_own_source(experiment: Experiment) -> bool:
+    """Returns whether the problem is the task source too."""
+    name = experiment.problem.name
+    if ":" not in name:
+        return False
+    factory = load_code(name, "[problem] name")
+    return isinstance(factory, type) and issubclass(factory, TaskSource)
 
 
 @lru_cache(maxsize=4)
-def _learner(experiment: Experiment, shape: tuple[int, ...], outputs: int) -> Learner:
-    return learner_of(experiment, shape, outputs)
+def _learner(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...]) -> Learner:
+    return learner_of(experiment, shape, classes)

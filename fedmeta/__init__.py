@@ -7,29 +7,49 @@ result = fedmeta.run(experiment)
 result.summary, result.sites, result.meta_state
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmeta import engines, learners
+    from fedmeta import engines, learners, problems
+    from fedmeta.engines import meta_gradients
     from fedmeta.experiment import Experiment, load_experiment
+    from fedmeta.problems import Metric, Problem, Solver, TaskSource, implicit
     from fedmeta.runtime import Result, run
-    from fedmeta.task import Task
+    from fedmeta.task import Task, rows_mask
 
-__all__ = ["Experiment", "Result", "Task", "cohort", "learners", "load_experiment", "run"]
+__all__ = [
+    "Experiment",
+    "Metric",
+    "Problem",
+    "Result",
+    "Solver",
+    "Task",
+    "TaskSource",
+    "engines",
+    "implicit",
+    "learners",
+    "load_experiment",
+    "meta_gradients",
+    "problems",
+    "rows_mask",
+    "run",
+]
 __version__ = "0.1.0"
-
-# Torch's threads wait for one another by spinning, which on a busy machine makes two of them much slower than
-# one. This many turns are some microseconds; after that they sleep. Heeded if torch is imported later.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
     "Experiment": "fedmeta.experiment",
     "load_experiment": "fedmeta.experiment",
+    "meta_gradients": "fedmeta.engines",
+    "Metric": "fedmeta.problems",
+    "Problem": "fedmeta.problems",
+    "Solver": "fedmeta.problems",
+    "TaskSource": "fedmeta.problems",
+    "implicit": "fedmeta.problems",
     "Result": "fedmeta.runtime",
     "run": "fedmeta.runtime",
     "Task": "fedmeta.task",
+    "rows_mask": "fedmeta.task",
 }
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from fedmeta.errors import FedmetaError
 from fedmeta.files import PART, read_tensors, write_atomic
 
-FORMAT = "1"
-COLUMNS = ("sites", "scores", "losses", "calibration", "chosen", "reference")
-LISTS = ("classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows")
-FIGURES = ("regression", "tokens", "engine", "budget", "schedule", "finished")
+FORMAT = "2"
+LISTS = (
+    "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
+)  # fmt: skip
+FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
 """The file in a run's folder that is there until its results are written down and handed over."""
@@ -36,26 +37,47 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one evaluation.
+    """The figures of one evaluation.
 
     Attributes:
         round_number: The round after which sites were evaluated.
         sites: The sites, as indices into `Checkpoint.names` [sites].
-        scores: Accuracy or RMSE after 0, 1, ... inner steps [sites, steps + 1].
-        losses: The loss, of the same shape.
-        calibration: The expected calibration error, of the same shape; NaN for regression.
+        figures: "loss" and each metric after 0, 1, ... inner steps [sites, steps + 1]; NaN where it is undefined.
         chosen: The number of inner steps that each site takes [sites].
-        reference: The score of a site that trains on its support rows alone, from the run's random start [sites]; NaN
-            where it was not asked for.
+        local: Each metric of what a site does alone [sites]; NaN or absent where that was not asked for.
+        pooled: Sums over the test rows of a group of sites, by "GROUP/STATE/NAME" (`fedmeta.problems.pooled`).
+        pooled_sites: How many sites each group's sums hold [groups].
     """
 
     round_number: int
     sites: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    losses: NDArray[np.float64]
-    calibration: NDArray[np.float64]
+    figures: Mapping[str, NDArray[np.float64]]
     chosen: NDArray[np.int64]
-    reference: NDArray[np.float64]
+    local: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    pooled: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    pooled_sites: tuple[int, ...] = ()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Returns all of it but the round as arrays by name."""
+        groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled}
+        parts = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        return {
+            "sites": self.sites,
+            "chosen": self.chosen,
+            "pooled_sites": np.array(self.pooled_sites, np.int64),
+            **parts,
+        }
+
+    @classmethod
+    def of(cls, round_number: int, arrays: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """Returns the evaluation whose `arrays` these are."""
+        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}}
+        for name, value in arrays.items():
+            group, _, rest = name.partition("/")
+            if rest:
+                groups[group][rest] = value
+        pooled_sites = tuple(arrays["pooled_sites"].tolist())
+        return cls(round_number, arrays["sites"], chosen=arrays["chosen"], pooled_sites=pooled_sites, **groups)
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,9 @@ class Checkpoint:
         test_rows: Test rows per site.
         regression: Whether labels are numbers.
         tokens: Whether features are codes of symbols.
+        weights: Each site's weight, as it was when it joined.
+        form: A digest of the form of an own source's tasks; empty for rows.
+        held_out: Whether support and query are different data.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -108,6 +133,9 @@ class Checkpoint:
     test_rows: tuple[int, ...] = ()
     regression: bool = False
     tokens: bool = False
+    weights: tuple[float, ...] = ()
+    form: str = ""
+    held_out: bool = True
     finished: bool = False
 
 
@@ -218,8 +246,8 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
     tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
     for evaluation in checkpoint.evaluations:
-        for what in COLUMNS:
-            tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(getattr(evaluation, what))
+        for what, array in evaluation.arrays().items():
+            tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(np.asarray(array))
     # `contiguous` leaves any stride to a dimension of size 1, as of a lone site, and then bytes cannot be viewed.
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     values: dict[str, Any] = {name: getattr(checkpoint, name) for name in HEADER}
@@ -235,9 +263,11 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
-    rounds = sorted({int(name.partition("/")[0]) for name in groups["evaluation"]})
-    arrays = {name: value.numpy() for name, value in groups["evaluation"].items()}
-    evaluations = tuple(Evaluation(number, *(arrays[f"{number}/{what}"] for what in COLUMNS)) for number in rounds)
+    by_round: dict[int, dict[str, NDArray[Any]]] = {}
+    for name, value in groups["evaluation"].items():
+        number, _, what = name.partition("/")
+        by_round.setdefault(int(number), {})[what] = value.numpy()
+    evaluations = tuple(Evaluation.of(number, by_round[number]) for number in sorted(by_round))
     for name in LISTS:
         values[name] = tuple(values.get(name, ()))
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}

@@ -1,7 +1,4 @@
-"""Before and after adaptation: one row per site, and summaries over sites.
-
-Scores are accuracies, or root mean squared errors for regression (lower is better there, and "worst" is highest).
-"""
+"""Before and after adaptation: one row per site, and summaries over sites, for any metrics."""
 
 from __future__ import annotations
 
@@ -11,17 +8,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fedmeta.checkpoint import Evaluation
+from fedmeta.problems.metric import Metric
+from fedmeta.problems.pooled import auroc_bound
+from fedmeta.problems.pooled import pooled as pooled_figures
 
 NEW, TRAINING, VALIDATION = "new", "training", "validation"
 GROUPS = {NEW: "new_sites", TRAINING: "training_sites"}
 """The two kinds of sites, and what summaries call them."""
 
+RESAMPLES = 2000
+"""How many bootstrap samples of sites an interval comes from."""
 
-def score_name(regression: bool) -> str:
-    """Returns what a site is scored by: "accuracy" or "rmse"."""
-    return "rmse" if regression else "accuracy"
+
+def score_name(frame: pd.DataFrame) -> str:
+    """Returns the name of the score of a frame of sites."""
+    return next(str(column).removeprefix("ungated_") for column in frame.columns if str(column).startswith("ungated_"))
 
 
 def sites_frame(
@@ -30,8 +34,7 @@ def sites_frame(
     train_rows: Sequence[int],
     test_rows: Sequence[int],
     evaluation: Evaluation,
-    *,
-    regression: bool,
+    metrics: Sequence[Metric],
 ) -> pd.DataFrame:
     """Returns one evaluation as a frame with one row per site.
 
@@ -39,32 +42,33 @@ def sites_frame(
         names: The sites.
         kinds: "new", "training" or "validation", per site.
         train_rows: Train rows per site.
-        test_rows: Test rows per site; a site without any has no score (NaN).
-        evaluation: Their scores.
-        regression: Whether scores are RMSE.
+        test_rows: Test rows per site; a site without any has no figures (NaN).
+        evaluation: Their figures.
+        metrics: The run's metrics, the score first.
 
     Returns:
-        Columns site, kind, rows (train rows), test_rows, round; global_accuracy, personalized_accuracy (after the steps
-        that the site takes), ungated_accuracy (after all steps), local_accuracy (training alone on support rows; NaN
-        where that was not asked for), gain (how much better the personalized score is than the global one),
-        steps_taken; global_loss, personalized_loss, global_ece, personalized_ece (expected calibration errors), steps
-        (the list of scores by inner step). For regression `_rmse` for `_accuracy`.
+        Columns site, kind, rows (train rows), test_rows, round; of the score S global_S, personalized_S (after the
+        steps that the site takes), ungated_S (after all steps), local_S (what the site does alone; NaN where that was
+        not asked for) and gain (how much better the personalized score is than the global one, in its unit); of each
+        other metric M global_M, personalized_M and local_M; global_loss, personalized_loss; steps_taken; steps (the
+        list of scores by inner step).
     """
-    name = score_name(regression)
-    unjudged = np.asarray(test_rows) == 0
-    scores, losses, calibration = evaluation.scores, evaluation.losses, evaluation.calibration
-    last = np.arange(len(scores)), evaluation.chosen
-    columns = {
-        f"global_{name}": scores[:, 0],
-        f"personalized_{name}": scores[last],
-        f"ungated_{name}": scores[:, -1],
-        f"local_{name}": evaluation.reference,
-        "gain": (scores[last] - scores[:, 0]) * (-1 if regression else 1),
-        "global_loss": losses[:, 0],
-        "personalized_loss": losses[last],
-        "global_ece": calibration[:, 0],
-        "personalized_ece": calibration[last],
-    }
+    score, figures = metrics[0], evaluation.figures
+    empty = np.asarray(test_rows) == 0
+    last = np.arange(len(evaluation.chosen)), evaluation.chosen
+    nothing = np.full(len(evaluation.chosen), np.nan)
+    columns: dict[str, NDArray[np.float64]] = {}
+    for metric in metrics:
+        values = figures[metric.name]
+        columns[f"global_{metric.name}"] = values[:, 0]
+        columns[f"personalized_{metric.name}"] = values[last]
+        if metric is score:
+            columns[f"ungated_{metric.name}"] = values[:, -1]
+        columns[f"local_{metric.name}"] = evaluation.local.get(metric.name, nothing)
+        if metric is score:
+            columns["gain"] = (values[last] - values[:, 0]) * score.sign
+    columns["global_loss"] = figures["loss"][:, 0]
+    columns["personalized_loss"] = figures["loss"][last]
     return pd.DataFrame(
         {
             "site": list(names),
@@ -72,78 +76,147 @@ def sites_frame(
             "rows": np.asarray(train_rows, dtype=np.int64),
             "test_rows": np.asarray(test_rows, dtype=np.int64),
             "round": evaluation.round_number,
-            **{column: np.where(unjudged, np.nan, values) for column, values in columns.items()},
+            **{column: np.where(empty, np.nan, values) for column, values in columns.items()},
             "steps_taken": evaluation.chosen,
-            "steps": list(np.where(unjudged[:, None], np.nan, scores).tolist()),
+            "steps": list(np.where(empty[:, None], np.nan, figures[score.name]).tolist()),
         }
     )
 
 
-def summarize(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def summarize(
+    frame: pd.DataFrame,
+    metrics: Sequence[Metric],
+    pooled: Mapping[str, NDArray[np.float64]] | None = None,
+    pooled_sites: Sequence[int] = (),
+    positive: int = 1,
+) -> dict[str, dict[str, Any]]:
     """Returns the summaries of new and of training sites in a frame of one evaluation.
 
+    Args:
+        frame: As `sites_frame` returns it.
+        metrics: The run's metrics, the score first.
+        pooled: Sums over the test rows of each group, by "GROUP/STATE/NAME" (0: new sites, 1: training sites).
+        pooled_sites: How many sites each group's sums hold.
+        positive: The code of the positive class.
+
     Returns:
-        Per group n (sites that have a score), diverged (see `diverged`), global and personalized (see
-        `summarize_scores`, and "ece", the mean expected calibration error), helped (the share of sites whose
-        personalized score is at least as good as the global one; a diverged site is not helped), the mean gain, and the
-        mean scores "ungated" (all take all steps) and "local" (each on its own).
+        Per group: n (sites that have a score), diverged (see `diverged`), global, personalized and local_only (see
+        `summarize_scores`), helped and harmed (the shares of sites whose personalized score is strictly better, or
+        worse, than the global one; a diverged site is harmed), beats_local (the share strictly better than what the
+        site does alone), the mean gain, the mean score "ungated" (all sites take all steps), and undefined: how many
+        sites a metric is undefined at.
     """
-    return {group: _summarise_group(frame[frame["kind"] == kind]) for kind, group in GROUPS.items()}
+    sums: dict[int, dict[str, dict[str, NDArray[np.float64]]]] = {}
+    for key, value in (pooled or {}).items():
+        group, state, name = key.split("/", 2)
+        sums.setdefault(int(group), {}).setdefault(state, {})[name] = value
+    found = {}
+    for number, (kind, group_name) in enumerate(GROUPS.items()):
+        own = frame[frame["kind"] == kind]
+        found[group_name] = _summarize_group(own, metrics, sums.get(number, {}), positive)
+        if number < len(pooled_sites) and pooled_sites[number]:
+            found[group_name]["pooled_sites"] = int(pooled_sites[number])
+    return found
 
 
-def _summarise_group(frame: pd.DataFrame) -> dict[str, Any]:
-    regression = "global_rmse" in frame.columns
-    name = score_name(regression)
-    judged = frame[frame[f"global_{name}"].notna() & frame[f"personalized_{name}"].notna()]
+def _summarize_group(
+    frame: pd.DataFrame,
+    metrics: Sequence[Metric],
+    sums: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    positive: int,
+) -> dict[str, Any]:
+    score = metrics[0]
     lost = diverged(frame)
-    summary: dict[str, Any] = {"n": len(judged), "diverged": int(lost.sum())}
-    for state in ("global", "personalized"):
-        scores, loss, ece = (judged[f"{state}_{figure}"] for figure in (name, "loss", "ece"))
-        summary[state] = {**summarize_scores(scores, loss, worst_is_high=regression), "ece": _mean(ece)}
-    everyone = frame[lost | frame.index.isin(judged.index)]
-    summary["helped"] = _mean((everyone["gain"] >= 0) & ~lost[everyone.index])
-    summary["gain"] = _mean(judged["gain"])
-    for other in ("ungated", "local"):
-        summary[other] = _mean(judged[f"{other}_{name}"])
+    scored = frame[frame[f"global_{score.name}"].notna() & frame[f"personalized_{score.name}"].notna() & ~lost]
+    summary: dict[str, Any] = {"n": len(scored), "diverged": int(lost.sum())}
+    for state in ("global", "personalized", "local"):
+        own = dict(sums.get(state, {}))
+        values = pooled_figures(own, metrics, positive) if own else {}
+        entry = summarize_scores(scored[f"{state}_{score.name}"], score)
+        entry["loss"] = _mean(scored[f"{state}_loss"]) if f"{state}_loss" in scored else None
+        entry["pooled"] = _finite(values.get(score.name))
+        entry["metrics"] = {}
+        for metric in metrics:
+            part = summarize_scores(frame[f"{state}_{metric.name}"][~lost], metric)
+            kept = {key: part[key] for key in ("mean", "std", "worst_decile", "n")}
+            entry["metrics"][metric.name] = {**kept, "pooled": _finite(values.get(metric.name))}
+        if "histogram" in own and "auroc" in entry["metrics"]:
+            entry["metrics"]["auroc"]["pooled_bound"] = auroc_bound(own["histogram"])
+        summary["local_only" if state == "local" else state] = entry
+    everyone = frame[lost | frame.index.isin(scored.index)]
+    gone = lost[everyone.index]
+    summary["helped"] = _mean((everyone["gain"] > 0) & ~gone)
+    summary["harmed"] = _mean((everyone["gain"] < 0) | gone)
+    alone = everyone[everyone[f"local_{score.name}"].notna()]
+    lead = (alone[f"personalized_{score.name}"] - alone[f"local_{score.name}"]) * score.sign
+    summary["beats_local"] = _mean((lead > 0) & ~gone[alone.index])
+    summary["gain"] = _mean(scored["gain"])
+    summary["ungated"] = _mean(scored[f"ungated_{score.name}"])
+    tested = frame[frame["test_rows"] > 0]
+    undefined = {m.name: int(tested[f"personalized_{m.name}"].isna().sum()) for m in metrics}
+    summary["undefined"] = {name: count for name, count in undefined.items() if count}
     return summary
 
 
 def _mean(values: pd.Series) -> float | None:
-    """Returns the mean; None where there is nothing, or nothing known."""
-    mean = values.mean() if len(values) else math.nan
-    return None if math.isnan(mean) else float(mean)
+    """Returns the mean; None where there is nothing, or nothing finite."""
+    return _finite(float(values.mean())) if len(values) else None
 
 
-def summarize_scores(scores: pd.Series, losses: pd.Series, *, worst_is_high: bool = False) -> dict[str, float | None]:
-    """Returns mean, std (over sites, population form), worst_decile, min and mean loss of per-site scores.
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
-    `worst_decile` is the mean of the worst ceil(n / 10) sites: the lowest accuracies, or the highest errors. All are
-    None where there is no site.
+
+def summarize_scores(scores: pd.Series, metric: Metric) -> dict[str, Any]:
+    """Returns a summary of per-site values where they are defined.
+
+    Returns:
+        mean, std (over sites, population form), worst_decile (the mean of the worst ceil(n / 10) sites), min, n, and
+        low and high: the 95 % bootstrap interval of the mean over sites. None where no site has a value.
     """
-    if not len(scores):
-        return dict.fromkeys(("mean", "std", "worst_decile", "min", "loss"))
-    worst = np.sort(scores.to_numpy())[:: -1 if worst_is_high else 1][: math.ceil(len(scores) / 10)]
+    values = scores.to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {**dict.fromkeys(("mean", "std", "worst_decile", "min", "low", "high")), "n": 0}
+    worst = np.sort(values)[:: 1 if metric.higher_is_better else -1][: math.ceil(len(values) / 10)]
+    low, high = bootstrap_interval(values)
     return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std(ddof=0)),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
         "worst_decile": float(worst.mean()),
-        "min": float(scores.min()),
-        "loss": float(losses.mean()),
+        "min": float(values.min()),
+        "n": len(values),
+        "low": low,
+        "high": high,
     }
 
 
-def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Returns per site whether it has test rows and its adapted model no finite score or loss on them.
+def bootstrap_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float | None, float | None]:
+    """Returns the percentile bootstrap interval of the mean of values (Efron 1979), from a fixed seed; None for one."""
+    if len(values) < 2:
+        return None, None
+    # Of many sites the mean is normal: resampling would cost seconds and change nothing.
+    if len(values) > 5000:
+        half = 1.959963984540054 * float(values.std(ddof=1)) / math.sqrt(len(values))
+        return float(values.mean()) - half, float(values.mean()) + half
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
-    Such a model says nothing, though an accuracy can be counted of it: adaptation has run away.
+
+def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Returns per site whether it has test data and its adapted parameters no finite loss on them, or an infinite score.
+
+    A metric that is undefined at a site, such as AUROC with one class, is no divergence.
     """
-    name = "rmse" if "global_rmse" in frame.columns else "accuracy"
-    figures = frame[[f"personalized_{name}", "personalized_loss"]].to_numpy(dtype=np.float64)
-    return pd.Series((frame["test_rows"].to_numpy() > 0) & ~np.isfinite(figures).all(axis=1), index=frame.index)
+    loss = frame["personalized_loss"].to_numpy(dtype=np.float64)
+    score = frame[f"personalized_{score_name(frame)}"].to_numpy(dtype=np.float64)
+    ran_away = ~np.isfinite(loss) | np.isinf(score)
+    return pd.Series((frame["test_rows"].to_numpy() > 0) & ran_away, index=frame.index)
 
 
 def left_behind(frame: pd.DataFrame) -> int:
-    """Returns how many sites personalisation leaves worse than the global model, or without a model that works."""
+    """Returns how many sites personalization leaves worse than the global model, or without a model that works."""
     return int(((frame["gain"] < 0) | diverged(frame)).sum())
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from fedmeta.errors import FedmetaError
 
 Rows = tuple[Tensor, ...]
 """(x, y) or (x, y, mask): x [n, *shape]; y [n], integer classes or float targets; mask [n], 1 = a row, 0 = padding."""
@@ -15,12 +18,12 @@ class Task(NamedTuple):
     """One (support, query) pair of one site.
 
     Attributes:
-        support: The rows that the site adapts on, `(x, y)` or `(x, y, mask)`.
-        query: The rows that judge the adapted model, of the same form.
+        support: What the site adapts on: rows `(x, y)` or `(x, y, mask)`; of an own problem a tensor or a tree of them.
+        query: What scores the adapted parameters, of the same form.
     """
 
-    support: Rows
-    query: Rows
+    support: Any
+    query: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,11 @@ class Batch:
         """The number of sites."""
         return int(self.support[0].shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.support[0].device
+
     def task(self, site: int) -> Task:
         """Returns the task of one site without its padding."""
         return Task(_unpad(self.support, site), _unpad(self.query, site))
@@ -71,6 +79,60 @@ class Batch:
     def map(self, change: Callable[[Rows], Rows]) -> "Batch":
         """Returns a batch of changed support and query rows, of which no `pairs` are known."""
         return Batch(change(self.support), change(self.query))
+
+
+class TreeBatch(Batch):
+    """The tasks of many sites whose data are trees of tensors of one form, stacked along a leading site axis."""
+
+    support: Any
+    query: Any
+
+    @property
+    def sites(self) -> int:
+        """The number of sites."""
+        return len(tree_leaves(self.support)[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        leaf: Tensor = tree_leaves(self.support)[0]
+        return leaf.device
+
+    def task(self, site: int) -> Task:
+        """Returns the task of one site."""
+        return Task(*(tree_map(lambda leaf: leaf[site], part) for part in (self.support, self.query)))
+
+    def to(self, device: str) -> "Batch":
+        """Returns the batch on a device."""
+        return self.map(lambda part: tree_map(lambda leaf: leaf.to(device), part))
+
+    def take(self, sites: slice | Tensor) -> "Batch":
+        """Returns some sites: as views of a slice, as copies for numbers."""
+        return self.map(lambda part: tree_map(lambda leaf: leaf[sites], part))
+
+    def map(self, change: Callable[[Any], Any]) -> "Batch":
+        """Returns a batch of changed support and query."""
+        return TreeBatch(change(self.support), change(self.query))
+
+
+def stack_trees(tasks: Sequence[Task]) -> TreeBatch:
+    """Returns tasks whose data are trees of tensors as one batch.
+
+    Raises:
+        FedmetaError: Two sites' tasks differ in structure or shapes.
+    """
+    parts = []
+    for place, what in enumerate(("support", "query")):
+        flat = [tree_flatten(task[place]) for task in tasks]
+        first, structure = flat[0]
+        for number, (leaves, form) in enumerate(flat):
+            if form != structure or [leaf.shape for leaf in leaves] != [leaf.shape for leaf in first]:
+                raise FedmetaError(
+                    f"the {what} of task {number} has another form than that of task 0: the tasks of all sites must "
+                    "be trees of tensors with the same structure and shapes; pad them, and hold a mask in the tree"
+                )
+        parts.append(tree_map(lambda *leaves: torch.stack(leaves), *(task[place] for task in tasks)))
+    return TreeBatch(*parts)
 
 
 def rows_mask(rows: Rows) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an evaluation asks of the nodes: every site's scores, and at the end of a run what those are held against."""
+"""What an evaluation asks of the nodes: every site's figures, and at the end of a run what those are compared with."""
 
 from __future__ import annotations
 
@@ -10,61 +10,67 @@ from numpy.typing import NDArray
 
 from fedmeta.checkpoint import Evaluation
 from fedmeta.learners import Learner
-from fedmeta.messages import EvaluateReply
+from fedmeta.messages import LOSS, EvaluateReply, write_arrays
 from server.adaptation_schedule import Schedule, tune_adaptation
 from server.strategy import MetaGradientStrategy
 
 
-class Ask(Protocol):
-    """Asks all nodes for scores of a meta-state."""
+class EvaluateFn(Protocol):
+    """Asks all nodes for figures of a meta-state."""
 
     def __call__(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
-        """Returns the scores, asked for as `MetaGradientStrategy.configure_evaluate` says; None where none came."""
+        """Returns the figures, asked for as `MetaGradientStrategy.configure_evaluate` has it; None where none came."""
 
 
-def scores(
-    ask: Ask, strategy: MetaGradientStrategy, learner: Learner, round_number: int, last: bool
+def evaluate_all_sites(
+    ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner, round_number: int, last: bool
 ) -> tuple[Evaluation, Schedule | None] | None:
-    """Returns the sites' scores and, where that was chosen, how far they adapted; None where nobody answered.
+    """Returns the sites' figures and, where that was chosen, how far they adapted; None where no node answered.
 
     Args:
         ask: Asks the nodes.
         strategy: Holds the meta-state, and the federation that is asked.
         learner: What the run trains.
         round_number: The last finished round.
-        last: Whether the run ends with it: then sites adapt as far as the schedule says, and also train alone.
+        last: Whether the run ends with it: then sites adapt as far as the schedule has it, also solve alone, and send
+            sums for pooled figures.
     """
     settings = strategy.experiment.evaluation
     schedule = _schedule(ask, strategy, learner) if last and settings.schedule == "auto" else None
     steps, rate = schedule[:2] if schedule else (learner.evaluation_steps(settings.steps), 1.0)
-    reply = ask(strategy.arrays(), steps=steps, rate=rate, gate=settings.gate)
+    reply = ask(strategy.arrays(), steps=steps, rate=rate, gate=settings.gate, pool=last and learner.problem.on_rows)
     if reply is None:
         return None
-    # A site on its own trains whatever the learner or the schedule says of adapting, as FedAvg's sites never do.
-    own_steps = max(steps, settings.steps or learner.inner_steps)
-    alone = ask(_start_arrays(strategy, learner), steps=own_steps, reference=True) if last else None
-    reference = np.full(len(reply.names), np.nan)
-    if alone and alone.names == reply.names:
-        reference = alone.scores[:, -1]
+    local: dict[str, NDArray[np.float64]] = {}
+    if last and settings.local_baseline != "none":
+        alone = ask(_start_arrays(strategy, learner), local_only=True)
+        if alone:
+            local = _aligned(alone, reply.names)
     sites = strategy.federation.indices(reply.names)
-    figures = (reply.scores, reply.losses, reply.calibration, reply.chosen, reference)
-    return Evaluation(round_number, sites, *figures), schedule
+    evaluation = Evaluation(round_number, sites, reply.figures, reply.chosen, local, reply.pooled, reply.pooled_sites)
+    return evaluation, schedule
 
 
-def _schedule(ask: Ask, strategy: MetaGradientStrategy, learner: Learner) -> Schedule | None:
-    """Returns how far sites adapt, by the validation sites; None where there are none or nobody answered."""
+def _aligned(alone: EvaluateReply, names: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
+    """Returns the figures of sites on their own in the order of `names`; NaN for one that did not answer."""
+    places = {name: place for place, name in enumerate(alone.names)}
+    order = np.array([places.get(name, -1) for name in names], dtype=np.int64)
+    return {key: np.where(order >= 0, values[order, -1], np.nan) for key, values in alone.figures.items()}
+
+
+def _schedule(ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner) -> Schedule | None:
+    """Returns how far sites adapt, by the validation sites; None where there are none or no node answered."""
     if not learner.adapts or not strategy.federation.validation.any():
         return None
     arrays = strategy.arrays()
 
     def losses_at(rate: float, steps: int) -> NDArray[np.float64] | None:
         reply = ask(arrays, steps=steps, rate=rate, validation=True)
-        return reply.losses if reply else None
+        return reply.figures[LOSS] if reply else None
 
     return tune_adaptation(losses_at, learner.inner_steps)
 
 
 def _start_arrays(strategy: MetaGradientStrategy, learner: Learner) -> ArrayRecord:
-    """Returns the run's random start, from which sites that are on their own train."""
-    start = learner.init(strategy.experiment.runtime.seed)
-    return ArrayRecord.from_torch_state_dict({**start, **strategy.constants})
+    """Returns the run's random start, from which sites that are on their own begin."""
+    return write_arrays({**learner.init(strategy.experiment.runtime.seed), **strategy.constants})

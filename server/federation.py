@@ -57,6 +57,9 @@ class Federation:
         shape: The shape of one row.
         regression: Whether labels are numbers.
         tokens: Whether features are integer codes.
+        weights: What each site weighs in the mean with server.weighting = "examples"; fixed when it joined.
+        form: A digest of the form of an own source's tasks; empty for rows.
+        held_out: Whether support and query are different data.
     """
 
     names: tuple[str, ...]
@@ -70,11 +73,9 @@ class Federation:
     shape: tuple[int, ...]
     regression: bool
     tokens: bool
-
-    @property
-    def outputs(self) -> int:
-        """The width of the model's output: the number of classes, or 1 for regression."""
-        return 1 if self.regression else len(self.classes)
+    weights: NDArray[np.float64]
+    form: str = ""
+    held_out: bool = True
 
     @property
     def new_sites(self) -> tuple[str, ...]:
@@ -132,6 +133,9 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
     Raises:
         FedmetaError: A node did not answer; without it the run would not be the one that was asked for.
     """
+    if federation.form:
+        # An own source's data are used as they are.
+        return {"standardisation.mean": torch.zeros(1), "standardisation.scale": torch.ones(1)}
     shares = federation.by_node(federation.training)
     contents = {node: SumsRequest(names).pack() for node, names in shares.items()}
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
@@ -178,6 +182,9 @@ def build_federation(
         first.shape,
         first.regression,
         first.tokens,
+        empty.astype(float),
+        first.form,
+        all(reply.held_out for reply in replies.values()),
     )
     federation = add_sites(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
     if len(federation.training) == 0:
@@ -212,6 +219,9 @@ def _absent(replies: Mapping[int, SitesReply], earlier: Checkpoint | None) -> di
         shape=earlier.shape,
         regression=earlier.regression,
         tokens=earlier.tokens,
+        weights=tuple(earlier.weights[place] for place in gone),
+        form=earlier.form,
+        held_out=earlier.held_out,
     )
     return {NO_NODE: absent}
 
@@ -236,6 +246,7 @@ def only(federation: Federation, names: Set[str]) -> Federation:
         node_ids=federation.node_ids[kept],
         train_rows=federation.train_rows[kept],
         test_rows=federation.test_rows[kept],
+        weights=federation.weights[kept],
         new=federation.new[kept],
         validation=federation.validation[kept],
     )
@@ -254,6 +265,7 @@ def add_sites(federation: Federation, replies: Mapping[int, SitesReply], *, as_n
     nodes = (np.full(len(reply.names), node, dtype=np.uint64) for node, reply in replies.items())
     train = (np.array(reply.train_rows, dtype=np.int64) for reply in replies.values())
     test = (np.array(reply.test_rows, dtype=np.int64) for reply in replies.values())
+    weights = (np.array(reply.weights or reply.train_rows, dtype=np.float64) for reply in replies.values())
     said_last = {name: place for place, name in enumerate(everyone)}
     names = tuple(sorted(said_last))
     last = np.array([said_last[name] for name in names], dtype=np.int64)
@@ -263,6 +275,7 @@ def add_sites(federation: Federation, replies: Mapping[int, SitesReply], *, as_n
         node_ids=np.concatenate([federation.node_ids, *nodes])[last],
         train_rows=np.concatenate([federation.train_rows, *train])[last],
         test_rows=np.concatenate([federation.test_rows, *test])[last],
+        weights=np.concatenate([federation.weights, *weights])[last],
     )
     known = grown.indices(federation.names)
     new, validation = np.full(len(names), as_new), np.zeros(len(names), dtype=bool)

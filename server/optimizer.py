@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmeta.build import AUTOMATIC
+from fedmeta.build import DEFAULT_OPTIMIZERS
 from fedmeta.experiment import Server
 
 
 def resolve(settings: Server, sends: str) -> tuple[str, float]:
     """Returns the optimizer's name and learning rate, with "auto" replaced by what suits the learner."""
-    name, lr = AUTOMATIC[sends]
+    name, lr = DEFAULT_OPTIMIZERS[sends]
     return (
         name if settings.optimizer == "auto" else settings.optimizer,
         lr if settings.lr == "auto" else settings.lr,
@@ -25,7 +25,7 @@ class ServerOptimizer:
 
     Args:
         settings: The experiment's section [server].
-        sends: What the learner's sites send ("gradient", "displacement", "nothing").
+        sends: What the learner's sites send ("gradient", "delta", "nothing").
         meta_state: The learned part of the meta-state; copied.
     """
 
@@ -39,6 +39,12 @@ class ServerOptimizer:
         for key, value in self._values.items():
             value.grad = gradient[key].to(value.dtype)
         self._optimizer.step()
+
+    def replace(self, meta_state: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state in the place of the one as it stands; the optimizer's memory stays."""
+        with torch.no_grad():
+            for key, value in self._values.items():
+                value.copy_(meta_state[key])
 
     @property
     def meta_state(self) -> dict[str, Tensor]:
@@ -58,9 +64,7 @@ class ServerOptimizer:
 
     def restore(self, meta_state: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Puts back a meta-state and what `state` returned beside it."""
-        with torch.no_grad():
-            for key, value in self._values.items():
-                value.copy_(meta_state[key])
+        self.replace(meta_state)
         memory: dict[int, dict[str, Tensor]] = {}
         names = list(self._values)
         for name, value in state.items():

@@ -161,7 +161,7 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
             "a round that is skipped tells who was there",
         ),
         (
-            learner.sends == "nothing",
+            learner.update == "nothing",
             f'[learner] name = "{name}": must be one whose sites send something',
             "there is nothing to protect",
         ),

@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
@@ -22,6 +22,7 @@ from fedmeta.evaluation import sites_frame, summarize
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import write_atomic
 from fedmeta.messages import EngineReply
+from fedmeta.problems import Metric
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.retrieval import SUMMARY
 from fedmeta.tracking.tracker import Tracker
@@ -45,9 +46,12 @@ class RunLogger:
         FedmetaError: The folder cannot be written.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path, earlier: Checkpoint | None) -> None:
+    def __init__(
+        self, experiment: Experiment, folder: Path, earlier: Checkpoint | None, metrics: Sequence[Metric]
+    ) -> None:
         self.experiment = experiment
         self.folder = folder
+        self.scored_by = metrics
         self.metrics: dict[int, dict[str, float]] = {}
         self.schedule: dict[str, Any] = dict(earlier.schedule) if earlier else {}
         self._earlier = earlier
@@ -112,13 +116,15 @@ class RunLogger:
     def finish(
         self,
         sites: pd.DataFrame,
+        groups: Mapping[str, Any],
+        score: Metric,
         totals: Mapping[str, float],
         rounds: int,
         checkpoint: Path,
         privacy: Mapping[str, float],
+        held_out: bool,
     ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
-        last = sites[sites["round"] == sites["round"].max()]
         summary: dict[str, Any] = {
             "run_id": self.run_id,
             "learner": self.experiment.learner.name,
@@ -128,9 +134,10 @@ class RunLogger:
             "bytes_down": int(totals.get("bytes_down", 0)),
             "bytes_up": int(totals.get("bytes_up", 0)),
             "failures": int(totals.get("failures", 0)),
-            "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
+            "score": score.to_json(),
+            **({} if held_out else {"held_out": False}),
             **({} if self.experiment.evaluation.judge == "new_sites" else {"judge": self.experiment.evaluation.judge}),
-            **summarize(last),
+            **groups,
             **({"schedule": self.schedule} if self.schedule else {}),
             **({"privacy": dict(privacy)} if privacy else {}),
             "versions": versions(),
@@ -157,10 +164,10 @@ class RunLogger:
         for number, figures in earlier.metrics.items():
             self.round(number, figures)
         for evaluation in earlier.evaluations:
-            frame = evaluation_frame(federation, evaluation)
+            frame = evaluation_frame(federation, evaluation, self.scored_by)
             last = evaluation is earlier.evaluations[-1] and earlier.finished
             schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
-            self.evaluation(evaluation.round_number, frame, summarize(frame), schedule)
+            self.evaluation(evaluation.round_number, frame, summarize(frame, self.scored_by), schedule)
 
 
 def _prepare(folder: Path, experiment: Experiment) -> None:
@@ -212,7 +219,7 @@ def _remove(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataFrame:
+def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
     return sites_frame(
@@ -221,7 +228,7 @@ def evaluation_frame(federation: Federation, evaluation: Evaluation) -> pd.DataF
         federation.train_rows[sites].tolist(),
         federation.test_rows[sites].tolist(),
         evaluation,
-        regression=federation.regression,
+        metrics,
     )
 
 

@@ -27,6 +27,10 @@ class Schema(Protocol):
     def tokens(self) -> bool:
         """Whether features are integer codes."""
 
+    @property
+    def form(self) -> str:
+        """A digest of the form of an own source's tasks; empty for rows."""
+
 
 def select_majority_schema(
     replies: Mapping[int, SitesReply], fixed: Schema | None = None
@@ -77,10 +81,12 @@ def difference(reply: Schema, federation: Schema) -> str:
         return "its columns are in another order"
     if reply.shape != federation.shape:
         return f"its rows have shape {reply.shape}, the federation's {federation.shape}"
+    if reply.form != federation.form:
+        return "its tasks have another structure, other shapes or other types than the federation's"
     if reply.tokens != federation.tokens:
         return "its features are codes where the federation's are numbers, or the other way round"
     return ""
 
 
 def _form(reply: SitesReply) -> tuple[object, ...]:
-    return (reply.features, reply.shape, reply.regression, reply.tokens)
+    return (reply.features, reply.shape, reply.regression, reply.tokens, reply.form)

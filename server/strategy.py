@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import KEPT
+from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
+from fedmeta.learners import Learner
+from fedmeta.learners.learner import key_of
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
@@ -29,6 +32,7 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
+from fedmeta.problems import has_payload
 from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
@@ -73,6 +77,7 @@ class MetaGradientStrategy(Strategy):
         constants: The rest of the meta-state (standardisation), which does not change.
         run: The name of the run's folder.
         privacy: Draws the cohorts and noises their sums, where the experiment asks for that.
+        learner: What the run trains: its problem may make its own step of what sites send.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class MetaGradientStrategy(Strategy):
         constants: Mapping[str, Tensor],
         run: str,
         privacy: SiteLevelDP | None = None,
+        *,
+        learner: Learner,
     ) -> None:
         self.experiment = experiment
         self.federation = federation
@@ -97,9 +104,13 @@ class MetaGradientStrategy(Strategy):
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
         self._columns = 1
+        self._groups: dict[str, int] = {}
         self._packed: ArrayRecord | None = None
         # What a gradient looks like: the keys, shapes and types, which do not change.
-        self._template = optimizer.meta_state
+        self.learner = learner
+        self._template = learner.message_template(
+            {name: value for name, value in self.meta_state.items() if not name.startswith("standardisation.")}
+        )
 
     def summary(self) -> None:
         """Prints nothing: what a run is, the experiment says."""
@@ -166,16 +177,29 @@ class MetaGradientStrategy(Strategy):
         num_ok = sum(int(reply.finite.sum()) for reply in usable)
         gradient: Gradient | None = None
         if self.privacy:
-            gradient = self.privacy.release(usable, self.optimizer.meta_state)
+            gradient = self.privacy.release(usable, self._template)
         elif num_ok >= max(1, self.experiment.server.min_sites):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
-        self.optimizer.step(gradient)
+        self._step(gradient, usable)
         self._packed = None
         losses = [loss for reply in usable for loss in reply.query_loss[reply.finite].tolist()]
         metrics = {"query_loss": float(np.mean(losses))} if losses else {}
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
+
+    def _step(self, mean: Gradient, replies: list[TrainReply]) -> None:
+        """Steps the meta-state along the sites' mean, or by the problem's own step where it has one."""
+        problem = self.learner.problem
+        if not (has_payload(problem) and callable(getattr(problem, "outer_step", None))):
+            self.optimizer.step(mean)
+            return
+        weight = sum(reply.weight for reply in replies)
+        state = self.meta_state
+        whole = self.learner.theta(state)
+        stepped = problem.outer_step(whole, {name: value * weight for name, value in mean.items()}, weight)  # type: ignore[attr-defined]
+        changed = {key_of(state, name): value.to(whole[name].dtype) for name, value in stepped.items()}
+        self.optimizer.replace({name: changed.get(name, value) for name, value in self.optimizer.meta_state.items()})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -185,18 +209,24 @@ class MetaGradientStrategy(Strategy):
         Args:
             server_round: The last finished round.
             arrays: The meta-state.
-            config: How: steps, rate, gate, reference as in `RoundRequest`; and validation, true to ask only the sites
-                that choose how far to adapt.
+            config: How: steps, rate, gate, local_only as in `RoundRequest`; validation, true to ask only the sites that
+                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites.
             grid: Flower's grid.
         """
         self.log = RoundLog()
         how = dict(config)
         steps = how.get("steps")
-        self._columns = 1 + (steps if isinstance(steps, int) else 0)
+        self._columns = 1 + (steps if isinstance(steps, int) and not how.get("local_only") else 0)
         if how.pop("validation", False):
             sites = np.flatnonzero(self.federation.validation)
         else:
             sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
+        kinds = {NEW: 0, TRAINING: 1}
+        self._groups = {}
+        if how.pop("pool", False):
+            self._groups = {
+                self.federation.names[site]: kinds.get(self.federation.kind(site), -1) for site in sites.tolist()
+            }
         return self._messages(grid, EVALUATE, server_round, sites, arrays, **how)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -204,9 +234,9 @@ class MetaGradientStrategy(Strategy):
         usable: list[EvaluateReply] = []
         for node, content in self._valid_replies(replies):
             try:
-                reply = EvaluateReply.unpack(content)
+                reply = EvaluateReply.unpack(content, self.learner.problem.metrics)
                 self._check_names(node, reply.names)
-                if reply.scores.shape[1] != self._columns:
+                if reply.columns != self._columns:
                     raise MessageError("it has scores of other steps than asked")
             except MessageError as error:
                 self._record_failure(node, f"bad reply: {error}")
@@ -217,12 +247,24 @@ class MetaGradientStrategy(Strategy):
             return None
         names = [name for reply in usable for name in reply.names]
         order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
+        pooled: dict[str, NDArray[np.float64]] = {}
+        for reply in usable:
+            for name, value in reply.pooled.items():
+                if name in pooled and pooled[name].shape != value.shape:
+                    self.log.failed.update(dict.fromkeys(reply.names, "its pooled sums have another shape"))
+                    continue
+                pooled[name] = pooled[name] + value if name in pooled else value
+        counts = np.zeros(max((len(reply.pooled_sites) for reply in usable), default=0), dtype=np.int64)
+        for reply in usable:
+            counts[: len(reply.pooled_sites)] += np.array(reply.pooled_sites, dtype=np.int64)
         self.evaluated = EvaluateReply(
             names=tuple(names[index] for index in order),
-            scores=np.concatenate([reply.scores for reply in usable])[order],
-            losses=np.concatenate([reply.losses for reply in usable])[order],
-            calibration=np.concatenate([reply.calibration for reply in usable])[order],
+            figures={
+                name: np.concatenate([reply.figures[name] for reply in usable])[order] for name in usable[0].figures
+            },
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
+            pooled=pooled,
+            pooled_sites=tuple(counts.tolist()),
         )
         return MetricRecord({"sites": len(names)})
 
@@ -252,6 +294,7 @@ class MetaGradientStrategy(Strategy):
         self._requested = self.federation.by_node(sites)
         messages = []
         for node, names in self._requested.items():
+            grouped = tuple(self._groups[name] for name in names) if kind == EVALUATE and self._groups else ()
             content = RoundRequest(
                 meta_state={},
                 round_number=server_round,
@@ -262,6 +305,7 @@ class MetaGradientStrategy(Strategy):
                 engine=self.engine,
                 budget=self.budget,
                 **how,
+                groups=grouped,
             ).pack(arrays)
             if node == NO_NODE:
                 continue
@@ -291,10 +335,13 @@ class MetaGradientStrategy(Strategy):
             raise MessageError("it speaks of other sites than it was asked for")
 
     def _check_weight(self, reply: TrainReply) -> None:
-        """Checks a reply's weight: one for each site that is in the sum, or with weighting by examples no less."""
-        least = int(reply.finite.sum())
-        if reply.weight < least or (self.experiment.server.weighting == "uniform" and reply.weight != least):
-            raise MessageError("its weight is not that of its sites")
+        """Checks a reply's weight: one for each site that is in the sum, or the weight that it announced when it joined."""
+        finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
+        announced = float(len(finite))
+        if self.experiment.server.weighting == "examples":
+            announced = float(self.federation.weights[self.federation.indices(finite)].sum())
+        if abs(reply.weight - announced) > 1e-9 * max(1.0, announced):
+            raise MessageError("its weight is not that of its sites as they announced it")
 
     def _record_failure(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))

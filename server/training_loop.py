@@ -18,10 +18,11 @@ from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
+from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.progress import FailureThrottle, Progress, Report
 from server import aggregation
-from server.evaluation import scores
+from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, ask_standardisation, remap_site_indices
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
@@ -93,21 +94,25 @@ class TrainingLoop:
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
-        kind = {"tokens": federation.tokens, "regression": federation.regression}
-        self.learner = learner = validated_learner(experiment, federation.shape, federation.outputs, **kind)
+        self.learner = learner = validated_learner(
+            experiment, federation.shape, federation.classes, tokens=federation.tokens
+        )
+        self.metrics = learner.problem.metrics
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
-        constants = {name: start.pop(name) for name in list(start) if name.startswith("standardisation.")}
+        constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
         self.privacy = make_dp_mechanism(
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
-        optimizer = ServerOptimizer(experiment.server, learner.sends, start)
+        optimizer = ServerOptimizer(experiment.server, learner.update, start)
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
-            constants = ask_standardisation(grid, federation, experiment)
-        self.strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, folder.name, self.privacy)
+            constants |= ask_standardisation(grid, federation, experiment)
+        self.strategy = MetaGradientStrategy(
+            experiment, federation, optimizer, constants, folder.name, self.privacy, learner=learner
+        )
         self.strategy.saved_rounds = checkpoints.rounds(folder, self.round_number)
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
@@ -118,11 +123,11 @@ class TrainingLoop:
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
-        self.metrics = FailureThrottle(see=FAILURES_FILE)
+        self.failure_throttle = FailureThrottle(see=FAILURES_FILE)
         self.machine = Machine()
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
-        self.journal = RunLogger(experiment, folder, earlier)
+        self.journal = RunLogger(experiment, folder, earlier, self.metrics)
 
     def begin(self) -> None:
         """Opens the tracked run, and has the engine chosen where that is not done.
@@ -173,10 +178,14 @@ class TrainingLoop:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save()
         sites = pd.concat(
-            [evaluation_frame(self.roll.federation, evaluation) for evaluation in self.evaluations], ignore_index=True
+            [evaluation_frame(self.roll.federation, evaluation, self.metrics) for evaluation in self.evaluations],
+            ignore_index=True,
         )
         privacy = self.privacy.summary() if self.privacy else {}
-        summary = self.journal.finish(sites, self.totals, self.round_number, path, privacy)
+        groups = self._summarize(self.evaluations[-1])
+        summary = self.journal.finish(
+            sites, groups, self.metrics[0], self.totals, self.round_number, path, privacy, self.roll.federation.held_out
+        )
         return Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
 
     def save(self) -> Path:
@@ -198,6 +207,9 @@ class TrainingLoop:
             test_rows=tuple(federation.test_rows.tolist()),
             regression=federation.regression,
             tokens=federation.tokens,
+            weights=tuple(federation.weights.tolist()),
+            form=federation.form,
+            held_out=federation.held_out,
             evaluations=tuple(self.evaluations),
             totals=self.totals,
             engine=self.strategy.engine,
@@ -240,7 +252,7 @@ class TrainingLoop:
             self.journal.log_failures(number, strategy.log.failed)
         if metrics is None or strategy.log.failed:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
-            if note := self.metrics.filter(what, strategy.log.failed):
+            if note := self.failure_throttle.filter(what, strategy.log.failed):
                 self.tell(note)
         if self.idle == MAX_EMPTY_ROUNDS:
             raise FedmetaError(
@@ -251,7 +263,7 @@ class TrainingLoop:
         """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
         counted = self.totals
         try:
-            found = scores(self._ask, self.strategy, self.learner, self.round_number, last)
+            found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
         except BaseException:
             # It comes a second time, should the run be gone on with, and is then counted.
             self.totals = counted
@@ -263,8 +275,8 @@ class TrainingLoop:
             if self._evaluated():
                 self.evaluations.pop()
             self.evaluations.append(evaluation)
-            frame = evaluation_frame(self.roll.federation, evaluation)
-            groups = summarize(frame)
+            frame = evaluation_frame(self.roll.federation, evaluation, self.metrics)
+            groups = self._summarize(evaluation)
             self.scores = headline(groups)
             self.journal.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
@@ -284,6 +296,11 @@ class TrainingLoop:
         elif strategy.log.failed:
             self.tell(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
         return strategy.evaluated
+
+    def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+        frame = evaluation_frame(self.roll.federation, evaluation, self.metrics)
+        positive = getattr(self.learner.problem, "positive", 1)
+        return summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
 
     def _evaluated(self) -> bool:
         return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number

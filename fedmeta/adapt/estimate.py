@@ -23,7 +23,7 @@ from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
 from fedmeta.data.stratified import stratified
 from fedmeta.engines.step_selection import FOLDS, choose_steps
-from fedmeta.engines.weighted_sum import Scores
+from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
 from fedmeta.randomness import row_draws, site_keys
@@ -162,10 +162,10 @@ class _Desk:
         together = max(1, GROUP_VALUES // (len(self.y) * max(1, self.x[0].numel())))
         for start in range(0, len(tasks), together):
             group = slice(start, start + together)
-            scores[group] = self._evaluate(stack(tasks[group])).score.double().numpy()
+            scores[group] = self._evaluate(stack(tasks[group]))[self.score].double().numpy()
         return scores[:, 0], scores[np.arange(len(steps)), steps]
 
-    def _evaluate(self, folds: Batch) -> Scores:
+    def _evaluate(self, folds: Batch) -> Figures:
         return engines.evaluate(self.learner, self.state, folds, steps=self.most)
 
     def _padded(self, sets: list[NDArray[np.int64]], length: int) -> Rows:
@@ -173,6 +173,11 @@ class _Desk:
         index = torch.from_numpy(np.stack([np.pad(own, (0, length - len(own))) for own in sets]))
         present = torch.from_numpy(np.stack([np.arange(length) < len(own) for own in sets]))
         return self.x[index], self.y[index] * present, present.to(self._kind)
+
+    @property
+    def score(self) -> str:
+        """The figure that rows are scored by: accuracy, or RMSE for regression."""
+        return "rmse" if self.y.is_floating_point() else "accuracy"
 
     @property
     def _kind(self) -> torch.dtype:

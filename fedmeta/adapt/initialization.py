@@ -125,7 +125,7 @@ class MetaModel:
     @cached_property
     def learner(self) -> Learner:
         """The run's learner, with the inner rate that the run chose."""
-        learner = learner_of(self.experiment, self.form.shape, self.form.outputs)
+        learner = learner_of(self.experiment, self.form.shape, self.form.classes)
         return scale_inner_lr(learner, {}, self.rate)[0]
 
     @cached_property

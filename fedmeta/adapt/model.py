@@ -99,7 +99,7 @@ class SiteModel(nn.Module):
 
         texts, state = read_tensors(path, "site's model", FORMAT)
         form = Form.of(json.loads(texts["form"]))
-        learner = learner_of(Experiment.from_toml(texts["experiment"], str(path)), form.shape, form.outputs)
+        learner = learner_of(Experiment.from_toml(texts["experiment"], str(path)), form.shape, form.classes)
         model = cls(learner.network.module, state["mean"], state["scale"], form)
         model.load_state_dict(state)
         return model

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
 from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_site, run, trial
-from fedmeta.engines.weighted_sum import Scores, WeightedSum
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
-from fedmeta.task import Batch, Task, stack
+from fedmeta.task import Batch, Task, stack, stack_trees
 
 __all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "meta_gradients", "trial"]
 
@@ -63,19 +63,20 @@ def meta_gradients(
     Raises:
         FedmetaError: There is no such engine, or the weights are not one number of at least 0 for each site.
     """
+    template = learner.message_template(meta_state)
     own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
     if len(own):
-        batch = tasks if isinstance(tasks, Batch) else stack(tasks)
+        batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
         name = _engine(engine, learner, meta_state, batch)
         if clip_norm or per_site:
             name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
-        own = own.to(batch.support[2].device)
+        own = own.to(batch.device)
         total = run(name, learner, meta_state, batch, own, chunk, budget, clip_norm, per_site)
     else:
-        total = WeightedSum.empty(meta_state, clip_norm, per_site)
+        total = WeightedSum.empty(template, clip_norm, per_site)
         total.metrics = {"query_loss": [own], "finite": [own]}
     values = total.stacked() if per_site else total.total
-    gradient = {name: value.to(meta_state[name].dtype) if rounded else value for name, value in values.items()}
+    gradient = {name: value.to(template[name].dtype) if rounded else value for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
 
 
@@ -88,7 +89,7 @@ def evaluate(
     steps: int | None = None,
     chunk: int | None = None,
     budget: int = BUDGET,
-) -> Scores:
+) -> Figures:
     """Scores every site on its query rows before, during and after adaptation on its support rows.
 
     Args:
@@ -101,12 +102,14 @@ def evaluate(
         budget: As for `meta_gradients`.
 
     Returns:
-        Accuracy (RMSE for regression), loss and calibration error, each [sites, steps + 1], after 0, 1, ... steps.
+        "loss" and each metric [sites, steps + 1], after 0, 1, ... steps; for supervised problems whose metrics need
+        them, the model's "outputs" [sites, steps + 1, rows, outputs].
     """
     taken = learner.evaluation_steps(steps)
     if not (tasks.sites if isinstance(tasks, Batch) else len(tasks)):
-        return Scores(*(torch.zeros(0, taken + 1) for _ in Scores._fields))
-    batch = tasks if isinstance(tasks, Batch) else stack(tasks)
+        names = ("loss", *(metric.name for metric in learner.problem.metrics))
+        return {name: torch.zeros(0, taken + 1) for name in names}
+    batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
     name = _engine(engine, learner, meta_state, batch)
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     parts, places = [], []
@@ -115,7 +118,12 @@ def evaluate(
             parts.append(ENGINES[name].evaluate(learner, meta_state, part, taken))
         places.append(sites)
     order = torch.cat(places).argsort()
-    return Scores(*(figure[order] for figure in Scores.join(parts)))
+    return {name: figure[order] for name, figure in join_figures(parts).items()}
+
+
+def stack_tasks(learner: Learner, tasks: Sequence[Task]) -> Batch:
+    """Returns tasks as one batch: rows padded to one length, the trees of an own problem stacked."""
+    return stack(tasks) if learner.problem.on_rows else stack_trees(tasks)
 
 
 def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:

@@ -31,7 +31,7 @@ def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_su
     """
     state = double(state)
     few = few.map(lambda rows: (rows[0].double().nan_to_num() if rows[0].is_floating_point() else rows[0], *rows[1:]))
-    weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.support[2].device)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.device)
     expected = loop.meta_gradients(learner, state, few, weights).total
     gradient = weighted_sum(learner, state, few, weights)
     size = torch.stack([value.norm() for value in expected.values()]).norm()

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmeta.engines.weighted_sum import Scores, WeightedSum
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import Learner
+from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
 
 
 def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
     """Returns the cohort's contribution, site by site; see `fedmeta.engines.meta_gradients`."""
-    total = WeightedSum.empty(meta_state)
+    total = WeightedSum.empty(learner.message_template(meta_state))
     add_sites(total, learner, meta_state, batch, weights)
     return total
 
@@ -24,18 +25,28 @@ def add_sites(
 ) -> None:
     """Adds each site's gradient to what `total` makes of them."""
     for site in range(batch.sites):
-        gradient, metrics = learner.meta_gradient(meta_state, batch.task(site))
+        gradient, metrics = learner.message(meta_state, batch.task(site))
         stacked = {name: value.unsqueeze(0) for name, value in gradient.items()}
         figures = {name: value.unsqueeze(0) for name, value in metrics.items()}
         total.add(stacked, weights[site : site + 1], figures)
 
 
-def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-    """Returns the scores on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
+def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Figures:
+    """Returns the figures on the query data after 0 ... `steps` inner steps on support, [sites, steps + 1]."""
     sites = []
     for site in range(batch.sites):
         task = batch.task(site)
         path = learner.adaptation_path(meta_state, task.support, steps)
         with torch.no_grad():
-            sites.append(Scores.of(learner.score(parameters, task.query) for parameters in path))
-    return Scores.of(sites)
+            found = stack_path(learner.evaluate(parameters, task.query) for parameters in path)
+        if OUTPUTS in found:
+            found[OUTPUTS] = _in_place(found[OUTPUTS], batch.query[2][site])
+        sites.append(found)
+    return stack_path(sites)
+
+
+def _in_place(outputs: Tensor, mask: Tensor) -> Tensor:
+    """Returns outputs [steps, rows, k] of a site without padding where its rows are in the batch [steps, n, k]."""
+    whole = outputs.new_zeros(outputs.shape[0], len(mask), *outputs.shape[2:])
+    whole[:, mask > 0] = outputs
+    return whole

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fedmeta.engines import lowrank
 from fedmeta.learners import Learner
-from fedmeta.task import Batch, Rows
+from fedmeta.task import Batch, Rows, TreeBatch
 
 BUDGET = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
@@ -29,6 +30,11 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     """
     if engine == "loop":
         return max(1, batch.sites)
+    if not learner.problem.on_rows:
+        own = sum(value.numel() * value.element_size() for value in learner.theta(meta_state).values())
+        data = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves((batch.support, batch.query)))
+        together = budget // max(1, 4 * (learner.inner_steps + 1) * (own + data // max(1, batch.sites)))
+        return max(1, int(together))
     theta = learner.theta(meta_state)
     item = next(iter(theta.values())).element_size()
     steps = learner.inner_steps + 1
@@ -52,6 +58,13 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     Sites stay in order where they have about as many rows. Where padding would take much of the work, they are grouped
     by their rows, and each group is cut to its longest site.
     """
+    if isinstance(batch, TreeBatch):
+        for start in range(0, batch.sites, size):
+            yield (
+                torch.arange(start, min(start + size, batch.sites), device=batch.device),
+                batch.chunk(start, start + size),
+            )
+        return
     lengths = _lengths(batch.support) + _lengths(batch.query)
     longest = batch.support[0].shape[1] + batch.query[0].shape[1]
     if batch.sites == 0 or float(lengths.double().mean()) >= EVEN * longest:

@@ -6,15 +6,16 @@ A personal part is a dictionary of tensors by the module's own names; here each 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedmeta.engines.weighted_sum import Scores, WeightedSum
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures, stack_path
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
-from fedmeta.task import Batch, Rows, Task
+from fedmeta.task import Batch, Task
 
 CHUNK_BYTES = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
@@ -47,7 +48,7 @@ def train_personal(
         finite is the old one.
     """
 
-    def site(support: Rows, query: Rows, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
+    def site(support: Any, query: Any, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
         return learner.train(meta_state, Task(support, query), own)
 
     total = WeightedSum.empty(meta_state, clip_norm, per_site)
@@ -61,7 +62,7 @@ def train_personal(
         # A personal part that ran away counts like a gradient that did: the site has no share in this round.
         first = next(iter(gradients))
         gradients[first] = torch.where(_like(finite, gradients[first]), gradients[first], torch.nan)
-        total.add(gradients, weights[start:stop].to(part.support[2].device), metrics)
+        total.add(gradients, weights[start:stop].to(part.device), metrics)
         kept.append({name: torch.where(_like(finite, value), value, old[name]) for name, value in new.items()})
     figures = {name: torch.cat(values) for name, values in total.metrics.items()}
     new_parts = {name: torch.cat([part[name] for part in kept]) for name in personal}
@@ -70,20 +71,20 @@ def train_personal(
 
 def evaluate_personal(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int, personal: Parameters
-) -> Scores:
+) -> Figures:
     """Returns the scores of sites that go on from their personal parts [sites, ...]."""
 
-    def site(support: Rows, query: Rows, own: Parameters) -> Scores:
+    def site(support: Any, query: Any, own: Parameters) -> Figures:
         path = learner.adaptation_path(meta_state, support, steps, own)
-        return Scores.of(learner.score(parameters, query) for parameters in path)
+        return stack_path(learner.evaluate(parameters, query) for parameters in path)
 
     parts = []
     size = _together(learner, batch)
     for start in range(0, batch.sites, size):
         part = batch.chunk(start, start + size)
         own = {name: value[start : start + size] for name, value in personal.items()}
-        parts.append(Scores(*(tensor.detach() for tensor in vmap(site)(part.support, part.query, own))))
-    return Scores.join(parts)
+        parts.append({name: value.detach() for name, value in vmap(site)(part.support, part.query, own).items()})
+    return join_figures(parts)
 
 
 def stack_personal(learner: Learner, meta_state: Mapping[str, Tensor], kept: list[Parameters | None]) -> Parameters:
@@ -94,6 +95,8 @@ def stack_personal(learner: Learner, meta_state: Mapping[str, Tensor], kept: lis
 
 def _together(learner: Learner, batch: Batch) -> int:
     """Returns how many sites to compute together: one for convolutions, whose batched form is slower."""
+    if not learner.problem.on_rows:
+        return batch.sites
     if any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in learner.network.module.modules()):
         return 1
     parameters = sum(value.numel() for value in learner.network.module.parameters())

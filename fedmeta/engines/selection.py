@@ -16,8 +16,9 @@ from fedmeta.engines.lowrank.capture import capture_immediately
 from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.trace import ROWS_MIX
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
-from fedmeta.engines.weighted_sum import Scores, WeightedSum
+from fedmeta.engines.weighted_sum import Figures, WeightedSum
 from fedmeta.learners import Learner
+from fedmeta.problems.solvers import DIFFERENTIABLE
 from fedmeta.task import Batch
 
 TRIAL_SITES = 16
@@ -35,8 +36,8 @@ class Engine(Protocol):
         """Returns the weighted sum of the batch's meta-gradients."""
         ...
 
-    def evaluate(self, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-        """Returns scores and losses [sites, steps + 1] on the batch's query rows."""
+    def evaluate(self, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Figures:
+        """Returns the figures [sites, steps + 1] on the batch's query data."""
         ...
 
 
@@ -76,13 +77,15 @@ def choose_engine_by_site(
 
 
 def _without_span(learner: Learner, reason: str | None) -> str:
+    if not learner.problem.on_rows:
+        return "vmap" if learner.problem.solver.kind == DIFFERENTIABLE else "loop"
     loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
     looped = any(isinstance(layer, loops) for layer in learner.network.module.modules())
     return "loop" if looped or reason == ROWS_MIX else "vmap"
 
 
 def unsure(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
-    """Whether the rule of `choose_engine` is weak: most parameters take one value per site even in the low-rank form."""
+    """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site even in that form."""
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
     except UnsupportedModelError:
@@ -102,6 +105,8 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     few = batch.chunk(0, TRIAL_SITES)
     reason = lowrank.fits(learner, batch, meta_state)
     refused = set() if reason is None else {"lowrank", "vmap"} if reason == ROWS_MIX else {"lowrank"}
+    if learner.problem.solver.kind != DIFFERENTIABLE:
+        refused = {"lowrank", "vmap"}
     seconds: dict[str, list[float]] = {name: [] for name in ENGINES if name not in refused}
     running = list(seconds)
     for _ in range(TRIAL_RUNS):
@@ -149,14 +154,14 @@ def run(
     with sdpa_kernel(SDPBackend.MATH):
         for sites, part in chunks(batch, size):
             if clip_norm or per_site:
-                total = total or WeightedSum.empty(meta_state, clip_norm, per_site)
+                total = total or WeightedSum.empty(learner.message_template(meta_state), clip_norm, per_site)
                 BY_SITE[engine](total, learner, meta_state, part, weights[sites])
             elif total is None:
                 total = ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites])
             else:
                 total.merge(ENGINES[engine].meta_gradients(learner, meta_state, part, weights[sites]))
             places.append(sites)
-    total = total or WeightedSum.empty(meta_state, clip_norm, per_site)
+    total = total or WeightedSum.empty(learner.message_template(meta_state), clip_norm, per_site)
     order = _in_site_order(total, places)
     if per_site:
         total.kept = [{name: values[order] for name, values in total.stacked().items()}]
@@ -183,7 +188,7 @@ def _evaluate_once(engine: str, learner: Learner, meta_state: Mapping[str, Tenso
 
 
 def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:
-    ones = torch.ones(batch.sites, dtype=torch.float64, device=batch.support[2].device)
+    ones = torch.ones(batch.sites, dtype=torch.float64, device=batch.device)
     started = time.perf_counter()
     run(engine, learner, meta_state, batch, ones)
     return time.perf_counter() - started

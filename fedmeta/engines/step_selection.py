@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedmeta.engines.weighted_sum import Scores
+from fedmeta.engines.weighted_sum import Figures
 from fedmeta.task import Batch, Rows
 
 FOLDS = 10
@@ -49,7 +49,7 @@ LARGEST_ERROR = 1e12
 
 
 def choose_steps(
-    evaluate: Callable[[Batch], Scores],
+    evaluate: Callable[[Batch], Figures],
     support: Rows,
     usual: int | None = None,
     margin: float = MARGIN,
@@ -113,16 +113,16 @@ def _known(y: Tensor, train: Tensor) -> Tensor:
     return (counts.gather(1, codes) > 0).to(train.dtype)
 
 
-def _costs(found: Scores, regression: bool) -> Tensor:
+def _costs(found: Figures, regression: bool) -> Tensor:
     """Returns what each number of steps costs in each fold [tasks, steps + 1], finite."""
     most = LARGEST_ERROR if regression else LARGEST_LOSS
-    losses = found.loss.double().nan_to_num(nan=most, posinf=most).clamp(max=most)
+    losses = found["loss"].double().nan_to_num(nan=most, posinf=most).clamp(max=most)
     return losses if regression else losses + _errors(found)
 
 
-def _errors(found: Scores) -> Tensor:
+def _errors(found: Figures) -> Tensor:
     """Returns the share of rows that each number of steps gets wrong per fold [tasks, steps + 1]; all if it fails."""
-    return torch.where(found.loss.isfinite(), 1 - found.score, 1.0).double()
+    return torch.where(found["loss"].isfinite(), 1 - found["accuracy"], 1.0).double()
 
 
 def _mean(values: Tensor, rows: Tensor) -> Tensor:

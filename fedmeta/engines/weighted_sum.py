@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedmeta.learners.learner import FROZEN
 
-class Scores(NamedTuple):
-    """How well each site's model does after 0, 1, ... inner steps; each [sites, steps + 1].
+Figures = dict[str, Tensor]
+"""How good sites' parameters are after 0, 1, ... inner steps: "loss" and each metric [sites, steps + 1]; a model's
+"outputs" [sites, steps + 1, rows, outputs] where metrics are computed from them."""
 
-    Attributes:
-        score: Accuracy, or RMSE for regression.
-        loss: The mean loss.
-        calibration: The expected calibration error; NaN for regression.
-    """
 
-    score: Tensor
-    loss: Tensor
-    calibration: Tensor
+def stack_path(path: Iterable[Mapping[str, Tensor]], dim: int = 0) -> Figures:
+    """Returns the figures of a path of parameters, stacked along `dim`."""
+    every = list(path)
+    return {name: torch.stack([step[name] for step in every], dim) for name in every[0]}
 
-    @classmethod
-    def of(cls, path: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int = 0) -> Scores:
-        """Returns the figures of a path of models, stacked along `dim`."""
-        return cls(*(torch.stack(column, dim) for column in zip(*path, strict=True)))
 
-    @classmethod
-    def join(cls, parts: Iterable[Scores]) -> Scores:
-        """Returns the scores of several parts of a cohort as one."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def join_figures(parts: Iterable[Figures]) -> Figures:
+    """Returns the figures of several parts of a cohort as one; outputs of fewer rows are padded with zeros."""
+    every = list(parts)
+    return {name: torch.cat(_one_length([part[name] for part in every])) for name in every[0]}
+
+
+def _one_length(values: list[Tensor]) -> list[Tensor]:
+    if values[0].dim() < 3:
+        return values
+    longest = max(value.shape[2] for value in values)
+    return [torch.cat([v, v.new_zeros(*v.shape[:2], longest - v.shape[2], *v.shape[3:])], 2) for v in values]
 
 
 @dataclass
@@ -56,7 +56,11 @@ class WeightedSum:
     @classmethod
     def empty(cls, meta_state: Mapping[str, Tensor], clip_norm: float = 0.0, per_site: bool = False) -> WeightedSum:
         """Returns a sum of nothing for this meta-state."""
-        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in meta_state.items()}
+        total = {
+            name: torch.zeros_like(value, dtype=torch.float64)
+            for name, value in meta_state.items()
+            if not name.startswith(FROZEN)
+        }
         return cls(total, clip_norm=clip_norm, kept=[] if per_site else None)
 
     def add(self, gradients: Mapping[str, Tensor], weights: Tensor, metrics: Mapping[str, Tensor]) -> None:

@@ -117,6 +117,11 @@ class Experiment(Section):
         moved = {"folder": _absolute(tracking.folder), "uri": _absolute_uri(tracking.uri)}
         return self.model_copy(update={"data": data, "tracking": tracking.model_copy(update=moved)})
 
+    def for_source(self) -> Self:
+        """Returns what decides which sites there are and what they hold: the rest is as it is by default."""
+        own = ":" in self.problem.name or ":" in self.data.source
+        return type(self)(data=self.data, problem=self.problem if own else Problem())
+
     @property
     def evaluation_steps(self) -> int:
         """Inner steps at evaluation: `evaluation.steps`, or `learner.inner_steps` where that is left out."""

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
-
-from torch import nn
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners.anil import Anil
 from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
 from fedmeta.learners.imaml import Imaml
-from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, THETA, Learner, MetaState, Metrics
+from fedmeta.learners.learner import ALPHA, FROZEN, SET_BY_ROUND, THETA, Learner, MetaState, Metrics, trained
 from fedmeta.learners.maml import Fomaml, Maml
 from fedmeta.learners.maml_plus_plus import MamlPlusPlus
 from fedmeta.learners.meta_sgd import MetaSgd
 from fedmeta.learners.per_fedavg import PerFedAvg
 from fedmeta.learners.personal import Ditto, FedPer, FedRep
 from fedmeta.learners.pfedme import PFedMe
-from fedmeta.models import FunctionalModel
 
-__all__ = ["ALPHA", "LEARNERS", "THETA", "Learner", "MetaState", "Metrics", "build", "learner_class", "settings_of"]
+__all__ = [
+    "ALPHA",
+    "FROZEN",
+    "LEARNERS",
+    "THETA",
+    "Fomaml",
+    "Learner",
+    "Maml",
+    "MetaSgd",
+    "MetaState",
+    "Metrics",
+    "build",
+    "learner_class",
+    "settings_of",
+    "trained",
+]
 
 LEARNERS: dict[str, type[Learner]] = {
     "local": Local,
@@ -45,12 +56,13 @@ LEARNERS: dict[str, type[Learner]] = {
 """Every learner by its name in an experiment."""
 
 
-def build(name: str, model: nn.Module | Callable[[], nn.Module] | FunctionalModel, **settings: Any) -> Learner:
+def build(name: str, model_or_problem: Any, **settings: Any) -> Learner:
     """Builds a learner.
 
     Args:
         name: A key of `LEARNERS`, or `package.module:Class`, a subclass of `Learner`.
-        model: The module that is adapted, or a function that makes it (called again under the seed by `init`).
+        model_or_problem: A `fedmeta.Problem`; or a torch module, or a function that makes it (called again under the
+            seed by `init`), for supervised learning on rows.
         **settings: The learner's own keys, such as `inner_steps` and `inner_lr`.
 
     Raises:
@@ -61,7 +73,7 @@ def build(name: str, model: nn.Module | Callable[[], nn.Module] | FunctionalMode
     for key in settings:
         if key not in known:
             raise FedmetaError(f'learner "{name}" has no key "{key}"{nearest(key, known)} (it has: {", ".join(known)})')
-    return kind(model, **settings)
+    return kind(model_or_problem, **settings)
 
 
 def learner_class(name: str) -> type[Learner]:
@@ -86,4 +98,4 @@ def learner_class(name: str) -> type[Learner]:
 
 def settings_of(kind: type[Learner]) -> tuple[str, ...]:
     """Returns the names of a learner's own keys."""
-    return tuple(field.name for field in fields(kind) if field.name != "model" and SET_BY_ROUND not in field.metadata)
+    return tuple(field.name for field in fields(kind) if field.name != "problem" and SET_BY_ROUND not in field.metadata)

@@ -23,8 +23,8 @@ class Anil(Maml):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.network.layer(self.head)
+        self.problem.layer(self.head)
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
         """Returns inner_lr for the head's parameters."""
-        return dict.fromkeys(self.network.layer(self.head), self.inner_lr)
+        return dict.fromkeys(self.problem.layer(self.head), self.inner_lr)

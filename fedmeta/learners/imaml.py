@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.inner import add_scaled, inner_loop, inner_product, proximal
-from fedmeta.learners.learner import Learner, MetaState, Metrics, with_theta
+from fedmeta.learners.inner import Objective, add_scaled, inner_product, proximal
+from fedmeta.learners.learner import Learner, MetaState, Metrics, by, with_theta
 from fedmeta.models import Parameters
-from fedmeta.task import Rows, Task
+from fedmeta.problems.problem import Data
+from fedmeta.problems.solvers import run_solver
+from fedmeta.task import Task
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,26 @@ class ProximalLearner(Learner):
 
     lam: float = 0.3
 
+    differentiates: ClassVar[str] = "by proximal steps"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lam > 0:
             raise FedmetaError(f"learner.lam = {self.lam}: it must be greater than 0")
 
-    def solve(self, theta: Parameters, meta_state: MetaState, rows: Rows, steps: int) -> list[Parameters]:
-        """Returns the path of `steps` descent steps on the proximal problem around theta."""
-        objective = proximal(partial(self.loss, rows=rows), theta, self.lam)
-        return inner_loop(objective, theta, partial(self.rates, meta_state), steps)
+    def proximal_path(
+        self, theta: Parameters, meta_state: MetaState, objective: Objective, steps: int
+    ) -> list[Parameters]:
+        """Returns the path of `steps` steps of the problem's solver on the proximal problem around theta."""
+        pulled = proximal(objective, theta, self.lam)
+        rates = partial(self.rates, meta_state)
+        return run_solver(self.problem, lambda own, _: pulled(own), theta, None, rates, steps)
 
     def adaptation_path(
-        self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
+        self, meta_state: MetaState, support: Data, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
         """Returns the parameters after 0, 1, ... `steps` steps on the proximal problem around theta."""
-        return self.solve(self.theta(meta_state), meta_state, support, steps)
+        return self.proximal_path(self.theta(meta_state), meta_state, partial(self.inner, data=support), steps)
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,26 @@ class Imaml(ProximalLearner):
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns (I + H / lam)^-1 times the query gradient at phi, and the query loss there."""
         phi = self.adaptation_path(meta_state, task.support, self.inner_steps)[-1]
-        query_gradient, query_loss = grad_and_value(partial(self.loss, rows=task.query))(phi)
+        shared = tuple(self.problem.shared)
+        query, own = by(partial(self.outer, data=task.query), phi, (*self.problem.moved, *shared))
+        found, query_loss = grad_and_value(query)(own)
+        query_gradient = {name: found[name] for name in self.problem.moved}
         # The Hessian is symmetric, so that the gradient's pullback multiplies by it; one graph serves all products.
-        hessian_times = vjp(grad(partial(self.loss, rows=task.support)), phi)[1]
+        support, moving = by(partial(self.inner, data=task.support), phi, self.problem.moved)
+        hessian_times = vjp(grad(support), moving)[1]
 
         def matrix_times(vector: Parameters) -> Parameters:
             return add_scaled(vector, 1 / self.lam, hessian_times(vector)[0])
 
         gradient = conjugate_gradients(matrix_times, query_gradient, self.cg_steps)
+        if shared:
+            # The solution depends on shared parameters too: d L_Q / d s - (d2 L_S / d s d phi) (H + lam)^-1 d L_Q / d phi.
+            def along(values: Parameters) -> Tensor:
+                inner, at = by(partial(self.inner, data=task.support), {**phi, **values}, self.problem.moved)
+                return inner_product(grad(inner)(at), gradient) / self.lam
+
+            cross = grad(along)({name: phi[name] for name in shared})
+            gradient |= {name: found[name] - cross[name] for name in shared}
         return with_theta(meta_state, gradient), {"query_loss": query_loss}
 
 

@@ -40,7 +40,8 @@ def proximal(objective: Objective, anchor: Parameters, weight: float) -> Objecti
     """Returns the objective with a pull to the anchor: objective(phi) + weight / 2 * |phi - anchor|^2."""
 
     def pulled(parameters: Parameters) -> Tensor:
-        distance = torch.stack([(value - anchor[name]).square().sum() for name, value in parameters.items()]).sum()
+        moved = [value - anchor[name] for name, value in parameters.items() if value.is_floating_point()]
+        distance = torch.stack([value.square().sum() for value in moved]).sum()
         return objective(parameters) + weight / 2 * distance
 
     return pulled

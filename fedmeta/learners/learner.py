@@ -9,26 +9,29 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import estimator
-from fedmeta.learners.inner import inner_loop
 from fedmeta.models import FunctionalModel, Parameters
-from fedmeta.problems.rows import calibration_error, loss, score
-from fedmeta.task import Rows, Task, rows_mask
+from fedmeta.problems.problem import Data, Problem, has_payload
+from fedmeta.problems.solvers import BLACK_BOX, DIFFERENTIABLE, run_solver
+from fedmeta.problems.supervised import Supervised
+from fedmeta.task import Task
 
 MetaState = Mapping[str, Tensor]
-"""What travels from server to sites: "theta.NAME" for each parameter, "alpha.NAME" for learned rates, and the like."""
+"""What travels from server to sites: "theta.NAME" for each parameter that inner loops move, a shared one under its own
+name, "alpha.NAME" for learned rates, and "frozen.NAME" for what is never trained."""
 
 Metrics = dict[str, Tensor]
 """Per-site figures of one round; each a scalar."""
 
 THETA = "theta."
 ALPHA = "alpha."
+FROZEN = "frozen."
 
 SET_BY_ROUND = "by_round"
-"""Marks (in a field's metadata) what `Learner.at` sets, so that it is no key of an experiment."""
+"""Marks (in a field's metadata) what `Learner.for_round` sets, so that it is no key of an experiment."""
 
 
 @dataclass(frozen=True)
@@ -36,88 +39,128 @@ class Learner(ABC):
     """A federated (meta-)learner: pure functions on dictionaries of tensors.
 
     Attributes:
-        model: The module, or a function that makes it.
+        problem: What sites solve; a torch module, or a function that makes one, stands for supervised learning.
         inner_steps: K, the number of inner steps.
         inner_lr: The inner learning rate.
     """
 
-    model: nn.Module | Callable[[], nn.Module] | FunctionalModel
+    problem: Problem
     inner_steps: int = 5
     inner_lr: float = 0.1
 
-    sends: ClassVar[str] = "gradient"
-    """What a site sends: a "gradient" of its query loss, its own "displacement" theta - theta_i, or "nothing"."""
+    update: ClassVar[str] = "gradient"
+    """What a site sends: a "gradient" of its outer objective, a "delta" theta - theta_i, or "nothing"."""
 
     adapts: ClassVar[bool] = True
-    """Whether a site's own model differs from the global one."""
+    """Whether a site's own parameters differ from the global ones."""
+
+    differentiates: ClassVar[str] = "the inner steps"
+    """What of the solver it differentiates: "the inner steps", "the solution" where they are solved, or "" for none."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, FunctionalModel):
-            object.__setattr__(self, "model", FunctionalModel(self.model))
+        if not isinstance(self.problem, Problem):
+            object.__setattr__(self, "problem", Supervised(self.problem))
         if self.inner_steps < 0:
             raise FedmetaError(f"learner.inner_steps = {self.inner_steps}: it must be at least 0")
+        if not 0 < self.inner_lr < float("inf"):
+            raise FedmetaError(f"learner.inner_lr = {self.inner_lr}: it must be a finite number greater than 0")
+        kind, solver = self.problem.solver.kind, type(self.problem.solver).__name__
+        if kind == BLACK_BOX and self.differentiates and not has_payload(self.problem):
+            raise FedmetaError(
+                f"learner {type(self).__name__} differentiates through {self.differentiates}, and the solver {solver} "
+                "is a black box without derivatives: take a learner that sends a delta, such as fedavg-ft or reptile, or "
+                "give the problem a payload"
+            )
+        if kind != DIFFERENTIABLE and self.differentiates == "by proximal steps":
+            raise FedmetaError(
+                f"learner {type(self).__name__} descends a proximal objective step by step, and the solver {solver} is "
+                f"{kind}: take maml, or a learner that sends a delta"
+            )
 
     @property
     def network(self) -> FunctionalModel:
-        """The model as a function of parameters and inputs."""
-        assert isinstance(self.model, FunctionalModel)
-        return self.model
+        """The model of supervised learning as a function of parameters and inputs.
+
+        Raises:
+            FedmetaError: The problem has no model on rows.
+        """
+        if not isinstance(self.problem, Supervised):
+            raise FedmetaError(f"problem {type(self.problem).__name__} has no model on rows")
+        return self.problem.network
 
     @property
     def estimator(self) -> str:
-        """What `meta_gradient` computes: "exact", "first-order", "displacement", "nothing" or "custom"."""
+        """What `meta_gradient` computes: "exact", "first-order", "delta", "nothing" or "custom"."""
         return estimator(type(self), Learner)
 
     def init(self, seed: int) -> dict[str, Tensor]:
         """Returns the initial meta-state, drawn from `seed` alone."""
-        return {THETA + name: value for name, value in self.network.init(seed).items()}
+        problem = self.problem
+        prefix = {**dict.fromkeys(problem.shared, ""), **dict.fromkeys(problem.frozen, FROZEN)}
+        return {prefix.get(name, THETA) + name: value.detach() for name, value in problem.init(seed).items()}
 
     def theta(self, meta_state: MetaState) -> Parameters:
-        """Returns the initial parameters theta under the module's own names."""
-        return {name: meta_state[THETA + name] for name in self.network.names}
+        """Returns all initial parameters under the problem's own names, shared and frozen ones included."""
+        return {name: meta_state[key_of(meta_state, name)] for name in self.problem.names}
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
         """Returns the rate of inner step `step` (from 0) for each parameter that adapts; the others stay at theta."""
-        return dict.fromkeys(self.network.names, self.inner_lr)
+        return dict.fromkeys(self.problem.moved, self.inner_lr)
 
     def predict(self, parameters: Parameters, x: Tensor) -> Tensor:
         """Returns outputs [n, outputs] (logits, or predictions for regression) for inputs [n, *shape]."""
-        return self.network(parameters, x)
+        assert isinstance(self.problem, Supervised)
+        return self.problem.predict(parameters, x)
 
-    def loss(self, parameters: Parameters, rows: Rows) -> Tensor:
-        """Returns the mean loss of a model on rows: cross-entropy, or mean squared error for floating-point y."""
-        return loss(self.predict(parameters, rows[0]), rows[1], rows_mask(rows))
+    def inner(self, parameters: Parameters, data: Data) -> Tensor:
+        """Returns the problem's inner objective of constrained parameters."""
+        return self.problem.inner(self.problem.constrain(parameters), data)
 
-    def score(self, parameters: Parameters, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (accuracy or RMSE, loss, calibration error) of a model; a row of an unseen class scores as wrong."""
-        outputs, y, mask = self.predict(parameters, rows[0]), rows[1], rows_mask(rows)
-        return score(outputs, y, mask), loss(outputs, y, mask), calibration_error(outputs, y, mask)
+    def outer(self, parameters: Parameters, data: Data) -> Tensor:
+        """Returns the problem's outer objective of constrained parameters."""
+        return self.problem.outer(self.problem.constrain(parameters), data)
+
+    def all_data(self, parameters: Parameters, task: Task) -> Tensor:
+        """Returns the problem's objective on all of a task's data, of constrained parameters."""
+        return self.problem.all_data(self.problem.constrain(parameters), *task)
+
+    def evaluate(self, parameters: Parameters, data: Data) -> dict[str, Tensor]:
+        """Returns "loss", the outer objective, and every metric of constrained parameters, each a scalar."""
+        own = self.problem.constrain(parameters)
+        found = self.problem.evaluate(own, data)
+        return found if "loss" in found else {"loss": self.problem.outer(own, data), **found}
+
+    def solve(
+        self, start: Parameters, data: Data, meta_state: MetaState, steps: int, lr: Mapping[str, float] | None = None
+    ) -> list[Parameters]:
+        """Returns the path of the problem's solver on a site's data, with this learner's rates or with `lr`."""
+        rates = partial(self.rates, meta_state) if lr is None else lambda step: lr
+        return run_solver(self.problem, self.inner, start, data, rates, steps)
 
     def adaptation_path(
-        self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
+        self, meta_state: MetaState, support: Data, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
-        """Returns the site's parameters after 0, 1, ... `steps` inner steps on its support rows.
+        """Returns the site's parameters after 0, 1, ... `steps` inner steps on its support data.
 
         The first are theta, the global model; the last are differentiable with respect to the meta-state.
 
         Args:
             meta_state: The meta-state.
-            support: (x, y) or (x, y, mask).
+            support: What the site adapts on: (x, y) or (x, y, mask), or an own problem's data.
             steps: The number of inner steps.
-            personal: The personal part that the site kept (see `personal`), from which its steps go on; None for a
+            personal: The personal part that the site kept (see `personal`), from which its steps resume; None for a
                 site that kept none, as every new site.
         """
-        theta = self.theta(meta_state)
-        return inner_loop(partial(self.loss, rows=support), theta, partial(self.rates, meta_state), steps)
+        return self.solve(self.theta(meta_state), support, meta_state, steps)
 
     def adapt(
-        self, meta_state: MetaState, support: Rows, steps: int | None = None, personal: Parameters | None = None
+        self, meta_state: MetaState, support: Data, steps: int | None = None, personal: Parameters | None = None
     ) -> Parameters:
-        """Returns the site's own parameters: U(theta), the inner loop on its support rows.
+        """Returns the site's own parameters: U(theta), the inner loop on its support data.
 
         Args:
             meta_state: The meta-state.
-            support: (x, y) or (x, y, mask).
+            support: As for `adaptation_path`.
             steps: The number of inner steps; None for `inner_steps`. A learner that does not adapt takes none.
             personal: As for `adaptation_path`.
         """
@@ -135,14 +178,30 @@ class Learner(ABC):
 
     @abstractmethod
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
-        """Returns what a site sends (the meta-state's keys) and its figures ("query_loss")."""
+        """Returns what a site sends (the keys of the trained part of the meta-state) and its figures ("query_loss")."""
 
-    def at(self, round_number: int, rounds: int) -> Learner:
+    def message(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns what a site sends: the problem's own statistics where it has a payload, else `meta_gradient`."""
+        if not has_payload(self.problem):
+            return self.meta_gradient(meta_state, task)
+        path = self.adaptation_path(meta_state, task.support, self.inner_steps)
+        sent = self.problem.payload(path, task)  # type: ignore[attr-defined]
+        return sent, {"query_loss": self.outer(path[-1], task.query)}
+
+    def message_template(self, meta_state: MetaState) -> dict[str, Tensor]:
+        """Returns tensors with the keys and shapes of what a site sends."""
+        if not has_payload(self.problem):
+            return trained(meta_state)
+        shapes = self.problem.payload_shapes(self.theta(meta_state))  # type: ignore[attr-defined]
+        like = next(iter(trained(meta_state).values()))
+        return {name: like.new_zeros(tuple(shape)) for name, shape in shapes.items()}
+
+    def for_round(self, round_number: int, rounds: int) -> Learner:
         """Returns the learner as it is in one round (from 1) of a run of `rounds`; most are the same in all."""
         return self
 
     def personal(self, meta_state: MetaState) -> Parameters:
-        """Returns the personal part that a site starts with, under the module's own names: what stays at the site.
+        """Returns the personal part that a site starts with, under the problem's own names: what stays at the site.
 
         Empty for a learner that keeps nothing between rounds, as most do.
         """
@@ -162,12 +221,35 @@ class Learner(ABC):
         return gradient, metrics, personal
 
 
+def key_of(meta_state: MetaState, name: str) -> str:
+    """Returns the meta-state's key of a parameter."""
+    return next((prefix + name for prefix in (THETA, FROZEN) if prefix + name in meta_state), name)
+
+
+def trained(meta_state: MetaState) -> dict[str, Tensor]:
+    """Returns the trained part of a meta-state: all but what is frozen."""
+    return {name: value for name, value in meta_state.items() if not name.startswith(FROZEN)}
+
+
+def frozen(meta_state: MetaState) -> dict[str, Tensor]:
+    """Returns the part of a meta-state that is never trained."""
+    return {name: value for name, value in meta_state.items() if name.startswith(FROZEN)}
+
+
 def zeros_like(meta_state: MetaState) -> dict[str, Tensor]:
-    """Returns a gradient of zeros with the meta-state's keys."""
-    return {name: torch.zeros_like(value) for name, value in meta_state.items()}
+    """Returns a gradient of zeros with the keys of the trained part of a meta-state."""
+    return {name: torch.zeros_like(value) for name, value in trained(meta_state).items()}
 
 
-def with_theta(meta_state: MetaState, theta: Parameters) -> dict[str, Tensor]:
-    """Returns a gradient with these values for theta and zeros for the meta-state's other keys."""
-    own = {THETA + name: value for name, value in theta.items()}
-    return {name: own[name] if name in own else torch.zeros_like(value) for name, value in meta_state.items()}
+def with_theta(meta_state: MetaState, values: Parameters) -> dict[str, Tensor]:
+    """Returns a gradient with these values for parameters, by their own names, and zeros for what else is trained."""
+    own = {key_of(meta_state, name): value for name, value in values.items()}
+    return {name: own[name] if name in own else torch.zeros_like(value) for name, value in trained(meta_state).items()}
+
+
+def by(
+    objective: Callable[[Parameters], Tensor], parameters: Parameters, names: Sequence[str]
+) -> tuple[Callable[[Parameters], Tensor], Parameters]:
+    """Returns an objective as a function of the named parameters alone, and these."""
+    fixed = {name: value for name, value in parameters.items() if name not in names}
+    return lambda moving: objective({**fixed, **moving}), {name: parameters[name] for name in names}

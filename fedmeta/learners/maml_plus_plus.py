@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, Learner, MetaState
+from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, THETA, Learner, MetaState
 from fedmeta.learners.maml import Maml
 
 
@@ -25,7 +25,7 @@ class MamlPlusPlus(Maml):
 
     Attributes:
         annealing: The share of a run's rounds in which the weight moves from all steps alike to the last step.
-        step_weights: The weight of the query loss after each of the K steps. `at` sets it by the round; empty for
+        step_weights: The weight of the query loss after each of the K steps. `for_round` sets it by the round; empty for
             the annealing's end, which is all on the last step.
     """
 
@@ -44,22 +44,22 @@ class MamlPlusPlus(Maml):
     def init(self, seed: int) -> dict[str, Tensor]:
         """Returns "theta.NAME", and "alpha.LAYER" [K] at `inner_lr`; a parameter of no layer has its own alpha."""
         theta = super().init(seed)
-        like = next(iter(theta.values()))
-        layers = dict.fromkeys(map(layer_of, self.network.names))
+        like = theta[THETA + self.problem.moved[0]]
+        layers = dict.fromkeys(map(layer_of, self.problem.moved))
         return {**theta, **{ALPHA + layer: like.new_full((self.inner_steps,), self.inner_lr) for layer in layers}}
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
         """Returns each layer's rate in this step; in steps beyond those that were learned, that of the last."""
-        alphas = {layer: meta_state[ALPHA + layer] for layer in map(layer_of, self.network.names)}
+        alphas = {layer: meta_state[ALPHA + layer] for layer in map(layer_of, self.problem.moved)}
         own = {layer: alpha[min(step, len(alpha) - 1)] for layer, alpha in alphas.items()}
-        return {name: own[layer_of(name)] for name in self.network.names}
+        return {name: own[layer_of(name)] for name in self.problem.moved}
 
     def query_weights(self, meta_state: MetaState) -> Sequence[Tensor | float]:
         """Returns the weight of the query loss after each step (equation 2), beside `global_weight` for theta's own."""
         weights = self.step_weights or (*[0.0] * (self.inner_steps - 1), 1.0)
         return [self.global_weight, *((1 - self.global_weight) * weight for weight in weights)]
 
-    def at(self, round_number: int, rounds: int) -> Learner:
+    def for_round(self, round_number: int, rounds: int) -> Learner:
         """Returns the learner with a round's step weights: 1 / K each in round 1, and by equal steps to the last."""
         end = self.annealing * rounds
         progress = min(1.0, (round_number - 1) / end) if end > 0 else 1.0

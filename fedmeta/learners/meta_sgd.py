@@ -22,9 +22,13 @@ class MetaSgd(Maml):
     def init(self, seed: int) -> dict[str, Tensor]:
         """Returns "theta.NAME", and "alpha.NAME" of the same shape."""
         theta = super().init(seed)
-        rates = {ALPHA + name: torch.full_like(value, self.inner_lr) for name, value in self.theta(theta).items()}
+        rates = {
+            ALPHA + name: torch.full_like(value, self.inner_lr)
+            for name, value in self.theta(theta).items()
+            if name in self.problem.moved
+        }
         return {**theta, **rates}
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
         """Returns alpha, the same in every step."""
-        return {name: meta_state[ALPHA + name] for name in self.network.names}
+        return {name: meta_state[ALPHA + name] for name in self.problem.moved}

@@ -7,7 +7,6 @@ w <- w - beta * g,   g = (I - alpha * d2 L_S(w)) d L_Q(w - alpha * d L_S(w))
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch.func import grad, grad_and_value
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.inner import add_scaled, inner_product
-from fedmeta.learners.learner import Learner, MetaState, Metrics
+from fedmeta.learners.learner import Learner, MetaState, Metrics, by
 from fedmeta.models import Parameters
 from fedmeta.task import Task
 
@@ -41,7 +40,8 @@ class PerFedAvg(Learner):
     local_lr: float = 0.3
     hessian: str = "exact"
 
-    sends: ClassVar[str] = "displacement"
+    update: ClassVar[str] = "delta"
+    differentiates: ClassVar[str] = "by proximal steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,18 +57,32 @@ class PerFedAvg(Learner):
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns theta - w after the local meta-steps, and the query loss after one inner step from theta."""
-        own = self.theta(meta_state)
+        theta = self.theta(meta_state)
+        own = {name: theta[name] for name in self.problem.trained}
+        fixed = {name: value for name, value in theta.items() if name not in own}
         losses = []
         for _ in range(self.local_steps):
-            gradient, query_loss = self.local_gradient(own, task)
+            gradient, query_loss = self.local_gradient(own, fixed, task)
             own = add_scaled(own, -self.local_lr, gradient)
             losses.append(query_loss)
         return displacement(meta_state, own), {"query_loss": losses[0]}
 
-    def local_gradient(self, w: Parameters, task: Task) -> tuple[Parameters, Tensor]:
-        """Returns g, the gradient of the one-step query loss at w, and that loss."""
-        support_loss, query_loss = partial(self.loss, rows=task.support), partial(self.loss, rows=task.query)
-        support_gradient = grad(support_loss)
+    def local_gradient(self, w: Parameters, fixed: Parameters, task: Task) -> tuple[Parameters, Tensor]:
+        """Returns g, the gradient of the one-step query loss at w, and that loss.
+
+        Args:
+            w: The trained parameters.
+            fixed: The frozen ones.
+            task: The site's task.
+        """
+
+        def query_loss(own: Parameters) -> Tensor:
+            return self.outer({**fixed, **own}, task.query)
+
+        def support_gradient(own: Parameters) -> Parameters:
+            inner, moving = by(lambda p: self.inner({**fixed, **p}, task.support), own, self.problem.moved)
+            found = grad(inner)(moving)
+            return {name: found[name] if name in found else torch.zeros_like(value) for name, value in own.items()}
 
         def after_one_step(own: Parameters) -> Tensor:
             return query_loss(add_scaled(own, -self.inner_lr, support_gradient(own)))

@@ -18,24 +18,27 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedmeta.learners.fedavg import FedAvgFinetuned, all_rows, displacement
-from fedmeta.learners.inner import inner_loop, proximal
+from fedmeta.learners.fedavg import FedAvgFinetuned, displacement
+from fedmeta.learners.inner import Objective, proximal
 from fedmeta.learners.learner import Learner, MetaState, Metrics
 from fedmeta.models import Parameters
-from fedmeta.task import Rows, Task
+from fedmeta.problems.problem import Data
+from fedmeta.problems.solvers import run_solver
+from fedmeta.task import Task
 
 
 @dataclass(frozen=True)
 class PersonalLearner(Learner):
     """A learner whose sites keep a personal part."""
 
-    sends: ClassVar[str] = "displacement"
+    update: ClassVar[str] = "delta"
+    differentiates: ClassVar[str] = "by proximal steps"
 
     @abstractmethod
     def personal_adaptation_path(
-        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+        self, meta_state: MetaState, data: Objective, steps: int, personal: Parameters
     ) -> list[Parameters]:
-        """Returns the site's whole model after 0, 1, ... `steps` steps of its personal part on rows."""
+        """Returns the site's whole model after 0, 1, ... `steps` steps of its personal part on an objective."""
 
     @abstractmethod
     def train(
@@ -44,11 +47,14 @@ class PersonalLearner(Learner):
         """Returns the global part's displacement, the query loss of the site's model, and its personal part."""
 
     def adaptation_path(
-        self, meta_state: MetaState, support: Rows, steps: int, personal: Parameters | None = None
+        self, meta_state: MetaState, support: Data, steps: int, personal: Parameters | None = None
     ) -> list[Parameters]:
         """Returns theta, and the site's model after 1, ... `steps` steps of its personal part on support."""
         start = self.personal(meta_state) if personal is None else personal
-        return [self.theta(meta_state), *self.personal_adaptation_path(meta_state, support, steps, start)[1:]]
+        return [
+            self.theta(meta_state),
+            *self.personal_adaptation_path(meta_state, partial(self.inner, data=support), steps, start)[1:],
+        ]
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns what a site sends in its first round."""
@@ -58,7 +64,7 @@ class PersonalLearner(Learner):
 
 @dataclass(frozen=True)
 class Ditto(PersonalLearner):
-    """Ditto: theta - theta_i as fedavg; K personal steps on all the task's rows, pulled to the theta that arrived.
+    """Ditto: theta - theta_i as fedavg; K personal steps on all the task's data, pulled to the theta that arrived.
 
     Attributes:
         lam: lambda, the weight of lam / 2 * |v - theta|^2 in the personal objective.
@@ -71,20 +77,23 @@ class Ditto(PersonalLearner):
         return self.theta(meta_state)
 
     def personal_adaptation_path(
-        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+        self, meta_state: MetaState, data: Objective, steps: int, personal: Parameters
     ) -> list[Parameters]:
         """Returns v after 0, 1, ... `steps` steps on the pulled objective."""
-        objective = proximal(partial(self.loss, rows=rows), self.theta(meta_state), self.lam)
-        return inner_loop(objective, personal, partial(self.rates, meta_state), steps)
+        pulled = proximal(data, self.theta(meta_state), self.lam)
+        rates = partial(self.rates, meta_state)
+        return run_solver(self.problem, lambda own, _: pulled(own), personal, None, rates, steps)
 
     def train(
         self, meta_state: MetaState, task: Task, personal: Parameters
     ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
         """Returns fedavg's displacement, the query loss of v, and v."""
-        fedavg = FedAvgFinetuned(self.model, self.inner_steps, self.inner_lr)
+        fedavg = FedAvgFinetuned(self.problem, self.inner_steps, self.inner_lr)
         theta_i = fedavg.local_model(meta_state, task)
-        own = self.personal_adaptation_path(meta_state, all_rows(task), self.inner_steps, personal)[-1]
-        return displacement(meta_state, theta_i), {"query_loss": self.loss(own, task.query)}, own
+        own = self.personal_adaptation_path(meta_state, partial(self.all_data, task=task), self.inner_steps, personal)[
+            -1
+        ]
+        return displacement(meta_state, theta_i), {"query_loss": self.outer(own, task.query)}, own
 
 
 @dataclass(frozen=True)
@@ -101,54 +110,54 @@ class FedRep(PersonalLearner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.network.layer(self.head)
+        self.problem.layer(self.head)
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """The parameters that stay at the site."""
-        return self.network.layer(self.head)
+        return self.problem.layer(self.head)
 
     @property
     def body_names(self) -> tuple[str, ...]:
         """The parameters that the federation shares; none where the model is all head."""
-        return tuple(name for name in self.network.names if name not in self.head_names)
+        return tuple(name for name in self.problem.trained if name not in self.head_names)
 
     def personal(self, meta_state: MetaState) -> Parameters:
         """Returns theta's head."""
         theta = self.theta(meta_state)
         return {name: theta[name] for name in self.head_names}
 
-    def descend(self, start: Parameters, rows: Rows, names: tuple[str, ...], steps: int) -> list[Parameters]:
-        """Returns the path of `steps` steps of the parameters `names`."""
+    def descend(self, start: Parameters, data: Objective, names: tuple[str, ...], steps: int) -> list[Parameters]:
+        """Returns the path of `steps` steps of the parameters `names` on an objective."""
         rates: Mapping[str, Tensor | float] = dict.fromkeys(names, self.inner_lr)
-        return inner_loop(partial(self.loss, rows=rows), start, lambda _: rates, steps)
+        return run_solver(self.problem, lambda own, _: data(own), start, None, lambda _: rates, steps)
 
     def personal_adaptation_path(
-        self, meta_state: MetaState, rows: Rows, steps: int, personal: Parameters
+        self, meta_state: MetaState, data: Objective, steps: int, personal: Parameters
     ) -> list[Parameters]:
         """Returns theta's body with the head after 0, 1, ... `steps` steps."""
-        return self.descend({**self.theta(meta_state), **personal}, rows, self.head_names, steps)
+        return self.descend({**self.theta(meta_state), **personal}, data, self.head_names, steps)
 
-    def local_model(self, meta_state: MetaState, rows: Rows, personal: Parameters) -> Parameters:
+    def local_model(self, meta_state: MetaState, data: Objective, personal: Parameters) -> Parameters:
         """Returns the site's model after its head's steps and then its body's."""
-        own = self.personal_adaptation_path(meta_state, rows, self.inner_steps, personal)[-1]
-        return self.descend(own, rows, self.body_names, self.body_steps)[-1]
+        own = self.personal_adaptation_path(meta_state, data, self.inner_steps, personal)[-1]
+        return self.descend(own, data, self.body_names, self.body_steps)[-1]
 
     def train(
         self, meta_state: MetaState, task: Task, personal: Parameters
     ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
         """Returns the body's displacement (zeros for the head), the query loss of the site's model, and its head."""
-        own = self.local_model(meta_state, all_rows(task), personal)
+        own = self.local_model(meta_state, partial(self.all_data, task=task), personal)
         body = {name: own[name] for name in self.body_names}
         head = {name: own[name] for name in self.head_names}
-        return displacement(meta_state, body), {"query_loss": self.loss(own, task.query)}, head
+        return displacement(meta_state, body), {"query_loss": self.outer(own, task.query)}, head
 
 
 @dataclass(frozen=True)
 class FedPer(FedRep):
     """FedPer: K steps of body and head together; sends the body's displacement (`body_steps` is unused)."""
 
-    def local_model(self, meta_state: MetaState, rows: Rows, personal: Parameters) -> Parameters:
+    def local_model(self, meta_state: MetaState, data: Objective, personal: Parameters) -> Parameters:
         """Returns the site's model after K steps of all its parameters, from theta's body and its own head."""
         start = {**self.theta(meta_state), **personal}
-        return self.descend(start, rows, self.network.names, self.inner_steps)[-1]
+        return self.descend(start, data, self.problem.trained, self.inner_steps)[-1]

@@ -7,11 +7,12 @@ A site takes R local steps w <- w - eta * lam * (w - phi_i(w)) from theta (algor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from fedmeta.learners.fedavg import all_rows, displacement
+from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.imaml import ProximalLearner
 from fedmeta.learners.learner import MetaState, Metrics
 from fedmeta.task import Task
@@ -32,13 +33,13 @@ class PFedMe(ProximalLearner):
     local_steps: int = 5
     local_lr: float = 0.3
 
-    sends: ClassVar[str] = "displacement"
+    update: ClassVar[str] = "delta"
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns theta - w after the local steps, and the query loss of the last proximal solution."""
-        rows, w = all_rows(task), self.theta(meta_state)
-        phi = w
+        w = phi = self.theta(meta_state)
         for _ in range(self.local_steps):
-            phi = self.solve(w, meta_state, rows, self.inner_steps)[-1]
-            w = {name: value - self.local_lr * self.lam * (value - phi[name]) for name, value in w.items()}
-        return displacement(meta_state, w), {"query_loss": self.loss(phi, task.query)}
+            phi = self.proximal_path(w, meta_state, partial(self.all_data, task=task), self.inner_steps)[-1]
+            moved = {name: w[name] - self.local_lr * self.lam * (w[name] - phi[name]) for name in self.problem.moved}
+            w = {**w, **moved}
+        return displacement(meta_state, w), {"query_loss": self.outer(phi, task.query)}

@@ -1,7 +1,7 @@
 """The contract between clients/ and server/: what each message holds. Nothing else leaves a site.
 
-`query.sites`: a node replies with its sites' names and numbers of train and test rows, the labels that occur there,
-    the feature names and the shape of a row.
+`query.sites`: a node replies with its sites' names, numbers of train and test rows and weights, the labels that occur
+    there, the feature names and the shape of a row; for own problems a digest of the form of their data.
 `query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
     feature over those sites' train rows, added up.
 `query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
@@ -11,8 +11,9 @@
     and whether the gradient was finite. Where the server's aggregator is not the mean, it asks for each site's own
     meta-gradient, and a node replies with those in place of the sum.
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
-    replies per site with the score (accuracy or RMSE), the loss and the calibration error on test rows after 0, 1, ...
-    inner steps, and with the number of steps that the site takes.
+    replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
+    number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
+    right rows, confusion matrix, sums of losses, of confidence and of errors, and histograms of log odds by class.
 
 A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
 of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
@@ -24,11 +25,12 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedmeta.messages.records import MessageError, payload_bytes, write_arrays
 from fedmeta.messages.registration import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.rounds import EngineReply, EvaluateReply, RoundRequest, TrainReply
+from fedmeta.messages.rounds import LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
 
 __all__ = [
     "EVALUATE",
     "FAILURES",
+    "LOSS",
     "QUERY_ENGINE",
     "QUERY_SITES",
     "QUERY_SUMS",

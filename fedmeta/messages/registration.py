@@ -24,6 +24,8 @@ from fedmeta.messages.records import (
 
 Floats = NDArray[np.float64]
 
+SCHEMA = ("classes", "features", "shape", "regression", "tokens", "form", "held_out")
+
 
 @dataclass(frozen=True)
 class SitesReply:
@@ -38,6 +40,9 @@ class SitesReply:
         shape: The shape of one row.
         regression: Whether labels are numbers.
         tokens: Whether features are integer codes that must not be scaled.
+        weights: What each site weighs in the mean with server.weighting = "examples"; fixed here for the run.
+        form: A digest of the form of a task of an own source, which must be equal at all sites; empty for rows.
+        held_out: Whether support and query are different data at these sites.
     """
 
     names: tuple[str, ...]
@@ -48,6 +53,9 @@ class SitesReply:
     shape: tuple[int, ...]
     regression: bool
     tokens: bool
+    weights: tuple[float, ...] = ()
+    form: str = ""
+    held_out: bool = True
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
@@ -57,8 +65,14 @@ class SitesReply:
             "shape": list(self.shape),
             "regression": self.regression,
             "tokens": self.tokens,
+            "form": self.form,
+            "held_out": self.held_out,
         }
-        sizes: dict[str, Any] = {"train_rows": list(self.train_rows), "test_rows": list(self.test_rows)}
+        sizes: dict[str, Any] = {
+            "train_rows": list(self.train_rows),
+            "test_rows": list(self.test_rows),
+            "weights": list(self.weights or map(float, self.train_rows)),
+        }
         return RecordDict(
             {"sites": write_names(self.names), "schema": ConfigRecord(schema), "sizes": MetricRecord(sizes)},
         )
@@ -68,11 +82,14 @@ class SitesReply:
         """Reads a reply; raises `MessageError` where it is not one."""
         only(content, "sites", "schema", "sizes")
         names = read_names(content)
-        sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows")
-        schema = read_record(content, "schema", ConfigRecord, "classes", "features", "shape", "regression", "tokens")
+        sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows", "weights")
+        schema = read_record(content, "schema", ConfigRecord, *SCHEMA)
         rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
         if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
             raise MessageError("a number of rows is negative")
+        weights = tuple(read_list(sizes, "weights", float, len(names)))
+        if not all(0 <= weight < float("inf") for weight in weights):
+            raise MessageError("a weight is not a finite number of at least 0")
         if len(set(names)) < len(names):
             raise MessageError("two sites have the same name")
         shape = tuple(read_list(schema, "shape", int))
@@ -87,6 +104,9 @@ class SitesReply:
             shape=shape,
             regression=read_scalar(schema, "regression", bool),
             tokens=read_scalar(schema, "tokens", bool),
+            weights=weights,
+            form=read_scalar(schema, "form", str),
+            held_out=read_scalar(schema, "held_out", bool),
         )
 
 

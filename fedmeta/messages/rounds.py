@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -25,13 +25,16 @@ from fedmeta.messages.records import (
     write_arrays,
     write_names,
 )
+from fedmeta.problems.metric import Metric
 
 Floats = NDArray[np.float64]
 
 TASK_KEYS = (
-    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "reference", "engine", "budget", "per_site",
+    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "local_only", "engine", "budget", "per_site",
+    "groups",
 )  # fmt: skip
-FIGURES = ("scores", "losses", "calibration")
+LOSS = "loss"
+"""The figure that every site sends: its outer objective."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class RoundRequest:
         steps: The number of inner steps (`evaluate`).
         rate: What the inner rates are multiplied by (`evaluate`).
         gate: Whether each site chooses its number of steps on its support rows (`evaluate`).
-        reference: Whether sites train from the meta-state on their own, as the learner "local" does (`evaluate`).
+        local_only: Whether sites solve from the meta-state on their own, without the federation (`evaluate`).
         engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
         budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
         per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
+        groups: The group that each site's pooled sums are added to, -1 = none; empty where no pooled figures are
+            wanted (`evaluate`).
     """
 
     meta_state: Mapping[str, Tensor]
@@ -63,10 +68,11 @@ class RoundRequest:
     steps: int = 0
     rate: float = 1.0
     gate: bool = False
-    reference: bool = False
+    local_only: bool = False
     engine: str = "auto"
     budget: int = 0
     per_site: bool = False
+    groups: tuple[int, ...] = ()
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -79,10 +85,11 @@ class RoundRequest:
             "steps": self.steps,
             "rate": self.rate,
             "gate": self.gate,
-            "reference": self.reference,
+            "local_only": self.local_only,
             "engine": self.engine,
             "budget": self.budget,
             "per_site": self.per_site,
+            "groups": list(self.groups),
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -101,10 +108,11 @@ class RoundRequest:
             steps=read_scalar(task, "steps", int),
             rate=read_scalar(task, "rate", float),
             gate=read_scalar(task, "gate", bool),
-            reference=read_scalar(task, "reference", bool),
+            local_only=read_scalar(task, "local_only", bool),
             engine=read_scalar(task, "engine", str),
             budget=read_scalar(task, "budget", int),
             per_site=read_scalar(task, "per_site", bool),
+            groups=tuple(read_list(task, "groups", int)),
         )
 
 
@@ -211,50 +219,92 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """Scores of a node's sites on their test rows.
+    """Figures of a node's sites on their test data.
 
     Attributes:
         names: The sites.
-        scores: Accuracy (RMSE for regression) after 0, 1, ... steps, [sites, steps + 1].
-        losses: The mean loss, of the same shape.
-        calibration: The expected calibration error, of the same shape; NaN for regression.
+        figures: "loss" (the outer objective) and each metric after 0, 1, ... steps, [sites, steps + 1]; NaN where a
+            metric is undefined, or was not computed between the first and the chosen step.
         chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
+        pooled: Sums over the sites of a group, before ("global") and after adaptation, by "GROUP/STATE/NAME".
+        pooled_sites: How many sites each group's sums hold.
     """
 
     names: tuple[str, ...]
-    scores: Floats
-    losses: Floats
-    calibration: Floats
+    figures: Mapping[str, Floats]
     chosen: NDArray[np.int64]
+    pooled: Mapping[str, Floats] = field(default_factory=dict)
+    pooled_sites: tuple[int, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """One more than the number of steps."""
+        return int(self.figures[LOSS].shape[1])
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
-        figures: dict[str, Any] = {
-            "columns": int(self.scores.shape[1]),
-            "scores": self.scores.ravel().tolist(),
-            "losses": self.losses.ravel().tolist(),
-            "calibration": self.calibration.ravel().tolist(),
+        counts: dict[str, Any] = {
+            "columns": self.columns,
             "chosen": self.chosen.tolist(),
+            "pooled_sites": list(self.pooled_sites),
         }
-        return RecordDict({"figures": MetricRecord(figures), "sites": write_names(self.names)})
+        figures: dict[str, Any] = {name: values.ravel().tolist() for name, values in self.figures.items()}
+        pooled = {name: torch.from_numpy(np.asarray(value)) for name, value in self.pooled.items()}
+        return RecordDict(
+            {
+                "figures": MetricRecord(figures),
+                "counts": MetricRecord(counts),
+                "sites": write_names(self.names),
+                "pooled": write_arrays(pooled),
+            }
+        )
 
     @classmethod
-    def unpack(cls, content: RecordDict) -> EvaluateReply:
-        """Reads a reply; raises `MessageError` where it is not one."""
-        only(content, "figures", "sites")
+    def unpack(cls, content: RecordDict, metrics: Sequence[Metric] | None = None) -> EvaluateReply:
+        """Reads a reply.
+
+        Args:
+            content: The reply's content.
+            metrics: The run's metrics, whose names and ranges the figures must have; None for any.
+
+        Raises:
+            MessageError: It is not one, or a figure is impossible.
+        """
+        only(content, "figures", "counts", "sites", "pooled")
         names = read_names(content)
-        figures = read_record(content, "figures", MetricRecord, "columns", *FIGURES, "chosen")
-        shape = (len(names), read_scalar(figures, "columns", int))
+        counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites")
+        shape = (len(names), read_scalar(counts, "columns", int))
         if shape[1] < 1 or not names:
             raise MessageError("the figures are of no site or have no column")
-        values = (read_list(figures, key, float, shape[0] * shape[1]) for key in FIGURES)
-        scores, losses, calibration = (np.array(value, dtype=np.float64).reshape(shape) for value in values)
-        if (scores < 0).any() or (calibration < 0).any():
-            raise MessageError("a score or a calibration error is negative")
-        chosen = np.array(read_list(figures, "chosen", int, shape[0]), dtype=np.int64)
+        record = read_record(content, "figures", MetricRecord)
+        if LOSS not in record:
+            raise MessageError("there is no loss among the figures")
+        figures = {
+            name: np.array(read_list(record, name, float, shape[0] * shape[1]), dtype=np.float64).reshape(shape)
+            for name in record
+        }
+        if metrics is not None:
+            _check_figures(figures, metrics)
+        chosen = np.array(read_list(counts, "chosen", int, shape[0]), dtype=np.int64)
         if ((chosen < 0) | (chosen >= shape[1])).any():
             raise MessageError("a site takes more steps than there are")
-        return cls(names, scores, losses, calibration, chosen)
+        pooled = {name: value.numpy() for name, value in read_arrays(content, "pooled").items()}
+        if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in pooled.values()):
+            raise MessageError("the pooled sums are not finite float64 numbers")
+        pooled_sites = tuple(read_list(counts, "pooled_sites", int))
+        if any(not 0 <= count <= shape[0] for count in pooled_sites):
+            raise MessageError("more sites are pooled than there are")
+        return cls(names, figures, chosen, pooled, pooled_sites)
+
+
+def _check_figures(figures: Mapping[str, Floats], metrics: Sequence[Metric]) -> None:
+    """Checks that figures are those of the run's metrics, and each within what is possible, or NaN."""
+    only(figures, *dict.fromkeys((LOSS, *(metric.name for metric in metrics))))
+    for metric in metrics:
+        values = figures[metric.name]
+        slack = 1e-6 * max(1.0, abs(metric.low) if isfinite(metric.low) else 1.0)
+        if (values < metric.low - slack).any() or (values > metric.high + slack).any():
+            raise MessageError(f"{metric.name} is outside of [{metric.low:g}, {metric.high:g}]")
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:

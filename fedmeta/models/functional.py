@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,16 +43,23 @@ class FunctionalModel:
         # Dropout would need a key per site, step and round; in evaluation mode a model is a function of its inputs.
         self.module.eval()
         self.names = tuple(name for name, value in self.module.named_parameters() if value.requires_grad)
+        self.frozen = tuple(name for name, _ in _everything(self.module) if name not in self.names)
         if not self.names:
             raise FedmetaError(f"model {type(self.module).__name__} has no trainable parameter")
 
     def init(self, seed: int) -> Parameters:
-        """Returns initial parameters, drawn from `seed` alone."""
+        """Returns initial parameters, frozen ones and buffers, drawn from `seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, "init"))
             module = self._make() if self._make else _redraw(copy.deepcopy(self.module))
-        values = dict(module.named_parameters())
-        return {name: values[name].detach().clone() for name in self.names}
+        values = dict(_everything(module))
+        return {name: values[name].detach().clone() for name in (*self.names, *self.frozen)}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter, frozen one and buffer."""
+        values = dict(_everything(self.module))
+        return {name: values[name].shape for name in (*self.names, *self.frozen)}
 
     def layer(self, name: str = "") -> tuple[str, ...]:
         """Returns the names of the parameters of a layer and of all layers in it.
@@ -81,16 +88,23 @@ class FunctionalModel:
         if x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
         state: dict[str, Tensor] = dict(parameters)
-        for name, value in [*self.module.named_buffers(), *self.module.named_parameters()]:
-            wanted = dtype if value.is_floating_point() else value.dtype
-            if name not in state and (value.dtype != wanted or value.device != x.device):
-                state[name] = value.to(x.device, wanted)
+        for name, value in _everything(self.module):
+            own = state.get(name, value)
+            wanted = dtype if own.is_floating_point() else own.dtype
+            if name not in self.names and (own.dtype != wanted or own.device != x.device):
+                state[name] = own.to(x.device, wanted)
         outputs: Any = functional_call(self.module, state, (x,))
         if not isinstance(outputs, Tensor):
             raise FedmetaError(
                 f"model {type(self.module).__name__} returned {type(outputs).__name__}; it must return one tensor"
             )
         return outputs
+
+
+def _everything(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields parameters and buffers, each under its first name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

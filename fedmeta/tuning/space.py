@@ -87,10 +87,10 @@ def usual_space(experiment: Experiment) -> list[Range]:
 
     learner, server = experiment.learner, experiment.server
     kind = learner_class(learner.name)
-    rate = AUTOMATIC[kind.sends][1] if server.lr == "auto" else server.lr
+    rate = AUTOMATIC[kind.update][1] if server.lr == "auto" else server.lr
     ranges = [
         _around("learner.inner_lr", learner.inner_lr, RATE),
-        _around("server.lr", rate, RATE if kind.sends == "gradient" else DISPLACEMENT_RATE),
+        _around("server.lr", rate, RATE if kind.update == "gradient" else DISPLACEMENT_RATE),
     ]
     own = {"mu": OWN, "lam": OWN, "local_lr": RATE}
     values = {key: float(getattr(learner, key)) for key in own if key in settings_of(kind)}

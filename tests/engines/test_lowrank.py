@@ -126,7 +126,7 @@ def test_global_weight(name: str) -> None:
 
 
 def test_query_loss_after_every_step() -> None:
-    learner = build("maml++", models.build("mlp", (20,), CLASSES, hidden=(16,)), inner_steps=3).at(1, 10)
+    learner = build("maml++", models.build("mlp", (20,), CLASSES, hidden=(16,)), inner_steps=3).for_round(1, 10)
     assert disagreement(learner, "lowrank", tasks(RAGGED, (20,)), torch.float64) < 1e-10
 
 

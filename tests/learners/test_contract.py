@@ -38,19 +38,19 @@ def test_sends_the_meta_states_keys_and_shapes(learner: Learner) -> None:
     assert {name: value.shape for name, value in gradient.items()} == {n: v.shape for n, v in state.items()}
     assert all(value.dtype == torch.float64 and bool(value.isfinite().all()) for value in gradient.values())
     assert metrics["query_loss"].shape == ()
-    assert learner.sends in ("gradient", "displacement", "nothing")
-    assert (float(flat(gradient).abs().max()) == 0) == (learner.sends == "nothing")
+    assert learner.update in ("gradient", "delta", "nothing")
+    assert (float(flat(gradient).abs().max()) == 0) == (learner.update == "nothing")
 
 
 def test_says_what_it_sends(learner: Learner) -> None:
     """The server's default optimizer and the engines rely on it."""
     gradients = {"maml": "exact", "anil": "exact", "meta-sgd": "exact", "maml++": "exact", "fomaml": "first-order"}
-    plain = dict.fromkeys(("fedavg", "fedavg-ft", "reptile"), "displacement") | gradients | {"local": "nothing"}
+    plain = dict.fromkeys(("fedavg", "fedavg-ft", "reptile"), "delta") | gradients | {"local": "nothing"}
     name = next(name for name, kind in LEARNERS.items() if kind is type(learner))
     assert learner.estimator == plain.get(name, "custom")
     assert learner.adapts == (name != "fedavg")
-    expected = "gradient" if name in (*gradients, "imaml") else "nothing" if name == "local" else "displacement"
-    assert learner.sends == expected
+    expected = "gradient" if name in (*gradients, "imaml") else "nothing" if name == "local" else "delta"
+    assert learner.update == expected
 
 
 def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
@@ -58,7 +58,7 @@ def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     plain, _ = learner.meta_gradient(state, task)
     gradient, _ = learner.meta_gradient({**STANDARDISATION, **state}, task)
     assert all(float(gradient.pop(name).abs().max()) == 0 for name in STANDARDISATION)
-    assert relative_error(gradient, plain) == 0 if learner.sends != "nothing" else True
+    assert relative_error(gradient, plain) == 0 if learner.update != "nothing" else True
     assert relative_error(learner.adapt({**STANDARDISATION, **state}, task.support), learner.adapt(state, task[0])) == 0
 
 
@@ -114,7 +114,7 @@ def test_without_query_rows_a_gradient_is_zero(learner: Learner, mask: bool) -> 
     gradient, metrics = learner.meta_gradient(state, Task(task.support, nothing(task.query, mask)))
     assert bool(flat(gradient).isfinite().all())
     assert float(metrics["query_loss"]) == 0
-    if learner.sends == "gradient":
+    if learner.update == "gradient":
         assert float(flat(gradient).abs().max()) == 0
 
 

@@ -89,7 +89,7 @@ def test_the_weighted_query_loss_of_mamlpp_against_finite_differences(round_numb
     state, task = make_state(learner), make_task(2, (4,), 3)
     share = 1 - min(1.0, (round_number - 1) / 20)
     weights = [0.1, *(0.9 * w for w in (share / 3, share / 3, 1 - 2 * share / 3))]
-    gradient, metrics = learner.at(round_number, 100).meta_gradient(state, task)
+    gradient, metrics = learner.for_round(round_number, 100).meta_gradient(state, task)
     assert relative_error(gradient, expected("maml++", module, state, task, weights)) < TOLERANCE
     own = descend(lambda p: loss(module, p, task.support), theta_of(state), rates_of("maml++", state), STEPS)
     assert float(metrics["query_loss"]) == pytest.approx(float(loss(module, own, task.query)), rel=1e-12)
@@ -102,13 +102,13 @@ def step_weights(learner: Learner) -> tuple[float, ...]:
 
 def test_the_annealing_goes_from_all_steps_to_the_last() -> None:
     learner = build("maml++", small_mlp(), inner_steps=4, annealing=0.5)
-    path = [step_weights(learner.at(number, 10)) for number in range(1, 11)]
+    path = [step_weights(learner.for_round(number, 10)) for number in range(1, 11)]
     assert path[0] == pytest.approx((0.25,) * 4)
     assert path[5] == path[9] == (0, 0, 0, 1)
     assert all(sum(weights) == pytest.approx(1) for weights in path)
     assert all(later[3] >= sooner[3] for sooner, later in itertools.pairwise(path))
-    assert step_weights(build("maml++", small_mlp(), annealing=0.0).at(1, 10))[-1] == 1
-    assert step_weights(learner.at(1, 0))[-1] == 1
+    assert step_weights(build("maml++", small_mlp(), annealing=0.0).for_round(1, 10))[-1] == 1
+    assert step_weights(learner.for_round(1, 0))[-1] == 1
     with pytest.raises(FedmetaError, match="2 weights for 5 inner steps"):
         dataclasses.replace(build("maml++", small_mlp()), step_weights=(0.5, 0.5))
     with pytest.raises(FedmetaError, match='no key "step_weights"'):
@@ -118,7 +118,7 @@ def test_the_annealing_goes_from_all_steps_to_the_last() -> None:
 @pytest.mark.parametrize("name", ["maml", "fedavg", "ditto"])
 def test_other_learners_are_the_same_in_every_round(name: str) -> None:
     learner = build(name, small_mlp())
-    assert learner.at(7, 10) is learner
+    assert learner.for_round(7, 10) is learner
 
 
 def test_learned_rates_start_at_inner_lr_in_the_papers_shapes() -> None:

@@ -93,7 +93,7 @@ def test_auto_is_what_suits_what_sites_send(sends: str) -> None:
 
 def test_a_displacement_is_taken_whole() -> None:
     start, displacement = state(0), state(1)
-    optimizer = ServerOptimizer(Server(), "displacement", start)
+    optimizer = ServerOptimizer(Server(), "delta", start)
     optimizer.step(displacement)
     reached = optimizer.meta_state
     assert all(torch.equal(reached[key], start[key] - displacement[key]) for key in start)

@@ -28,7 +28,7 @@ def strategy_over(grid: SeveralNodes) -> MetaGradientStrategy:
     federation = Membership(grid, grid.experiment).federation
     learner = learner_of(grid.experiment, federation.shape, federation.outputs)
     settings = grid.experiment.server.model_copy(update={"optimizer": "sgd", "lr": 1.0})
-    optimizer = ServerOptimizer(settings, learner.sends, learner.init(0))
+    optimizer = ServerOptimizer(settings, learner.update, learner.init(0))
     return MetaGradientStrategy(
         grid.experiment, federation, optimizer, ask_standardisation(grid, federation, grid.experiment), "a-run"
     )

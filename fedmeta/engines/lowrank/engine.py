@@ -41,13 +41,14 @@ from fedmeta.engines.lowrank.flat_batch import FlatBatch, adjacent, concatenate
 from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, sharing
 from fedmeta.engines.lowrank.trace import ModuleTrace, survey
-from fedmeta.engines.weighted_sum import Scores, WeightedSum
-from fedmeta.learners import THETA, Learner
-from fedmeta.learners.learner import with_theta
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
+from fedmeta.learners import FROZEN, THETA, Learner
+from fedmeta.learners.learner import trained, with_theta
 from fedmeta.models import FunctionalModel
+from fedmeta.problems.supervised import Supervised
 from fedmeta.task import Batch, Rows
 
-ESTIMATORS = ("exact", "first-order", "displacement", "nothing")
+ESTIMATORS = ("exact", "first-order", "delta", "nothing")
 """What of `learner.estimator` this engine computes."""
 
 _known: WeakKeyDictionary[FunctionalModel, dict[Hashable, ModuleTrace | str]] = WeakKeyDictionary()
@@ -77,6 +78,8 @@ def plan_of(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) ->
     Raises:
         UnsupportedModelError: The low-rank form does not fit.
     """
+    if not isinstance(learner.problem, Supervised) or not learner.problem.plain:
+        raise UnsupportedModelError("its objectives are not those of supervised learning")
     rates = _all_rates(learner, meta_state, learner.inner_steps)
     return _forms(learner, meta_state, batch, batch.support[0].shape[1], rates)
 
@@ -89,27 +92,29 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
     """
     gradient, losses, finite = _finite_sum(learner, meta_state, batch, weights)
     metrics = {"query_loss": [losses.double()], "finite": [finite.double()]}
-    total = {name: gradient[name] for name in meta_state}
+    total = {name: gradient[name] for name in trained(meta_state)}
     return WeightedSum(total, float(weights[finite].sum()), metrics)
 
 
-def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Scores:
-    """Returns the scores on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1].
+def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Figures:
+    """Returns the figures on the query rows after 0 ... `steps` inner steps on support, [sites, steps + 1].
 
     Raises:
         UnsupportedModelError: The low-rank form does not fit.
     """
     state = {name: value.detach() for name, value in meta_state.items()}
     rates = _all_rates(learner, state, steps)
+    problem = learner.problem
+    assert isinstance(problem, Supervised)
     support, query = (FlatBatch.of(rows, _dtype(meta_state)) for rows in batch)
     adaptation = _adaptation(learner, leaves(meta_state), batch, batch.support, rates, exact=False)
     path = []
     for step in range(steps + 1):
         with torch.no_grad():
-            path.append(query.figures(adaptation.outputs(query)))
+            path.append(query.figures(adaptation.outputs(query), problem))
         if step < steps:
             adaptation.step(support, rates[step])
-    return Scores.of(path, dim=1)
+    return stack_path(path, dim=1)
 
 
 def _finite_sum(
@@ -147,16 +152,17 @@ def _replayed_sum(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns `_weighted_sum`, from its second handful of calls on without what chooses its operations."""
+    learned = trained(meta_state)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         state, own = dict(zip(meta_state, tensors, strict=False)), tensors[len(meta_state) :]
         gradient, losses = _weighted_sum(learner, state, Batch(own[:3], own[3:6], *own[7:]), own[6])
-        return [*(gradient[name] for name in meta_state), losses]
+        return [*(gradient[name] for name in learned), losses]
 
     inputs = [*meta_state.values(), *batch.support, *batch.query, weights]
     inputs += [] if batch.pairs is None else [batch.pairs]
     *gradient, losses = run_captured(learner.network, (learner, adjacent(*batch), *meta_state), compute, inputs)
-    return dict(zip(meta_state, gradient, strict=True)), losses
+    return dict(zip(learned, gradient, strict=True)), losses
 
 
 def _weighted_sum(
@@ -175,7 +181,7 @@ def _objective_gradient(
     value, losses, _ = objective(learner, state, state if exact else meta_state, batch, weights)
     learned = {name: leaf for name, leaf in state.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(value, list(learned.values()), allow_unused=True, materialize_grads=True)
-    constant = {name: torch.zeros_like(value) for name, value in meta_state.items() if name not in learned}
+    constant = {name: torch.zeros_like(value) for name, value in trained(meta_state).items() if name not in learned}
     return constant | dict(zip(learned, gradients, strict=True)), losses
 
 
@@ -216,13 +222,13 @@ def _displacement(
     """Returns sum_i w_i (theta - phi_i), or zeros for a learner that sends nothing, and the query losses [sites]."""
     adaptation, losses = adapted(learner, meta_state, batch)
     with torch.no_grad():
-        moved = adaptation.displacement(weights) if learner.estimator == "displacement" else {}
+        moved = adaptation.displacement(weights) if learner.estimator == "delta" else {}
         return with_theta(meta_state, moved), losses
 
 
 def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> tuple[Adaptation, Tensor]:
     """Returns the adaptation of a learner that sends what moved, or nothing, and the query losses after it [sites]."""
-    sends = learner.estimator == "displacement"
+    sends = learner.estimator == "delta"
     rows = concatenate(*batch) if sends else batch.support
     steps = learner.inner_steps if sends else learner.evaluation_steps()
     rates = _all_rates(learner, meta_state, steps)
@@ -239,8 +245,11 @@ def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
 
 
 def leaves(meta_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the meta-state with every floating-point tensor ready to be differentiated by."""
-    return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in meta_state.items()}
+    """Returns the meta-state with every trained tensor ready to be differentiated by."""
+    return {
+        name: value.detach().requires_grad_(value.is_floating_point() and not name.startswith(FROZEN))
+        for name, value in meta_state.items()
+    }
 
 
 def _dtype(meta_state: Mapping[str, Tensor]) -> torch.dtype:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedmeta.problems.rows import calibration_error, row_errors, row_losses
+from fedmeta.problems.rows import row_errors, row_losses
+from fedmeta.problems.supervised import Supervised
 from fedmeta.task import Batch, Rows
 
 
@@ -75,25 +77,17 @@ class FlatBatch:
         """Returns `factor` times the derivative of a row's site's loss by the row's outputs [sites * n, outputs]."""
         return row_errors(outputs, self.y) * (self.counted * factor).reshape(-1, *[1] * (outputs.dim() - 1))
 
-    def scores(self, outputs: Tensor) -> Tensor:
-        """Returns each site's accuracy, or RMSE for floating-point y, [sites]."""
-        if self.y.is_floating_point():
-            return self._means(row_losses(outputs, self.y), self.scored).sqrt()
-        # Counted before they are divided: a sum of shares of rows would hang on which rows are right.
-        present = self._present()
-        right = (outputs.argmax(-1) == self.y).view_as(present) * present
-        return right.sum(1) / present.sum(1).clamp(min=1)
-
-    def figures(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns each site's score, loss and calibration error, each [sites]."""
-        return self.scores(outputs), self.losses(outputs), self.calibration(outputs)
-
-    def calibration(self, outputs: Tensor) -> Tensor:
-        """Returns each site's expected calibration error [sites]; NaN for floating-point y."""
-        shape = self.scored.shape
-        if self.y.is_floating_point():
-            return self.scored.new_full(shape[:1], torch.nan)
-        return vmap(calibration_error)(outputs.view(*shape, -1), self.y.view(shape), self._present())
+    def figures(self, outputs: Tensor, problem: Supervised) -> dict[str, Tensor]:
+        """Returns each site's "loss" and metrics [sites], and the outputs [sites, n, outputs] where they are asked for."""
+        present, y = self._present(), self.y.view(*self.scored.shape, *self.y.shape[1:])
+        found = {"loss": self.losses(outputs)}
+        each = outputs.view(*self.scored.shape, *outputs.shape[1:])
+        if "accuracy" in {metric.name for metric in problem.metrics_for(self.y)}:
+            # Counted before they are divided: a sum of shares of rows would depend on which rows are right.
+            right = (outputs.argmax(-1) == self.y).view_as(present) * present
+            found["accuracy"] = right.sum(1) / present.sum(1).clamp(min=1)
+        rest = vmap(partial(problem.figures, known=found))(each, y, present)
+        return {**rest, **found}
 
     def _present(self) -> Tensor:
         return (self.scored > 0).to(self.scored.dtype)

@@ -28,7 +28,7 @@ from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.engines.lowrank.trace import Call
 from fedmeta.engines.weighted_sum import WeightedSum
-from fedmeta.learners import THETA, Learner
+from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import with_theta
 from fedmeta.models import FunctionalModel
 from fedmeta.task import Batch
@@ -73,7 +73,7 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bo
         batch: Tasks like those to come.
         meta_state: The meta-state.
     """
-    learned = any(value.is_floating_point() and not name.startswith(THETA) for name, value in meta_state.items())
+    learned = any(not name.startswith((THETA, FROZEN)) for name in meta_state)
     if learned or learner.estimator == "nothing" or engine.fits(learner, batch, meta_state) is not None:
         return False
     forms = engine.plan_of(learner, batch, meta_state)
@@ -131,7 +131,7 @@ def _parts(call: Call, forms: ParameterPlan) -> bool:
 def _pieces(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> tuple[FactoredGradients, Tensor]:
     """Returns the sites' gradients in pieces, and their query losses [sites]."""
     pieces = FactoredGradients()
-    if learner.estimator == "displacement":
+    if learner.estimator == "delta":
         adaptation, losses = engine.adapted(learner, meta_state, batch)
         for place, correction in adaptation.corrections.items():
             call = adaptation.forms.calls[place]
@@ -140,7 +140,7 @@ def _pieces(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
         return pieces, losses
     state = engine.leaves(meta_state)
     inner = state if learner.estimator == "exact" else meta_state
-    ones = torch.ones(batch.sites, device=batch.support[2].device)
+    ones = torch.ones(batch.sites, device=batch.device)
     value, losses, adaptation = engine.objective(learner, state, inner, batch, ones, by_site=True)
     products, start = adaptation.products, adaptation.start
     errors = torch.autograd.grad(value, [*(each.product for each in products), *start.values()], allow_unused=True)

@@ -1,0 +1,390 @@
+"""How a site solves its inner problem: a path of parameters from the start that it was sent.
+
+A solver is `differentiable` (learners differentiate through its steps), `implicit` (its solution is differentiated by
+the implicit function theorem, through `Problem.residual`), or a `black box` (no derivative; for learners that send a
+difference of parameters, and for payloads).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vjp
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fedmeta.errors import FedmetaError
+from fedmeta.problems.problem import Data, Parameters, Problem
+
+Objective = Callable[[Parameters], Tensor]
+"""A scalar function of parameters."""
+
+Rates = Mapping[str, Tensor | float]
+"""The rate of each parameter that moves; the others stay where they are."""
+
+DIFFERENTIABLE, IMPLICIT, BLACK_BOX = "differentiable", "implicit", "black box"
+
+LARGEST_DENSE = 4096
+"""Up to how many unknowns an implicit solution's Jacobian is formed; beyond, its system is solved by GMRES."""
+
+
+class Solver(ABC):
+    """How a site solves its inner problem."""
+
+    kind: ClassVar[str] = DIFFERENTIABLE
+
+    memoryless: ClassVar[bool] = False
+    """Whether K steps are K times one step, so that each may have rates of its own."""
+
+    @abstractmethod
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the parameters after 0, 1, ... `steps` steps.
+
+        Args:
+            problem: What is solved; its `inner` is the objective, constraints applied.
+            parameters: The start.
+            data: The site's data.
+            steps: The number of steps.
+            rates: The rate of each parameter that moves.
+        """
+
+
+def gradient(objective: Objective, parameters: Parameters, names: Mapping[str, Any]) -> Parameters:
+    """Returns the gradient of an objective by the named parameters."""
+    fixed = {name: value for name, value in parameters.items() if name not in names}
+    moving = {name: value for name, value in parameters.items() if name in names}
+    found: Parameters = grad(lambda own: objective({**fixed, **own}))(moving)
+    return found
+
+
+class _FirstOrder(Solver):
+    """A method that steps along a direction made of the gradient and a memory of it."""
+
+    @abstractmethod
+    def direction(self, found: Parameters, memory: Any, step: int) -> tuple[Parameters, Any]:
+        """Returns what is subtracted, before the rate, and the memory for the next step (None at first)."""
+
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the path of `steps` steps phi <- phi - rate * direction."""
+        path, memory = [parameters], None
+        for step in range(steps):
+            own = path[-1]
+            found, memory = self.direction(gradient(lambda p: problem.inner(p, data), own, rates), memory, step)
+            path.append({name: v - rates[name] * found[name] if name in rates else v for name, v in own.items()})
+        return path
+
+
+@dataclass(frozen=True)
+class Descent(_FirstOrder):
+    """Gradient descent: phi <- phi - rate * d inner(phi) / d phi; ascent with the sign +.
+
+    Attributes:
+        sign: 1 to descend, -1 to ascend.
+    """
+
+    memoryless: ClassVar[bool] = True
+    sign: float = 1.0
+
+    def direction(self, found: Parameters, memory: Any, step: int) -> tuple[Parameters, Any]:
+        """Returns the gradient itself, or its negative."""
+        return (found if self.sign == 1.0 else {name: self.sign * value for name, value in found.items()}), None
+
+
+@dataclass(frozen=True)
+class Clipped(_FirstOrder):
+    """Gradient descent with gradients no longer than `max_norm`, over all parameters together (Pascanu et al. 2013).
+
+    Attributes:
+        max_norm: The longest gradient that is used as it is.
+    """
+
+    memoryless: ClassVar[bool] = True
+    max_norm: float = 1.0
+
+    def direction(self, found: Parameters, memory: Any, step: int) -> tuple[Parameters, Any]:
+        """Returns the gradient times min(1, max_norm / norm)."""
+        square = torch.stack([value.square().sum() for value in found.values()]).sum()
+        # The square root has no derivative at zero, where the factor is 1 whatever it is.
+        norm = torch.where(square > 0, square, 1.0).sqrt()
+        factor = torch.where(square > self.max_norm**2, self.max_norm / norm, 1.0)
+        return {name: factor * value for name, value in found.items()}, None
+
+
+@dataclass(frozen=True)
+class Momentum(_FirstOrder):
+    """Heavy-ball descent: m <- beta * m + gradient (Polyak 1964).
+
+    Attributes:
+        beta: How much of the memory is kept in each step.
+    """
+
+    beta: float = 0.9
+
+    def direction(self, found: Parameters, memory: Any, step: int) -> tuple[Parameters, Any]:
+        """Returns the memory with the gradient added."""
+        new = found if memory is None else {name: self.beta * memory[name] + value for name, value in found.items()}
+        return new, new
+
+
+@dataclass(frozen=True)
+class Adam(_FirstOrder):
+    """Adam (Kingma and Ba 2015, algorithm 1); differentiable, with its epsilon under the root.
+
+    Attributes:
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of their squares.
+        eps: Added to the mean of squares, so that the root has a derivative at zero.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def direction(self, found: Parameters, memory: Any, step: int) -> tuple[Parameters, Any]:
+        """Returns the corrected mean over the root of the corrected mean of squares."""
+        zeros = {name: torch.zeros_like(value) for name, value in found.items()}
+        mean, square = memory or (zeros, zeros)
+        mean = {n: self.beta1 * mean[n] + (1 - self.beta1) * v for n, v in found.items()}
+        square = {n: self.beta2 * square[n] + (1 - self.beta2) * v.square() for n, v in found.items()}
+        one, two = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
+        return {n: mean[n] / one / (square[n] / two + self.eps).sqrt() for n in found}, (mean, square)
+
+
+@dataclass(frozen=True)
+class ClosedForm(Solver):
+    """A solution by formula, in one step: `problem.solution(parameters, data)` returns the moved parameters."""
+
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the start, and the solution after every further step."""
+        if not steps:
+            return [parameters]
+        own = {**parameters, **getattr(problem, "solution")(parameters, data)}  # noqa: B009
+        return [parameters, *[own] * steps]
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Solver):
+    """The cross-entropy method (Rubinstein 1999): sample, keep the elite, fit a normal distribution. A black box.
+
+    Attributes:
+        samples: Candidates per step.
+        elite: How many of them the next distribution is fitted to.
+        spread: The first standard deviation, in units of the rate.
+    """
+
+    kind: ClassVar[str] = BLACK_BOX
+    samples: int = 32
+    elite: int = 8
+    spread: float = 1.0
+
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the means of `steps` fits; draws are keyed by `data["seed"]` where there is one, else by 0."""
+        seed = data.get("seed", 0) if isinstance(data, Mapping) else 0
+        generator = torch.Generator().manual_seed(int(seed))
+        mean = {name: parameters[name] for name in rates}
+        deviation = {name: torch.full_like(value, self.spread) * rates[name] for name, value in mean.items()}
+        path = [parameters]
+        for _ in range(steps):
+            drawn = {
+                n: v + deviation[n] * torch.randn(self.samples, *v.shape, generator=generator, dtype=v.dtype)
+                for n, v in mean.items()
+            }
+            each = [{**parameters, **{n: v[k] for n, v in drawn.items()}} for k in range(self.samples)]
+            best = torch.stack([problem.inner(own, data) for own in each]).argsort()[: self.elite]
+            mean = {name: value[best].mean(0) for name, value in drawn.items()}
+            deviation = {name: value[best].std(0) for name, value in drawn.items()}
+            path.append({**parameters, **mean})
+        return path
+
+
+descent = Descent()
+"""Gradient descent, the default."""
+
+ascent = Descent(sign=-1.0)
+"""Gradient ascent."""
+
+
+class WithObjective(Problem):
+    """A problem as a solver sees it: constraints applied to its inner objective, or another objective in its place."""
+
+    def __init__(self, problem: Problem, objective: Callable[[Parameters, Data], Tensor]) -> None:
+        self._problem = problem
+        self._objective = objective
+
+    def init(self, seed: int) -> Parameters:
+        """Returns the problem's own start."""
+        return self._problem.init(seed)
+
+    def inner(self, parameters: Parameters, data: Data) -> Tensor:
+        """Returns the objective."""
+        return self._objective(parameters, data)
+
+    def __getattribute__(self, name: str) -> Any:
+        """Returns the wrapped problem's attribute, but for `inner`."""
+        if name in ("inner", "_problem", "_objective", "__class__"):
+            return object.__getattribute__(self, name)
+        return getattr(object.__getattribute__(self, "_problem"), name)
+
+
+def run_solver(
+    problem: Problem,
+    objective: Callable[[Parameters, Data], Tensor],
+    start: Parameters,
+    data: Data,
+    rates: Callable[[int], Rates],
+    steps: int,
+) -> list[Parameters]:
+    """Returns the path of a problem's solver.
+
+    Args:
+        problem: The problem.
+        objective: What is descended in place of its inner objective, constraints applied.
+        start: The parameters at the start.
+        data: The site's data.
+        rates: The rates of each step, from 0.
+        steps: The number of steps.
+
+    Raises:
+        FedmetaError: Rates change from step to step, and the solver has a memory.
+    """
+    solver, view = problem.solver, WithObjective(problem, objective)
+    if solver.memoryless:
+        path = [start]
+        for step in range(steps):
+            path.append(solver.solve(view, path[-1], data, 1, rates(step))[-1])
+        return path
+    own = rates(0)
+    if any(other is not own and dict(other) != dict(own) for other in map(rates, range(1, steps)) if _plain(other)):
+        raise FedmetaError(f"{type(solver).__name__} keeps a memory between steps and takes one rate for all of them")
+    if solver.kind == IMPLICIT and steps:
+        return [start, *[implicit(view, start, data, steps, own)] * steps]
+    return solver.solve(view, start, data, steps, own)
+
+
+def _plain(rates: Rates) -> bool:
+    return not any(isinstance(rate, Tensor) for rate in rates.values())
+
+
+def implicit(problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> Parameters:
+    """Returns an implicit solver's solution, differentiable by parameters and data through `problem.residual`.
+
+    With F(solution, parameters, data) = 0 its derivative is -(dF / d solution)^-1 dF / d (parameters, data), the
+    implicit function theorem. The solver itself runs on plain tensors and may use any library.
+
+    Args:
+        problem: The problem, whose `residual` is zero at the solution.
+        parameters: The start.
+        data: The site's data.
+        steps: The solver's steps.
+        rates: The rate of each parameter that moves.
+    """
+    names = [name for name in parameters if name in rates]
+    leaves, form = tree_flatten((parameters, data))
+    solution = _Implicit.apply(problem, names, form, steps, dict(rates), *leaves)  # type: ignore[no-untyped-call]
+    return {**parameters, **dict(zip(names, solution, strict=True))}
+
+
+class _Implicit(torch.autograd.Function):
+    """The solution of an implicit problem as a function of the start's and the data's tensors."""
+
+    @staticmethod
+    def forward(
+        problem: Problem, names: list[str], form: Any, steps: int, rates: Any, *leaves: Any
+    ) -> tuple[Tensor, ...]:  # type: ignore[override]
+        parameters, data = tree_unflatten(list(leaves), form)
+        with torch.no_grad():
+            plain = {name: rate.detach() if isinstance(rate, Tensor) else rate for name, rate in rates.items()}
+            found = problem.solver.solve(problem, parameters, data, steps, plain)[-1]
+        return tuple(found[name].clone() for name in names)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps what the derivative needs."""
+        problem, names, form, _, _, *leaves = inputs
+        ctx.problem, ctx.names, ctx.form = problem, names, form
+        ctx.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Returns the pullback by the implicit function theorem."""
+        saved = list(ctx.saved_tensors)
+        leaves, output = saved[: len(ctx.places)], saved[len(ctx.places) :]
+        names = ctx.names
+        solution = dict(zip(names, output, strict=True))
+
+        def residual(own: Parameters, tensors: list[Tensor]) -> Parameters:
+            every = list(ctx.rest)
+            for place, tensor in zip(ctx.places, tensors, strict=True):
+                every[place] = tensor
+            parameters, data = tree_unflatten(every, ctx.form)
+            found = ctx.problem.residual({**parameters, **own}, parameters, data)
+            return {name: found[name] for name in names}
+
+        known = dict(zip(names, grads, strict=True))
+        adjoint = _adjoint(lambda own: residual(own, leaves), solution, known)
+        floats = [k for k, leaf in enumerate(leaves) if leaf.is_floating_point()]
+
+        def of_floats(values: list[Tensor]) -> Parameters:
+            every = list(leaves)
+            for k, value in zip(floats, values, strict=True):
+                every[k] = value
+            return residual(solution, every)
+
+        (pulled,) = vjp(of_floats, [leaves[k] for k in floats])[1](adjoint)
+        result: list[Tensor | None] = [None] * len(ctx.rest)
+        for k, value in zip(floats, pulled, strict=True):
+            result[ctx.places[k]] = -value
+        return (None, None, None, None, None, *result)
+
+
+def _adjoint(residual: Callable[[Parameters], Parameters], solution: Parameters, known: Parameters) -> Parameters:
+    """Returns lambda with (dF / d solution)^T lambda = known."""
+    sizes = {name: value.numel() for name, value in solution.items()}
+    total = sum(sizes.values())
+    names = list(solution)
+
+    def flat(values: Parameters) -> Tensor:
+        return torch.cat([values[name].reshape(-1) for name in names])
+
+    def unflat(vector: Tensor) -> Parameters:
+        parts = torch.split(vector, list(sizes.values()))
+        return {name: part.reshape(solution[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    if total <= LARGEST_DENSE:
+        jacobian = jacrev(lambda vector: flat(residual(unflat(vector))))(flat(solution))
+        return unflat(torch.linalg.solve(jacobian.T, flat(known)))
+    pull = vjp(lambda vector: flat(residual(unflat(vector))), flat(solution))[1]
+    return unflat(_gmres(lambda vector: pull(vector)[0], flat(known)))
+
+
+def _gmres(times: Callable[[Tensor], Tensor], target: Tensor, most: int = 500, tolerance: float = 1e-10) -> Tensor:
+    """Returns x with A x = target by GMRES without restarts (Saad and Schultz 1986)."""
+    norm = target.norm()
+    if float(norm) == 0:
+        return torch.zeros_like(target)
+    basis, columns = [target / norm], []
+    solution = torch.zeros_like(target)
+    for step in range(most):
+        vector = times(basis[-1])
+        stacked = torch.stack(basis)
+        column = stacked @ vector
+        vector = vector - stacked.T @ column
+        again = stacked @ vector  # orthogonalized twice: once is not enough in floating point
+        vector, column = vector - stacked.T @ again, column + again
+        length = vector.norm()
+        columns.append(torch.cat([column, length[None]]))
+        matrix = torch.stack([torch.cat([c, c.new_zeros(step + 2 - len(c))]) for c in columns], 1)
+        right = torch.cat([norm[None], norm.new_zeros(step + 1)])
+        weights = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+        if float((matrix @ weights - right).norm()) <= tolerance * float(norm) or float(length) == 0:
+            found: Tensor = stacked.T @ weights
+            return found
+        solution = stacked.T @ weights
+        basis.append(vector / length)
+    return solution
