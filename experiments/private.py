@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             personalized = [group["personalized"]["mean"] for group in new]
             spent = [summary["privacy"]["epsilon"] for summary in summaries if "privacy" in summary]
             epsilon = f"{np.mean(spent):.2f}" if spent else "unbounded"
-            before, alone = (np.mean(each) for each in ([g["global"]["mean"] for g in new], [g["local"] for g in new]))
+            before, alone = (
+                np.mean(each) for each in ([g["global"]["mean"] for g in new], [g["local_only"]["mean"] for g in new])
+            )
             seeds = ", ".join(f"{score:.3f}" for score in personalized)
             lines.append(f"| {name} | {epsilon} | {np.mean(personalized):.3f} | {before:.3f} | {seeds} | {alone:.3f} |")
             print(lines[-1], file=sys.stderr, flush=True)

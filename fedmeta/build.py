@@ -160,9 +160,19 @@ def _asked(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]
     return {name: value for name, value in given.items() if name in names}
 
 
-def smoke_test(experiment: Experiment, population: Population) -> None:
-    """Runs an experiment's model on rows of a population's form (`validated_learner`)."""
-    validated_learner(experiment, tuple(population.shape), population.class_names, tokens=population.tokens)
+def site_names(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the names of an experiment's sites, sorted."""
+    source = source_of(experiment)
+    names = source.sites() if isinstance(source, TaskSource) else source.names
+    return tuple(sorted(map(str, names)))
+
+
+def smoke_test(experiment: Experiment) -> Learner:
+    """Reads an experiment's data and builds its learner on their form (`validated_learner`); returns the learner."""
+    source = source_of(experiment)
+    if isinstance(source, TaskSource):
+        return validated_learner(experiment, (), ())
+    return validated_learner(experiment, tuple(source.shape), source.class_names, tokens=source.tokens)
 
 
 def validated_learner(

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.checkpoint import Evaluation
-from fedmeta.problems.metric import Metric
+from fedmeta.problems.metric import Metric, score_of
 from fedmeta.problems.pooled import auroc_bound
 from fedmeta.problems.pooled import pooled as pooled_figures
 
@@ -21,11 +21,6 @@ GROUPS = {NEW: "new_sites", TRAINING: "training_sites"}
 
 RESAMPLES = 2000
 """How many bootstrap samples of sites an interval comes from."""
-
-
-def score_name(frame: pd.DataFrame) -> str:
-    """Returns the name of the score of a frame of sites."""
-    return next(str(column).removeprefix("ungated_") for column in frame.columns if str(column).startswith("ungated_"))
 
 
 def sites_frame(
@@ -47,7 +42,7 @@ def sites_frame(
         metrics: The run's metrics, the score first.
 
     Returns:
-        Columns site, kind, rows (train rows), test_rows, round; of the score S global_S, personalized_S (after the
+        Columns site, kind, rows (train rows), test_rows, round, higher_is_better (of the score); of the score S global_S, personalized_S (after the
         steps that the site takes), ungated_S (after all steps), local_S (what the site does alone; NaN where that was
         not asked for) and gain (how much better the personalized score is than the global one, in its unit); of each
         other metric M global_M, personalized_M and local_M; global_loss, personalized_loss; steps_taken; steps (the
@@ -76,6 +71,7 @@ def sites_frame(
             "rows": np.asarray(train_rows, dtype=np.int64),
             "test_rows": np.asarray(test_rows, dtype=np.int64),
             "round": evaluation.round_number,
+            "higher_is_better": score.higher_is_better,
             **{column: np.where(empty, np.nan, values) for column, values in columns.items()},
             "steps_taken": evaluation.chosen,
             "steps": list(np.where(empty[:, None], np.nan, figures[score.name]).tolist()),
@@ -210,7 +206,7 @@ def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
     A metric that is undefined at a site, such as AUROC with one class, is no divergence.
     """
     loss = frame["personalized_loss"].to_numpy(dtype=np.float64)
-    score = frame[f"personalized_{score_name(frame)}"].to_numpy(dtype=np.float64)
+    score = frame[f"personalized_{score_of(frame).name}"].to_numpy(dtype=np.float64)
     ran_away = ~np.isfinite(loss) | np.isinf(score)
     return pd.Series((frame["test_rows"].to_numpy() > 0) & ran_away, index=frame.index)
 

@@ -26,13 +26,20 @@ LARGE = 1e5
 def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     """Shows what a run came to, and the line that opens the MLflow UI on it."""
     console = Console(stderr=True)
-    score = summary["metric"]
-    unit = "RMSE" if score == "rmse" else "accuracy"
-    data = experiment.data
-    rows = data.ways * data.shots if data.ways else data.support
-    caption = f"{unit} on each site's test rows: trained alone on {rows} rows, or before and after adapting on them"
+    score, data = summary["score"], experiment.data
+    name = f"{score['name']} ({score['unit']})" if score["unit"] else score["name"]
+    better = "higher" if score["higher_is_better"] else "lower"
+    rows = (
+        f"{data.ways * data.shots if data.ways else data.support} rows" if experiment.on_rows else "a site's own data"
+    )
+    caption = (
+        f"{name}, {better} is better, on each site's test data: what a site reaches alone on {rows}, and before and "
+        "after adapting on them; worst 10 % of sites; share of sites that adapting helps, harms"
+    )
+    if summary.get("held_out") is False:
+        caption += "; support and query are the same data by nature"
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
-    for heading in ("", "n", "alone", "global", "personalized", "worst tenth", "helped"):
+    for heading in ("", "n", "alone", "global", "personalized", "worst 10 %", "helped", "harmed"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     judges = summary.get("judge", "new_sites").replace("_", " ")
     for group, name in (("new_sites", judges), ("training_sites", "training sites")):
@@ -40,14 +47,34 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
         table.add_row(
             name,
             str(own["n"]),
-            _number(own["local"]),
+            _number(own["local_only"]["mean"]),
             _number(own["global"]["mean"]),
             f"[bold]{_number(own['personalized']['mean'])}[/]",
             _number(own["personalized"]["worst_decile"]),
-            "-" if own["helped"] is None else f"{own['helped']:.0%}",
+            *("-" if own[key] is None else f"{own[key]:.0%}" for key in ("helped", "harmed")),
         )
     console.print(table)
+    for line in _other_metrics(summary, score["name"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_after(summary, experiment), highlight=False, markup=False, soft_wrap=True)
+
+
+def _other_metrics(summary: Mapping[str, Any], score: str) -> list[str]:
+    """Returns a line for each further metric, pooled figure and count of sites at which a metric is undefined."""
+    lines = []
+    for group in ("new_sites", "training_sites"):
+        own = summary[group]
+        if not own["n"]:
+            continue
+        parts = []
+        for name, values in own["personalized"]["metrics"].items():
+            pooled = "" if values["pooled"] is None else f" (pooled {_number(values['pooled'])})"
+            if name != score or pooled:
+                parts.append(f"{name} {_number(values['mean'])}{pooled}")
+        parts += [f"{name} undefined at {count}" for name, count in own["undefined"].items()]
+        if parts:
+            lines.append(f"{group.replace('_', ' ')}: {', '.join(parts)}")
+    return lines
 
 
 def comparison(found: Comparison) -> None:
@@ -55,12 +82,18 @@ def comparison(found: Comparison) -> None:
     console = Console(stderr=True)
     console.print(f"[bold]{found.verdict}[/]", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # an interval has to fit into 80 columns
-    for heading in ("learner", "global", "personalized", "worst", "helped", f"against {found.baseline}"):
+    for heading in ("learner", "alone", "global", "personalized", "worst", "helped", f"against {found.baseline}"):
         table.add_column(heading, justify="left" if heading == "learner" else "right", no_wrap=True)
     for _, row in found.table.iterrows():
         against = "" if row["learner"] == found.baseline else interval(row["difference"], row["low"], row["high"])
         personalized = spread(row["personalized"], row["personalized_sd"])
-        scores = (f"{row['global']:.3f}", personalized, f"{row['worst_decile']:.3f}", f"{row['helped']:.0%}")
+        scores = (
+            f"{row['local_only']:.3f}",
+            f"{row['global']:.3f}",
+            personalized,
+            f"{row['worst_decile']:.3f}",
+            f"{row['helped']:.0%}",
+        )
         table.add_row(str(row["learner"]), *scores, against)
     console.print(table)
     for learner, reason in found.left_out.items():

@@ -14,7 +14,17 @@ from fedmeta.tuning import words
 
 def markdown(comparison: Comparison) -> str:
     """Returns the verdict, the table, and the settings where they were tuned, as Markdown."""
-    heads = ["learner", "seeds", "global", "personalized", "worst tenth", "helped", f"against {comparison.baseline}"]
+    heads = [
+        "learner",
+        "seeds",
+        "global",
+        "personalized",
+        "worst tenth",
+        "alone",
+        "helped",
+        "harmed",
+        f"against {comparison.baseline}",
+    ]
     heads += ["rounds", "MB up", "seconds"]
     lines = [comparison.verdict, "", *_head(heads)]
     for _, row in comparison.table.iterrows():
@@ -32,7 +42,7 @@ def _settings(comparison: Comparison) -> list[str]:
     if not comparison.trials:
         return []
     count = len(next(iter(comparison.trials.values())))
-    score = comparison.score
+    score = comparison.score.name
     lines = [
         "",
         f"Each learner at the best of {count} settings, the same draw for all, by the mean personalized {score} of "
@@ -56,7 +66,7 @@ def to_json(comparison: Comparison) -> str:
     table, runs = (json.loads(frame.to_json(orient="records")) for frame in (comparison.table, comparison.runs))
     trials = {learner: [asdict(trial) for trial in tried] for learner, tried in comparison.trials.items()}
     return json.dumps(
-        {"verdict": comparison.verdict, "baseline": comparison.baseline, "metric": comparison.score}
+        {"verdict": comparison.verdict, "baseline": comparison.baseline, "score": comparison.score.to_json()}
         | {"table": table, "runs": runs, "left_out": dict(comparison.left_out)}
         | {"settings": {learner: tried[0]["settings"] for learner, tried in trials.items()}, "trials": trials}
     )

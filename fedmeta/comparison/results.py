@@ -12,13 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.comparison.settings import Trial
+from fedmeta.errors import FedmetaError
+from fedmeta.problems.metric import Metric, metric_of
 from fedmeta.randomness import generator
 from fedmeta.runtime import Result
 
 BASELINE = "fedavg-ft"
 RESAMPLES = 2000
 LEVEL = 0.95
-SCORES = ("global", "personalized", "worst_decile", "helped")
+SCORES = ("global", "personalized", "worst_decile", "local_only", "helped", "harmed")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Comparison:
         table: One row per learner: means and standard deviations over seeds, and the paired difference of the
             personalized score of new sites from the baseline's, with its interval.
         baseline: What the others are held against.
-        score: "accuracy" or "rmse".
+        score: What sites are scored by.
         verdict: One sentence.
         folder: Where it is kept, and goes on from when it is interrupted.
         trials: Every setting that was tried for each learner, the best one first; empty where nothing was tuned.
@@ -43,7 +45,7 @@ class Comparison:
     sites: pd.DataFrame
     table: pd.DataFrame
     baseline: str
-    score: str
+    score: Metric
     verdict: str
     folder: Path
     trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
@@ -73,7 +75,9 @@ def tabulate(
         [result.sites.assign(learner=result.summary["learner"], seed=result.summary["seed"]) for result in results],
         ignore_index=True,
     )
-    score = results[0].summary["metric"]
+    score = metric_of(results[0].summary["score"])
+    if others := {result.summary["score"]["name"] for result in results} - {score.name}:
+        raise FedmetaError(f"these runs are scored by {score.name} and {min(others)}: only runs of one score compare")
     baseline = BASELINE if BASELINE in learners else learners[0]
     rows = []
     for learner in learners:
@@ -87,7 +91,7 @@ def tabulate(
             row[column] = own[column].mean()
         row["difference"], row["low"], row["high"] = difference(sites, learner, baseline, score, seed)
         rows.append(row)
-    table = pd.DataFrame(rows).sort_values("personalized", ascending=score == "rmse", ignore_index=True)
+    table = pd.DataFrame(rows).sort_values("personalized", ascending=not score.higher_is_better, ignore_index=True)
     said = verdict(table, baseline, score)
     return Comparison(runs, sites, table, baseline, score, said, folder, trials or {}, left_out or {})
 
@@ -100,7 +104,9 @@ def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "global": new["global"]["mean"],
         "personalized": new["personalized"]["mean"],
         "worst_decile": new["personalized"]["worst_decile"],
+        "local_only": new["local_only"]["mean"],
         "helped": new["helped"],
+        "harmed": new["harmed"],
     }
 
 
@@ -109,7 +115,9 @@ def compared_kind(sites: pd.DataFrame) -> str:
     return "new" if (sites["kind"] == "new").any() else "training"
 
 
-def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, seed: int) -> tuple[float, float, float]:
+def difference(
+    sites: pd.DataFrame, learner: str, baseline: str, score: Metric, seed: int
+) -> tuple[float, float, float]:
     """Returns how much better a learner serves new sites than the baseline, and the 95 % interval of that.
 
     The difference is paired: site by site, under the same seed. The interval is the percentile bootstrap over sites
@@ -120,12 +128,12 @@ def difference(sites: pd.DataFrame, learner: str, baseline: str, score: str, see
         sites: As in `Comparison`.
         learner: The learner.
         baseline: The learner that it is held against.
-        score: "accuracy" (higher is better) or "rmse" (lower is better).
+        score: What sites are scored by.
         seed: Key of the resampling.
     """
     own = sites[sites["kind"] == compared_kind(sites)].set_index(["seed", "site"])
-    pair = [own[own["learner"] == name][f"personalized_{score}"] for name in (learner, baseline)]
-    gains = (pair[0] - pair[1]).dropna() * (-1 if score == "rmse" else 1)
+    pair = [own[own["learner"] == name][f"personalized_{score.name}"] for name in (learner, baseline)]
+    gains = (pair[0] - pair[1]).dropna() * score.sign
     by_site = gains.groupby("site").agg(["sum", "count"])
     return mean_interval(by_site["sum"].to_numpy(), seed, by_site["count"].to_numpy())
 
@@ -155,16 +163,19 @@ def interval(mean: float, low: float, high: float) -> str:
     return f"{mean:+.3f}, one site" if np.isnan(low) else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def verdict(table: pd.DataFrame, baseline: str, score: str) -> str:
+def verdict(table: pd.DataFrame, baseline: str, score: Metric) -> str:
     """Returns in one sentence which learner serves new sites best, and whether that is more than chance."""
     best = table.iloc[0]
-    said = f"Best for new sites: {best['learner']} ({score} {best['personalized']:.3f})"
+    unit = f" {score.unit}" if score.unit else ""
+    said = f"Best for new sites: {best['learner']} ({score.name} {best['personalized']:.3f}{unit})"
     if best["learner"] == baseline:
         return f"{said}; no other learner does better than this baseline here."
-    sure = "surely" if best["low"] > 0 else "not surely"
     by = interval(best["difference"], best["low"], best["high"])
-    level = "" if np.isnan(best["low"]) else ", 95 % over sites"
-    return f"{said}, {sure} better than {baseline} ({by}{level})."
+    if np.isnan(best["low"]):
+        return f"{said}; against {baseline} {by}."
+    if best["low"] > 0:
+        return f"{said}, significantly better than {baseline} ({by}; the 95 % interval over sites excludes 0)."
+    return f"{said}; no significant difference from {baseline} ({by}; the 95 % interval over sites includes 0)."
 
 
 def sites_by_learner(comparison: Comparison) -> pd.DataFrame:
@@ -176,9 +187,9 @@ def sites_by_learner(comparison: Comparison) -> pd.DataFrame:
     """
     own = comparison.sites[comparison.sites["kind"] == compared_kind(comparison.sites)]
     order = list(comparison.table["learner"])
-    scores = own.pivot_table(index="site", columns="learner", values=f"personalized_{comparison.score}")
+    scores = own.pivot_table(index="site", columns="learner", values=f"personalized_{comparison.score.name}")
     frame = scores.reindex(columns=order)
     frame.insert(0, "rows", own.groupby("site")["rows"].first())
     frame.insert(1, "seeds", own.groupby("site")["seed"].nunique())
-    worst_first = frame.sort_values(order[0], ascending=comparison.score == "accuracy")
+    worst_first = frame.sort_values(order[0], ascending=comparison.score.higher_is_better)
     return worst_first.rename_axis(columns=None).reset_index().round(4)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pandas as pd
 
 from fedmeta import checkpoint
-from fedmeta.build import smoke_test
+from fedmeta.build import site_names, smoke_test
 from fedmeta.comparison import settings
 from fedmeta.comparison.page import write
 from fedmeta.comparison.results import Comparison, tabulate
 from fedmeta.comparison.tracked import comparison_run, publish, under
-from fedmeta.data import draw_new_sites, load
+from fedmeta.data import draw_new_sites
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import learner_class
@@ -59,9 +59,8 @@ def compare(
         learner_class(name)
     experiment = experiment.absolute()
     if runtime != "deployment":  # there the data are elsewhere
-        population = load(experiment.data)
-        draw_new_sites(population.names, experiment.data.new_sites, experiment.runtime.seed)
-        smoke_test(experiment, population)
+        draw_new_sites(site_names(experiment), experiment.data.new_sites, experiment.runtime.seed)
+        smoke_test(experiment)
     # The same call, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:

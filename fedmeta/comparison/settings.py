@@ -26,7 +26,7 @@ class Trial:
 
     Attributes:
         settings: The values.
-        score: The mean personalized accuracy or RMSE of validation sites; None where the run failed.
+        score: The mean personalized score of validation sites; None where the run failed.
         run_id: The run.
         seconds: What it took.
         problem: Why it failed.
@@ -83,7 +83,7 @@ def tried(
                 part.write_text(json.dumps(entry))
                 part.replace(kept)
         trials.append(Trial(**entry["trial"]))
-        lower_is_better |= entry["metric"] == "rmse"
+        lower_is_better |= not entry["higher_is_better"]
     if all(trial.score is None for trial in trials):
         raise FedmetaError(trials[0].problem)
     return sorted(trials, key=lambda trial: _rank(trial, lower_is_better))
@@ -105,11 +105,11 @@ def _try(
         summary = run(variant, report).summary
     except FedmetaError as error:
         # Settings under which training diverges are a result like any other.
-        return {"metric": "", "trial": asdict(replace(trial, problem=str(error)))}
+        return {"higher_is_better": True, "trial": asdict(replace(trial, problem=str(error)))}
     score = summary["new_sites"]["personalized"]["mean"]
     problem = "" if score is not None else "no validation site has a score"
     known = replace(trial, score=score, run_id=summary["run_id"], seconds=summary["wall_s"], problem=problem)
-    return {"metric": summary["metric"], "trial": asdict(known)}
+    return {"higher_is_better": summary["score"]["higher_is_better"], "trial": asdict(known)}
 
 
 def _rank(trial: Trial, lower_is_better: bool) -> float:

@@ -123,6 +123,11 @@ class Experiment(Section):
         return type(self)(data=self.data, problem=self.problem if own else Problem())
 
     @property
+    def on_rows(self) -> bool:
+        """Whether the experiment's data are rows of a built-in source."""
+        return ":" not in self.data.source and ":" not in self.problem.name
+
+    @property
     def evaluation_steps(self) -> int:
         """Inner steps at evaluation: `evaluation.steps`, or `learner.inner_steps` where that is left out."""
         return self.learner.inner_steps if self.evaluation.steps is None else self.evaluation.steps

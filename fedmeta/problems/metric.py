@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -43,3 +45,14 @@ class Metric:
 def metric_of(entry: Mapping[str, Any]) -> Metric:
     """Returns the metric that an entry of a summary describes (`Metric.to_json`)."""
     return Metric(str(entry["name"]), bool(entry["higher_is_better"]), str(entry.get("unit", "")))
+
+
+def score_of(sites: pd.DataFrame) -> Metric:
+    """Returns what a frame of sites (`fedmeta.evaluation.sites_frame`) is scored by; without its unit."""
+    name = next(str(column).removeprefix("ungated_") for column in sites.columns if str(column).startswith("ungated_"))
+    return Metric(name, bool(sites["higher_is_better"].iloc[0]) if len(sites) else True)
+
+
+def gain_label(score: Metric) -> str:
+    """Returns the label of an axis of gains, positive where personalization helps."""
+    return f"gain in {score.name}" if score.higher_is_better else f"reduction of {score.name}"

@@ -284,7 +284,8 @@ def implicit(problem: Problem, parameters: Parameters, data: Data, steps: int, r
     """
     names = [name for name in parameters if name in rates]
     leaves, form = tree_flatten((parameters, data))
-    solution = _Implicit.apply(problem, names, form, steps, dict(rates), *leaves)  # type: ignore[no-untyped-call]
+    apply: Any = _Implicit.apply  # torch leaves it untyped
+    solution = apply(problem, names, form, steps, dict(rates), *leaves)
     return {**parameters, **dict(zip(names, solution, strict=True))}
 
 
@@ -294,7 +295,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(
         problem: Problem, names: list[str], form: Any, steps: int, rates: Any, *leaves: Any
-    ) -> tuple[Tensor, ...]:  # type: ignore[override]
+    ) -> tuple[Tensor, ...]:
         parameters, data = tree_unflatten(list(leaves), form)
         with torch.no_grad():
             plain = {name: rate.detach() if isinstance(rate, Tensor) else rate for name, rate in rates.items()}

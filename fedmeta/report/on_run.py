@@ -9,7 +9,7 @@ from fedmeta.report import parts
 from fedmeta.report.document import Document, Folded, Key, Picture, Pictures, Section, Table, Text
 from fedmeta.report.reading import Run
 from fedmeta.tracking import pictures
-from fedmeta.tracking.run_page import GROUPS, latest, number, score_of, worst_first
+from fedmeta.tracking.run_page import GROUPS, latest, number, worst_first
 
 CAPTIONS = {
     "sites": "Every site: its score with the global model (ring) and with its own (dot). Names in bold are new sites.",
@@ -23,7 +23,7 @@ CAPTIONS = {
 def on_run(run: Run) -> Document:
     """Returns the report."""
     summary, sites = run.summary, latest(run.history)
-    score = score_of(sites)
+    score = summary["score"]["name"]
     group, judged = _judged(summary)
     name = parts.name_of(run.experiment)
     return Document(
@@ -70,7 +70,8 @@ def _lead(run: Run, group: str, judged: dict[str, Any], score: str) -> str:
     kind = {"new sites": "new", "training sites": "training", "validation sites": "validation"}[group]
     gains = sites[sites["kind"] == kind]["gain"].dropna().to_numpy(dtype=float)
     gain, low, high = mean_interval(gains, run.experiment.runtime.seed)
-    what = "accuracy" if score == "accuracy" else "error (RMSE)"
+    unit = run.summary["score"].get("unit", "")
+    what = f"{score} ({unit})" if unit else score
     change = "gains" if gain >= 0 else "loses"
     before, after = number(judged["global"]["mean"]), number(judged["personalized"]["mean"])
     said = (
@@ -81,7 +82,7 @@ def _lead(run: Run, group: str, judged: dict[str, Any], score: str) -> str:
     verdict = " Adapting helps." if low > 0 else " Adapting harms." if high < 0 else " That may be chance."
     if judged["n"] < 2:
         return said.partition(" (95 %")[0] + ". One site is no evidence."
-    alone = judged.get("local")
+    alone = judged["local_only"]["mean"]
     beside = f" Alone, on the same rows, sites reach {number(alone)}." if alone is not None else ""
     return said + verdict + beside
 
@@ -92,9 +93,9 @@ def _keys(run: Run, group: str, judged: dict[str, Any], score: str) -> tuple[Key
     return (
         Key(number(judged["personalized"]["mean"]), "personalized", f"mean {score}, {judged['n']} {group}"),
         Key(number(judged["global"]["mean"]), "global", "one model for all"),
-        Key(number(judged.get("local")), "alone", "without the federation"),
+        Key(number(judged["local_only"]["mean"]), "alone", "without the federation"),
         Key(number(judged["personalized"]["worst_decile"]), "worst tenth", f"of the {group}"),
-        Key(number(judged["helped"], share=True), "helped", "at least as good as global"),
+        Key(number(judged["helped"], share=True), "helped", "strictly better than global"),
         Key(str(losing), "left behind", f"of all {len(sites)} sites"),
     )
 
@@ -106,16 +107,16 @@ def _table(run: Run, score: str) -> Table:
         if not own["n"]:
             continue
         label = "validation sites" if key == "new_sites" and "judge" in run.summary else label
-        scores = [own.get("local"), own["global"]["mean"], own["personalized"]["mean"]]
+        scores = [own["local_only"]["mean"], own["global"]["mean"], own["personalized"]["mean"]]
         spread = [own["personalized"]["std"], own["personalized"]["worst_decile"], own["personalized"]["min"]]
         cells = [number(value) for value in (*scores, *spread)]
         rows.append((label, str(own["n"]), *cells, number(own["helped"], share=True)))
     # The summary calls the lowest score `min`; of errors the worst one is the highest, which it does not have.
     headings = ("", "sites", "alone", "global", "personalized", "std", "worst tenth", "lowest", "helped")
     caption = (
-        f"{'RMSE' if score == 'rmse' else 'Accuracy'} on each site's test rows, mean over sites. Alone: trained on the "
-        "same rows without the federation. Helped: the share of sites whose personalized score is at least the global "
-        "one."
+        f"{score} on each site's test data, mean over sites. Alone: trained on the "
+        "same rows without the federation. Helped: the share of sites whose personalized score is strictly better than "
+        "the global one."
     )
     return Table(headings, tuple(rows), caption, strong=0)
 

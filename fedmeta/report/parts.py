@@ -7,9 +7,10 @@ import pandas as pd
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
 from fedmeta.experiment.values import to_text
+from fedmeta.problems.metric import score_of
 from fedmeta.report.document import Block, Code, Folded, Section, Table, Text
 from fedmeta.report.reading import Run
-from fedmeta.tracking.run_page import data_name, latest, number, score_of
+from fedmeta.tracking.run_page import data_name, latest, number
 from fedmeta.versions import versions
 
 KINDS = (NEW, TRAINING, VALIDATION)
@@ -66,7 +67,7 @@ def _support(run: Run) -> str:
 def left_behind(run: Run) -> tuple[Block, ...]:
     """Returns the sites that personalisation leaves below their global score, the one that loses most first."""
     sites = latest(run.history)
-    score = score_of(sites)
+    score = score_of(sites).name
     losing = sites[sites["gain"] < 0].sort_values(["gain", "site"])
     if losing.empty:
         return (Text("No site: each one's personalized score is at least its global one."),)

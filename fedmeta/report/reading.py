@@ -19,6 +19,7 @@ from fedmeta.comparison.results import tabulate
 from fedmeta.comparison.settings import Trial
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.problems.metric import metric_of
 from fedmeta.runtime import result_of
 from fedmeta.tracking import retrieval
 from fedmeta.tracking.retrieval import SUMMARY
@@ -139,7 +140,7 @@ def _comparison(folder: Path, folders: dict[str, Path], known: Path | None) -> C
         tables = [pd.DataFrame(said[name]) for name in ("runs", "table")]
         trials = {name: [Trial(**trial) for trial in tried] for name, tried in said.get("trials", {}).items()}
         table, left_out = _numbers(tables[1]), said.get("left_out", {})
-        settled = (said["baseline"], said["metric"], said["verdict"])
+        settled = (said["baseline"], metric_of(said["score"]), said["verdict"])
         found = Comparison(tables[0], sites, table, *settled, folder, trials, left_out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedmetaError(f"{folder}: not the files of a comparison: {error}") from error
@@ -156,7 +157,7 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 def _beside(runs: Sequence[Run]) -> Compared:
     """Returns several runs as a comparison; runs of one learner are told apart by the settings that differ."""
     data = {(run.experiment.data, run.checkpoint.classes) for run in runs}
-    scores = {run.summary["metric"] for run in runs}
+    scores = {run.summary["score"]["name"] for run in runs}
     if len({repr(each) for each in data}) > 1 or len(scores) > 1:
         raise FedmetaError("these runs are on different data; a report sets runs on the same data beside one another")
     labels = labelled([run.experiment for run in runs])

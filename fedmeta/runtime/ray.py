@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmeta.data import load
+from fedmeta.build import source_of
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.launch import (
@@ -35,6 +35,7 @@ from fedmeta.launch import (
     read_result,
     server_process,
 )
+from fedmeta.problems import TaskSource
 from fedmeta.progress import Report
 from fedmeta.runtime.process_guard import is_alive
 from fedmeta.runtime.superlink import (
@@ -79,7 +80,9 @@ def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[di
         KeyboardInterrupt: The user stopped it; a checkpoint has been written where training had begun.
     """
     # Whatever is wrong with the data is said in full here, where nobody else is listening.
-    nodes = min(experiment.runtime.nodes, len(load(experiment.data)))
+    source = source_of(experiment)
+    sites = len(source.sites()) if isinstance(source, TaskSource) else len(source)
+    nodes = min(experiment.runtime.nodes, sites)
     work = _work_folder()
     log = work / "log.txt"
     try:

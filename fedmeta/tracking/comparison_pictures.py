@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fedmeta.problems.metric import Metric, gain_label
 from fedmeta.tracking import pictures
 from fedmeta.tracking.run_page import COLOURS
 
@@ -15,13 +16,13 @@ LINES = 18
 """How many lines of text fit above one another in the picture of traffic."""
 
 
-def differences(table: pd.DataFrame, baseline: str, score: str) -> Figure:
+def differences(table: pd.DataFrame, baseline: str, score: Metric) -> Figure:
     """Draws each learner's paired difference from the baseline and its interval, the best learner on top.
 
     Args:
         table: One row per learner, the best first: learner, personalized, difference, low, high.
         baseline: What the others are held against.
-        score: "accuracy" or "rmse".
+        score: What sites are scored by.
     """
     ranked = table.iloc[::-1].reset_index(drop=True)
     figure, axes = pictures.figure_of(7.0, 1.5 + 0.32 * max(len(ranked), 3))
@@ -37,17 +38,17 @@ def differences(table: pd.DataFrame, baseline: str, score: str) -> Figure:
     axes.set_yticks(places, labels, fontsize=9)
     axes.set_ylim(-0.7, len(ranked) - 0.3)
     axes.grid(visible=False, axis="y")
-    what = "gain in accuracy" if score == "accuracy" else "fall of rmse"
+    what = gain_label(score)
     pictures.entitle(axes, f"New sites: each learner against {baseline}", f"{what} (paired by site; 95 % interval)", "")
     return figure
 
 
-def traffic(table: pd.DataFrame, score: str) -> Figure:
+def traffic(table: pd.DataFrame, score: Metric) -> Figure:
     """Draws each learner's score on new sites against the bytes that its sites sent.
 
     Args:
         table: One row per learner: learner, personalized, bytes_up.
-        score: "accuracy" or "rmse".
+        score: What sites are scored by.
     """
     figure, axes = pictures.figure_of(7.0, 4.8)
     megabytes, scores = (table["bytes_up"] / 1e6).to_numpy(), table["personalized"].to_numpy()
@@ -63,11 +64,11 @@ def traffic(table: pd.DataFrame, score: str) -> Figure:
         axes.annotate(names, at, (6, 0), textcoords="offset points", va="center", fontsize=8, color=pictures.INK)
     axes.set_xlim(left=0)
     axes.margins(x=0.3)
-    pictures.entitle(axes, "What sites send against what new sites get", "sent by sites in a run (MB)", score)
+    pictures.entitle(axes, "What sites send against what new sites get", "sent by sites in a run (MB)", score.name)
     return figure
 
 
-def save(table: pd.DataFrame, baseline: str, score: str, folder: Path) -> Path:
+def save(table: pd.DataFrame, baseline: str, score: Metric, folder: Path) -> Path:
     """Draws the differences into a folder; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "differences.png"

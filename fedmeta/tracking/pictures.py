@@ -20,7 +20,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from fedmeta.evaluation import GROUPS, NEW, TRAINING, summarize, summarize_scores
-from fedmeta.tracking.run_page import latest, score_of, worst_first
+from fedmeta.problems.metric import gain_label, score_of
+from fedmeta.tracking.run_page import latest, worst_first
 
 DOTS_PER_INCH = 200
 NAMED_SITES = 60
@@ -107,7 +108,7 @@ def adaptation(sites: pd.DataFrame) -> Figure:
         for edge in (low, high):
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    entitle(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score_of(sites))
+    entitle(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score_of(sites).name)
     return finish(figure, axes)
 
 
@@ -115,7 +116,8 @@ def by_round(sites: pd.DataFrame) -> Figure:
     """Draws scores over rounds: personalized, its worst tenth, and global, for new and for training sites."""
     figure, axes = figure_of(7.0, 4.4)
     rounds = sorted(set(sites["round"].tolist()))
-    summaries = [summarize(sites[sites["round"] == number]) for number in rounds]
+    score = score_of(sites)
+    summaries = [summarize(sites[sites["round"] == number], [score]) for number in rounds]
     marker = "o" if len(summaries) < 30 else ""
     kinds = [kind for kind, _ in _groups(_judged(sites)) if kind in GROUPS]
     for kind in kinds:
@@ -123,7 +125,7 @@ def by_round(sites: pd.DataFrame) -> Figure:
             values = [summary[GROUPS[kind]][when][statistic] for summary in summaries]
             axes.plot(rounds, _numbers(values), style, color=COLOURS[kind], marker=marker, markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    entitle(axes, f"{score_of(sites).capitalize()} over rounds", "round", score_of(sites))
+    entitle(axes, f"{score.name.capitalize()} over rounds", "round", score.name)
     handles = [Line2D([], [], color=COLOURS[kind], label=_label(kind)) for kind in kinds]
     handles += [Line2D([], [], color=FAINT, linestyle=style, label=label) for _, _, style, label in LINES]
     return finish(figure, axes, handles if kinds else [])
@@ -135,16 +137,17 @@ def heat_map(sites: pd.DataFrame) -> Figure:
     A row per site, the best at the end on top, each beginning with the colour of its group. The scale is Nunez et al.'s
     (2018) "cividis", which looks alike to every eye.
     """
-    score = score_of(sites)
+    metric = score_of(sites)
+    score = metric.name
     table = sites.pivot_table(index="site", columns="round", values=f"personalized_{score}").dropna(how="all")
     named = len(table) <= NAMED_SITES
     figure, axes = figure_of(7.0, 1.8 + (0.17 * max(len(table), 6) if named else 4.2))
     entitle(axes, f"Personalized {score}, site by site", "round", "" if named else f"{len(table)} sites")
     if table.empty:
         return finish(figure, axes)
-    table = table.sort_values(table.columns[-1], ascending=score == "rmse", kind="stable")
+    table = table.sort_values(table.columns[-1], ascending=not metric.higher_is_better, kind="stable")
     kinds = sites.drop_duplicates("site").set_index("site")["kind"][table.index].to_numpy()
-    colours = "cividis" if score == "accuracy" else "cividis_r"
+    colours = "cividis" if metric.higher_is_better else "cividis_r"
     cells = axes.imshow(table.to_numpy(), aspect="auto", cmap=colours, interpolation="nearest")
     for kind in [kind for kind in COLOURS if kind in kinds]:
         rows = np.flatnonzero(kinds == kind)
@@ -170,7 +173,7 @@ PICTURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 
 def _dumbbells(ranked: pd.DataFrame) -> Figure:
-    score = score_of(ranked)
+    score = score_of(ranked).name
     figure, axes = figure_of(7.0, 1.6 + 0.21 * max(len(ranked), 3))
     before, after = ranked[f"global_{score}"].to_numpy(), ranked[f"personalized_{score}"].to_numpy()
     places = np.arange(len(ranked))
@@ -196,7 +199,7 @@ def _dumbbells(ranked: pd.DataFrame) -> Figure:
 
 
 def _band(ranked: pd.DataFrame) -> Figure:
-    score = score_of(ranked)
+    score = score_of(ranked).name
     groups = list(_groups(ranked))
     figure, first = figure_of(7.0, 4.6, columns=len(groups))
     for axes, (kind, part) in zip(figure.axes, groups, strict=True):
@@ -210,8 +213,8 @@ def _band(ranked: pd.DataFrame) -> Figure:
         axes.scatter(share, before, s=5, color=FAINT, linewidth=0, zorder=2)
         axes.plot(share, after, color=COLOURS[kind], linewidth=2.2, zorder=3)
         axes.axvspan(0, 10, color=LOSS, alpha=0.1, linewidth=0)
-        scores, losses = part[f"personalized_{score}"], part["personalized_loss"]
-        worst = summarize_scores(scores, losses, worst_is_high=score == "rmse")["worst_decile"]
+        worst = summarize_scores(part[f"personalized_{score}"], score_of(ranked))["worst_decile"]
+        worst = np.nan if worst is None else worst
         box = {"facecolor": GROUND, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
         axes.text(
             12, 0.03, f"worst tenth {worst:.3f}", transform=axes.get_xaxis_transform(), fontsize=8, color=INK, bbox=box
@@ -227,7 +230,7 @@ def _band(ranked: pd.DataFrame) -> Figure:
 
 def _judged(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the sites that have both scores, the worst first."""
-    score = score_of(sites)
+    score = score_of(sites).name
     return worst_first(sites.dropna(subset=[f"global_{score}", f"personalized_{score}"]))
 
 
@@ -255,7 +258,7 @@ def _ranking_title(ranked: pd.DataFrame) -> str:
 
 
 def _gain_label(sites: pd.DataFrame) -> str:
-    return "gain in accuracy" if score_of(sites) == "accuracy" else "fall of rmse"
+    return gain_label(score_of(sites))
 
 
 def _short(name: str) -> str:

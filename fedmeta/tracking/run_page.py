@@ -1,8 +1,8 @@
 """What a run shows to people: the names of its metrics, its table of sites, its name, and its description.
 
 Two values come in again and again. `sites` is the frame of an evaluation, one row per site: site, kind ("new" or
-"training"), rows, global_accuracy, personalized_accuracy, gain (positive where personalisation helps); with regression
-global_rmse and personalized_rmse. `summary` is the JSON object of a run, `groups` its "new_sites" and "training_sites".
+"training"), rows, of the score S global_S and personalized_S, gain (positive where personalization helps). `summary` is
+the JSON object of a run, `groups` its "new_sites" and "training_sites".
 """
 
 import math
@@ -14,6 +14,8 @@ from typing import Any
 from zlib import crc32
 
 import pandas as pd
+
+from fedmeta.problems.metric import score_of
 
 GROUPS = {"new_sites": "new sites", "training_sites": "training sites"}
 HEADINGS = ("", "sites", "global", "personalized", "worst tenth", "helped")
@@ -33,16 +35,11 @@ COLOURS = {
 OTHER_COLOURS = ("#CC79A7", "#882255", "#44AA99", "#999933", "#332288", "#000000")
 
 
-def score_of(sites: pd.DataFrame) -> str:
-    """Returns "accuracy", or "rmse" where the sites' labels are numbers."""
-    return "rmse" if "personalized_rmse" in sites.columns else "accuracy"
-
-
 def worst_first(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the sites ordered by personalized score, the worst one first and those without a score last."""
     score = score_of(sites)
-    order = [f"personalized_{score}", "site"]
-    return sites.sort_values(order, ascending=[score == "accuracy", True], na_position="last", ignore_index=True)
+    order = [f"personalized_{score.name}", "site"]
+    return sites.sort_values(order, ascending=[score.higher_is_better, True], na_position="last", ignore_index=True)
 
 
 def latest(sites: pd.DataFrame) -> pd.DataFrame:
@@ -93,7 +90,7 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes: Mapping[str, str]) -> dict[str, float]:
     """Returns the metrics of one evaluation: each group's summary, and the curves of the sites in `suffixes`."""
-    score = score_of(sites)
+    score = score_of(sites).name
     metrics: dict[str, Any] = {}
     for group in GROUPS:
         summary = groups.get(group) or {}
@@ -101,6 +98,8 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
         for statistic in ("mean", "std", "worst_decile"):
             metrics[f"{group}/personalized_{score}_{statistic}"] = personalized.get(statistic)
         metrics[f"{group}/global_{score}_mean"] = before.get("mean")
+        for name, values in (personalized.get("metrics") or {}).items():
+            metrics[f"{group}/personalized_{name}_mean"] = values.get("mean")
         if summary.get("diverged"):
             metrics[f"{group}/diverged"] = summary["diverged"]
     curved = sites[sites["site"].isin(list(suffixes))]
@@ -124,6 +123,8 @@ def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, 
             f"{RESULTS}{judges}_global": new["global"].get("mean"),
             f"{RESULTS}{judges}_worst_decile": new["personalized"].get("worst_decile"),
             f"{RESULTS}helped": new.get("helped"),
+            f"{RESULTS}harmed": new.get("harmed"),
+            f"{RESULTS}beats_local": new.get("beats_local"),
             f"{RESULTS}training_sites_personalized": training["personalized"].get("mean"),
             f"{RESULTS}sites_left_behind": len(left_behind(latest(sites))),
         }
@@ -132,7 +133,7 @@ def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, 
 
 def per_site(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the table that the artifact view compares across runs, the worst site first."""
-    score = score_of(sites)
+    score = score_of(sites).name
     columns = ["site", "kind", "rows", f"global_{score}", f"personalized_{score}", "gain"]
     return worst_first(latest(sites))[columns].round(4)
 
@@ -208,7 +209,7 @@ def verdict(summary: Mapping[str, Any], sites: pd.DataFrame) -> list[str]:
     label = f"{summary['judge'].replace('_', ' ')} (no new site was seen)" if "judge" in summary else label
     before, after = group["global"].get("mean"), group["personalized"].get("mean")
     first = (
-        f"**{summary['learner']}: {score_of(sites)} {number(after)} on {group['n']} {label}**"
+        f"**{summary['learner']}: {summary['score']['name']} {number(after)} on {group['n']} {label}**"
         f" ({number(before)} before adapting; {number(group.get('helped'), share=True)} helped,"
         f" worst tenth {number(group['personalized'].get('worst_decile'))})."
     )

@@ -125,7 +125,7 @@ def _show(found: Search) -> None:
     console.print(f"[bold]{page.verdict(found)}[/]", soft_wrap=True, highlight=False)
     keys = [each.key for each in found.plan.space]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in (found.metric, *(key.removeprefix("learner.") for key in keys), ""):
+    for heading in (found.score.name, *(key.removeprefix("learner.") for key in keys), ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     ranked = found.done[:MOST_ROWS]
     ranked += [found.own] if found.own and found.own not in ranked else []

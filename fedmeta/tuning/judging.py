@@ -11,6 +11,7 @@ import pandas as pd
 from fedmeta.comparison import difference
 from fedmeta.comparison.running import run_once
 from fedmeta.experiment import Experiment
+from fedmeta.problems.metric import Metric, metric_of
 from fedmeta.progress import Report
 
 BEST, OWN = "best", "own"
@@ -62,7 +63,7 @@ def judge(
         runtime: As for `fedmeta.runtime.run`.
         report: Gives each run what takes its progress.
     """
-    frames, rows, score = [], [], ""
+    frames, rows, score = [], [], Metric("score", True)
     for offset in range(seeds):
         for place, (name, experiment) in enumerate({BEST: best, OWN: own}.items()):
             seed = experiment.runtime.seed + offset
@@ -72,7 +73,7 @@ def judge(
             take = report(f"{name} settings on new sites, seed {seed}", 2 * offset + place + 1, 2 * seeds)
             result = run_once(seeded, folder / name, runtime, take)
             frames.append(result.sites.assign(learner=name, seed=seed))
-            score = result.summary["metric"]
+            score = metric_of(result.summary["score"])
             new = result.summary["new_sites"] if result.summary["new_sites"]["n"] else result.summary["training_sites"]
             rows.append({"name": name, "personalized": new["personalized"]["mean"], "global": new["global"]["mean"]})
     sites, means = pd.concat(frames, ignore_index=True), pd.DataFrame(rows).groupby("name").mean()

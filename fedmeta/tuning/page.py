@@ -18,7 +18,7 @@ def verdict(search: Search) -> str:
     """Returns in a sentence or two what was found, and what it is worth."""
     best, own = search.best, search.own
     said = f"Best of {len(search.attempts)} trials by {search.plan.sampler}: {words(best.settings)}"
-    said += f" ({search.metric} {best.score:.3f} on validation sites"
+    said += f" ({search.score.name} {best.score:.3f} on validation sites"
     if best == own:
         return f"{said}): the experiment as it was, and nothing tried did better."
     said += f"; {own.score:.3f} as it was)." if own and own.score is not None else ")."
@@ -34,7 +34,7 @@ def verdict(search: Search) -> str:
 def markdown(search: Search) -> str:
     """Returns the verdict, the best trials and the importance of keys as Markdown."""
     keys = [each.key for each in search.plan.space]
-    lines = [verdict(search), "", *_table([search.metric, *(_short(key) for key in keys), "state"], _rows(search))]
+    lines = [verdict(search), "", *_table([search.score.name, *(_short(key) for key in keys), "state"], _rows(search))]
     lines += ["", f"{_states(search)}, {search.wall_s:.0f} s together. Judged on validation sites, split off the "]
     lines[-1] += "training sites; new sites took no part."
     if search.importance:
@@ -89,7 +89,7 @@ def to_json(search: Search) -> str:
     plan, best, own = search.plan, search.best, search.own
     value = {
         "sampler": plan.sampler,
-        "metric": search.metric,
+        "score": search.score.to_json(),
         "best": {"settings": best.settings, "score": best.score, "run_id": best.run_id},
         "own": {"settings": own.settings, "score": own.score, "run_id": own.run_id} if own else None,
         "new_sites": asdict(search.judged) if search.judged else None,

@@ -46,7 +46,7 @@ def history(search: Search) -> Figure:
     if search.own and search.own.score is not None:
         axes.axhline(search.own.score, color=INK, linewidth=0.9, linestyle="--", label="as it was")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    entitle(axes, f"Search by {search.plan.sampler}", "trial", f"{search.metric} on validation sites")
+    entitle(axes, f"Search by {search.plan.sampler}", "trial", f"{search.score.name} on validation sites")
     return finish(figure, axes)
 
 
@@ -62,7 +62,7 @@ def settings(search: Search) -> Figure:
             axes.scatter(where, scores, s=22, facecolor=face, edgecolor=FAINT if trials is pruned else DONE, alpha=0.8)
         axes.scatter(where[:1], scores[:1], s=70, facecolor="none", edgecolor=BEST, linewidth=2)
         _scale(axes, each)
-        entitle(axes, each.key, "", "" if place else f"{search.metric}, validation sites")
+        entitle(axes, each.key, "", "" if place else f"{search.score.name}, validation sites")
     return figure
 
 

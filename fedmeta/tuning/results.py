@@ -16,10 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.problems.metric import Metric
 from fedmeta.tuning.judging import Judged
 from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.space import Settings, with_settings
-from fedmeta.tuning.trial import settings_of
+from fedmeta.tuning.trial import SCORE_ATTRIBUTE, settings_of
 
 State = Literal["done", "pruned", "failed", "waiting"]
 STATES: dict[TrialState, State] = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -35,7 +36,7 @@ class Attempt:
         number: Its place in the search, from 0.
         settings: What was tried.
         state: "done", "pruned" (given up on its way), "failed", or "waiting" to go on.
-        score: The mean personalized accuracy or RMSE of validation sites; of a pruned one, the last on its way.
+        score: The mean personalized score of validation sites; of a pruned one, the last on its way.
         rounds: After how many rounds it was pruned; 0 where it was not.
         seconds: What the run took; None where it did not come to its end.
         run_id: The run.
@@ -59,7 +60,7 @@ class Search:
     Attributes:
         plan: The search.
         attempts: Its trials in their order.
-        metric: "accuracy" or "rmse".
+        score: What settings are scored by.
         importance: What share of the scores' variance each key explains (functional ANOVA, Hutter 2014), the greatest
             first; empty where too few trials came to their end.
         wall_s: Seconds that its trials took.
@@ -68,7 +69,7 @@ class Search:
 
     plan: Plan
     attempts: Sequence[Attempt]
-    metric: str
+    score: Metric
     importance: dict[str, float]
     wall_s: float
     judged: Judged | None = None
@@ -76,7 +77,7 @@ class Search:
     @property
     def done(self) -> list[Attempt]:
         """The trials that came to their end, the best first; of equals, the earliest."""
-        sign = 1 if self.metric == "rmse" else -1
+        sign = -self.score.sign
         ended = [each for each in self.attempts if each.state == "done"]
         return sorted(ended, key=lambda each: sign * (each.score or 0.0))
 
@@ -105,7 +106,7 @@ class Search:
 
     def best_so_far(self) -> list[float]:
         """Returns the best score up to each trial, from the first that came to its end; trials are in their order."""
-        sign = 1 if self.metric == "rmse" else -1
+        sign = -self.score.sign
         scores = [
             sign * each.score if each.state == "done" and each.score is not None else math.inf for each in self.attempts
         ]
@@ -127,10 +128,11 @@ class Search:
 
 def found(plan: Plan, study: Study) -> Search:
     """Returns what a study holds."""
-    metric = "rmse" if study.direction.name == "MINIMIZE" else "accuracy"
+    name = str(study.user_attrs.get(SCORE_ATTRIBUTE, "score"))
+    score = Metric(name, study.direction.name == "MAXIMIZE")
     attempts = [_attempt(trial, plan) for trial in study.get_trials(deepcopy=False) if trial.params]
     seconds = sum((each.duration.total_seconds() for each in study.get_trials(deepcopy=False) if each.duration), 0.0)
-    return Search(plan, attempts, metric, _importance(study, plan), seconds)
+    return Search(plan, attempts, score, _importance(study, plan), seconds)
 
 
 def _attempt(trial: FrozenTrial, plan: Plan) -> Attempt:

@@ -18,7 +18,6 @@ from optuna import Study
 from optuna.trial import TrialState
 
 from fedmeta.build import smoke_test
-from fedmeta.data import load
 from fedmeta.errors import FedmetaError
 from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.results import Search, found
@@ -49,11 +48,10 @@ def search(plan: Plan, report: Report, judge: Callable[[Search], Search] | None 
             trial could begin.
         KeyboardInterrupt: The user stopped it; what was running waits for the search to go on.
     """
-    population = load(plan.experiment.data)
-    smoke_test(plan.experiment, population)
+    learner = smoke_test(plan.experiment)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _alone(plan.folder):
-        study = opened(plan, lower_is_better=population.regression)
+        study = opened(plan, learner.problem.metrics[0])
         for trial in interrupted(study):
             bury(plan, trial)
             put_back(study, trial.number)

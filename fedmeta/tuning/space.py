@@ -82,12 +82,12 @@ def usual_space(experiment: Experiment) -> list[Range]:
     the space is the experiment as it stands.
     """
     # PyTorch takes seconds to import, and a command that only reads a search's options needs none of it.
-    from fedmeta.build import AUTOMATIC
+    from fedmeta.build import DEFAULT_OPTIMIZERS
     from fedmeta.learners import learner_class, settings_of
 
     learner, server = experiment.learner, experiment.server
     kind = learner_class(learner.name)
-    rate = AUTOMATIC[kind.update][1] if server.lr == "auto" else server.lr
+    rate = DEFAULT_OPTIMIZERS[kind.update][1] if server.lr == "auto" else server.lr
     ranges = [
         _around("learner.inner_lr", learner.inner_lr, RATE),
         _around("server.lr", rate, RATE if kind.update == "gradient" else DISPLACEMENT_RATE),

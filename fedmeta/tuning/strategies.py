@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.errors import FedmetaError
+from fedmeta.problems.metric import Metric
 from fedmeta.tracking.results import quiet_matplotlib
 from fedmeta.tracking.run_page import data_name
 from fedmeta.tracking.summary_run import SummaryRun, summary_run
@@ -39,9 +40,9 @@ class Strategies:
     folder: Path
 
     @property
-    def metric(self) -> str:
-        """What settings are scored by: "accuracy" or "rmse"."""
-        return next(iter(self.searches.values()))[0].metric
+    def score(self) -> Metric:
+        """What settings are scored by."""
+        return next(iter(self.searches.values()))[0].score
 
     def curves(self, name: str) -> NDArray[np.float64]:
         """Returns the best score so far [seeds, trials] of a way of searching.
@@ -71,7 +72,9 @@ class Strategies:
             row["seconds"] = np.mean([each.wall_s for each in searches])
             rows.append(row)
         last = f"after_{self.milestones()[-1]}"
-        return pd.DataFrame(rows).sort_values(last, ascending=self.metric == "rmse", ignore_index=True, kind="stable")
+        return pd.DataFrame(rows).sort_values(
+            last, ascending=not self.score.higher_is_better, ignore_index=True, kind="stable"
+        )
 
     def milestones(self) -> list[int]:
         """Returns after how many trials the ways are compared."""
@@ -83,14 +86,12 @@ class Strategies:
         table = self.table()
         last = f"after_{self.milestones()[-1]}"
         best, rest = table.iloc[0], table.iloc[1:]
-        said = (
-            f"Best way of searching: {best['strategy']} ({self.metric} {best[last]:.3f} after {self.plan.trials} trials"
-        )
+        said = f"Best way of searching: {best['strategy']} ({self.score.name} {best[last]:.3f} after {self.plan.trials} trials"
         said += f", mean of {best['seeds']} seeds)"
         if not len(rest) or best["seeds"] < 2:
             return f"{said}."
         gaps = [self.curves(best["strategy"])[:, -1] - self.curves(name)[:, -1] for name in rest["strategy"]]
-        sign = -1 if self.metric == "rmse" else 1
+        sign = self.score.sign
         ahead = [name for name, gap in zip(rest["strategy"], gaps, strict=True) if (sign * gap > 0).all()]
         others = ", ".join(ahead) or "none of the others"
         same = ", though a grid's points are the same with every seed" if best["strategy"] == "grid" else ""
@@ -136,9 +137,7 @@ def markdown(found: Strategies) -> str:
         cells += [f"{row[f'after_{count}']:.3f}" for count in counts]
         rows.append([*cells, f"{row['sd']:.3f}", f"{row['pruned']:.0%}", f"{row['seconds']:.0f}"])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    note = (
-        f"The best mean personalized {found.metric} of validation sites after so many trials, the mean over seeds of "
-    )
+    note = f"The best mean personalized {found.score.name} of validation sites after so many trials, the mean over seeds of "
     note += "the search; sd over seeds, after all trials. Every way begins with the experiment's own settings."
     return "\n".join([found.verdict(), "", *lines, "", note]) + "\n"
 
@@ -149,7 +148,7 @@ def to_json(found: Strategies) -> str:
     curves = {name: found.curves(name).round(6).tolist() for name in found.searches}
     best = {name: [asdict(each.best) for each in searches] for name, searches in found.searches.items()}
     return json.dumps(
-        {"verdict": found.verdict(), "metric": found.metric, "table": table, "curves": curves} | {"best": best}
+        {"verdict": found.verdict(), "score": found.score.to_json(), "table": table, "curves": curves} | {"best": best}
     )
 
 
@@ -162,7 +161,7 @@ def write(found: Strategies, folder: Path) -> None:
     (folder / "strategies.md").write_text(markdown(found))
     (folder / "strategies.json").write_text(to_json(found) + "\n")
     curves = {name: found.curves(name) for name in found.table()["strategy"]}
-    strategies(curves, found.metric).savefig(folder / "strategies.png")
+    strategies(curves, found.score.name).savefig(folder / "strategies.png")
 
 
 def _strategies_run(plan: Plan, names: Sequence[str], folder: Path) -> AbstractContextManager[SummaryRun | None]:

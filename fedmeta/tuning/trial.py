@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.problems.metric import Metric
 from fedmeta.progress import Progress, Pruned
 from fedmeta.runtime import run
 from fedmeta.tracking.summary_run import annotate
@@ -22,28 +23,34 @@ from fedmeta.tuning.plan import Plan
 from fedmeta.tuning.samplers import distributions, interval, pruner_of, sampler_of
 from fedmeta.tuning.space import Dimension, Range, Settings, rounded
 
+SCORE_ATTRIBUTE = "score"
+"""The study's attribute that names what settings are scored by."""
+
 PATIENCE_S = 60
 """How long a process waits for the others to let go of Optuna's file."""
 
 
-def opened(plan: Plan, *, lower_is_better: bool = False) -> Study:
+def opened(plan: Plan, score: Metric | None = None) -> Study:
     """Returns the search's study in Optuna's file; begins it where it is not there.
 
     Args:
         plan: The search.
-        lower_is_better: Whether scores are errors; only asked where the study begins.
+        score: What settings are scored by; needed where the study begins.
     """
     optuna_logging.set_verbosity(optuna_logging.ERROR)
     Path(plan.storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     storage = RDBStorage(plan.storage, engine_kwargs={"connect_args": {"timeout": PATIENCE_S}})
-    return create_study(
+    study = create_study(
         storage=storage,
         study_name=plan.name,
         sampler=sampler_of(plan.sampler, plan.seed, plan.workers),
         pruner=pruner_of(plan.pruner, plan.experiment.server.rounds),
-        direction="minimize" if lower_is_better else "maximize",
+        direction="maximize" if score is None or score.higher_is_better else "minimize",
         load_if_exists=True,
     )
+    if score is not None:
+        study.set_user_attr(SCORE_ATTRIBUTE, score.name)
+    return study
 
 
 def settings_of(parameters: Mapping[str, Any], space: tuple[Dimension, ...]) -> Settings:
