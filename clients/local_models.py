@@ -1,189 +1,231 @@
-"""Strong models of one site's own rows, chosen by cross-validation on these rows alone.
+"""Strong models of one site's own rows, chosen by cross-validation on these rows alone, for many sites at once.
 
-A linear model with an L2 penalty whose strength is cross-validated; from 50 rows on boosted trees as well. Both are
-scikit-learn's. A penalized linear model of n rows lies in the span of these rows, so that it is fitted in n dimensions at
-most, whatever the number of features.
+Multinomial logistic regression, or ridge regression, with an L2 penalty whose strength is cross-validated. A penalized
+linear model of n rows lies in their span, W = X^T A, so that all of it happens with the n x n products of rows K = X X^T.
+Logistic regression is solved by Boehning's bound on the Hessian (Boehning 1992), A <- A - (M K / 2 + I / C)^-1
+(M (P - Y) + A / C) with M the rows that count, accelerated as by Nesterov: fixed matrices, no line search, so that every
+site, fold and strength is one batch. From 50 rows on scikit-learn's boosted trees are a candidate as well.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import vmap
 
+from fedmeta.engines.weighted_sum import Figures
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
-from fedmeta.problems import Parameters, RowMetric, Supervised
-from fedmeta.problems.row_metrics import Predictions, on_predictions
-from fedmeta.problems.rows import loss as row_loss
-from fedmeta.task import Task, rows_mask
-
-Floats = NDArray[np.float64]
+from fedmeta.problems import Parameters, Supervised
+from fedmeta.problems.rows import loss as mean_loss
+from fedmeta.problems.supervised import OUTPUTS
+from fedmeta.randomness import generator
+from fedmeta.task import Batch
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-"""Inverse penalties that are tried; scikit-learn's default is 1."""
+"""C, the inverse penalties that are tried; scikit-learn's default is 1."""
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Ridge penalties that are tried for regression."""
 
 FOLDS = 4
-TREES_FROM = 50
+ITERATIONS = 150
+INTERCEPT = 10.0
+"""The square of the constant feature that stands for an intercept: so large that its penalty is felt little."""
+
+TREES_FROM, TREE_CLASSES, TREE_FEATURES = 50, 10, 256
 SMALLEST = 1e-6
 """The smallest probability that a class is given, so that a log loss is finite."""
 
+AT_ONCE = 1 << 24
+"""How many numbers the products of rows may be that are solved together."""
 
-def fit_rows(learner: Learner, start: Parameters, task: Task, experiment: Experiment) -> dict[str, Tensor]:
-    """Returns the figures on a task's query rows of the best local model of its support rows.
+
+def fit_rows(learner: Learner, start: Parameters, batch: Batch, experiment: Experiment) -> Figures:
+    """Returns the figures [sites, 1] on query rows of the best local model of each site's support rows.
 
     Args:
         learner: The run's learner, for the width of its outputs and the run's metrics.
         start: The run's initial parameters.
-        task: The site's task, its rows standardised.
+        batch: The sites' tasks, their rows standardized.
         experiment: The run's description, for the seed.
     """
     problem = learner.problem
     assert isinstance(problem, Supervised)
-    (x, y), (qx, qy) = (_known(rows) for rows in task)
-    seed = experiment.runtime.seed
+    with torch.no_grad():
+        classes = int(learner.predict(start, batch.query[0][0, :1]).shape[-1])
+    regression = batch.support[1].is_floating_point()
+    problems = (FOLDS + 1) * len(PENALTIES if regression else STRENGTHS)
+    size = max(1, AT_ONCE // max(1, problems * batch.support[2].shape[1] * max(batch.support[2].shape[1], classes)))
+    parts = [_fit(batch.chunk(at, at + size), classes, experiment.runtime.seed) for at in range(0, batch.sites, size)]
+    outputs = torch.cat(parts)
+    y, mask = batch.query[1].cpu(), batch.query[2].cpu().double()
+    y = y.double() if regression else y
+    figures = {"loss": vmap(mean_loss)(outputs, y, mask), **vmap(problem.figures)(outputs, y, mask), OUTPUTS: outputs}
+    return {name: value[:, None] for name, value in figures.items()}
+
+
+def _fit(batch: Batch, classes: int, seed: int) -> Tensor:
+    """Returns outputs [sites, rows, classes] (log probabilities) or [sites, rows, 1] on the sites' query rows."""
+    (x, y, mask), other = (tuple(tensor.cpu() for tensor in rows) for rows in (batch.support, batch.query))
+    rows, queries = _flat(x, other[0], mask)
+    gram = rows @ rows.mT + INTERCEPT
+    cross = queries @ rows.mT + INTERCEPT
+    folds = torch.from_numpy(np.stack([_folds(a, b, seed) for a, b in zip(y.numpy(), mask.numpy(), strict=True)]))
+    present = mask.double()
+    # One mask a fold, and one of all rows.
+    masks = torch.stack([present * (folds != fold) for fold in range(FOLDS)] + [present], 1)
     if y.is_floating_point():
-        outputs = torch.from_numpy(_regression(_flat(x, 0), y.double().numpy(), _flat(qx, 0), seed))[:, None]
-    else:
-        with torch.no_grad():
-            classes = int(learner.predict(start, task.query[0][:1]).shape[-1])
-        codes = 1 + int(max(x.max(), qx.max())) if not x.is_floating_point() and len(x) and len(qx) else 0
-        probabilities = _classification(_flat(x, codes), y.numpy(), _flat(qx, codes), classes, seed)
-        outputs = torch.from_numpy(np.log(probabilities))
-    mask = torch.ones(len(qy), dtype=torch.float64)
-    target = qy.double() if qy.is_floating_point() else qy
-    figures = {"loss": row_loss(outputs, target, mask)}
-    for metric in problem.metrics:
-        if isinstance(metric, RowMetric) and metric.on_tensors is not None:
-            figures[metric.name] = metric.on_tensors(outputs, target, mask)
-        elif isinstance(metric, RowMetric):
-            known = target.numpy() >= 0 if not target.is_floating_point() else np.ones(len(target), dtype=bool)
-            raw = outputs.numpy()[known]
-            found = (
-                Predictions(target.numpy()[known], np.exp(raw), np.empty(0), raw.shape[1], problem.positive)
-                if not target.is_floating_point()
-                else Predictions(target.numpy(), np.empty((len(raw), 0)), raw.reshape(target.shape), 0)
-            )
-            figures[metric.name] = torch.tensor(on_predictions(metric, found), dtype=torch.float64)
-    return {name: value.double() for name, value in figures.items()}
+        return _ridge(gram, cross, y.double(), present, masks, folds)
+    outputs = _logistic(gram, cross, y, present, masks, folds, classes)
+    for site in range(len(y)):
+        if int(present[site].sum()) >= TREES_FROM and classes <= TREE_CLASSES and rows.shape[-1] <= TREE_FEATURES:
+            outputs[site] = _or_trees(site, rows, queries, y, present, folds, outputs[site], gram, masks, classes, seed)
+    return outputs
 
 
-def _known(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    keep = rows_mask(rows) > 0
-    return rows[0][keep].cpu(), rows[1][keep].cpu()
+def _flat(x: Tensor, other: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns support and query rows as vectors [sites, n, features]; codes of symbols one-hot; padding zero."""
+    if not x.is_floating_point():
+        codes = 1 + int(max(int(x.max()), int(other.max())))
+        x, other = (torch.nn.functional.one_hot(rows, codes) for rows in (x, other))
+    return x.flatten(2).double() * mask.double()[..., None], other.flatten(2).double()
 
 
-def _flat(x: Tensor, codes: int) -> Floats:
-    """Returns rows as vectors [n, features]; codes of symbols one-hot."""
-    if codes:
-        x = torch.nn.functional.one_hot(x, codes)
-    flat: Floats = x.flatten(1).double().numpy() if len(x) else np.empty((0, x[:1].numel() or 1))
-    return flat
-
-
-def _in_span(x: Floats, other: Floats) -> tuple[Floats, Floats]:
-    """Returns rows and other rows in an orthonormal basis of the span of the first, where that is smaller."""
-    if len(x) >= x.shape[1]:
-        return x, other
-    basis = np.linalg.qr(x.T)[0]
-    return x @ basis, other @ basis
-
-
-def _classification(x: Floats, y: NDArray[np.int64], other: Floats, classes: int, seed: int) -> Floats:
-    """Returns probabilities [rows, classes] of other rows."""
-    from sklearn.linear_model import LogisticRegression
-
-    present = np.unique(y)
-    if len(present) < 2:
-        constant = np.full((len(other), classes), SMALLEST)
-        constant[:, present] = 1.0
-        alone: Floats = constant / constant.sum(1, keepdims=True)
-        return alone
-    full, full_other = x, other
-    x, other = _in_span(x, other)
-    folds = _folds(y, seed)
-    models: list[tuple[float, Any, Floats, Floats]] = []
-    for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=300)
-        models.append((_cost(model, x, y, folds, classes), model, x, other))
-    if len(y) >= TREES_FROM and classes <= 10 and full.shape[1] <= 256:
-        from sklearn.ensemble import HistGradientBoostingClassifier
-
-        trees = HistGradientBoostingClassifier(max_iter=50, max_depth=3, min_samples_leaf=5, random_state=seed % 2**32)
-        models.append((_cost(trees, full, y, folds, classes), trees, full, full_other))
-    _, best, own, rows = min(models, key=lambda entry: entry[0])
-    return _probabilities(best, own, y, rows, classes)
-
-
-def _probabilities(model: Any, x: Floats, y: NDArray[np.int64], other: Floats, classes: int) -> Floats:
-    if len(np.unique(y)) < 2:
-        return _constant(y, len(other), classes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.fit(x, y)
-    found = np.full((len(other), classes), SMALLEST)
-    if len(other):
-        found[:, model.classes_] = np.maximum(model.predict_proba(other), SMALLEST)
-    shares: Floats = found / found.sum(1, keepdims=True)
-    return shares
-
-
-def _constant(y: NDArray[np.int64], rows: int, classes: int) -> Floats:
-    found = np.full((rows, classes), SMALLEST)
-    found[:, np.unique(y)] = 1.0
-    shares: Floats = found / found.sum(1, keepdims=True)
-    return shares
-
-
-def _folds(y: NDArray[Any], seed: int) -> NDArray[np.int64]:
-    """Returns the fold of each row [n], each class spread evenly."""
-    drawn = np.random.default_rng(seed).permutation(len(y))
-    order = drawn[np.argsort(y[drawn], kind="stable")]
-    folds = np.empty(len(y), dtype=np.int64)
-    folds[order] = np.arange(len(y)) % min(FOLDS, len(y))
+def _folds(y: NDArray[Any], mask: NDArray[Any], seed: int) -> NDArray[np.int64]:
+    """Returns the fold of each row [n], each class spread evenly over folds; -1 for padding."""
+    here = np.flatnonzero(mask > 0)
+    drawn = generator(seed, "local folds", len(here)).permutation(here)
+    labels = y[drawn] if not np.issubdtype(y.dtype, np.floating) else np.zeros(len(drawn))
+    order = drawn[np.argsort(labels, kind="stable")]
+    folds = np.full(len(y), -1, dtype=np.int64)
+    folds[order] = np.arange(len(order)) % FOLDS
     return folds
 
 
-def _cost(model: Any, x: Floats, y: NDArray[np.int64], folds: NDArray[np.int64], classes: int) -> float:
-    """Returns the cross-validated log loss."""
-    losses = np.empty(len(y))
-    for fold in np.unique(folds):
-        held = folds == fold
-        found = _probabilities(model, x[~held], y[~held], x[held], classes)
-        losses[held] = -np.log(found[np.arange(held.sum()), y[held]])
-    # A class that only the held-out rows have costs every model the same.
-    return float(losses.mean())
+def _logistic(
+    gram: Tensor, cross: Tensor, y: Tensor, present: Tensor, masks: Tensor, folds: Tensor, classes: int
+) -> Tensor:
+    """Returns log probabilities [sites, rows, classes] of query rows under the strength that cross-validation picks."""
+    strengths = torch.tensor(STRENGTHS, dtype=torch.float64)
+    own = torch.nn.functional.one_hot(y.clamp(min=0), classes).double() * present[..., None]
+    absent = torch.where(own.sum(1) > 0, 0.0, -torch.inf)[:, None, None, None, :]  # [sites, 1, 1, 1, classes]
+    count = masks[:, None, :, :, None]  # [sites, 1, folds, n, 1]
+    kernel = gram[:, None, None]
+    pull = (1 / strengths)[None, :, None, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=torch.float64)
+    step = torch.linalg.inv(count * kernel / 2 + pull * eye)
+    target = own[:, None, None]
+    weights = torch.zeros(*step.shape[:-1], classes, dtype=torch.float64)
+    ahead, before = weights, weights
+    for iteration in range(ITERATIONS):
+        found = (kernel @ ahead + absent).softmax(-1)
+        weights = ahead - step @ (count * (found - target) + pull * ahead)
+        ahead = weights + iteration / (iteration + 3) * (weights - before)
+        before = weights
+    scores = kernel @ weights + absent
+    losses = -(scores.log_softmax(-1).clamp(min=np.log(SMALLEST)) * target).sum(-1)  # [sites, strengths, folds + 1, n]
+    held = torch.stack([folds == fold for fold in range(FOLDS)], 1)[:, None]
+    best = _best((losses[:, :, :FOLDS] * held).sum(2), present, STRENGTHS.index(1.0))
+    chosen = weights[torch.arange(len(best)), best, FOLDS]
+    found = (cross @ chosen + absent[:, 0, 0]).log_softmax(-1)
+    return _normalized(found)
 
 
-def _regression(x: Floats, y: Floats, other: Floats, seed: int) -> Floats:
-    """Returns predictions [rows] of other rows."""
-    from sklearn.linear_model import Ridge
+def _best(losses: Tensor, present: Tensor, usual: int) -> Tensor:
+    """Returns the setting of each site [sites]: the usual one unless the best one's held-out loss is lower by one SE.
 
-    if len(y) < 2 or y.ndim > 1:
-        return np.full(len(other), y.mean() if len(y) else 0.0)
-    folds = _folds(np.zeros(len(y)), seed)
-    full, full_other = x, other
-    x, other = _in_span(x, other)
-    candidates: list[tuple[Any, Floats, Floats]] = [(Ridge(alpha=penalty), x, other) for penalty in PENALTIES]
-    if len(y) >= TREES_FROM and full.shape[1] <= 256:
-        from sklearn.ensemble import HistGradientBoostingRegressor
+    On twenty rows the smallest of several cross-validated losses is mostly luck (Breiman et al. 1984, section 3.4.3).
 
-        trees = HistGradientBoostingRegressor(max_iter=50, max_depth=3, min_samples_leaf=5, random_state=seed % 2**32)
-        candidates.append((trees, full, full_other))
-    costs = []
-    for model, own, _ in candidates:
-        errors = np.empty(len(y))
-        for fold in np.unique(folds):
-            held = folds == fold
-            errors[held] = model.fit(own[~held], y[~held]).predict(own[held]) - y[held]
-        costs.append(float((errors**2).mean()))
-    best, own, rows = candidates[int(np.argmin(costs))]
-    predicted: Floats = best.fit(own, y).predict(rows) if len(rows) else np.empty(0)
+    Args:
+        losses: Held-out losses [sites, settings, rows].
+        present: 1 for each row that is there [sites, rows].
+        usual: The usual setting.
+    """
+    best = losses.sum(-1).argmin(1)
+    gain = losses[:, usual] - losses.gather(1, best[:, None, None].expand(-1, 1, losses.shape[2]))[:, 0]
+    rows = present.sum(1).clamp(min=1)
+    mean = (gain * present).sum(1) / rows
+    spread = (((gain - mean[:, None]).square() * present).sum(1) / rows).sqrt() / (rows - 1).clamp(min=1).sqrt()
+    return torch.where(mean > spread, best, torch.full_like(best, usual))
+
+
+def _normalized(log_probabilities: Tensor) -> Tensor:
+    """Returns log probabilities of which none is below that of `SMALLEST`."""
+    found: Tensor = log_probabilities.clamp(min=np.log(SMALLEST)).log_softmax(-1)
+    return found
+
+
+def _ridge(gram: Tensor, cross: Tensor, y: Tensor, present: Tensor, masks: Tensor, folds: Tensor) -> Tensor:
+    """Returns predictions [sites, rows, 1] of query rows under the penalty that cross-validation picks."""
+    penalties = torch.tensor(PENALTIES, dtype=torch.float64)[None, :, None, None, None]
+    y = y.reshape(*y.shape[:2], -1).mean(-1) if y.dim() > 2 else y
+    means = (masks * y[:, None]).sum(-1, keepdim=True) / masks.sum(-1, keepdim=True).clamp(min=1)
+    centered = masks * (y[:, None] - means)
+    system = masks[:, None, :, :, None] * gram[:, None, None] + penalties * torch.eye(gram.shape[-1]).double()
+    weights = torch.linalg.solve(system, centered[:, None, :, :, None].expand(*system.shape[:-1], 1))
+    fitted = (gram[:, None, None] @ weights)[..., 0] + means[:, None]
+    held = torch.stack([folds == fold for fold in range(FOLDS)], 1)[:, None]
+    errors = (fitted - y[:, None, None]).square() * present[:, None, None]
+    best = (errors[:, :, :FOLDS] * held).sum((2, 3)).argmin(1)
+    chosen = weights[torch.arange(len(best)), best, FOLDS]
+    predicted: Tensor = cross @ chosen + means[:, FOLDS, None]
     return predicted
+
+
+def _or_trees(
+    site: int,
+    rows: Tensor,
+    queries: Tensor,
+    y: Tensor,
+    present: Tensor,
+    folds: Tensor,
+    linear: Tensor,
+    gram: Tensor,
+    masks: Tensor,
+    classes: int,
+    seed: int,
+) -> Tensor:
+    """Returns the log probabilities of boosted trees on a site's query rows where they have the better held-out loss."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    here = present[site] > 0
+    x, labels, own = rows[site][here].numpy(), y[site][here].numpy(), folds[site][here].numpy()
+    if len(np.unique(labels)) < 2:
+        return linear
+
+    def fitted(train: NDArray[np.bool_], to: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = np.full((len(to), classes), SMALLEST)
+        kinds = np.unique(labels[train])
+        if len(kinds) < 2:
+            found[:, kinds] = 1.0
+        else:
+            model = HistGradientBoostingClassifier(
+                max_iter=50, max_depth=3, min_samples_leaf=5, random_state=seed % 2**32
+            )
+            model.fit(x[train], labels[train])
+            found[:, model.classes_] = np.maximum(model.predict_proba(to), SMALLEST)
+        shares: NDArray[np.float64] = found / found.sum(1, keepdims=True)
+        return shares
+
+    trees = np.empty(len(labels))
+    for fold in range(FOLDS):
+        held = own == fold
+        trees[held] = -np.log(fitted(~held, x[held])[np.arange(held.sum()), labels[held]])
+    # The linear model's held-out loss, by the same folds.
+    one = slice(site, site + 1)
+    base = np.empty(len(labels))
+    for fold in range(FOLDS):
+        held = own == fold
+        inner = folds[one].where(folds[one] != fold, -1)
+        count = masks[one, fold]
+        again = torch.stack([count * (inner != part) for part in range(FOLDS)] + [count], 1)
+        found = _logistic(gram[one], gram[one], y[one], count, again, inner, classes)[0][here].numpy()
+        base[held] = -found[held, labels[held]]
+    if trees.mean() >= base.mean():
+        return linear
+    return torch.from_numpy(np.log(fitted(np.ones(len(labels), dtype=bool), queries[site].numpy())))

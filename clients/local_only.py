@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from clients.local_models import fit_rows
+from fedmeta.engines.loop import in_place
 from fedmeta.engines.weighted_sum import Figures, stack_path
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
 from fedmeta.problems import Supervised
 from fedmeta.problems.problem import Data, Parameters
 from fedmeta.problems.solvers import DIFFERENTIABLE, IMPLICIT, run_solver
+from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
 
 MOST_STEPS = 1000
@@ -37,16 +39,17 @@ def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
         experiment: The run's description.
     """
     problem, start = learner.problem, learner.theta(meta_state)
+    if isinstance(problem, Supervised) and problem.plain and experiment.evaluation.local_baseline == "auto":
+        return fit_rows(learner, start, batch, experiment)
     found = []
     for site in range(batch.sites):
         task = batch.task(site)
-        if isinstance(problem, Supervised) and problem.plain and experiment.evaluation.local_baseline == "auto":
-            found.append(fit_rows(learner, start, task, experiment))
-            continue
         own = converge(learner, start, task.support)
         with torch.no_grad():
-            found.append({name: value for name, value in learner.evaluate(own, task.query).items() if value.dim() == 0})
-    return {name: value[:, None] for name, value in stack_path(found).items()}
+            found.append(stack_path([learner.evaluate(own, task.query)]))
+        if OUTPUTS in found[-1]:
+            found[-1][OUTPUTS] = in_place(found[-1][OUTPUTS], batch.query[2][site])
+    return stack_path(found)
 
 
 def converge(learner: Learner, start: Parameters, data: Data) -> Parameters:

@@ -40,12 +40,12 @@ def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, s
         with torch.no_grad():
             found = stack_path(learner.evaluate(parameters, task.query) for parameters in path)
         if OUTPUTS in found:
-            found[OUTPUTS] = _in_place(found[OUTPUTS], batch.query[2][site])
+            found[OUTPUTS] = in_place(found[OUTPUTS], batch.query[2][site])
         sites.append(found)
     return stack_path(sites)
 
 
-def _in_place(outputs: Tensor, mask: Tensor) -> Tensor:
+def in_place(outputs: Tensor, mask: Tensor) -> Tensor:
     """Returns outputs [steps, rows, k] of a site without padding where its rows are in the batch [steps, n, k]."""
     whole = outputs.new_zeros(outputs.shape[0], len(mask), *outputs.shape[2:])
     whole[:, mask > 0] = outputs
