@@ -44,6 +44,21 @@ def sites(
 
 
 @app.command()
+def check(
+    file: File,
+    overrides: Overrides = None,
+) -> None:
+    """Checks an experiment's problem, model and learner on a few sites, against finite differences in float64."""
+    from fedmeta.runtime.checking import check_experiment
+
+    found = check_experiment(load_experiment(file, overrides or []))
+    for line in found.passed:
+        print(f"ok            {line}")
+    for line in found.skipped:
+        print(f"not verified  {line}")
+
+
+@app.command()
 def adapt(
     run: Annotated[
         str,

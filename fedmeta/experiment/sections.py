@@ -214,6 +214,10 @@ class Runtime(Section):
         default="auto", description="How a cohort's gradients are computed"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where tensors live")
+    check: Literal["auto", "straight-through", "off"] = Field(
+        default="auto",
+        description="Check of own code before a run; straight-through = derivatives may differ from finite differences",
+    )
     threads: int = Field(default=0, ge=0, description="Processor use of torch; 0 = torch's own default (threads)")
     memory: float = Field(default=0.0, ge=0, description="Budget for one cohort; 0 = a share of what is free (GiB)")
     checkpoint_every: int = Field(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Report, ignore_progress
+from fedmeta.progress import Progress, Report, ignore_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,12 +87,15 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
 
     from clients.app import app
     from clients.node import invalidate_stale_caches, node_of
+    from fedmeta.runtime.checking import check_own_code
     from fedmeta.runtime.local import LocalGrid
     from server import training_loop
 
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
     invalidate_stale_caches(experiment.data)
+    for note in check_own_code(experiment):
+        report(Progress(0, experiment.server.rounds, note=note))
     grid = LocalGrid(app, experiment)
     node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
     outcome = training_loop.run(grid, experiment, report, resume)
@@ -101,7 +104,10 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
 
 def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
     from fedmeta.runtime import ray
+    from fedmeta.runtime.checking import check_own_code
 
+    for note in check_own_code(experiment):
+        report(Progress(0, experiment.server.rounds, note=note))
     return _result_in(*ray.run(experiment, resume, report))
 
 
