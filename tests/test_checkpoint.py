@@ -26,11 +26,11 @@ def evaluation(number: int, sites: int = 3, steps: int = 2) -> Evaluation:
     return Evaluation(
         round_number=number,
         sites=np.arange(sites) * 2,
-        scores=scores,
-        losses=losses,
-        calibration=calibration,
+        figures={"accuracy": scores, "loss": losses, "ece": calibration},
         chosen=np.full(sites, steps),
-        reference=np.full(sites, np.nan),
+        local={"accuracy": np.full(sites, np.nan)},
+        pooled={"0/global/rows": np.array([3.0, 2.0])},
+        pooled_sites=(2, 0),
     )
 
 
@@ -56,6 +56,9 @@ def saved(number: int = 7, **changes: Any) -> Checkpoint:
         test_rows=(9, 1, 0, 1, 5),
         regression=True,
         tokens=True,
+        weights=(9.0, 0.5, 20.0, 1.0, 5.0),
+        form="0123",
+        held_out=False,
         evaluations=(evaluation(0), evaluation(5, 2, 0), evaluation(10)),
         totals={"wall_s": 0.1 + 0.2, "bytes_up": 2.0**53, "failures": 0},
         engine="lowrank",

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmeta import evaluation as evaluation_module
 from fedmeta.checkpoint import Evaluation
-from fedmeta.evaluation import headline, left_behind, sites_frame, summarize, summarize_scores
+from fedmeta.evaluation import headline, left_behind, sites_frame, summarize_scores
+from fedmeta.problems import Metric
 
 
 def frame_of(
@@ -28,11 +30,9 @@ def frame_of(
     evaluation = Evaluation(
         round_number=4,
         sites=np.arange(sites),
-        scores=scores,
-        losses=10 * scores,
-        calibration=scores / 10,
+        figures={metrics_of(regression)[0].name: scores, "loss": 10 * scores},
         chosen=np.array(chosen or [2] * sites, dtype=np.int64),
-        reference=np.array(reference or [math.nan] * sites),
+        local={metrics_of(regression)[0].name: np.array(reference or [math.nan] * sites)},
     )
     return sites_frame(
         [f"site-{site}" for site in range(sites)],
@@ -40,8 +40,16 @@ def frame_of(
         [7] * sites,
         test_rows or [5] * sites,
         evaluation,
-        regression=regression,
+        metrics_of(regression),
     )
+
+
+def metrics_of(regression: bool) -> tuple[Metric, ...]:
+    return (Metric("rmse", False),) if regression else (Metric("accuracy", True),)
+
+
+def summarize(frame: pd.DataFrame) -> dict[str, Any]:
+    return evaluation_module.summarize(frame, metrics_of("global_rmse" in frame))
 
 
 # ---------------------------------------------------------------- one row per site
@@ -97,10 +105,9 @@ def test_a_site_without_test_rows_has_no_score() -> None:
 
 
 def test_scores_are_summarised_as_by_hand() -> None:
-    scores, losses = pd.Series([0.2, 0.4, 0.6, 0.8]), pd.Series([4.0, 3.0, 2.0, 1.0])
-    assert summarize_scores(scores, losses) == pytest.approx(
-        {"mean": 0.5, "std": math.sqrt(0.05), "worst_decile": 0.2, "min": 0.2, "loss": 2.5}
-    )
+    found = summarize_scores(pd.Series([0.2, 0.4, math.nan, 0.6, 0.8]), Metric("accuracy", True))
+    assert 0.2 <= found.pop("low") < 0.5 < found.pop("high") <= 0.8
+    assert found == pytest.approx({"mean": 0.5, "std": math.sqrt(0.05), "worst_decile": 0.2, "min": 0.2, "n": 4})
 
 
 @pytest.mark.parametrize(
@@ -108,9 +115,9 @@ def test_scores_are_summarised_as_by_hand() -> None:
 )
 def test_the_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(sites: int, worst: list[int]) -> None:
     values = np.random.default_rng(sites).permutation(sites)
-    summary = summarize_scores(pd.Series(values / 100), pd.Series(values * 0.0))
+    summary = summarize_scores(pd.Series(values / 100), Metric("accuracy", True))
     assert summary["worst_decile"] == pytest.approx(np.mean(list(worst)) / 100)
-    highest = summarize_scores(pd.Series(values / 100), pd.Series(values * 0.0), worst_is_high=True)
+    highest = summarize_scores(pd.Series(values / 100), Metric("rmse", False))
     assert highest["worst_decile"] == pytest.approx((sites - 1 - np.mean(list(worst))) / 100)
 
 
@@ -131,11 +138,12 @@ def test_groups_are_summarised_apart() -> None:
     assert new["personalized"]["loss"] == pytest.approx(6.0)
     assert new["helped"] == 0.5
     assert new["gain"] == pytest.approx(0.05)
-    assert new["local"] == pytest.approx(0.4)
+    assert new["local_only"]["mean"] == pytest.approx(0.4)
+    assert (new["harmed"], new["beats_local"]) == (0.5, 0.5)
     assert training["global"]["std"] == 0.0
-    # As good as before is helped.
-    assert training["helped"] == 1.0
-    assert training["local"] is None
+    # As good as before is neither helped nor harmed.
+    assert (training["helped"], training["harmed"]) == (0.0, 0.0)
+    assert training["local_only"]["mean"] is None
 
 
 def test_for_regression_the_worst_errors_are_the_highest() -> None:
@@ -150,8 +158,8 @@ def test_a_group_without_sites_is_empty_and_no_error() -> None:
     summary = summarize(frame_of([0.5], [0.7]))["training_sites"]
     assert summary["n"] == 0
     assert summary["helped"] is None
-    assert set(summary["global"].values()) == {None}
-    assert set(summarize(frame_of([], []))["new_sites"]["personalized"].values()) == {None}
+    assert summary["global"]["mean"] is None
+    assert summarize(frame_of([], []))["new_sites"]["personalized"]["mean"] is None
 
 
 def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
@@ -164,7 +172,7 @@ def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
     frame = frame_of([0.5, 0.5], [0.6, 0.7])
     frame.loc[0, "personalized_loss"] = math.nan
     summary = summarize(frame)["new_sites"]
-    assert (summary["n"], summary["diverged"], summary["helped"]) == (2, 1, 0.5)
+    assert (summary["n"], summary["diverged"], summary["helped"]) == (1, 1, 0.5)
     assert left_behind(frame) == 1
     assert summarize(frame_of([0.5], [math.nan], test_rows=[0]))["new_sites"]["diverged"] == 0
 
@@ -183,8 +191,8 @@ def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) 
             assert figures["min"] <= figures["worst_decile"] + 1e-12 <= figures["mean"] + 2e-12
             assert 0 <= figures["std"] <= 0.5 + 1e-12
         assert 0 <= group["helped"] <= 1
-    helped = sum(group["helped"] * group["n"] for group in summarize(frame).values() if group["n"])
-    assert round(helped) == len(rows) - left_behind(frame)
+    harmed = sum(group["harmed"] * group["n"] for group in summarize(frame).values() if group["n"])
+    assert round(harmed) == left_behind(frame)
 
 
 # ---------------------------------------------------------------- what is told first

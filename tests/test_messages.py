@@ -45,6 +45,8 @@ SITES = SitesReply(
     shape=(2,),
     regression=False,
     tokens=False,
+    weights=(12.0, 0.5),
+    form="ab01",
 )
 SUMS = SumsReply(np.array([2.0, 0.0]), np.array([1e9, -3.5]), np.array([4.0, 1e-300]))
 REQUEST = RoundRequest(
@@ -61,10 +63,14 @@ REQUEST = RoundRequest(
 TRAINED = TrainReply(GRADIENT, 2.5, ("abbey", "zion"), np.array([0.25, math.nan]), np.array([True, False]))
 EVALUATED = EvaluateReply(
     names=("abbey", "zion"),
-    scores=np.array([[0.5, 1.0], [math.nan, 0.0]]),
-    losses=np.array([[2.0, 0.1], [9.0, math.inf]]),
-    calibration=np.array([[0.2, 0.1], [math.nan, math.nan]]),
+    figures={
+        "accuracy": np.array([[0.5, 1.0], [math.nan, 0.0]]),
+        "loss": np.array([[2.0, 0.1], [9.0, math.inf]]),
+        "ece": np.array([[0.2, 0.1], [math.nan, math.nan]]),
+    },
     chosen=np.array([1, 0]),
+    pooled={"0/global/rows": np.array([4.0, 3.0])},
+    pooled_sites=(2,),
 )
 ENGINE = EngineReply("lowrank", 1 << 28, {"lowrank": 0.01, "loop": 0.5})
 
@@ -207,7 +213,7 @@ def exchange() -> Callable[[str, RecordDict], RecordDict]:
 def work(exchange: Any) -> RoundRequest:
     """A request that the client can answer."""
     classes = SitesReply.unpack(exchange(QUERY_SITES, RecordDict())).classes
-    state = learner_of(exchange.experiment, (8, 8), len(classes)).init(0)
+    state = learner_of(exchange.experiment, (8, 8), classes).init(0)
     scale = {f"standardisation.{name}": torch.ones(1, 1) for name in ("mean", "scale")}
     return RoundRequest(
         {**state, **scale}, 1, classes, ("site-03", "site-11", "site-30"), "a-run", steps=2, engine="vmap"
@@ -321,8 +327,8 @@ def changed(message: Any, record: str, key: str, value: Any) -> RecordDict:
 
 def of_no_site(columns: int) -> RecordDict:
     nothing = np.zeros((0, 2))
-    content = EvaluateReply((), nothing, nothing, nothing, np.array([], dtype=np.int64)).pack()
-    content["figures"]["columns"] = columns
+    content = EvaluateReply((), {"loss": nothing}, np.array([], dtype=np.int64)).pack()
+    content["counts"]["columns"] = columns
     return content
 
 
@@ -371,13 +377,13 @@ WRONG = [
     ("TrainReply", changed(TRAINED, "cohort", "query_loss", [0.5]), '"query_loss" has 1 values and not 2'),
     ("TrainReply", changed(TRAINED, "cohort", "finite", [1, 0, 1]), '"finite" has 3 values and not 2'),
     ("TrainReply", changed(TRAINED, "sites", "names", "abbey"), '"names" is not a list of str'),
-    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 0), "the figures are of no site or have no column"),
-    ("EvaluateReply", changed(EVALUATED, "figures", "columns", -2), "the figures are of no site or have no column"),
-    ("EvaluateReply", changed(EVALUATED, "figures", "columns", 2**62), '"scores" has 4 values and not'),
-    ("EvaluateReply", changed(EVALUATED, "figures", "losses", [1.0] * 3), '"losses" has 3 values and not 4'),
-    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2]), "a site takes more steps than there are"),
-    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, -1]), "a site takes more steps than there are"),
-    ("EvaluateReply", changed(EVALUATED, "figures", "chosen", [0, 2**63]), '"chosen" has a number that is too large'),
+    ("EvaluateReply", changed(EVALUATED, "counts", "columns", 0), "the figures are of no site or have no column"),
+    ("EvaluateReply", changed(EVALUATED, "counts", "columns", -2), "the figures are of no site or have no column"),
+    ("EvaluateReply", changed(EVALUATED, "counts", "columns", 2**62), '"accuracy" has 4 values and not'),
+    ("EvaluateReply", changed(EVALUATED, "figures", "loss", [1.0] * 3), '"loss" has 3 values and not 4'),
+    ("EvaluateReply", changed(EVALUATED, "counts", "chosen", [0, 2]), "a site takes more steps than there are"),
+    ("EvaluateReply", changed(EVALUATED, "counts", "chosen", [0, -1]), "a site takes more steps than there are"),
+    ("EvaluateReply", changed(EVALUATED, "counts", "chosen", [0, 2**63]), '"chosen" has a number that is too large'),
     ("EvaluateReply", of_no_site(2**62), "the figures are of no site or have no column"),
     ("RoundRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
     ("RoundRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),

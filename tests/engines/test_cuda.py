@@ -51,7 +51,8 @@ def test_sums_and_scores_are_those_of_the_processor(model: str, name: str, engin
     assert distance({key: value.cpu() for key, value in gradient.items()}, expected[0]) < 1e-10
     assert weight == expected[1]
     assert distance({key: value.cpu() for key, value in figures.items()}, expected[2]) < 1e-10
-    for one, other in zip(engines.evaluate(learner, there, batch.to("cuda"), engine), scores, strict=True):
+    for name, one in engines.evaluate(learner, there, batch.to("cuda"), engine).items():
+        other = scores[name]
         torch.testing.assert_close(one.cpu().double(), other.double(), atol=1e-6, rtol=0)
 
 

@@ -51,7 +51,7 @@ def test_chunks_change_nothing(engine: str) -> None:
         assert parts[1] == whole[1] == 10
         assert distance(parts[2], whole[2]) < 1e-12
         scores = engines.evaluate(learner, own, batch, engine, chunk=chunk, budget=budget)
-        assert torch.allclose(scores[1], engines.evaluate(learner, own, batch, engine)[1])
+        assert torch.allclose(scores["loss"], engines.evaluate(learner, own, batch, engine)["loss"])
 
 
 def test_a_sum_of_parts_can_stay_as_it_was_added_up() -> None:
@@ -195,8 +195,8 @@ def test_the_stock_encoder_layer_takes_another_engine() -> None:
 class OtherLoss(Maml):
     """Maml with a loss of its own, which the low-rank form does not know."""
 
-    def loss(self, parameters: Parameters, rows: Rows) -> Tensor:
-        return 2 * super().loss(parameters, rows)
+    def inner(self, parameters: Parameters, data: Rows) -> Tensor:
+        return 2 * super().inner(parameters, data)
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def test_no_sites_send_nothing(engine: str) -> None:
     assert all(value.shape == gradient[name].shape for name, value in state(learner).items())
     assert not any(value.any() for value in gradient.values())
     assert [len(figures[name]) for name in ("query_loss", "finite")] == [0, 0]
-    assert engines.evaluate(learner, state(learner), [], engine).score.shape == (0, 3)
+    assert engines.evaluate(learner, state(learner), [], engine)["accuracy"].shape == (0, 3)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0] * 5, [1.0, 1.0, -1.0, 1.0], [1.0, torch.nan, 1.0, 1.0]])
@@ -324,7 +324,7 @@ def test_a_trial_chooses_an_engine_that_also_evaluates() -> None:
     own = state(learner, torch.float32)
     batch = tasks(RAGGED, (20,), torch.float32)
     chosen, _ = engines.trial(learner, own, batch)
-    assert engines.evaluate(learner, own, batch, chosen).loss.isfinite().all()
+    assert engines.evaluate(learner, own, batch, chosen)["loss"].isfinite().all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -336,7 +336,7 @@ def test_as_many_right_rows_are_the_same_accuracy(engine: str) -> None:
         query = [(x, (torch.arange(rows) < right).long()) for right in range(rows + 1)]
         found = engines.evaluate(learner, own, [Task((x[:1], torch.zeros(1).long()), each) for each in query], engine)
         expected = 1 - torch.arange(rows + 1) / rows
-        torch.testing.assert_close(found.score[:, 0], expected, rtol=0, atol=6e-8)
+        torch.testing.assert_close(found["accuracy"][:, 0], expected, rtol=0, atol=6e-8)
         shuffled = [(x, y[torch.randperm(rows, generator=torch.Generator().manual_seed(1))]) for x, y in query]
         again = engines.evaluate(learner, own, [Task(each, each) for each in shuffled], engine)
-        assert torch.equal(again.score, found.score)
+        assert torch.equal(again["accuracy"], found["accuracy"])

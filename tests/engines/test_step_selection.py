@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedmeta import engines
 from fedmeta.engines.step_selection import FOLDS, choose_steps
-from fedmeta.engines.weighted_sum import Scores
+from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import build
 from fedmeta.task import Batch, Rows
 
@@ -23,12 +23,12 @@ def rows(sites: int, n: int, mask: Tensor | None = None) -> Rows:
     return x, torch.zeros(sites, n, dtype=torch.long), torch.ones(sites, n) if mask is None else mask
 
 
-def with_losses(losses: Tensor, scores: Tensor | None = None) -> Scores:
-    return Scores((-losses).exp() if scores is None else scores, losses, losses)
+def with_losses(losses: Tensor, scores: Tensor | None = None) -> Figures:
+    return {"accuracy": (-losses).exp() if scores is None else scores, "loss": losses}
 
 
 def test_takes_the_steps_that_cost_least() -> None:
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         assert batch.sites == 2 * PARTS
         noise = torch.linspace(0, 0.01, PARTS).repeat(2)[:, None]
         falling = torch.tensor([[1.0, 0.5, 0.2, 0.4], [0.2, 0.5, 0.7, 0.9]]).repeat_interleave(PARTS, 0)
@@ -38,7 +38,7 @@ def test_takes_the_steps_that_cost_least() -> None:
 
 
 def test_takes_the_usual_number_where_the_gain_is_within_its_own_spread() -> None:
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         gains = torch.tensor([1.0, -0.9, 0.8, -0.9, 0.2])[:, None]
         return with_losses(torch.cat([1 - gains, torch.ones(PARTS, STEPS)], 1))
 
@@ -86,7 +86,7 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it(folds: int) -> None:
     mask[1, 4:] = 0
     seen: list[Batch] = []
 
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         seen.append(batch)
         return with_losses(torch.ones(batch.sites, STEPS + 1))
 
@@ -108,7 +108,7 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it(folds: int) -> None:
 def test_folds_have_the_classes_in_proportion() -> None:
     seen: list[Batch] = []
 
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         seen.append(batch)
         return with_losses(torch.ones(batch.sites, STEPS + 1))
 
@@ -123,7 +123,7 @@ def test_folds_have_the_classes_in_proportion() -> None:
 def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
     seen: list[Batch] = []
 
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         seen.append(batch)
         return with_losses(torch.tensor([[0.1, 1.0]]).expand(batch.sites, 2))
 
@@ -138,7 +138,7 @@ def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
 
 
 def test_no_rows_and_diverging_steps_mean_no_adaptation() -> None:
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         losses = torch.ones(batch.sites, STEPS + 1)
         losses[:, 1:] = torch.nan
         return with_losses(losses)
@@ -163,13 +163,13 @@ def test_sites_that_gain_adapt_and_most_that_adapting_hurts_do_not() -> None:
     weight[0, :4], weight[1, :4] = -1.0, 1.0
     state = {"theta.weight": weight, "theta.bias": torch.zeros(2)}
 
-    def evaluate(batch: Batch) -> Scores:
+    def evaluate(batch: Batch) -> Figures:
         return engines.evaluate(learner, state, batch, "vmap", steps=steps)
 
     chosen = choose_steps(evaluate, (x, y, torch.ones(sites, 20)))
     assert (chosen[:gaining] == steps).float().mean() > 0.8
     assert (chosen[gaining:] < steps).float().mean() > 0.6
-    judged = evaluate(Batch((x, y, torch.ones(sites, 20)), (more, labels(more), torch.ones(sites, 200)))).score
+    judged = evaluate(Batch((x, y, torch.ones(sites, 20)), (more, labels(more), torch.ones(sites, 200))))["accuracy"]
     none, usual, gated = judged[:, 0], judged[:, steps], judged.gather(1, chosen[:, None])[:, 0]
     gained, lost = (usual - none)[:gaining].mean(), (none - usual)[gaining:].mean()
     assert min(gained, lost) > 0.1

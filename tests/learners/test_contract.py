@@ -13,6 +13,7 @@ from fedmeta.engines import ENGINES
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import LEARNERS, Learner, build, learner_class, settings_of
 from fedmeta.models import build as build_model
+from fedmeta.problems import Supervised
 from fedmeta.task import Rows, Task, rows_mask
 
 from .reference import flat, make_regression, make_state, make_task, padded, relative_error
@@ -125,8 +126,8 @@ def test_rows_of_an_unseen_class_count_for_nothing_and_score_as_wrong(learner: L
     ours, theirs = (learner.meta_gradient(state, each)[0] for each in (unseen, task))
     assert flat(ours).sub(flat(theirs)).norm() <= 1e-12 * flat(theirs).norm()
     own = learner.adapt(state, task.support)
-    accuracy, _, _ = learner.score(own, task.query)
-    with_unseen, _, _ = learner.score(own, unseen.query)
+    accuracy = learner.evaluate(own, task.query)["accuracy"]
+    with_unseen = learner.evaluate(own, unseen.query)["accuracy"]
     assert float(with_unseen) == pytest.approx(float(accuracy) * 5 / 7, rel=1e-6)
 
 
@@ -137,9 +138,9 @@ def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtyp
     ours, theirs = (learner.meta_gradient(state, task)[0] for task in (other, plain))
     assert float((flat(ours) - flat(theirs)).abs().max()) == 0
     theta = learner.theta(state)
-    assert learner.score(theta, other.query) == learner.score(theta, plain.query)
+    assert learner.evaluate(theta, other.query) == learner.evaluate(theta, plain.query)
     scores = [engines.evaluate(learner, state, [task, task]) for task in (other, plain)]
-    assert all(torch.equal(one, another) for one, another in zip(*scores, strict=True))
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
 
 
 def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> None:
@@ -150,7 +151,8 @@ def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> No
     ours, theirs = (linear.meta_gradient(state, each)[0] for each in (column, task))
     assert float((flat(ours) - flat(theirs)).abs().max()) == 0
     outputs = linear.predict(linear.theta(state), task.query[0])
-    score, mean, _ = linear.score(linear.theta(state), task.query)
+    figures = linear.evaluate(linear.theta(state), task.query)
+    score, mean = figures["rmse"], figures["loss"]
     assert float(mean) == pytest.approx(float((outputs[:, 0] - task.query[1]).square().mean()))
     assert float(score) == pytest.approx(float(mean) ** 0.5)
 
@@ -181,7 +183,7 @@ class Bag(nn.Module):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_integer_rows_reach_an_embedding(learner: Learner, engine: str) -> None:
-    embedded = dataclasses.replace(learner, model=Bag())
+    embedded = dataclasses.replace(learner, problem=Supervised(Bag()))
     draw = torch.Generator().manual_seed(0)
     tasks = [
         Task(*((torch.randint(6, (n, 5), generator=draw), torch.randint(3, (n,), generator=draw)) for n in (4, size)))
@@ -235,7 +237,7 @@ def test_names_and_keys() -> None:
 @pytest.mark.parametrize("model", ["conv4", "char_lstm"])
 def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine: str) -> None:
     shape = (16, 16) if model == "conv4" else (4,)
-    deep = dataclasses.replace(learner, model=build_model(model, shape, 3, hidden=(3, 3), filters=2))
+    deep = dataclasses.replace(learner, problem=Supervised(build_model(model, shape, 3, hidden=(3, 3), filters=2)))
     tasks = [make_task(seed, shape, 3, support=2 + seed, query=2) for seed in range(2)]
     if model == "char_lstm":
         tasks = [Task(*((x.abs().long().clamp(max=2), y) for x, y in task)) for task in tasks]
@@ -249,11 +251,12 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
 def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]
     state = make_state(learner)
-    scores, losses, _ = engines.evaluate(learner, state, tasks, engine, steps=3)
+    figures = engines.evaluate(learner, state, tasks, engine, steps=3)
+    scores, losses = figures["accuracy"], figures["loss"]
     steps = learner.evaluation_steps(3)
     assert scores.shape == losses.shape == (3, steps + 1)
     for site, task in enumerate(tasks):
         path = learner.adaptation_path(state, task.support, steps)
-        expected = torch.stack([torch.stack(learner.score(own, task.query)) for own in path])
+        expected = torch.stack([learner.evaluate(own, task.query)["accuracy"] for own in path])[:, None]
         assert torch.allclose(scores[site].double(), expected[:, 0].double(), atol=1e-6)
         assert torch.allclose(losses[site].double(), expected[:, 1].double(), rtol=1e-9)

@@ -147,8 +147,8 @@ def test_rates_at_their_start_are_mamls_and_may_be_negative(name: str) -> None:
     ours, theirs = learner.meta_gradient(state, task)[0], maml.meta_gradient(state, task)[0]
     assert relative_error(maml.theta(ours), maml.theta(theirs)) < 1e-6, "alpha is held in float32 at first"
     negative = {key: -value if key.startswith("alpha.") else value for key, value in state.items()}
-    uphill = learner.loss(learner.adapt(negative, task.support), task.support)
-    assert float(uphill) > float(learner.loss(learner.theta(state), task.support))
+    uphill = learner.inner(learner.adapt(negative, task.support), task.support)
+    assert float(uphill) > float(learner.inner(learner.theta(state), task.support))
 
 
 def test_mamlpp_goes_on_at_the_last_rate() -> None:
