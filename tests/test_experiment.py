@@ -219,7 +219,7 @@ def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
         ("[runtime]\nzzz = 5", "unknown key [runtime] zzz = 5; its keys are seed, engine, device, threads, memory, "),
         ("[privacy]\nzzz = 5", "unknown key [privacy] zzz = 5; its keys are clip_norm, noise_multiplier, delta, "),
         ("[serverr]\nrounds = 5", 'unknown section [serverr]; did you mean "server"?'),
-        ("[zzz]", "unknown section [zzz]; the sections are data, model, learner, "),
+        ("[zzz]", "unknown section [zzz]; the sections are problem, data, model, learner, "),
         ("rounds = 5", "unknown key rounds = 5 outside of any section; did you mean [server] rounds?"),
         ("server = 5", "server = 5: must be a section, written [server]"),
         ("[[data]]\npath = 'a'", 'data = [{"path": "a"}]: must be a section, written [data]'),
