@@ -216,7 +216,7 @@ def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
         ("[learner]\ninner_lr = -1", "[learner] inner_lr = -1: must be a number greater than 0"),
         ("[server]\nround = 5", 'unknown key [server] round = 5; did you mean "rounds"?'),
         ("[server]\nseed = 5", "unknown key [server] seed = 5; did you mean [runtime] seed?"),
-        ("[runtime]\nzzz = 5", "unknown key [runtime] zzz = 5; its keys are seed, engine, device, threads, memory, "),
+        ("[runtime]\nzzz = 5", "unknown key [runtime] zzz = 5; its keys are seed, engine, "),
         ("[privacy]\nzzz = 5", "unknown key [privacy] zzz = 5; its keys are clip_norm, noise_multiplier, delta, "),
         ("[serverr]\nrounds = 5", 'unknown section [serverr]; did you mean "server"?'),
         ("[zzz]", "unknown section [zzz]; the sections are problem, data, model, learner, "),
