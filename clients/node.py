@@ -41,6 +41,7 @@ from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
 from fedmeta.problems import TaskSource
 from fedmeta.task import Batch
+from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
 
 Sites = NDArray[np.int64]
 
@@ -162,14 +163,18 @@ def node_of(context: Context) -> Node:
     """Returns what the node of a context hosts.
 
     A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
-    experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name.
+    experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name. A deployed
+    node imports code of the user's own only from the packages that its config allows (`code`).
 
     Raises:
         DataError: The data cannot be read.
-        FedmetaError: The experiment is not valid.
+        FedmetaError: The experiment is not valid, or names code that this node does not allow.
     """
     experiment = _experiment(str(context.run_config["experiment"]))
     config = context.node_config
+    if "data" in config or "partition-id" not in config:
+        allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
+        refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
     return _partition_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))

@@ -16,6 +16,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.launch import RESUME_VARIABLE, announce, launcher_folder, reporter, write_result
 from fedmeta.runtime.deployment import print_progress, tracked
+from fedmeta.trust import code_of, refuse_foreign_code
 from server import training_loop
 
 app = ServerApp()
@@ -49,7 +50,9 @@ def _task(context: Context) -> tuple[Experiment, Path | None]:
     experiment = tracked(experiment)
     if wanted := str(context.run_config.get("resume", "")):
         folder = checkpoint.find(Path(experiment.tracking.folder), wanted, experiment.to_toml())
-        return Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder)), folder
+        stored = Experiment.from_toml(checkpoint.newest(folder)[0].experiment, origin=str(folder))
+        refuse_foreign_code(stored, str(folder), code_of(experiment), remedy="name {} in the experiment")
+        return stored, folder
     return experiment, None
 
 

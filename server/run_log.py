@@ -26,6 +26,7 @@ from fedmeta.problems import Metric
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.retrieval import SUMMARY
 from fedmeta.tracking.tracker import Tracker
+from fedmeta.trust import code_of
 from fedmeta.versions import versions
 from server.adaptation_schedule import Schedule
 from server.federation import Federation
@@ -148,7 +149,7 @@ class RunLogger:
         if self.tracker:
             files = [self.folder / name for name in (SUMMARY, FAILURES_FILE, "experiment.toml")]
             artifacts = [checkpoint, *(file for file in files if file.exists())]
-            model = partial(export_meta_model, checkpoint, self.folder)
+            model = partial(export_meta_model, checkpoint, self.folder, code_of(self.experiment))
             self.tracker.finish(summary, sites, artifacts, model, self.experiment.tracking.model)
         else:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from fedmeta import checkpoint
@@ -10,16 +11,21 @@ from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.tracking import model
 
 
-def export_meta_model(checkpoint_file: Path, folder: Path) -> Path:
+def export_meta_model(checkpoint_file: Path, folder: Path, code: Collection[str] = ()) -> Path:
     """Writes a run's start into its folder, and beside it the MLflow model made of it; returns the model's folder.
 
     Its input example is the mean of each feature over all training sites, which the server knows: no site's row.
 
+    Args:
+        checkpoint_file: The run's checkpoint.
+        folder: The run's folder.
+        code: What the run names of code that is not part of fedmeta.
+
     Raises:
-        FedmetaError: The checkpoint cannot be read.
+        FedmetaError: The checkpoint cannot be read, or asks for other code.
         OSError: The folder cannot be written.
     """
-    start = MetaModel.of(checkpoint.read(checkpoint_file))
+    start = MetaModel.of(checkpoint.read(checkpoint_file), code)
     start.write(folder / FILE)
     whole, part = folder / model.FOLDER, folder / f"{model.FOLDER}.part"
     for earlier in (part, whole):

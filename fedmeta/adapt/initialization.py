@@ -6,7 +6,7 @@ One file, `meta_model.safetensors`, without anything of the sites that trained, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -26,6 +26,7 @@ from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server,
 from fedmeta.files import read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
+from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
@@ -101,11 +102,15 @@ class MetaModel:
     finished: bool = True
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> MetaModel:
+    def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
         """Returns the start that a run's checkpoint holds.
 
+        Args:
+            checkpoint: The checkpoint.
+            code: What it may name of code that is not part of fedmeta (see `fedmeta.trust.allow_code`).
+
         Raises:
-            FedmetaError: The checkpoint does not say what rows look like, as those of early versions.
+            FedmetaError: It asks for other code, or does not say what rows look like, as those of early versions.
         """
         if not checkpoint.shape:
             raise FedmetaError(
@@ -113,12 +118,13 @@ class MetaModel:
                 "look like; run the experiment again"
             )
         experiment = Experiment.from_toml(checkpoint.experiment, f"run {checkpoint.run_id}")
+        handed_on = _without_surroundings(experiment)
+        refuse_foreign_code(handed_on, f"run {checkpoint.run_id}", code)
         form = Form(checkpoint.shape, checkpoint.features, checkpoint.classes, checkpoint.regression, checkpoint.tokens)
         steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
         rate = float(checkpoint.schedule.get("rate", 1.0))
         meta_state = dict(checkpoint.meta_state)
         mean, scale = meta_state.pop(MEAN), meta_state.pop(SCALE)
-        handed_on = _without_surroundings(experiment)
         run = (checkpoint.run_id, checkpoint.round_number)
         return cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished)
 
@@ -168,15 +174,21 @@ class MetaModel:
         write_atomic(path, save(self._tensors(), texts))
 
     @classmethod
-    def read(cls, path: Path) -> MetaModel:
+    def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> MetaModel:
         """Reads what `write` wrote.
 
+        Args:
+            path: The file.
+            code: As for `of`.
+            remedy: How a person allows more code, for the message.
+
         Raises:
-            FedmetaError: It is not such a file.
+            FedmetaError: It is not such a file, or asks for other code.
         """
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
         header = json.loads(texts["header"])
         experiment = Experiment.from_toml(texts["experiment"], str(path))
+        refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = tensors.pop(MEAN), tensors.pop(SCALE)
         header["form"] = Form.of(header["form"])
         return cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, **header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ from fedmeta.tracking.store import sqlite_file
 REGISTERED = "models:/"
 
 
-def find_start(run: str, root: Path, uri: str) -> MetaModel:
+def find_start(run: str, root: Path, uri: str, code: Collection[str] = ()) -> MetaModel:
     """Returns what a finished run hands to new sites.
 
     Args:
@@ -22,35 +23,42 @@ def find_start(run: str, root: Path, uri: str) -> MetaModel:
             MLflow id; or `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
         root: The folder of all runs.
         uri: The MLflow store that is asked where the run is not found here.
+        code: What the run may name of code that is not part of fedmeta (see `fedmeta.trust.allow_code`).
 
     Raises:
-        FedmetaError: There is no such run, or it cannot be read.
+        FedmetaError: There is no such run, it cannot be read, or it asks for other code.
     """
     if not run.startswith(REGISTERED):
         path = Path(run)
         if path.is_file():
-            return read_start(path)
+            return read_start(path, code)
         for folder in (path, path / "data", root / run):
             if (folder / FILE).is_file():
-                return MetaModel.read(folder / FILE)
+                return MetaModel.read(folder / FILE, code)
         try:
-            return MetaModel.of(checkpoint.newest(checkpoint.find(root, run, ""))[0])
+            found = checkpoint.newest(checkpoint.find(root, run, ""))[0]
         except FedmetaError as error:
             if path.is_dir() or (root / run).is_dir():
                 raise FedmetaError(f"{run}: neither a run's folder nor a model's ({error})") from None
-    return _stored(run, root, uri)
+        else:
+            return MetaModel.of(found, code)
+    return _stored(run, root, uri, code)
 
 
-def read_start(path: Path) -> MetaModel:
+def read_start(path: Path, code: Collection[str] = ()) -> MetaModel:
     """Returns what a file of either kind holds: a start, or a checkpoint.
 
+    Args:
+        path: The file.
+        code: As for `find_start`.
+
     Raises:
-        FedmetaError: It is neither.
+        FedmetaError: It is neither, or asks for other code.
     """
-    return MetaModel.read(path) if path.name == FILE else MetaModel.of(checkpoint.read(path))
+    return MetaModel.read(path, code) if path.name == FILE else MetaModel.of(checkpoint.read(path), code)
 
 
-def _stored(run: str, root: Path, uri: str) -> MetaModel:
+def _stored(run: str, root: Path, uri: str, code: Collection[str]) -> MetaModel:
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         where = f"no MLflow store is at {file}" if run.startswith(REGISTERED) else f"{root} has none of that name"
@@ -60,8 +68,9 @@ def _stored(run: str, root: Path, uri: str) -> MetaModel:
         )
     with TemporaryDirectory() as folder:
         if run.startswith(REGISTERED):
-            return read_start(fetching.fetch_registered(uri, run, Path(folder), FILE))
+            return read_start(fetching.fetch_registered(uri, run, Path(folder), FILE), code)
         try:
-            return read_start(fetching.fetch_checkpoint(uri, run, Path(folder)))
+            file = fetching.fetch_checkpoint(uri, run, Path(folder))
         except FedmetaError as error:
             raise FedmetaError(f'no run "{run}": there is no such file or folder, and {error}') from None
+        return read_start(file, code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_tensors, write_atomic
 from fedmeta.models import Parameters
+from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "model.safetensors"
 FORMAT = "fedmeta-model-1"
@@ -89,17 +90,24 @@ class SiteModel(nn.Module):
         write_atomic(path, save(state, texts))
 
     @classmethod
-    def read(cls, path: Path) -> SiteModel:
+    def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> SiteModel:
         """Reads what `write` wrote.
 
+        Args:
+            path: The file.
+            code: What it may name of code that is not part of fedmeta (see `fedmeta.trust.allow_code`).
+            remedy: How a person allows more code, for the message.
+
         Raises:
-            FedmetaError: It is not such a file.
+            FedmetaError: It is not such a file, or asks for other code.
         """
         from fedmeta.build import learner_of
 
         texts, state = read_tensors(path, "site's model", FORMAT)
         form = Form.of(json.loads(texts["form"]))
-        learner = learner_of(Experiment.from_toml(texts["experiment"], str(path)), form.shape, form.classes)
+        experiment = Experiment.from_toml(texts["experiment"], str(path))
+        refuse_foreign_code(experiment, str(path), code, remedy=remedy)
+        learner = learner_of(experiment, form.shape, form.classes)
         model = cls(learner.network.module, state["mean"], state["scale"], form)
         model.load_state_dict(state)
         return model

@@ -22,18 +22,22 @@ from fedmeta.adapt.model import FILE as MODEL_FILE
 from fedmeta.adapt.model import SiteModel
 from fedmeta.data import class_codes
 from fedmeta.errors import FedmetaError
+from fedmeta.trust import BY_VARIABLE, code_allowed_here
 
 CHOOSE = -1
 """The value of the parameter `steps` that leaves the number of inner steps to cross-validation."""
 
 
 def _load_pyfunc(path: str) -> StartServer | ModelServer:
-    """Returns the model in a folder or file, as MLflow's pyfunc flavour wants it."""
-    place = Path(path)
+    """Returns the model in a folder or file, as MLflow's pyfunc flavour wants it.
+
+    Code that the model names beyond fedmeta's must be allowed by the environment variable FEDMETA_CODE.
+    """
+    place, code = Path(path), code_allowed_here()
     folder = place if place.is_dir() else place.parent
     if (folder / START_FILE).is_file():
-        return StartServer(MetaModel.read(folder / START_FILE))
-    return ModelServer(SiteModel.read(folder / MODEL_FILE))
+        return StartServer(MetaModel.read(folder / START_FILE, code, remedy=BY_VARIABLE))
+    return ModelServer(SiteModel.read(folder / MODEL_FILE, code, remedy=BY_VARIABLE))
 
 
 class ModelServer:

@@ -70,6 +70,12 @@ def adapt(
     out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
     test: Annotated[str, typer.Option(metavar="FILE", help="Further rows of the site, which only judge.")] = "",
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
@@ -78,9 +84,10 @@ def adapt(
     """
     from fedmeta.adapt import adaptation, locate, writing
     from fedmeta.cli import adapt_output
+    from fedmeta.trust import allow_code
 
     writing.check_folder(out)
-    start = locate.find_start(run, Path(Tracking().folder), uri)
+    start = locate.find_start(run, Path(Tracking().folder), uri, allow_code(code or []))
     with adapt_output.progress() as report:
         adapted = adaptation.adapt(start, data, test, report)
     written = writing.write(adapted, out)

@@ -8,9 +8,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fedmeta.experiment.refusals import refuse, refuse_unknown
 from fedmeta.experiment.values import Form, Scalar
 
+
+class Code:
+    """Marks a key whose value may name code by its import path: `fedmeta.trust` decides whether it is imported."""
+
+
 _DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
-FunctionPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:function"')]
-ClassPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:Class"')]
+FunctionPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:function"'), Code()]
+ClassPath = Annotated[str, Field(pattern=_DOTTED), Form('"package.module:Class"'), Code()]
 
 
 def _widths(value: object) -> object:

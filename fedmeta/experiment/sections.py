@@ -8,7 +8,18 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from fedmeta.experiment.refusals import refuse
-from fedmeta.experiment.schema import ClassPath, Count, FunctionPath, Odd, OpenSection, Section, Share, Texts, Widths
+from fedmeta.experiment.schema import (
+    ClassPath,
+    Code,
+    Count,
+    FunctionPath,
+    Odd,
+    OpenSection,
+    Section,
+    Share,
+    Texts,
+    Widths,
+)
 
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
@@ -52,7 +63,7 @@ class Problem(OpenSection):
 
     name: Literal["supervised"] | ClassPath = Field(
         default="supervised",
-        description="supervised = a model on rows with labels; else a fedmeta.Problem, which may also be the source",
+        description="Model on rows with labels (supervised), or a fedmeta.Problem, which may also be the source",
     )
 
 
@@ -155,11 +166,11 @@ class Evaluation(Section):
     """How sites are judged, before and after adaptation, on their test rows."""
 
     every: int = Field(default=10, ge=0, description="Interval between evaluations; 0 = only at the end (rounds)")
-    metrics: Texts = Field(
+    metrics: Annotated[Texts, Code()] = Field(
         default=(),
         description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse and mae",
     )
-    score: str = Field(default="", description="Headline metric; empty = the first of the metrics")
+    score: Annotated[str, Code()] = Field(default="", description="Headline metric; empty = the first of the metrics")
     local_baseline: Literal["auto", "network", "none"] = Field(
         default="auto",
         description="What a site does alone; auto = the best of several methods by cross-validation on its support",
