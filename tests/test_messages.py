@@ -151,8 +151,9 @@ Form = dict[str, dict[str, str]]
 CONTRACT: dict[str, Form] = {
     QUERY_SITES: {
         "sites": {"names": "str*40"},
-        "schema": {"classes": "str*10", "features": "str*0", "shape": "int*2", "regression": "bool", "tokens": "bool"},
-        "sizes": {"train_rows": "int*40", "test_rows": "int*40"},
+        "schema": {"classes": "str*10", "features": "str*0", "shape": "int*2", "regression": "bool", "tokens": "bool"}
+        | {"form": "str", "held_out": "bool"},
+        "sizes": {"train_rows": "int*40", "test_rows": "int*40", "weights": "float*40"},
     },
     QUERY_SUMS: {"sums": {"count": "float64(1, 1)", "total": "float64(1, 1)", "square": "float64(1, 1)"}},
     QUERY_ENGINE: {"choice": {"engine": "str", "budget": "int"}, "seconds": {}},
@@ -168,13 +169,9 @@ CONTRACT: dict[str, Form] = {
     },
     EVALUATE: {
         "sites": {"names": "str*3"},
-        "figures": {
-            "columns": "int",
-            "scores": "float*9",
-            "losses": "float*9",
-            "calibration": "float*9",
-            "chosen": "int*3",
-        },
+        "counts": {"columns": "int", "chosen": "int*3", "pooled_sites": "str*0"},
+        "figures": {"loss": "float*9", "accuracy": "float*9", "ece": "float*9"},
+        "pooled": {},
     },
 }
 """All that a client's replies hold: records, keys, types and lengths."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from clients.app import app
 from clients.node import RowNode, learner_for, node_of
+from fedmeta.build import smoke_test
 from fedmeta.data import order_classes, standardisation
 from fedmeta.experiment import Experiment
 from fedmeta.problems.check import MOST_PARAMETERS, Checked, check
@@ -43,9 +44,7 @@ def check_own_code(experiment: Experiment) -> list[str]:
         return []
     if experiment.runtime.check == "off":
         return [f'not checked, as runtime.check = "off" asks: {", ".join(own)}']
-    node = node_of(LocalGrid(app, experiment).context)
-    classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
-    problem = learner_for(node, classes).problem
+    problem = smoke_test(experiment).problem
     size = sum(shape.numel() for shape in problem.layout.values())
     if size > MOST_PARAMETERS:
         return [f"not checked, for it has {size:,} parameters: {', '.join(own)}; fedmeta check does"]

@@ -269,8 +269,8 @@ def test_short_sites_are_not_padded_to_long_ones() -> None:
         actual = engines.meta_gradients(learner, own, batch, engine, weights=range(1, 7), chunk=4)
         assert distance(actual[0], expected[0]) < 1e-10
         assert distance(actual[2], expected[2]) < 1e-10
-        losses = engines.evaluate(learner, own, batch, engine)[1]
-        assert torch.allclose(losses, engines.evaluate(learner, own, batch, "loop", chunk=6)[1])
+        losses = engines.evaluate(learner, own, batch, engine)["loss"]
+        assert torch.allclose(losses, engines.evaluate(learner, own, batch, "loop", chunk=6)["loss"])
 
 
 def test_trial_names_an_engine_that_works() -> None:

@@ -257,6 +257,7 @@ def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     assert scores.shape == losses.shape == (3, steps + 1)
     for site, task in enumerate(tasks):
         path = learner.adaptation_path(state, task.support, steps)
-        expected = torch.stack([learner.evaluate(own, task.query)["accuracy"] for own in path])[:, None]
-        assert torch.allclose(scores[site].double(), expected[:, 0].double(), atol=1e-6)
-        assert torch.allclose(losses[site].double(), expected[:, 1].double(), rtol=1e-9)
+        expected = [learner.evaluate(own, task.query) for own in path]
+        accuracy, loss = (torch.stack([each[name] for each in expected]).double() for name in ("accuracy", "loss"))
+        assert torch.allclose(scores[site].double(), accuracy, atol=1e-6)
+        assert torch.allclose(losses[site].double(), loss, rtol=1e-9)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.experiment import Server
-from server.optimizer import AUTOMATIC, ServerOptimizer, resolve
+from server.optimizer import DEFAULT_OPTIMIZERS, ServerOptimizer, resolve
 
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw"]
 
@@ -85,9 +85,9 @@ def test_what_is_handed_in_and_out_is_a_copy() -> None:
     assert all(torch.equal(handed_out[key], before[key]) for key in start)
 
 
-@pytest.mark.parametrize("sends", AUTOMATIC)
+@pytest.mark.parametrize("sends", DEFAULT_OPTIMIZERS)
 def test_auto_is_what_suits_what_sites_send(sends: str) -> None:
-    assert resolve(Server(), sends) == AUTOMATIC[sends]
+    assert resolve(Server(), sends) == DEFAULT_OPTIMIZERS[sends]
     assert resolve(Server(optimizer="adamw", lr=0.5), sends) == ("adamw", 0.5)
 
 

@@ -26,12 +26,11 @@ LOST = "Flower error code 5: the node is lost or its app did not start"
 def strategy_over(grid: SeveralNodes) -> MetaGradientStrategy:
     """Returns a strategy that takes plain steps of length 1, so that a step shows the aggregate."""
     federation = Membership(grid, grid.experiment).federation
-    learner = learner_of(grid.experiment, federation.shape, federation.outputs)
+    learner = learner_of(grid.experiment, federation.shape, federation.classes)
     settings = grid.experiment.server.model_copy(update={"optimizer": "sgd", "lr": 1.0})
     optimizer = ServerOptimizer(settings, learner.update, learner.init(0))
-    return MetaGradientStrategy(
-        grid.experiment, federation, optimizer, ask_standardisation(grid, federation, grid.experiment), "a-run"
-    )
+    constants = ask_standardisation(grid, federation, grid.experiment)
+    return MetaGradientStrategy(grid.experiment, federation, optimizer, constants, "a-run", learner=learner)
 
 
 def train(grid: SeveralNodes, strategy: MetaGradientStrategy, number: int = 1) -> tuple[dict[str, Tensor], object]:
