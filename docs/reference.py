@@ -23,6 +23,7 @@ BY_HAND = "Made by `python docs/reference.py` from docstrings; do not edit."
 
 API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta", (fedmeta.load_experiment, fedmeta.Experiment, fedmeta.run, fedmeta.Result, fedmeta.Task)),
+    ("fedmeta.problems", (fedmeta.Problem, fedmeta.Metric, fedmeta.Solver, fedmeta.TaskSource, fedmeta.implicit)),
     ("fedmeta.learners", (learners.build, learners.Learner)),
     ("fedmeta.engines", (engines.meta_gradients,)),
     ("fedmeta.comparison", (comparison.compare, comparison.Comparison, comparison.write)),
@@ -46,7 +47,7 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
     (
         messages.EVALUATE,
         "node to server",
-        EvaluateReply(NAMES, FIGURES, FIGURES, FIGURES, np.zeros(2, dtype=np.int64)),
+        EvaluateReply(NAMES, {"loss": FIGURES, "accuracy": FIGURES, "ece": FIGURES}, np.zeros(2, dtype=np.int64)),
     ),
 )
 """Every message with an example of its content."""

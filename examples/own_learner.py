@@ -21,7 +21,7 @@ class DecayingMaml(Maml):
     decay: float = 0.7
 
     def rates(self, meta_state: MetaState, step: int) -> Mapping[str, Tensor | float]:
-        return dict.fromkeys(self.network.names, self.inner_lr * self.decay**step)
+        return dict.fromkeys(self.problem.moved, self.inner_lr * self.decay**step)
 
 
 @dataclass(frozen=True)

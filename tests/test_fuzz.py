@@ -212,10 +212,10 @@ def check_accepted(reply: Any) -> None:
         assert reply.weight >= 0
         assert len(reply.names) == len(reply.query_loss) == len(reply.finite)
     if isinstance(reply, EvaluateReply):
-        assert reply.scores.shape == reply.losses.shape == reply.calibration.shape
-        assert len(reply.scores) == len(reply.chosen) == len(reply.names)
-        assert not (reply.scores < 0).any()
-        assert ((reply.chosen >= 0) & (reply.chosen < reply.scores.shape[1])).all()
+        shapes = {values.shape for values in reply.figures.values()}
+        assert shapes == {(len(reply.names), reply.columns)}
+        assert len(reply.chosen) == len(reply.names)
+        assert ((reply.chosen >= 0) & (reply.chosen < reply.columns)).all()
 
 
 @pytest.mark.parametrize("count", MUTATIONS)

@@ -60,6 +60,6 @@ def test_the_example_data_are_understood(tmp_path, monkeypatch):
     with np.load("data/diabetes.npz") as arrays:
         assert len(arrays["x"]) == len(arrays["y"]) == len(arrays["site"]) == 442
     summary = result_of("own_data", tmp_path, monkeypatch, f"data.path={tmp_path}/data/diabetes.npz").summary
-    assert summary["metric"] == "rmse"
+    assert summary["score"]["name"] == "rmse"
     assert summary["new_sites"]["n"] + summary["training_sites"]["n"] == 13
     assert json.dumps(summary["new_sites"]["personalized"]["mean"]) != "null"

@@ -109,11 +109,12 @@ def test_the_table_has_both_groups(capsys, regression):
         f"{new[f'global_{score}'].mean():.3f}",
         f"{new[f'personalized_{score}'].mean():.3f}",
         f"{worst:.3f}",
-        f"{(new['gain'] >= 0).mean():.0%}",
+        f"{(new['gain'] > 0).mean():.0%}",
+        f"{(new['gain'] < 0).mean():.0%}",
     ]
     assert table["training sites"][0] == "30"
     assert "fedmeta ui" in text
-    assert ("RMSE" if regression else "accuracy") in text
+    assert ("rmse" if regression else "accuracy") in text
 
 
 def test_a_sites_name_is_no_style(capsys):
@@ -126,4 +127,4 @@ def test_a_sites_name_is_no_style(capsys):
 
 def test_a_group_without_sites_has_dashes(capsys):
     _, table = results(evaluation(0, 3), capsys)
-    assert table["new sites"] == ["0", "-", "-", "-", "-", "-"]
+    assert table["new sites"] == ["0", "-", "-", "-", "-", "-", "-"]

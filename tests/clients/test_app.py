@@ -89,7 +89,7 @@ def sites() -> list[str]:
 
 def request(experiment: Experiment, names: tuple[str, ...], **more: Any) -> RoundRequest:
     classes = tuple(str(digit) for digit in range(10))
-    state = learner_of(experiment, (8, 8), 10).init(0)
+    state = learner_of(experiment, (8, 8), tuple("0123456789")).init(0)
     scale = {"standardisation.mean": torch.zeros(1, 1), "standardisation.scale": torch.full((1, 1), 8.0)}
     settings = {"round_number": 1, "run": "a-run", "steps": 2, "engine": "vmap", **more}
     return RoundRequest({**state, **scale}, classes=classes, names=names, **settings)
@@ -143,9 +143,10 @@ def test_scores_start_before_adaptation_and_end_after_it(tmp_path: Path) -> None
     for steps in (0, 1, 4):
         reply = EvaluateReply.unpack(ask(grid, EVALUATE, request(experiment, names, steps=steps).pack()))
         assert reply.names == names
-        assert reply.scores.shape == reply.losses.shape == (2, steps + 1)
-        assert ((reply.scores >= 0) & (reply.scores <= 1)).all()
-    assert (reply.losses[:, -1] < reply.losses[:, 0]).all()
+        scores, losses = reply.figures["accuracy"], reply.figures["loss"]
+        assert scores.shape == losses.shape == (2, steps + 1)
+        assert ((scores >= 0) & (scores <= 1)).all()
+    assert (losses[:, -1] < losses[:, 0]).all()
 
 
 # ---------------------------------------------------------------- what does not leave
@@ -180,7 +181,7 @@ def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
     said = SitesReply.unpack(ask(grid, QUERY_SITES, RecordDict()))
     sums = SumsReply.unpack(ask(grid, QUERY_SUMS, SumsRequest(said.names).pack()))
     scale = standardisation(FeatureSums(sums.count, sums.total, sums.square))
-    learner = learner_of(experiment, said.shape, len(said.classes))
+    learner = learner_of(experiment, said.shape, said.classes)
     constants = {"standardisation.mean": scale.mean, "standardisation.scale": scale.scale}
     state = learner.init(0) | {name: torch.from_numpy(value) for name, value in constants.items()}
     reply = ask(grid, TRAIN, RoundRequest(state, 1, said.classes, said.names, "a-run").pack())

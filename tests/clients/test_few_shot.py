@@ -60,7 +60,7 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
     own = learned.personal(state)
     judge = Evaluator.of(learned, state, request)
     reply = evaluate_sites(node, node.find(names), request, judge, AS_IS, [own, None, own] if own else None)
-    assert reply.scores.shape == (3, 3)
+    assert reply.figures["accuracy"].shape == (3, 3)
     assert ((reply.chosen >= 0) & (reply.chosen <= 2)).all()
     if own:
         return
@@ -68,10 +68,11 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
         (_, batch), *_ = node.evaluation_batches(np.array([site]), AS_IS, classes)
         assert batch.sites == 4
         each = [engines.evaluate(learned, state, [batch.task(task)], "loop", steps=2) for task in range(4)]
-        for found, figures in ((reply.scores, "score"), (reply.losses, "loss")):
-            expected = torch.cat([getattr(scores, figures) for scores in each]).double().mean(0)
+        for figures in ("accuracy", "loss"):
+            found = reply.figures[figures]
+            expected = torch.cat([scores[figures] for scores in each]).double().mean(0)
             np.testing.assert_allclose(found[place], expected.numpy(), rtol=1e-6)
-        assert len({tuple(scores.score.flatten().tolist()) for scores in each}) > 1
+        assert len({tuple(scores["accuracy"].flatten().tolist()) for scores in each}) > 1
 
 
 @pytest.mark.parametrize(("learner", "inner_lr"), [("maml", 5.0), ("fedrep", 1.0)])

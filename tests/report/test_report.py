@@ -13,6 +13,7 @@ from fedmeta import comparison
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment, load_experiment
+from fedmeta.problems.metric import score_of
 from fedmeta.progress import ignore_progress
 from fedmeta.report import write
 from fedmeta.report.parts import EXPERIMENT_FILE, differing
@@ -109,7 +110,7 @@ def test_a_run_report_holds_its_numbers_and_loads_nothing(made, tmp_path):
     parsed = assert_loads_nothing(page)
     for group in ("new_sites", "training_sites"):
         own = result.summary[group]
-        wanted = [own["n"], own["local"], own["global"]["mean"], own["personalized"]["mean"]]
+        wanted = [own["n"], own["local_only"]["mean"], own["global"]["mean"], own["personalized"]["mean"]]
         shown = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in wanted]
         at = parsed.cells.index(group.replace("_", " "), 5 * 2)
         assert parsed.cells[at + 1 : at + 5] == shown
@@ -206,7 +207,7 @@ def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
     at_hand = write([str(result.folder)], tmp_path / "a", tmp_path, NOWHERE)[0].read_text()
     fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
     assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
-    assert summarize(result.sites)["new_sites"]["n"] == 4
+    assert summarize(result.sites, [score_of(result.sites)])["new_sites"]["n"] == 4
     found = comparison.compare(
         described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress
     )

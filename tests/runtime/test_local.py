@@ -51,7 +51,7 @@ def experiment(folder: Path, columns: dict[str, Any], *overrides: str) -> Experi
 def test_every_kind_of_file_is_trained_on_and_judged(tmp_path: Path, kind: str) -> None:
     result = run(experiment(tmp_path, FILES[kind], "evaluation.gate=true", "evaluation.schedule=auto"))
     score = "rmse" if kind.startswith("regression") else "accuracy"
-    assert result.summary["metric"] == score
+    assert result.summary["score"]["name"] == score
     assert result.summary["failures"] == 0
     sites = set(FILES[kind]["site"].tolist())
     assert len(result.sites) == len(sites)

@@ -10,9 +10,12 @@ import pytest
 from fedmeta import comparison
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.problems import Metric
 from fedmeta.progress import Report, ignore_progress
 
 LEARNERS = ["fedavg-ft", "maml", "local"]
+
+ACCURACY = Metric("accuracy", True)
 
 
 def sites(gain: float, spread: float = 0.0) -> pd.DataFrame:
@@ -27,15 +30,17 @@ def sites(gain: float, spread: float = 0.0) -> pd.DataFrame:
 
 
 def test_a_constant_gain_is_found_exactly_though_sites_differ() -> None:
-    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", "accuracy", 0) == pytest.approx((0.05,) * 3)
+    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", ACCURACY, 0) == pytest.approx((0.05,) * 3)
 
 
 def test_lower_errors_are_better() -> None:
-    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", "rmse", 0) == pytest.approx((-0.05,) * 3)
+    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", Metric("rmse", False), 0) == pytest.approx(
+        (-0.05,) * 3
+    )
 
 
 def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
-    mean, low, high = comparison.difference(sites(0.001, spread=0.1), "maml", "fedavg-ft", "accuracy", 0)
+    mean, low, high = comparison.difference(sites(0.001, spread=0.1), "maml", "fedavg-ft", ACCURACY, 0)
     assert low < 0 < high
     assert low < mean < high
 
@@ -43,7 +48,7 @@ def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
 def test_a_site_that_is_new_in_several_seeds_is_one_site() -> None:
     once = sites(0.001, spread=0.1)
     often = pd.concat([once.assign(seed=seed) for seed in range(5)])
-    one, same = (comparison.difference(frame, "maml", "fedavg-ft", "accuracy", 0) for frame in (once, often))
+    one, same = (comparison.difference(frame, "maml", "fedavg-ft", ACCURACY, 0) for frame in (once, often))
     assert same == pytest.approx(one)
     scores = once.pivot_table(index="site", columns="learner", values="personalized_accuracy")
     se = (scores["maml"] - scores["fedavg-ft"]).std(ddof=0) / np.sqrt(20)
@@ -53,18 +58,18 @@ def test_a_site_that_is_new_in_several_seeds_is_one_site() -> None:
 def test_one_site_is_no_evidence() -> None:
     own = sites(0.05)
     own = pd.concat([own[own["site"] == "s0"].assign(seed=seed) for seed in range(3)])
-    mean, low, high = comparison.difference(own, "maml", "fedavg-ft", "accuracy", 0)
+    mean, low, high = comparison.difference(own, "maml", "fedavg-ft", ACCURACY, 0)
     assert mean == pytest.approx(0.05)
     assert np.isnan([low, high]).all()
     row = {"learner": "maml", "personalized": 0.7, "difference": mean, "low": low, "high": high}
-    said = comparison.verdict(pd.DataFrame([row]), "fedavg-ft", "accuracy")
-    assert said.endswith("not surely better than fedavg-ft (+0.050, one site).")
+    said = comparison.verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
+    assert said.endswith("; against fedavg-ft +0.050, one site.")
 
 
 def test_sites_without_a_score_are_left_out() -> None:
     frame = sites(0.05)
     frame.loc[frame["site"] == "s3", "personalized_accuracy"] = np.nan
-    assert comparison.difference(frame, "maml", "fedavg-ft", "accuracy", 0)[0] == pytest.approx(0.05)
+    assert comparison.difference(frame, "maml", "fedavg-ft", ACCURACY, 0)[0] == pytest.approx(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def federation_of(new: list[bool]) -> Federation:
         (1,),
         regression=False,
         tokens=False,
+        weights=rows.astype(float),
     )
 
 
@@ -182,7 +183,7 @@ def test_every_site_is_evaluated_new_ones_too(tmp_path: Path) -> None:
     strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
     assert strategy.evaluated is not None
     assert strategy.evaluated.names == strategy.federation.names
-    assert strategy.evaluated.scores.shape == (40, 3)
+    assert strategy.evaluated.figures["accuracy"].shape == (40, 3)
 
 
 def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
     messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
     strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
     assert strategy.evaluated is not None
-    assert strategy.evaluated.scores.shape == (30, 3)
+    assert strategy.evaluated.figures["accuracy"].shape == (30, 3)
     assert set(strategy.log.failed.values()) == {"bad reply: it has scores of other steps than asked"}
     assert set(strategy.log.failed) == set(strategy.federation.names) - set(strategy.evaluated.names)
     # Of two nodes, too, the one that answers what it was not asked is left out, also where its sites come first.
@@ -209,7 +210,7 @@ def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
     messages = list(strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord({"steps": 2}), grid))
     strategy.aggregate_evaluate(0, grid.send_and_receive(messages))
     assert strategy.evaluated is not None
-    assert strategy.evaluated.scores.shape == (20, 3)
+    assert strategy.evaluated.figures["accuracy"].shape == (20, 3)
     assert strategy.federation.names[0] in strategy.log.failed
 
 

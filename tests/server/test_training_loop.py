@@ -517,5 +517,5 @@ def test_evaluations_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     for evaluation in saved.evaluations:
         rows = result.history[result.history["round"] == evaluation.round_number]
         assert rows["site"].tolist() == [saved.names[site] for site in evaluation.sites]
-        assert np.array_equal(rows["global_accuracy"], evaluation.scores[:, 0], equal_nan=True)
-        assert np.array_equal(rows["personalized_accuracy"], evaluation.scores[:, -1], equal_nan=True)
+        assert np.array_equal(rows["global_accuracy"], evaluation.figures["accuracy"][:, 0], equal_nan=True)
+        assert np.array_equal(rows["personalized_accuracy"], evaluation.figures["accuracy"][:, -1], equal_nan=True)

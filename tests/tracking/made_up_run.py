@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fedmeta.evaluation import summarize
+from fedmeta.problems.metric import score_of
 
 STEPS = 5
 
@@ -36,6 +37,7 @@ def evaluation(
             "rows": rows,
             "test_rows": rows,
             "round": round_number,
+            "higher_is_better": not regression,
             f"global_{score}": scores[:, 0],
             f"personalized_{score}": scores[:, -1],
             f"ungated_{score}": scores[:, -1],
@@ -62,8 +64,8 @@ def summary(sites: pd.DataFrame, rounds: int, learner: str = "maml") -> dict[str
         "bytes_down": 1_000_000,
         "bytes_up": 1_000_000,
         "failures": 0,
-        "metric": "rmse" if "global_rmse" in sites.columns else "accuracy",
-        **summarize(last),
+        "score": score_of(sites).to_json(),
+        **summarize(last, [score_of(sites)]),
         "checkpoint": str(Path("checkpoint")),
     }
 

@@ -15,6 +15,7 @@ import pytest
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
+from fedmeta.problems.metric import score_of
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.tracker import Tracker
@@ -37,7 +38,7 @@ def track(uri, folder, learner, worse):
         tracker.round(number, {"train/query_loss": 2 / (number + 1), "time/round_s": 0.1, "failures/replies": 0})
         if number % EVERY == 0:
             sites = run[run["round"] == number]
-            tracker.evaluation(number, sites, summarize(sites))
+            tracker.evaluation(number, sites, summarize(sites, [score_of(sites)]))
     assert tracker.finish(summary(run, ROUNDS, learner), run) == []
     return tracker.run_id, run
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
+from fedmeta.problems.metric import score_of
 from fedmeta.tracking import outbox, run_page
 from fedmeta.tracking.entries import UNSENT, Dataset, End, Metric, read_unsent
 from fedmeta.tracking.opening import open_client
@@ -53,7 +54,7 @@ def log(tracker, run, rounds):
             tracker.round(number, figures(number))
         if number % EVERY == 0:
             sites = run[run["round"] == number]
-            tracker.evaluation(number, sites, summarize(sites))
+            tracker.evaluation(number, sites, summarize(sites, [score_of(sites)]))
 
 
 def steps(client, run_id, key):
@@ -117,7 +118,7 @@ def test_the_metrics_are_those_of_the_contract(whole_run):
     ]
     assert set(logged) == {*groups, *sites, *results, *figures(1)}
     last = run[run["round"] == ROUNDS]
-    new = summarize(last)["new_sites"]
+    new = summarize(last, [score_of(last)])["new_sites"]
     assert logged["final/new_sites_personalized"] == new["personalized"]["mean"]
     assert logged["new_sites/personalized_accuracy_worst_decile"] == new["personalized"]["worst_decile"]
     assert logged["final/sites_left_behind"] == (last["gain"] < 0).sum()
@@ -150,7 +151,7 @@ def test_the_description_begins_with_the_verdict(whole_run):
     client, run_id, run, _ = whole_run
     text = client.get_run(run_id).data.tags["mlflow.note.content"]
     first, _, second, *rest = text.splitlines()
-    new = summarize(run[run["round"] == ROUNDS])["new_sites"]
+    new = summarize(run[run["round"] == ROUNDS], [score_of(run)])["new_sites"]
     assert first.startswith(f"**maml: accuracy {new['personalized']['mean']:.3f} on {NEW} new sites**")
     assert second == "No site is left behind." or second.startswith("Left behind, ")
     assert any([cell.strip() for cell in line.split("|")][1:3] == ["new sites", "3"] for line in rest)
@@ -194,7 +195,7 @@ def test_a_resumed_run_repeats_nothing_and_its_results_are_renewed(store, tmp_pa
     assert steps(client, tracker.run_id, "train/query_loss") == [1, 2, 3, 4, 5, 6]
     assert steps(client, tracker.run_id, "global_accuracy/site-001") == [0, 2, 4, 6]
     result = client.get_run(tracker.run_id).data.metrics["final/new_sites_personalized"]
-    assert result == summarize(run[run["round"] == 6])["new_sites"]["personalized"]["mean"]
+    assert result == summarize(run[run["round"] == 6], [score_of(run)])["new_sites"]["personalized"]["mean"]
     table = shown_table(client, tracker.run_id)
     assert len(table) == NEW + TRAINING
 
@@ -206,7 +207,7 @@ def test_odd_sites_and_values(store, tmp_path):
     sites.loc[0, ["personalized_accuracy", "gain"]] = float("nan")
     described = experiment(store, "odd", curves=4)
     tracker = start(described, tmp_path)
-    tracker.evaluation(1, sites, summarize(sites))
+    tracker.evaluation(1, sites, summarize(sites, [score_of(sites)]))
     tracker.round(1, {"train/query_loss": float("inf"), "time/round_s": None, "failures/replies": 2})
     tracker.round(1, {"failures/replies": 3})
     assert tracker.finish(summary(sites, 1), sites) == []
@@ -224,7 +225,7 @@ def test_odd_sites_and_values(store, tmp_path):
 def test_regression_is_tracked_by_rmse(store, tmp_path):
     sites = evaluation(2, 3, regression=True)
     tracker = start(experiment(store, "regression"), tmp_path)
-    tracker.evaluation(0, sites, summarize(sites))
+    tracker.evaluation(0, sites, summarize(sites, [score_of(sites)]))
     assert tracker.finish(summary(sites, 1), sites) == []
     client = open_client(store)
     run = client.get_run(tracker.run_id)
