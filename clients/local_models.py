@@ -1,9 +1,11 @@
 """Strong models of one site's own rows, chosen by cross-validation on these rows alone, for many sites at once.
 
 Multinomial logistic regression, or ridge regression, with an L2 penalty whose strength is cross-validated. A penalized
-linear model of n rows lies in their span, W = X^T A, so that all of it happens with the n x n products of rows K = X X^T.
+linear model of n rows lies in their span, W = X^T A, so that all of it happens with the n x n products of rows K = X
+X^T.
 Logistic regression is solved by Boehning's bound on the Hessian (Boehning 1992), A <- A - (M K / 2 + I / C)^-1
-(M (P - Y) + A / C) with M the rows that count, accelerated as by Nesterov: fixed matrices, no line search, so that every
+(M (P - Y) + A / C) with M the rows that count, accelerated as by Nesterov: fixed matrices, no line search, so that
+every
 site, fold and strength is one batch. From 50 rows on scikit-learn's boosted trees are a candidate as well.
 """
 
@@ -190,7 +192,7 @@ def _or_trees(
     classes: int,
     seed: int,
 ) -> Tensor:
-    """Returns the log probabilities of boosted trees on a site's query rows where they have the better held-out loss."""
+    """Returns boosted trees' log probabilities on a site's query rows where their held-out loss is better."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     here = present[site] > 0

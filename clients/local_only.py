@@ -2,7 +2,8 @@
 
 Rows: the best of a regularized linear model, the run's model trained to convergence, and boosted trees from 50 rows on,
 chosen by cross-validation on the site's support rows alone (`evaluation.local_baseline = "auto"`).
-Own problems: the solver from the run's start, with shared parameters where they begin, until the inner objective changes
+Own problems: the solver from the run's start, with shared parameters where they begin, until the inner objective
+changes
 by less than a millionth of itself, at most 1 000 steps.
 """
 

@@ -42,7 +42,8 @@ def sites_frame(
         metrics: The run's metrics, the score first.
 
     Returns:
-        Columns site, kind, rows (train rows), test_rows, round, higher_is_better (of the score); of the score S global_S, personalized_S (after the
+        Columns site, kind, rows (train rows), test_rows, round, higher_is_better (of the score); of the score S
+        global_S, personalized_S (after the
         steps that the site takes), ungated_S (after all steps), local_S (what the site does alone; NaN where that was
         not asked for) and gain (how much better the personalized score is than the global one, in its unit); of each
         other metric M global_M, personalized_M and local_M; global_loss, personalized_loss; steps_taken; steps (the
@@ -201,7 +202,7 @@ def bootstrap_interval(values: NDArray[np.float64], level: float = 0.95) -> tupl
 
 
 def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Returns per site whether it has test data and its adapted parameters no finite loss on them, or an infinite score.
+    """Returns per site whether its adapted parameters have no finite loss on its test data, or an infinite score.
 
     A metric that is undefined at a site, such as AUROC with one class, is no divergence.
     """

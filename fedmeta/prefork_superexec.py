@@ -1,4 +1,4 @@
-"""Flower's SuperExec, with torch imported once: `python -P -m fedmeta.prefork_superexec`, with the words of `flower-superexec`.
+"""Flower's SuperExec, with torch imported once: `python -P -m fedmeta.prefork_superexec`, options as flower-superexec.
 
 Flower starts a process for every message that a site gets, and each imports torch: seconds, for a round that computes
 for milliseconds. Here a process imports the libraries once, before anything else runs in it, and waits. A message gets

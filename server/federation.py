@@ -45,7 +45,8 @@ class Federation:
 
     Attributes:
         names: All sites, sorted by name.
-        node_ids: The node that hosts each site, by Flower's unsigned 64-bit id; a site whose node is lost keeps its last
+        node_ids: The node that hosts each site, by Flower's unsigned 64-bit id; a site whose node is lost keeps its
+        last
             one.
         train_rows: Train rows per site.
         test_rows: Test rows per site.

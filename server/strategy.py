@@ -335,7 +335,7 @@ class MetaGradientStrategy(Strategy):
             raise MessageError("it speaks of other sites than it was asked for")
 
     def _check_weight(self, reply: TrainReply) -> None:
-        """Checks a reply's weight: one for each site that is in the sum, or the weight that it announced when it joined."""
+        """Checks a reply's weight: one for each site in the sum, or the weight that it announced when it joined."""
         finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
         announced = float(len(finite))
         if self.experiment.server.weighting == "examples":

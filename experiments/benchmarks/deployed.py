@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.deployed --sites 2
 
 Runs a SuperLink, nodes and SuperExecs as processes of this machine, in plain text, and MAML over them, by turns with
-`fedmeta.prefork_superexec` and with `flower-superexec`; prints the median seconds of a round and their ratio. The first round
+`fedmeta.prefork_superexec` and with `flower-superexec`; prints the median seconds of a round and their ratio. The
+first round
 of a run is left out: torch is imported meanwhile.
 """
 

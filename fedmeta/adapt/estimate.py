@@ -1,6 +1,7 @@
 """How far a new site should adapt, and how good that makes its model, both from the same few labelled rows.
 
-The number of inner steps is chosen by cross-validation on the rows (`fedmeta.engines.step_selection`): zero, the usual number or
+The number of inner steps is chosen by cross-validation on the rows (`fedmeta.engines.step_selection`): zero, the
+usual number or
 more. Any number need beat the usual one by one standard error only, for the rows are all there is to tell. The figures
 of that cross-validation favour the choice that it made, so they are no estimate. The estimate comes from a second
 cross-validation around the first: a part of the rows is set aside, the others choose their own number of steps and

@@ -20,6 +20,9 @@ app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.cal
 
 def main() -> None:
     """Runs the command line; what the user can mend is one line on stderr and exit code 2."""
+    # Torch's threads wait for one another by spinning, which on a busy machine makes two of them much slower than one.
+    # So many turns are some microseconds; after that they sleep. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # An experiment may name a model by import path; a script's own folder is not on the path, the user's is.
     sys.path.insert(0, os.getcwd())
     try:

@@ -42,7 +42,8 @@ def meta_gradients(
         learner: The learner.
         meta_state: The meta-state.
         tasks: One task per site, in site order; or the same as one padded `Batch`.
-        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; "lowrank" stands for the better of the
+        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; "lowrank" stands for the better
+        of the
             others where it does not fit (`fits` says why).
         weights: The weight of each site [sites]; None for 1 each.
         chunk: The number of sites that are computed together; None for as many as the budget holds.
@@ -50,7 +51,8 @@ def meta_gradients(
         rounded: Whether to return the sum in the meta-state's types; else it stays in float64 where parts were added
             up, and where one part was all, in the type in which that was computed.
         clip_norm: The longest gradient of one site, over all entries of the meta-state; longer ones are shortened
-            before they are added up; 0 = any length. Costs up to half more in the low-rank form, which tells norms without
+            before they are added up; 0 = any length. Costs up to half more in the low-rank form, which tells norms
+            without
             any site's gradient; elsewhere, and with learned inner rates, several times as much.
         per_site: Whether to return each site's own gradient in place of the sum.
 

@@ -45,7 +45,7 @@ ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "lowrank": lowrank}
 """Every engine by its name in an experiment; "auto" chooses among them."""
 
 BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites, "lowrank": ghost_clipping.add_sites}
-"""What adds each site's own gradient to a contribution; "lowrank" does so for clipped sums alone, without forming it."""
+"""What adds each site's own gradient to a contribution; "lowrank" does so for clipped sums alone."""
 
 
 def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
@@ -68,7 +68,8 @@ def choose_engine_by_site(
 ) -> str:
     """Returns the engine that computes each site's own gradient, or clips them, where `engine` computes their sum.
 
-    The low-rank form has sums alone, clipped ones where it can tell norms (`fedmeta.engines.lowrank.ghost_clipping`); elsewhere one of the
+    The low-rank form has sums alone, clipped ones where it can tell norms (`fedmeta.engines.lowrank.ghost_clipping`);
+    elsewhere one of the
     others stands for it, several times slower.
     """
     if engine != "lowrank" or (not per_site and ghost_clipping.fits(learner, batch, meta_state)):
@@ -85,7 +86,7 @@ def _without_span(learner: Learner, reason: str | None) -> str:
 
 
 def unsure(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
-    """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site even in that form."""
+    """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site anyway."""
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
     except UnsupportedModelError:

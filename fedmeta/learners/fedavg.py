@@ -34,7 +34,7 @@ class FedAvgFinetuned(Learner):
         return partial(self.all_data, task=task)
 
     def local_model(self, meta_state: MetaState, task: Task) -> Parameters:
-        """Returns theta_i: K steps from theta on all the task's data; shared parameters move too, for they are learned."""
+        """Returns theta_i: K steps from theta on all the task's data; shared parameters move too."""
         theta = self.theta(meta_state)
         objective, problem = self.local_objective(theta, task), self.problem
         rates = dict.fromkeys(problem.trained, self.inner_lr)

@@ -83,7 +83,8 @@ class Imaml(ProximalLearner):
 
         gradient = conjugate_gradients(matrix_times, query_gradient, self.cg_steps)
         if shared:
-            # The solution depends on shared parameters too: d L_Q / d s - (d2 L_S / d s d phi) (H + lam)^-1 d L_Q / d phi.
+            # The solution depends on shared parameters too: d L_Q / d s - (d2 L_S / d s d phi) (H + lam)^-1 d L_Q / d
+            # phi.
             def along(values: Parameters) -> Tensor:
                 inner, at = by(partial(self.inner, data=task.support), {**phi, **values}, self.problem.moved)
                 return inner_product(grad(inner)(at), gradient) / self.lam

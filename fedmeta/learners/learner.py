@@ -68,7 +68,7 @@ class Learner(ABC):
         if kind == BLACK_BOX and self.differentiates and not has_payload(self.problem):
             raise FedmetaError(
                 f"learner {type(self).__name__} differentiates through {self.differentiates}, and the solver {solver} "
-                "is a black box without derivatives: take a learner that sends a delta, such as fedavg-ft or reptile, or "
+                "is a black box without derivatives: take one that sends a delta, such as fedavg-ft or reptile, or "
                 "give the problem a payload"
             )
         if kind != DIFFERENTIABLE and self.differentiates == "by proximal steps":

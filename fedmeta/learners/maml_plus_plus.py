@@ -25,7 +25,8 @@ class MamlPlusPlus(Maml):
 
     Attributes:
         annealing: The share of a run's rounds in which the weight moves from all steps alike to the last step.
-        step_weights: The weight of the query loss after each of the K steps. `for_round` sets it by the round; empty for
+        step_weights: The weight of the query loss after each of the K steps. `for_round` sets it by the round; empty
+        for
             the annealing's end, which is all on the last step.
     """
 

@@ -27,7 +27,8 @@ _HOMES = {
     "problem": ("Data", "Parameters", "Problem", "has_payload"),
     "row_metrics": ("BUILT_IN", "Predictions", "RowMetric", "choose_metrics"),
     "solvers": (
-        "Adam", "Clipped", "ClosedForm", "CrossEntropy", "Descent", "Momentum", "Solver", "ascent", "descent", "implicit",
+        "Adam", "Clipped", "ClosedForm", "CrossEntropy", "Descent", "Momentum", "Solver", "ascent", "descent",
+        "implicit",
     ),
     "source": ("TaskSource",),
     "supervised": ("Supervised",),

@@ -4,7 +4,8 @@ Checked in float64, once at the start of a run with own code and by `fedmeta che
 
 - the same outputs when asked twice, before and after a derivative, and of a row alone and among other rows;
 - a meta-gradient with the keys and shapes of the trained meta-state, finite, of at least one site not zero;
-- for learners that send a gradient, its directional derivative against a central finite difference of the objective after
+- for learners that send a gradient, its directional derivative against a central finite difference of the objective
+after
   adaptation: an independent figure, where engines that agree with each other may all be wrong.
 
 What fails is an error that names the reason; what was not verified is listed.
@@ -134,9 +135,9 @@ def _repeatable(learner: Learner, state: dict[str, Tensor], task: Task) -> None:
         "an objective or a metric has another value when it is asked twice (noise, dropout or a changed buffer)",
     )
     names = {metric.name for metric in learner.problem.metrics}
-    if missing := sorted(names - first.keys()):
-        if not isinstance(learner.problem, Supervised):
-            raise FedmetaError(f"check: evaluate returns no {', '.join(missing)}, which metrics names")
+    missing = sorted(names - first.keys())
+    if missing and not isinstance(learner.problem, Supervised):
+        raise FedmetaError(f"check: evaluate returns no {', '.join(missing)}, which metrics names")
 
 
 def _row_by_row(learner: Learner, state: dict[str, Tensor], task: Task) -> None:
@@ -161,8 +162,8 @@ def _first_useful(learner: Learner, state: dict[str, Tensor], tasks: Sequence[Ta
         result = _call(f"the learner {type(learner).__name__}", learner.message, state, task)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise FedmetaError(
-                f"check: meta_gradient of {type(learner).__name__} must return (gradient, figures): a dictionary by the "
-                f'meta-state\'s keys, and one with "query_loss"; it returned {type(result).__name__}'
+                f"check: meta_gradient of {type(learner).__name__} must return (gradient, figures): a dictionary by "
+                f'the meta-state\'s keys, and one with "query_loss"; it returned {type(result).__name__}'
             )
         values = list(result[0].values())
         if values and all(bool(v.isfinite().all()) for v in values) and any(bool(v.any()) for v in values):
@@ -189,7 +190,7 @@ def _keys(learner: Learner, sent: Mapping[str, Tensor], template: Mapping[str, T
             raise FedmetaError(f"check: {name} sends {key} that is not finite at the start: lower learner.inner_lr")
     if learner.update == "gradient" and not any(bool(value.any()) for value in sent.values()):
         raise FedmetaError(
-            f"check: {name} sends zeros at every site that was tried: nothing would be learned; does the outer objective "
+            f"check: {name} sends zeros at every site that was tried, and learns nothing; does the outer objective "
             "depend on the parameters, and is every label known?"
         )
 
@@ -244,8 +245,8 @@ def _derivative(
         )
     if not error <= TOLERANCE * max(size, 1e-6) * 10:
         raise FedmetaError(
-            f"check: {what} differs from a finite difference by {error / max(size, 1e-300):.1e} of its size: a derivative in "
-            "the model, the problem or the learner is wrong (weight_norm and once_differentiable functions have no second "
+            f"check: {what} differs from a finite difference by {error / max(size, 1e-300):.1e} of it: a derivative in "
+            "the model, problem or learner is wrong (weight_norm and once_differentiable functions have no second "
             'one), or the objective has a kink here; runtime.check = "straight-through" lets it through'
         )
     found.passed.append(f"{what} agrees with a finite difference to {error / max(size, 1e-300):.0e}")
@@ -263,7 +264,8 @@ def _difference(
 ) -> tuple[float, float]:
     """Returns how far the derivative along a direction is from finite differences, and its size.
 
-    Of three steps, and of both sides of a kink in each, the nearest agreement counts: piecewise functions such as ReLU have
+    Of three steps, and of both sides of a kink in each, the nearest agreement counts: piecewise functions such as
+    ReLU have
     no derivative on a set that small steps leave.
     """
     direction = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in values.items()}

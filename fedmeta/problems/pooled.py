@@ -1,7 +1,9 @@
 """Figures over all test rows of a group of sites, from sums and histograms that sites add up.
 
-Where sites are tiny or outcomes rare, per-site figures say little. Counts and sums give accuracy, F1, Brier score and the
-like exactly. AUROC and AUPRC come from histograms of the log odds over bins that the server fixes: rows in one bin count
+Where sites are tiny or outcomes rare, per-site figures say little. Counts and sums give accuracy, F1, Brier score and
+the
+like exactly. AUROC and AUPRC come from histograms of the log odds over bins that the server fixes: rows in one bin
+count
 as ties, so that AUROC is off by at most half the sum over bins of the product of the two classes' shares there.
 """
 

@@ -75,7 +75,7 @@ class Problem(ABC):
         return (self.inner(parameters, support) + self.inner(parameters, query)) / 2
 
     def evaluate(self, parameters: Parameters, data: Data) -> dict[str, Tensor]:
-        """Returns each metric's value, a scalar; the outer objective under the first metric's name unless overridden."""
+        """Returns each metric's value, a scalar; by default the outer objective under the first one's name."""
         return {self.metrics[0].name: self.outer(parameters, data)}
 
     def constrain(self, parameters: Parameters) -> Parameters:

@@ -1,7 +1,9 @@
 """Metrics of predictions on rows, one entry each: a `RowMetric` with what computes it.
 
-`accuracy`, `ece`, `rmse`, `mae`, `brier`, `log_loss` and `nll` are computed in torch, for many sites at once; the others
-by scikit-learn from a site's predictions. A metric is undefined (NaN) where scikit-learn has no value, such as AUROC with
+`accuracy`, `ece`, `rmse`, `mae`, `brier`, `log_loss` and `nll` are computed in torch, for many sites at once; the
+others
+by scikit-learn from a site's predictions. A metric is undefined (NaN) where scikit-learn has no value, such as AUROC
+with
 one class. A row of a class that the run does not know counts as wrong for accuracy, and for nothing else.
 """
 
@@ -222,13 +224,14 @@ def _metric(name: str) -> RowMetric:
         raise FedmetaError(f'[evaluation] metrics: "{name}" cannot be imported: {error}') from error
     if not isinstance(found, RowMetric) or (found.on_tensors is None) == (found.on_predictions is None):
         raise FedmetaError(
-            f'[evaluation] metrics: "{name}" is not a fedmeta.problems.RowMetric with either on_tensors or on_predictions'
+            f'[evaluation] metrics: "{name}" is not a fedmeta.problems.RowMetric with either on_tensors or '
+            f"on_predictions"
         )
     return found
 
 
 def predictions_of(outputs: NDArray[Any], y: NDArray[Any], positive: int) -> Predictions:
-    """Returns predictions from a site's outputs [n, classes] (logits) or [n] and its labels; unknown classes left out."""
+    """Returns predictions of a site's outputs [n, classes] (logits) or [n]; rows of unknown classes are left out."""
     if np.issubdtype(y.dtype, np.floating):
         return Predictions(y.astype(np.float64), np.empty((len(y), 0)), outputs.reshape(y.shape).astype(np.float64), 0)
     known = y >= 0

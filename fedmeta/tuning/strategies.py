@@ -86,7 +86,8 @@ class Strategies:
         table = self.table()
         last = f"after_{self.milestones()[-1]}"
         best, rest = table.iloc[0], table.iloc[1:]
-        said = f"Best way of searching: {best['strategy']} ({self.score.name} {best[last]:.3f} after {self.plan.trials} trials"
+        said = f"Best way of searching: {best['strategy']} ({self.score.name} {best[last]:.3f} after "
+        f"{self.plan.trials} trials"
         said += f", mean of {best['seeds']} seeds)"
         if not len(rest) or best["seeds"] < 2:
             return f"{said}."
@@ -137,7 +138,8 @@ def markdown(found: Strategies) -> str:
         cells += [f"{row[f'after_{count}']:.3f}" for count in counts]
         rows.append([*cells, f"{row['sd']:.3f}", f"{row['pruned']:.0%}", f"{row['seconds']:.0f}"])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    note = f"The best mean personalized {found.score.name} of validation sites after so many trials, the mean over seeds of "
+    note = f"The best mean personalized {found.score.name} of validation sites after so many trials, the mean over "
+    "seeds of "
     note += "the search; sd over seeds, after all trials. Every way begins with the experiment's own settings."
     return "\n".join([found.verdict(), "", *lines, "", note]) + "\n"
 

@@ -28,7 +28,7 @@ def test_sites_are_sorted_by_name_whichever_node_hosts_them(tmp_path: Path) -> N
     assert federation.classes == ("healthy", "ill")
     assert federation.features == ("age", "pressure")
     assert federation.train_rows.tolist() == federation.test_rows.tolist() == [6, 6, 6]
-    assert federation.outputs == 2
+    assert federation.weights.tolist() == [6.0, 6.0, 6.0]
     assert federation.by_node(np.array([0, 2])) == {NODE_IDS[1]: ("abbey",), NODE_IDS[2]: ("zion",)}
 
 

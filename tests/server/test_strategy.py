@@ -11,7 +11,16 @@ from torch import Tensor
 
 from clients.app import app
 from fedmeta.build import learner_of
-from fedmeta.messages import EVALUATE, FAILURES, TRAIN, EvaluateReply, RoundRequest, TrainReply, pack_failure
+from fedmeta.messages import (
+    EVALUATE,
+    FAILURES,
+    TRAIN,
+    EvaluateReply,
+    RoundRequest,
+    TrainReply,
+    pack_failure,
+    payload_bytes,
+)
 from server.federation import Federation, ask_standardisation
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
@@ -192,8 +201,8 @@ def test_scores_of_other_steps_than_the_rest_fail_alone(tmp_path: Path) -> None:
 
     def one_step_too_few(message: Message, reply: Message) -> Message:
         whole = EvaluateReply.unpack(reply.content)
-        figures = [getattr(whole, name)[:, :-1] for name in ("scores", "losses", "calibration")]
-        content = EvaluateReply(whole.names, *figures, whole.chosen - 1).pack()
+        figures = {name: values[:, :-1] for name, values in whole.figures.items()}
+        content = EvaluateReply(whole.names, figures, whole.chosen - 1).pack()
         return Message(content, reply_to=message)
 
     grid.faults[NODE_IDS[1]] = one_step_too_few
@@ -341,7 +350,7 @@ def test_uninvited_and_doubled_replies_do_not_count_twice(tmp_path: Path) -> Non
     assert strategy.log.failed == {}
     after = strategy.optimizer.meta_state
     assert all(torch.equal(before[key] - after[key], expected[key]) for key in expected)
-    assert strategy.log.bytes_up == sum(record.count_bytes() for reply in replies for record in reply.content.values())
+    assert strategy.log.bytes_up == sum(payload_bytes(reply.content) for reply in replies)
 
 
 def test_evaluations_survive_a_faulty_node(tmp_path: Path) -> None:
@@ -361,7 +370,7 @@ def test_bytes_are_those_of_the_records(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 3)
     strategy = strategy_over(grid)
     messages = list(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid))
-    sent = sum(record.count_bytes() for message in messages for record in message.content.values())
+    sent = sum(payload_bytes(message.content) for message in messages)
     state = strategy.arrays().count_bytes()
     assert strategy.log.bytes_down == sent
     assert sent > 3 * state

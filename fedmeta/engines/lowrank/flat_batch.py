@@ -78,7 +78,7 @@ class FlatBatch:
         return row_errors(outputs, self.y) * (self.counted * factor).reshape(-1, *[1] * (outputs.dim() - 1))
 
     def figures(self, outputs: Tensor, problem: Supervised) -> dict[str, Tensor]:
-        """Returns each site's "loss" and metrics [sites], and the outputs [sites, n, outputs] where they are asked for."""
+        """Returns each site's "loss" and metrics [sites], and the outputs [sites, n, outputs] where they are asked."""
         present, y = self._present(), self.y.view(*self.scored.shape, *self.y.shape[1:])
         found = {"loss": self.losses(outputs)}
         each = outputs.view(*self.scored.shape, *outputs.shape[1:])

@@ -65,7 +65,8 @@ class FactoredGradients:
 def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
     """Whether clipped gradients can be added up so: the low-rank form fits, and its every parameter can be taken apart.
 
-    Learned inner rates are shared by all sites and cannot. As in the low-rank form itself, two sites' sum is compared with
+    Learned inner rates are shared by all sites and cannot. As in the low-rank form itself, two sites' sum is compared
+    with
     the reference loop's, once per model, learner and shape of batch.
 
     Args:

@@ -1,6 +1,7 @@
 """A module's own forward over the rows of a whole cohort, each row with the parameters of its site.
 
-The module's calls of linear layers and the like are answered by the sites' own versions; see `fedmeta.engines.lowrank.engine`.
+The module's calls of linear layers and the like are answered by the sites' own versions; see
+`fedmeta.engines.lowrank.engine`.
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
         x: A few rows [n, *shape], at least 3.
 
     Raises:
-        UnsupportedModelError: An adapting parameter is not used, or not by an operation that is known here; or a row's outputs
+        UnsupportedModelError: An adapting parameter is not used, or not by an operation that is known here; or a
+        row's outputs
             depend on other rows or on how many there are.
     """
     with torch.no_grad():
