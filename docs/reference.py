@@ -14,8 +14,9 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 
 import fedmeta
-from fedmeta import comparison, engines, learners, messages
+from fedmeta import engines, learners, messages
 from fedmeta.messages import EngineReply, EvaluateReply, RoundRequest, SitesReply, SumsReply, SumsRequest, TrainReply
+from fedmeta.search import compare, comparison, comparison_report
 
 FOLDER = Path(__file__).parent
 LONGEST_LINE = 100
@@ -26,7 +27,9 @@ API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta.problems", (fedmeta.Problem, fedmeta.Metric, fedmeta.Solver, fedmeta.TaskSource, fedmeta.implicit)),
     ("fedmeta.learners", (learners.build, learners.Learner)),
     ("fedmeta.engines", (engines.meta_gradients,)),
-    ("fedmeta.comparison", (comparison.compare, comparison.Comparison, comparison.write)),
+    ("fedmeta.search.compare", (compare.compare,)),
+    ("fedmeta.search.comparison", (comparison.Comparison,)),
+    ("fedmeta.search.comparison_report", (comparison_report.write,)),
 )
 """The modules that a program uses, and what of them."""
 

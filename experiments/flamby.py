@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import fedmeta
-from fedmeta.comparison.page import spread
+from fedmeta.search.comparison_report import spread
 
 COLUMNS = 10
 INDICATORS = (2, 6)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import fedmeta
-from fedmeta.comparison.page import spread
+from fedmeta.search.comparison_report import spread
 
 
 def new_sites(file: str, overrides: Sequence[str], seeds: int) -> np.ndarray:

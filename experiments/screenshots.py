@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from fedmeta import comparison
 from fedmeta.cli import live
 from fedmeta.experiment import load_experiment
 from fedmeta.report import write
+from fedmeta.search.compare import compare
 from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.ui import experiment_link, serving
 from tests.tracking.browser import CHROMIUM, Page, browser
@@ -48,7 +48,7 @@ def compared(folder: Path) -> tuple[str, Path]:
     overrides = [f"tracking.uri={uri}", f"tracking.folder={folder}/fedmeta-runs", "evaluation.every=20"]
     experiment = load_experiment(ROOT / "experiments" / "digits.toml", overrides)
     with live.several(experiment) as report:
-        found = comparison.compare(experiment, list(LEARNERS), SEEDS, report=report)
+        found = compare(experiment, list(LEARNERS), SEEDS, report=report)
     return uri, found.folder
 
 

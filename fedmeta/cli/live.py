@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +14,11 @@ from rich.text import Text
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress as Stand
 from fedmeta.progress import Report, ignore_progress
+from fedmeta.search.space import describe
+
+if TYPE_CHECKING:
+    from fedmeta.search.results import StudyResult
+    from fedmeta.search.study import SearchConfig
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_BARS = 24
@@ -60,6 +66,28 @@ def several(experiment: Experiment, *, quiet: bool = False) -> Iterator[Callable
             return views.enter_context(progress(experiment, f"{number}/{count} {title}", quiet=quiet))
 
         yield next_run
+
+
+@contextmanager
+def trials(config: SearchConfig, *, quiet: bool = False) -> Iterator[Callable[[StudyResult], None]]:
+    """Shows the progress of a search where stderr is a terminal; yields what takes the results so far."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    view = Progress(*columns, TextColumn("{task.fields[best]}", markup=False), console=console, transient=True)
+    task = view.add_task(config.sampler, total=config.total, best="no trial yet")
+    with ExitStack() as shown:
+        if console.is_terminal and not quiet:
+            shown.enter_context(view)
+
+        def update(result: StudyResult) -> None:
+            finished = sum(each.state != "waiting" for each in result.trials)
+            if result.completed:
+                best = f"best {result.best.score:.3f}, {describe(result.best.settings)}"
+                view.update(task, completed=finished, best=best)
+            if finished == config.total:
+                shown.close()  # what follows has a view of its own
+
+        yield update
 
 
 class RunView:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
@@ -12,13 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedmeta.comparison import Comparison, interval, spread
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking
+from fedmeta.search.comparison import Comparison, compared_kind
+from fedmeta.search.comparison_report import against, number, percent, spread
+from fedmeta.search.space import describe, short
 from fedmeta.tracking.store import shown
-from fedmeta.tuning import words
+
+if TYPE_CHECKING:
+    from fedmeta.search.results import StudyResult
 
 MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
+MAX_TRIALS = 10
+"""How many trials a table shows; of more, the best ones."""
 LARGE = 1e5
 """From here on an error is written with a power of ten: adaptation ran away, and digits would burst the table."""
 
@@ -78,23 +84,33 @@ def _other_metrics(summary: Mapping[str, Any], score: str) -> list[str]:
 
 
 def comparison(found: Comparison) -> None:
-    """Shows several learners beside one another, best for new sites first, and the verdict."""
+    """Shows several learners, best for new sites first, and the verdict."""
     console = Console(stderr=True)
-    console.print(f"[bold]{found.verdict}[/]", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # an interval has to fit into 80 columns
-    for heading in ("learner", "alone", "global", "personalized", "worst", "helped", f"against {found.baseline}"):
-        table.add_column(heading, justify="left" if heading == "learner" else "right", no_wrap=True)
+    console.print(f"[bold]{escape(found.verdict)}[/]", soft_wrap=True, highlight=False)
+    score = found.score
+    caption = (
+        f"{score.name}{f' ({score.unit})' if score.unit else ''} of {compared_kind(found.sites)} sites, "
+        f"{'higher' if score.higher_is_better else 'lower'} is better; share of sites that adapting helps, harms; "
+        f"paired difference to {found.baseline}, positive is better, with its 95 % interval over sites"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    # An interval has to fit into 80 columns.
+    for heading in (
+        "learner",
+        "global",
+        "personalized",
+        "worst\n10 %",
+        "local-\nonly",
+        "helped,\nharmed",
+        "difference",
+    ):
+        table.add_column(heading, justify="left" if heading == "learner" else "right")
     for _, row in found.table.iterrows():
-        against = "" if row["learner"] == found.baseline else interval(row["difference"], row["low"], row["high"])
         personalized = spread(row["personalized"], row["personalized_sd"])
-        scores = (
-            f"{row['local_only']:.3f}",
-            f"{row['global']:.3f}",
-            personalized,
-            f"{row['worst_decile']:.3f}",
-            f"{row['helped']:.0%}",
-        )
-        table.add_row(str(row["learner"]), *scores, against)
+        others = (number(row["worst_decile"]), number(row["local_only"]))
+        shares = f"{percent(row['helped'])}, {percent(row['harmed'])}"
+        cells = (number(row["global"]), personalized, *others, shares, against(found, row))
+        table.add_row(escape(str(row["learner"])), *map(escape, cells))
     console.print(table)
     for learner, reason in found.left_out.items():
         console.print(f"{learner} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
@@ -105,9 +121,27 @@ def comparison(found: Comparison) -> None:
         best.add_column("learner", no_wrap=True)
         best.add_column("best settings")
         for name in found.table["learner"]:
-            best.add_row(str(name), escape(words(found.trials[name][0].settings)))
+            best.add_row(str(name), escape(describe(found.trials[name][0].settings)))
         console.print(best)
     console.print(f"table  {found.folder / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def search(result: StudyResult) -> None:
+    """Shows the verdict of a search, its best trials, and what to run next."""
+    from fedmeta.search import search_report  # it imports Optuna and PyTorch, which the other tables do not need
+
+    console = Console(stderr=True)
+    console.print(f"[bold]{escape(search_report.verdict(result))}[/]", soft_wrap=True, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (result.score.name, *(short(each.key) for each in result.config.space), ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for trial in search_report.shown_trials(result, most=MAX_TRIALS):
+        table.add_row(*map(escape, search_report.cells(trial, result)))
+    console.print(table)
+    folder = result.config.folder
+    lines = {"page": folder / "tuning.md", "run it": f"fedmeta run {shlex.quote(str(folder / 'best.toml'))}"}
+    for name, value in (lines | _see(result.config.experiment)).items():
+        console.print(f"{name:<12}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sites(frame: pd.DataFrame) -> None:
@@ -143,14 +177,17 @@ def _after(summary: Mapping[str, Any], experiment: Experiment) -> str:
     lines = [f"checkpoint  {summary['checkpoint']}"]
     if spent := summary.get("privacy"):
         lines.insert(0, f"privacy     epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}")
+    return "\n".join([*lines, *(f"{name:<12}{value}" for name, value in _see(experiment).items())])
+
+
+def _see(experiment: Experiment) -> dict[str, str]:
+    """Returns the command that opens the MLflow UI; nothing where nothing is tracked."""
     tracking, usual = experiment.tracking, Tracking()
-    if tracking.uri != UNTRACKED:
-        options = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(shown(tracking.uri))}"
-        options += (
-            "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
-        )
-        lines.append(f"see it      fedmeta ui{options}")
-    return "\n".join(lines)
+    if tracking.uri == UNTRACKED:
+        return {}
+    uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(shown(tracking.uri))}"
+    name = "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
+    return {"see it": f"fedmeta ui{uri}{name}"}
 
 
 def _number(value: float | None) -> str:

@@ -10,22 +10,22 @@ from typing import Annotated
 import typer
 
 from fedmeta.cli.application import File, Overrides, Quiet, app
-from fedmeta.errors import FedmetaError
 from fedmeta.experiment import load_experiment
 
 
 class SamplerName(StrEnum):
-    """Ways of searching."""
+    """How a search chooses the next settings."""
 
     GRID = "grid"
     RANDOM = "random"
+    QMC = "qmc"
     TPE = "tpe"
     GP = "gp"
     CMAES = "cmaes"
 
 
 class PrunerName(StrEnum):
-    """Ways of giving trials up."""
+    """How a search stops trials early."""
 
     MEDIAN = "median"
     HYPERBAND = "hyperband"
@@ -73,8 +73,8 @@ def run(
 @app.command()
 def compare(
     file: File,
-    learners: Annotated[str, typer.Option(help="Which learners, with commas between.")] = "local,fedavg,fedavg-ft,maml",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the experiment's upwards.")] = 3,
+    learners: Annotated[str, typer.Option(help="Which learners, separated by commas.")] = "local,fedavg,fedavg-ft,maml",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting at runtime.seed.")] = 3,
     tune: Annotated[
         int, typer.Option(min=0, metavar="N", help="Settings to try for each learner first, on validation sites.")
     ] = 0,
@@ -86,21 +86,22 @@ def compare(
 ) -> None:
     """Runs several learners on the same sites with several seeds, and shows which serves new sites best.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command resumes where it stopped.
     """
-    from fedmeta import comparison
     from fedmeta.cli import live, tables
+    from fedmeta.search import comparison_report
+    from fedmeta.search.compare import compare as compare_learners
 
     experiment = load_experiment(file, overrides or [])
     names = [name.strip() for name in learners.split(",") if name.strip()]
     with live.several(experiment, quiet=quiet) as report:
-        found = comparison.compare(experiment, names, seeds, tune=tune, runtime=runtime.value, report=report)
+        found = compare_learners(experiment, names, seeds, tune=tune, runtime=runtime.value, report=report)
     if not quiet:
         tables.comparison(found)
     if out:
-        comparison.write(found, out)
+        comparison_report.write(found, out)
     if as_json:
-        print(comparison.to_json(found))
+        print(comparison_report.to_json(found))
 
 
 @app.command()
@@ -115,37 +116,49 @@ def tune(
             help="What to vary; may be repeated. Without it: the inner rate, the server's, and the learner's weights.",
         ),
     ] = None,
-    pruner: Annotated[
-        PrunerName, typer.Option(help="Which trials are given up on their way: those worse than most others so far.")
-    ] = PrunerName.MEDIAN,
-    workers: Annotated[int, typer.Option(min=1, help="How many trials run side by side.")] = 1,
-    judge: Annotated[
+    pruner: Annotated[PrunerName, typer.Option(help="How trials that do badly are stopped early.")] = PrunerName.MEDIAN,
+    workers: Annotated[int, typer.Option(min=1, help="How many trials run in parallel.")] = 1,
+    final_seeds: Annotated[
         int,
-        typer.Option(min=0, metavar="SEEDS", help="Then set the best against the file's own settings on new sites."),
+        typer.Option(
+            min=0,
+            metavar="SEEDS",
+            help="Afterwards compare the best trial with the baseline on the new sites, using SEEDS seeds.",
+        ),
     ] = 0,
-    compare: Annotated[
-        str,
-        typer.Option(metavar="SAMPLER,...", help="Give each of these ways the same trials, and show which is best."),
-    ] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="How many searches of each way, with --compare.")] = 3,
     overrides: Overrides = None,
     runtime: Annotated[RuntimeName, typer.Option(help="As for run; local or ray.")] = RuntimeName.LOCAL,
     out: Annotated[Path | None, typer.Option(help="Where to write the results and best.toml too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Searches for settings of an experiment, judged on validation sites; new sites take no part.
+    """Searches for settings of an experiment, scored on validation sites; new sites take no part.
 
-    Interrupted, the same command goes on where it stopped; with more trials, too. best.toml is ready for fedmeta run.
+    Interrupted, the same command resumes where it stopped; with more trials it continues. best.toml is ready for
+    fedmeta run.
     """
-    from fedmeta.tuning import command
+    from fedmeta.cli import live, tables
+    from fedmeta.search import optimize, search_report, space
+    from fedmeta.search.final_evaluation import FinalEvaluation, evaluate_on_new_sites
+    from fedmeta.search.results import StudyResult
+    from fedmeta.search.study import SearchConfig
 
-    if runtime is RuntimeName.DEPLOYMENT:
-        raise FedmetaError("tune runs here: --runtime local or ray; a deployed federation runs what was found")
-    experiment = load_experiment(file, overrides or [])
-    plan = command.plan_of(experiment, over or [], trials, sampler.value, pruner.value, workers, runtime.value)
-    if compare:
-        print_json = command.compare(plan, [name.strip() for name in compare.split(",") if name.strip()], seeds, out)
-    else:
-        print_json = command.tune(plan, judge, out)
+    experiment = load_experiment(file, overrides or []).absolute()
+    varied = space.parse(over, experiment) if over else space.default_space(experiment)
+    config = SearchConfig(
+        experiment, varied, trials, sampler.value, pruner.value, experiment.runtime.seed, workers, runtime.value
+    )
+    with live.trials(config, quiet=quiet) as on_trial, live.several(experiment, quiet=quiet) as progress:
+
+        def final(result: StudyResult) -> FinalEvaluation:
+            return evaluate_on_new_sites(
+                result.experiment, experiment, final_seeds, config.folder, config.runtime, progress
+            )
+
+        result = optimize.tune(config, on_trial, final if final_seeds else None)
+    if not quiet:
+        tables.search(result)
+    if out:
+        search_report.write(result, out)
     if as_json:
-        print(print_json)
+        print(search_report.to_json(result))

@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedmeta.comparison import Comparison
-from fedmeta.comparison.results import compared_kind
+from fedmeta.search.comparison import Comparison, compared_kind
 from fedmeta.tracking import pictures
 from fedmeta.tracking.run_page import COLOURS, OTHER_COLOURS
 
@@ -25,7 +24,7 @@ def colour_of(learner: str, order: Sequence[str]) -> str:
 
 def every_site(found: Comparison) -> Figure:
     """Draws each new site's personalized score under each learner, the best learner on top, with mean and global."""
-    score, kind = found.score, compared_kind(found.sites)
+    score, kind = found.score.name, compared_kind(found.sites)
     order = list(found.table["learner"])
     own = found.sites[found.sites["kind"] == kind]
     figure, axes = pictures.figure_of(6.2, 1.7 + 0.42 * len(order))
@@ -52,7 +51,7 @@ def over_rounds(found: Comparison, histories: Mapping[str, pd.DataFrame]) -> Fig
         found: The comparison.
         histories: Every evaluation of each of its runs, by their ids.
     """
-    score, kind = found.score, compared_kind(found.sites)
+    score, kind = found.score.name, compared_kind(found.sites)
     order = list(found.table["learner"])
     figure, axes = pictures.figure_of(6.2, 4.0)
     for learner in order:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from fedmeta.comparison import Comparison, interval, spread
-from fedmeta.comparison.results import compared_kind, sites_by_learner
 from fedmeta.experiment import Experiment
 from fedmeta.report import learner_pictures, parts
 from fedmeta.report.document import Block, Code, Document, Folded, Key, Picture, Pictures, Section, Table, Text
 from fedmeta.report.reading import Compared
+from fedmeta.search.comparison import Comparison, compared_kind, interval, sites_by_learner
+from fedmeta.search.comparison_report import spread
+from fedmeta.search.space import describe, with_settings
 from fedmeta.tracking import comparison_pictures
 from fedmeta.tracking.run_page import number
-from fedmeta.tuning import with_settings, words
 
 NAMED_SITES = 10
 
@@ -43,7 +43,8 @@ def on_comparison(compared: Compared) -> Document:
 
 def _keys(found: Comparison, kind: str) -> tuple[Key, ...]:
     best = found.table.iloc[0]
-    keys = [Key(number(best["personalized"]), str(best["learner"]), f"mean personalized {found.score}, {kind} sites")]
+    what = f"mean personalized {found.score.name}, {kind} sites"
+    keys = [Key(number(best["personalized"]), str(best["learner"]), what)]
     others = found.table.iloc[1:4]
     keys += [
         Key(number(row["personalized"]), str(row["learner"]), _against(found, row.to_dict()))
@@ -85,7 +86,7 @@ def _table(found: Comparison, kind: str) -> Table:
     ]
     headings = ("learner", "global", "personalized", "worst tenth", "helped", f"against {found.baseline}")
     caption = (
-        f"Mean {found.score} of {kind} sites on their test rows, ± standard deviation over seeds; differences are "
+        f"Mean {found.score.name} of {kind} sites on their test rows, ± standard deviation over seeds; differences are "
         "paired by site and seed, with their 95 % interval (bootstrap over sites)."
     )
     return Table((*headings, "MB up", "seconds"), tuple(rows), caption, strong=0)
@@ -98,7 +99,7 @@ def _left_out(found: Comparison) -> tuple[Block, ...]:
 def _settings(found: Comparison) -> tuple[Block, ...]:
     if not found.trials:
         return ()
-    rows = tuple((name, words(found.trials[name][0].settings), str(len(found.trials[name])))
+    rows = tuple((name, describe(found.trials[name][0].settings), str(len(found.trials[name])))
                  for name in found.table["learner"])  # fmt: skip
     caption = "Each learner's best settings, chosen on validation sites of the first seed; no new site of it was seen."
     return (Table(("learner", "settings", "tried"), rows, caption, left=2),)

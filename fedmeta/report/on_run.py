@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedmeta.comparison.results import mean_interval
 from fedmeta.report import parts
 from fedmeta.report.document import Document, Folded, Key, Picture, Pictures, Section, Table, Text
 from fedmeta.report.reading import Run
+from fedmeta.search.comparison import mean_interval
 from fedmeta.tracking import pictures
 from fedmeta.tracking.run_page import GROUPS, latest, number, worst_first
 

@@ -14,13 +14,12 @@ import pandas as pd
 
 from fedmeta import checkpoint
 from fedmeta.checkpoint import Checkpoint
-from fedmeta.comparison import Comparison
-from fedmeta.comparison.results import tabulate
-from fedmeta.comparison.settings import Trial
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.problems.metric import metric_of
 from fedmeta.runtime import result_of
+from fedmeta.search.comparison import Comparison, build_table
+from fedmeta.search.trial import Trial
 from fedmeta.tracking import retrieval
 from fedmeta.tracking.retrieval import SUMMARY
 from fedmeta.tracking.store import sqlite_file
@@ -163,7 +162,7 @@ def _beside(runs: Sequence[Run]) -> Compared:
     labels = labelled([run.experiment for run in runs])
     named = [replace(run, summary={**run.summary, "learner": label}) for run, label in zip(runs, labels, strict=True)]
     results = [result_of(run.summary, run.history, dict(run.checkpoint.meta_state), Path()) for run in named]
-    found = tabulate(results, list(dict.fromkeys(labels)), Path(), min(run.summary["seed"] for run in runs))
+    found = build_table(results, list(dict.fromkeys(labels)), Path(), min(run.summary["seed"] for run in runs))
     return Compared(found, {run.summary["run_id"]: run for run in named}, command=False, folder=None)
 
 

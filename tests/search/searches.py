@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fedmeta.experiment import Experiment
-from fedmeta.tuning.language import space_of
-from fedmeta.tuning.plan import Plan
-from fedmeta.tuning.results import Search
-from fedmeta.tuning.searching import search
+from fedmeta.search.optimize import tune
+from fedmeta.search.results import StudyResult
+from fedmeta.search.space import parse
+from fedmeta.search.study import SearchConfig
 
 SETTINGS = [
     "server.rounds=4",
@@ -24,14 +24,16 @@ def described(folder: Path, *overrides: str) -> Experiment:
     return Experiment().with_overrides([*SETTINGS, f"tracking.folder={folder}", "tracking.uri=none", *overrides])
 
 
-def plan(folder: Path, trials: int, sampler: str = "random", *overrides: str, over: list[str] = OVER, **how) -> Plan:
+def config(
+    folder: Path, trials: int, sampler: str = "random", *overrides: str, over: list[str] = OVER, **how
+) -> SearchConfig:
     experiment = described(folder, *overrides)
-    return Plan(experiment, tuple(space_of(over, experiment)), trials, sampler, **({"pruner": "none"} | how))
+    return SearchConfig(experiment, parse(over, experiment), trials, sampler, **({"pruner": "none"} | how))
 
 
-def searched(asked: Plan) -> Search:
-    return search(asked, lambda found: None)
+def searched(asked: SearchConfig) -> StudyResult:
+    return tune(asked, lambda result: None)
 
 
-def tried(found: Search) -> list[tuple]:
-    return [(each.number, each.settings, each.state, each.score) for each in found.attempts]
+def tried(result: StudyResult) -> list[tuple]:
+    return [(each.number, each.settings, each.state, each.score) for each in result.trials]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from fedmeta.comparison.settings import candidates
+from fedmeta.tuning import evenly
 
 from fedmeta import comparison
-from fedmeta.comparison.settings import candidates
 from fedmeta.data import draw_new_sites, load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import LEARNERS, Experiment
 from fedmeta.progress import Progress, Report
 from fedmeta.tracking.opening import open_client
-from fedmeta.tuning import evenly
 
 SETTINGS = ["server.rounds=3", "evaluation.every=0", "learner.inner_steps=2", "model.hidden=16"]
 

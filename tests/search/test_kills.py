@@ -1,4 +1,4 @@
-"""A search that is killed: it goes on, loses no trial, and stays one run of MLflow with its trials under it."""
+"""A search that is killed: it is resumed, loses no trial, and stays one run in MLflow with its trials under it."""
 
 import json
 import os
@@ -53,11 +53,11 @@ def kill_in_trial(folder: Path, number: int) -> None:
     assert process.returncode == -signal.SIGKILL, "the search ended before it was killed"
 
 
-def test_a_killed_search_goes_on_and_loses_no_trial(tmp_path: Path) -> None:
+def test_a_killed_search_is_resumed_and_loses_no_trial(tmp_path: Path) -> None:
     kill_in_trial(tmp_path, 2)
     before = trials(tmp_path)
     assert [each.state.name for each in before] == ["COMPLETE", "COMPLETE", "RUNNING"]
-    done = subprocess.run(command(tmp_path, "--json", "--judge=1"), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command(tmp_path, "--json", "--final-seeds=1"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert len(said["trials"]) == TRIALS

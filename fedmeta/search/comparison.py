@@ -1,4 +1,4 @@
-"""What came of a comparison: one row per learner, paired differences with intervals, a verdict."""
+"""The result of a comparison: one row per learner, paired differences with intervals, a verdict."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedmeta.comparison.settings import Trial
 from fedmeta.errors import FedmetaError
 from fedmeta.problems.metric import Metric, metric_of
 from fedmeta.randomness import generator
 from fedmeta.runtime import Result
+from fedmeta.search.trial import Trial
 
 BASELINE = "fedavg-ft"
 RESAMPLES = 2000
 LEVEL = 0.95
 SCORES = ("global", "personalized", "worst_decile", "local_only", "helped", "harmed")
+"""The table's columns that have a standard deviation over seeds."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of several learners on the same sites.
+    """The result of several learners on the same sites.
 
     Attributes:
-        runs: One row per run: learner, seed, run_id, rounds, wall_s, bytes_up, bytes_down, and of new sites global,
-            personalized, worst_decile, helped.
+        runs: One row per run: learner, seed, run_id, rounds, wall_s, bytes_up, bytes_down, and of new sites the
+            columns of `SCORES`.
         sites: The final evaluation of every run, one row per site, with learner and seed.
         table: One row per learner: means and standard deviations over seeds, and the paired difference of the
-            personalized score of new sites from the baseline's, with its interval.
-        baseline: What the others are held against.
+            personalized score of new sites from the baseline's (positive = better), with its interval.
+        baseline: The learner that the others are compared with.
         score: What sites are scored by.
-        verdict: One sentence.
-        folder: Where it is kept, and goes on from when it is interrupted.
+        verdict: One or two sentences.
+        folder: Where it is kept, and resumed from when it is interrupted.
         trials: Every setting that was tried for each learner, the best one first; empty where nothing was tuned.
         left_out: The learners that failed, and why.
     """
@@ -52,7 +53,7 @@ class Comparison:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def tabulate(
+def build_table(
     results: Sequence[Result],
     learners: Sequence[str],
     folder: Path,
@@ -60,7 +61,7 @@ def tabulate(
     trials: Mapping[str, Sequence[Trial]] | None = None,
     left_out: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """Returns the results of all runs set beside one another.
+    """Returns the comparison of some runs.
 
     Args:
         results: The runs.
@@ -69,15 +70,20 @@ def tabulate(
         seed: Key of the intervals' resampling.
         trials: The settings that were tried for each learner, the best one first.
         left_out: Further learners, which failed, and why.
+
+    Raises:
+        FedmetaError: The runs are scored by different metrics.
     """
-    runs = pd.DataFrame([_run_row(result.summary) for result in results])
-    sites = pd.concat(
-        [result.sites.assign(learner=result.summary["learner"], seed=result.summary["seed"]) for result in results],
-        ignore_index=True,
-    )
     score = metric_of(results[0].summary["score"])
-    if others := {result.summary["score"]["name"] for result in results} - {score.name}:
-        raise FedmetaError(f"these runs are scored by {score.name} and {min(others)}: only runs of one score compare")
+    for other in (result.summary for result in results):
+        if other["score"]["name"] != score.name:
+            raise FedmetaError(
+                f"{results[0].summary['learner']} is scored by {score.name} and {other['learner']} by "
+                f"{other['score']['name']}: compare runs with the same evaluation.score"
+            )
+    runs = pd.DataFrame([_run_row(result.summary) for result in results])
+    named = [each.sites.assign(learner=each.summary["learner"], seed=each.summary["seed"]) for each in results]
+    sites = pd.concat(named, ignore_index=True)
     baseline = BASELINE if BASELINE in learners else learners[0]
     rows = []
     for learner in learners:
@@ -85,28 +91,32 @@ def tabulate(
         row: dict[str, Any] = {"learner": learner, "seeds": len(own)}
         for column in SCORES:
             values = own[column].astype(float)
-            row[column] = values.mean()
-            row[f"{column}_sd"] = values.std(ddof=1) if len(own) > 1 else np.nan
-        for column in ("rounds", "bytes_up", "bytes_down", "wall_s"):
-            row[column] = own[column].mean()
+            row |= {column: values.mean(), f"{column}_sd": values.std(ddof=1) if len(own) > 1 else np.nan}
+        row |= {column: own[column].mean() for column in ("rounds", "bytes_up", "bytes_down", "wall_s")}
         row["difference"], row["low"], row["high"] = difference(sites, learner, baseline, score, seed)
         rows.append(row)
     table = pd.DataFrame(rows).sort_values("personalized", ascending=not score.higher_is_better, ignore_index=True)
-    said = verdict(table, baseline, score)
-    return Comparison(runs, sites, table, baseline, score, said, folder, trials or {}, left_out or {})
+    found = verdict(table, baseline, score)
+    return Comparison(runs, sites, table, baseline, score, found, folder, trials or {}, left_out or {})
+
+
+def compared_group(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a run's summary that is compared: its new sites, or training sites where none is new."""
+    group: dict[str, Any] = summary["new_sites"] if summary["new_sites"]["n"] else summary["training_sites"]
+    return group
 
 
 def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    new = summary["new_sites"] if summary["new_sites"]["n"] else summary["training_sites"]
+    group = compared_group(summary)
     return {
         **{key: summary[key] for key in ("learner", "seed", "run_id", "rounds", "wall_s", "bytes_up", "bytes_down")},
-        "sites": new["n"],
-        "global": new["global"]["mean"],
-        "personalized": new["personalized"]["mean"],
-        "worst_decile": new["personalized"]["worst_decile"],
-        "local_only": new["local_only"]["mean"],
-        "helped": new["helped"],
-        "harmed": new["harmed"],
+        "sites": group["n"],
+        "global": group["global"]["mean"],
+        "personalized": group["personalized"]["mean"],
+        "worst_decile": group["personalized"]["worst_decile"],
+        "local_only": group["local_only"]["mean"],
+        "helped": group["helped"],
+        "harmed": group["harmed"],
     }
 
 
@@ -127,8 +137,8 @@ def difference(
     Args:
         sites: As in `Comparison`.
         learner: The learner.
-        baseline: The learner that it is held against.
-        score: What sites are scored by.
+        baseline: The learner that it is compared with.
+        score: What sites are scored by; positive differences are better, whatever its direction.
         seed: Key of the resampling.
     """
     own = sites[sites["kind"] == compared_kind(sites)].set_index(["seed", "site"])
@@ -159,23 +169,26 @@ def mean_interval(
 
 
 def interval(mean: float, low: float, high: float) -> str:
-    """Returns a difference with its interval in words."""
+    """Returns a difference with its interval as text."""
     return f"{mean:+.3f}, one site" if np.isnan(low) else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def significance(low: float, high: float) -> str:
+    """Returns what an interval of a difference (positive = better) shows."""
+    if low > 0 or high < 0:
+        return f"significantly {'better' if low > 0 else 'worse'} (95 % CI excludes 0)"
+    return "no significant difference"
+
+
 def verdict(table: pd.DataFrame, baseline: str, score: Metric) -> str:
-    """Returns in one sentence which learner serves new sites best, and whether that is more than chance."""
+    """Returns which learner serves new sites best, and whether that is more than chance."""
     best = table.iloc[0]
     unit = f" {score.unit}" if score.unit else ""
-    said = f"Best for new sites: {best['learner']} ({score.name} {best['personalized']:.3f}{unit})"
+    text = f"Best for new sites: {best['learner']} ({score.name} {best['personalized']:.3f}{unit})"
     if best["learner"] == baseline:
-        return f"{said}; no other learner does better than this baseline here."
-    by = interval(best["difference"], best["low"], best["high"])
-    if np.isnan(best["low"]):
-        return f"{said}; against {baseline} {by}."
-    if best["low"] > 0:
-        return f"{said}, significantly better than {baseline} ({by}; the 95 % interval over sites excludes 0)."
-    return f"{said}; no significant difference from {baseline} ({by}; the 95 % interval over sites includes 0)."
+        return f"{text}; no other learner does better than this baseline here."
+    ends = best["low"], best["high"]
+    return f"{text}. Compared with {baseline}: {significance(*ends)}, {interval(best['difference'], *ends)}."
 
 
 def sites_by_learner(comparison: Comparison) -> pd.DataFrame:
