@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedmeta import comparison
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment, load_experiment
@@ -19,6 +18,7 @@ from fedmeta.report import write
 from fedmeta.report.parts import EXPERIMENT_FILE, differing
 from fedmeta.report.reading import labelled, read
 from fedmeta.runtime import run
+from fedmeta.search.compare import compare
 from tests.tracking.browser import CHROMIUM, browser
 
 TOML = """
@@ -81,7 +81,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     root = tmp_path_factory.mktemp("compared")
-    found = comparison.compare(
+    found = compare(
         described(root, "runtime.seed=3"), ["local", "fedavg-ft", "maml"], 2, report=lambda *_: ignore_progress
     )
     return root, found
@@ -208,7 +208,7 @@ def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
     fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
     assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
     assert summarize(result.sites, [score_of(result.sites)])["new_sites"]["n"] == 4
-    found = comparison.compare(
+    found = compare(
         described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress
     )
     run_id = json.loads((found.folder / "mlflow.json").read_text())["run_id"]

@@ -1,20 +1,21 @@
-"""Settings of a comparison, chosen without new sites and with the same budget for every learner; its MLflow run."""
+"""Comparisons: the same sites for all, runs that are found again, settings tuned without new sites, the MLflow run."""
 
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from fedmeta.comparison.settings import candidates
-from fedmeta.tuning import evenly
 
-from fedmeta import comparison
 from fedmeta.data import draw_new_sites, load
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import LEARNERS, Experiment
-from fedmeta.progress import Progress, Report
+from fedmeta.experiment import Experiment
+from fedmeta.progress import Progress, Report, ignore_progress
+from fedmeta.search.compare import compare
+from fedmeta.search.comparison import Comparison
+from fedmeta.search.comparison_report import write
 from fedmeta.tracking.opening import open_client
 
+LEARNERS = ["fedavg-ft", "maml", "local"]
 SETTINGS = ["server.rounds=3", "evaluation.every=0", "learner.inner_steps=2", "model.hidden=16"]
 
 
@@ -23,8 +24,8 @@ def described(folder: Path, *overrides: str) -> Experiment:
 
 
 def started(
-    experiment: Experiment, learners: list[str], tune: int, stop_in: str = "", stop: BaseException | None = None
-) -> tuple[comparison.Comparison, list[str]]:
+    experiment: Experiment, learners: list[str], tune: int = 0, stop_in: str = "", stop: BaseException | None = None
+) -> tuple[Comparison, list[str]]:
     """Returns what came of a comparison, and which runs were started; with `stop_in` such a run is ended by Ctrl-C."""
     titles: list[str] = []
 
@@ -37,41 +38,13 @@ def started(
 
         return take
 
-    return comparison.compare(experiment, learners, 2, tune=tune, report=report), titles
+    return compare(experiment, learners, 2, tune=tune, report=report), titles
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_gets_the_same_draw_which_begins_with_its_own_settings(learner: str) -> None:
-    experiment = Experiment().with_overrides([f"learner.name={learner}"])
-    tried = candidates(experiment, 5)
-    assert len(tried) == 5
-    assert tried[0]["learner.inner_lr"] == experiment.learner.inner_lr
-    reference = candidates(Experiment(), 5)
-    assert [each["learner.inner_lr"] for each in tried] == [each["learner.inner_lr"] for each in reference]
-    assert candidates(experiment, 8)[:5] == tried
-
-
-def test_learners_bring_their_own_keys() -> None:
-    keys = {
-        name: set(candidates(Experiment().with_overrides([f"learner.name={name}"]), 1)[0])
-        for name in ("maml", "fedprox", "pfedme")
-    }
-    assert keys["maml"] == {"learner.inner_lr", "server.lr"}
-    assert keys["fedprox"] == keys["maml"] | {"learner.mu"}
-    assert keys["pfedme"] == keys["maml"] | {"learner.lam", "learner.local_lr"}
-
-
-def test_points_cover_the_space() -> None:
-    points = evenly(16, 2)
-    quarters = {(x > 0.5, y > 0.5) for x, y in points[1:]}
-    assert len(quarters) == 4
-    assert all(len({int(point[place] * 8) for point in points}) == 8 for place in (0, 1))
-
-
-def test_an_interrupted_search_goes_on_and_its_best_settings_are_used(tmp_path: Path) -> None:
+def test_an_interrupted_search_is_resumed_and_its_best_settings_are_used(tmp_path: Path) -> None:
     experiment = described(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        started(experiment, ["fedavg-ft", "maml"], 3, stop_in="tune maml · inner_lr 0.0")
+        started(experiment, ["fedavg-ft", "maml"], 3, stop_in="tune maml · inner_lr 0.0")  # not its first
     found, titles = started(experiment, ["fedavg-ft", "maml"], 3)
     assert not any(title.startswith("tune fedavg-ft") for title in titles), "was tried before"
     assert 0 < sum(title.startswith("tune maml") for title in titles) < 3
@@ -90,8 +63,8 @@ def test_an_interrupted_search_goes_on_and_its_best_settings_are_used(tmp_path: 
     assert again == []
     page = (found.folder / "comparison.md").read_text()
     assert "the best of 3 settings" in page
-    said = json.loads((found.folder / "comparison.json").read_text())
-    assert said["settings"]["maml"] == found.trials["maml"][0].settings
+    written = json.loads((found.folder / "comparison.json").read_text())
+    assert written["settings"]["maml"] == found.trials["maml"][0].settings
 
 
 def test_a_run_that_fails_loses_and_does_not_end_the_comparison(tmp_path: Path) -> None:
@@ -104,26 +77,26 @@ def test_a_run_that_fails_loses_and_does_not_end_the_comparison(tmp_path: Path) 
 
 
 def test_a_comparison_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FedmetaError, match=r"^hopeless$"):
-        started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("hopeless"))
+    with pytest.raises(FedmetaError, match=r"^diverged$"):
+        started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("diverged"))
 
 
 @pytest.mark.parametrize(("tune", "fails_in"), [(2, "tune fedavg ·"), (0, "fedavg, seed 1")])
 def test_a_learner_that_fails_alone_is_left_out_and_named(tmp_path: Path, tune: int, fails_in: str) -> None:
     learners = ["fedavg", "fedavg-ft"]
-    found, _ = started(described(tmp_path), learners, tune, fails_in, FedmetaError("hopeless"))
-    assert found.left_out == {"fedavg": "hopeless"}
+    found, _ = started(described(tmp_path), learners, tune, fails_in, FedmetaError("diverged"))
+    assert found.left_out == {"fedavg": "diverged"}
     assert list(found.table["learner"]) == ["fedavg-ft"]
     assert set(found.sites["learner"]) == {"fedavg-ft"}
-    assert "\nfedavg is left out: hopeless.\n" in (found.folder / "comparison.md").read_text()
+    assert "\nfedavg is left out: diverged.\n" in (found.folder / "comparison.md").read_text()
     assert json.loads((found.folder / "comparison.json").read_text())["left_out"] == found.left_out
 
 
-def test_trials_are_judged_on_sites_that_are_new_to_no_one_of_that_seed(tmp_path: Path) -> None:
+def test_trials_are_scored_on_sites_that_are_new_to_no_one_of_that_seed(tmp_path: Path) -> None:
     experiment = described(tmp_path)
-    found, _ = started(experiment, ["fedavg-ft"], 2)
+    started(experiment, ["fedavg-ft"], 2)
     new = set(draw_new_sites(load(experiment.data).names, experiment.data.new_sites, 0))
-    folders = list((found.folder / "trials").glob("*/sites.parquet"))
+    folders = list(tmp_path.glob("tune-qmc-*/trials/*/sites.parquet"))
     assert len(folders) == 2
     for path in folders:
         sites = pd.read_parquet(path)
@@ -164,7 +137,62 @@ def comparison_runs(client):
     return client.search_runs([experiment.experiment_id], "tags.`fedmeta.kind` = 'comparison'")
 
 
-def test_an_experiment_is_known_by_what_it_says_and_not_by_what_it_leaves_to_the_defaults() -> None:
-    spoken = Experiment().with_overrides(["learner.inner_lr=0.1", "server.rounds=7"])
-    assert spoken.identity() == Experiment().with_overrides(["server.rounds=7"]).identity()
-    assert spoken.identity() != Experiment().with_overrides(["server.rounds=8"]).identity()
+def test_an_experiment_is_identified_by_its_values_however_they_are_given() -> None:
+    explicit = Experiment().with_overrides(["learner.inner_lr=0.1", "server.rounds=7"])
+    assert explicit.identity() == Experiment().with_overrides(["server.rounds=7"]).identity()
+    assert explicit.identity() != Experiment().with_overrides(["server.rounds=8"]).identity()
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("compare")
+    settings = ["server.rounds=2", "evaluation.every=0", "learner.inner_steps=2", "tracking.uri=none"]
+    return Experiment().with_overrides([*settings, f"tracking.folder={folder}"])
+
+
+def test_compares_on_the_same_sites_and_finds_its_runs_again(experiment: Experiment) -> None:
+    found, titles = started(experiment, LEARNERS)
+    assert len(titles) == 6
+    assert found.baseline == "fedavg-ft"
+    assert set(found.table["learner"]) == set(LEARNERS)
+    assert found.table["personalized"].is_monotonic_decreasing
+    for seed in (0, 1):
+        of_seed = found.sites[found.sites["seed"] == seed]
+        kinds = [set(own.loc[own["kind"] == "new", "site"]) for _, own in of_seed.groupby("learner")]
+        assert all(kind == kinds[0] for kind in kinds)
+    again, titles = started(experiment, [*LEARNERS, "fedavg"])
+    assert titles == ["fedavg, seed 0", "fedavg, seed 1"]
+    own = ["learner", "seed", "run_id"]
+    known = again.runs[again.runs["learner"] != "fedavg"][own].sort_values(own, ignore_index=True)
+    pd.testing.assert_frame_equal(found.runs[own].sort_values(own, ignore_index=True), known)
+
+
+def test_is_written_as_markdown_and_json(experiment: Experiment, tmp_path: Path) -> None:
+    found, _ = started(experiment, LEARNERS)
+    write(found, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert text.startswith("Best for new sites: ")
+    assert all(f"| {learner} | 2 |" in text for learner in LEARNERS)
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["verdict"] in text
+    assert len(written["runs"]) == 6
+    assert len(pd.read_parquet(tmp_path / "sites.parquet")) == 6 * 40
+
+
+@pytest.mark.parametrize(
+    ("learners", "settings", "problem"),
+    [
+        (["maml", "maml"], [], "twice"),
+        ([], [], "names none"),
+        (["maml", "mammal"], [], 'no learner "mammal"; did you mean "maml"'),
+        (["maml"], ["data.source=npz", "data.path=nowhere.npz"], "nowhere.npz: no such file"),
+        (["maml"], ["data.new_sites=400"], "leaves no site to train on"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(
+    tmp_path: Path, learners: list[str], settings: list[str], problem: str
+) -> None:
+    places = [f"tracking.folder={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    with pytest.raises(FedmetaError, match=problem):
+        compare(Experiment().with_overrides([*places, *settings]), learners, 1, report=lambda *words: ignore_progress)
+    assert not list(tmp_path.iterdir())

@@ -1,21 +1,21 @@
-"""Comparisons: the same sites for all, paired differences, and runs that are found again."""
+"""Paired differences with intervals, and tables that rank any metric in its own direction."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from fedmeta import comparison
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Experiment
-from fedmeta.problems import Metric
-from fedmeta.progress import Report, ignore_progress
+from fedmeta.problems.metric import Metric
+from fedmeta.runtime import Result
+from fedmeta.search.comparison import Comparison, build_table, difference, verdict
+from fedmeta.search.comparison_report import markdown
 
-LEARNERS = ["fedavg-ft", "maml", "local"]
-
-ACCURACY = Metric("accuracy", True)
+ACCURACY, RMSE = Metric("accuracy", True), Metric("rmse", False)
+SNR = Metric("snr", True, "dB")
 
 
 def sites(gain: float, spread: float = 0.0) -> pd.DataFrame:
@@ -30,17 +30,15 @@ def sites(gain: float, spread: float = 0.0) -> pd.DataFrame:
 
 
 def test_a_constant_gain_is_found_exactly_though_sites_differ() -> None:
-    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", ACCURACY, 0) == pytest.approx((0.05,) * 3)
+    assert difference(sites(0.05), "maml", "fedavg-ft", ACCURACY, 0) == pytest.approx((0.05,) * 3)
 
 
 def test_lower_errors_are_better() -> None:
-    assert comparison.difference(sites(0.05), "maml", "fedavg-ft", Metric("rmse", False), 0) == pytest.approx(
-        (-0.05,) * 3
-    )
+    assert difference(sites(0.05), "maml", "fedavg-ft", RMSE, 0) == pytest.approx((-0.05,) * 3)
 
 
 def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
-    mean, low, high = comparison.difference(sites(0.001, spread=0.1), "maml", "fedavg-ft", ACCURACY, 0)
+    mean, low, high = difference(sites(0.001, spread=0.1), "maml", "fedavg-ft", ACCURACY, 0)
     assert low < 0 < high
     assert low < mean < high
 
@@ -48,7 +46,7 @@ def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
 def test_a_site_that_is_new_in_several_seeds_is_one_site() -> None:
     once = sites(0.001, spread=0.1)
     often = pd.concat([once.assign(seed=seed) for seed in range(5)])
-    one, same = (comparison.difference(frame, "maml", "fedavg-ft", ACCURACY, 0) for frame in (once, often))
+    one, same = (difference(frame, "maml", "fedavg-ft", ACCURACY, 0) for frame in (once, often))
     assert same == pytest.approx(one)
     scores = once.pivot_table(index="site", columns="learner", values="personalized_accuracy")
     se = (scores["maml"] - scores["fedavg-ft"]).std(ddof=0) / np.sqrt(20)
@@ -58,85 +56,72 @@ def test_a_site_that_is_new_in_several_seeds_is_one_site() -> None:
 def test_one_site_is_no_evidence() -> None:
     own = sites(0.05)
     own = pd.concat([own[own["site"] == "s0"].assign(seed=seed) for seed in range(3)])
-    mean, low, high = comparison.difference(own, "maml", "fedavg-ft", ACCURACY, 0)
+    mean, low, high = difference(own, "maml", "fedavg-ft", ACCURACY, 0)
     assert mean == pytest.approx(0.05)
     assert np.isnan([low, high]).all()
     row = {"learner": "maml", "personalized": 0.7, "difference": mean, "low": low, "high": high}
-    said = comparison.verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
-    assert said.endswith("; against fedavg-ft +0.050, one site.")
+    said = verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
+    assert said.endswith("Compared with fedavg-ft: no significant difference, +0.050, one site.")
 
 
 def test_sites_without_a_score_are_left_out() -> None:
     frame = sites(0.05)
     frame.loc[frame["site"] == "s3", "personalized_accuracy"] = np.nan
-    assert comparison.difference(frame, "maml", "fedavg-ft", ACCURACY, 0)[0] == pytest.approx(0.05)
+    assert difference(frame, "maml", "fedavg-ft", ACCURACY, 0)[0] == pytest.approx(0.05)
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    folder = tmp_path_factory.mktemp("compare")
-    settings = ["server.rounds=2", "evaluation.every=0", "learner.inner_steps=2", "tracking.uri=none"]
-    return Experiment().with_overrides([*settings, f"tracking.folder={folder}"])
+def result(learner: str, scores: list[float], score: Metric) -> Result:
+    """Returns a run of one seed whose sites, all new, have these personalized scores."""
+    values = np.array(scores)
+    sites = pd.DataFrame({"site": [f"s{n}" for n in range(len(scores))], "kind": "new", "rows": 10})
+    sites = sites.assign(**{f"personalized_{score.name}": values, f"global_{score.name}": values - 1})
+    worst = values.min() if score.higher_is_better else values.max()
+    group: dict[str, Any] = {
+        "n": len(scores),
+        "global": {"mean": values.mean() - 1},
+        "personalized": {"mean": values.mean(), "worst_decile": worst},
+        "local_only": {"mean": None},
+        "helped": 0.75,
+        "harmed": 0.25,
+    }
+    summary = {"learner": learner, "seed": 0, "run_id": learner, "score": score.to_json(), "new_sites": group}
+    summary |= dict.fromkeys(("rounds", "wall_s", "bytes_up", "bytes_down"), 1)
+    return Result(summary, sites, {}, sites, Path())
 
 
-def run(experiment: Experiment, learners: list[str], seeds: int) -> tuple[comparison.Comparison, list[str]]:
-    started: list[str] = []
-
-    def report(title: str, number: int, count: int) -> Report:
-        def take(progress: object) -> None:
-            if title not in started:
-                started.append(title)
-
-        return take
-
-    return comparison.compare(experiment, learners, seeds, report=report), started
+def compared(score: Metric, **scores: list[float]) -> Comparison:
+    learners = [name.replace("_", "-") for name in scores]
+    results = [result(name, own, score) for name, own in zip(learners, scores.values(), strict=True)]
+    return build_table(results, learners, Path(), 0)
 
 
-def test_compares_on_the_same_sites_and_finds_its_runs_again(experiment: Experiment) -> None:
-    found, started = run(experiment, LEARNERS, 2)
-    assert len(started) == 6
-    assert found.baseline == "fedavg-ft"
-    assert set(found.table["learner"]) == set(LEARNERS)
-    assert found.table["personalized"].is_monotonic_decreasing
-    for seed in (0, 1):
-        of_seed = found.sites[found.sites["seed"] == seed]
-        kinds = [set(own.loc[own["kind"] == "new", "site"]) for _, own in of_seed.groupby("learner")]
-        assert all(kind == kinds[0] for kind in kinds)
-    again, started = run(experiment, [*LEARNERS, "fedavg"], 2)
-    assert started == ["fedavg, seed 0", "fedavg, seed 1"]
-    own = ["learner", "seed", "run_id"]
-    known = again.runs[again.runs["learner"] != "fedavg"][own].sort_values(own, ignore_index=True)
-    pd.testing.assert_frame_equal(found.runs[own].sort_values(own, ignore_index=True), known)
+@pytest.mark.parametrize(("score", "best", "worst"), [(SNR, "maml", -9.0), (RMSE, "fedavg-ft", -7.0)])
+def test_learners_are_ranked_in_the_direction_of_the_score(score: Metric, best: str, worst: float) -> None:
+    found = compared(score, fedavg_ft=[-9.0, -10.0, -11.0], maml=[-7.0, -8.0, -9.0])
+    table = found.table.set_index("learner")
+    assert found.table["learner"].iloc[0] == best
+    assert table.loc["maml", "worst_decile"] == worst
+    assert table.loc["maml", "difference"] == pytest.approx(2.0 * score.sign)
 
 
-def test_says_it_in_markdown_and_json(experiment: Experiment, tmp_path: Path) -> None:
-    found, _ = run(experiment, LEARNERS, 2)
-    comparison.write(found, tmp_path)
-    text = (tmp_path / "comparison.md").read_text()
-    assert text.startswith("Best for new sites: ")
-    assert all(f"| {learner} | 2 |" in text for learner in LEARNERS)
-    said = json.loads((tmp_path / "comparison.json").read_text())
-    assert said["verdict"] in text
-    assert len(said["runs"]) == 6
-    assert len(pd.read_parquet(tmp_path / "sites.parquet")) == 6 * 40
+def test_the_page_has_name_unit_and_direction_of_the_score() -> None:
+    found = compared(SNR, fedavg_ft=[-9.0, -10.0, -11.0], maml=[-7.0, -8.0, -9.0])
+    assert found.verdict == (
+        "Best for new sites: maml (snr -8.000 dB). Compared with fedavg-ft: significantly better (95 % CI excludes 0), "
+        "+2.000 [+2.000, +2.000]."
+    )
+    page = markdown(found)
+    assert "| learner | seeds | global | personalized | worst 10 % | local-only | helped | harmed |" in page
+    assert "| maml | 1 | -9.000 | -8.000 | -9.000 | - | 75% | 25% | +2.000 [+2.000, +2.000] |" in page
+    assert "Mean snr (dB) of new sites, higher is better" in page
 
 
-@pytest.mark.parametrize(
-    ("learners", "settings", "problem"),
-    [
-        (["maml", "maml"], [], "twice"),
-        ([], [], "names none"),
-        (["maml", "mammal"], [], 'no learner "mammal"; did you mean "maml"'),
-        (["maml"], ["data.source=npz", "data.path=nowhere.npz"], "nowhere.npz: no such file"),
-        (["maml"], ["data.new_sites=400"], "leaves no site to train on"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused_before_anything_is_written(
-    tmp_path: Path, learners: list[str], settings: list[str], problem: str
-) -> None:
-    places = [f"tracking.folder={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    with pytest.raises(FedmetaError, match=problem):
-        comparison.compare(
-            Experiment().with_overrides([*places, *settings]), learners, 1, report=lambda *words: ignore_progress
-        )
-    assert not list(tmp_path.iterdir())
+def test_a_difference_that_may_be_chance_is_not_significant() -> None:
+    found = compared(RMSE, fedavg_ft=[1.0, 2.0, 3.0, 4.0], maml=[1.5, 1.5, 2.5, 4.4])
+    assert "no significant difference" in found.verdict
+
+
+def test_runs_with_different_scores_are_refused() -> None:
+    runs = [result("maml", [0.5, 0.6], ACCURACY), result("anil", [0.5, 0.6], replace(ACCURACY, name="auroc"))]
+    with pytest.raises(FedmetaError, match="maml is scored by accuracy and anil by auroc"):
+        build_table(runs, ["maml", "anil"], Path(), 0)
