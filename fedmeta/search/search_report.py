@@ -128,6 +128,7 @@ def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
     quiet_matplotlib()
     import matplotlib
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as plots
 
@@ -143,11 +144,13 @@ def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
     with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna sets a style, and calls its plots experimental
         warnings.simplefilter("ignore")
         pyplot.switch_backend("agg")
-        for name, draw in drawings.items():
-            files.append(folder / f"{name}.png")
-            figure = np.ravel(draw(study))[0].figure
-            figure.savefig(files[-1], dpi=150, bbox_inches="tight")
-            pyplot.close(figure)
+        for file, draw in drawings.items():
+            axes = np.ravel(draw(study))
+            for each in axes:  # the labels between the powers of ten would overlap
+                each.xaxis.set_minor_formatter(NullFormatter())
+            files.append(folder / f"{file}.png")
+            axes[0].figure.savefig(files[-1], dpi=150, bbox_inches="tight")
+            pyplot.close(axes[0].figure)
     return files
 
 

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from optuna import Trial
 
@@ -99,8 +100,7 @@ class Choices:
 
     def suggest(self, trial: Trial) -> Scalar:
         """Returns the value that Optuna suggests."""
-        value: Scalar = trial.suggest_categorical(self.key, self.values)
-        return value
+        return cast(Scalar, trial.suggest_categorical(self.key, self.values))
 
     def read(self, value: Scalar) -> Scalar:
         """Returns the value that is tried for one of Optuna's: itself."""
