@@ -128,7 +128,7 @@ def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
     quiet_matplotlib()
     import matplotlib
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as plots
 
@@ -146,7 +146,9 @@ def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
         pyplot.switch_backend("agg")
         for file, draw in drawings.items():
             axes = np.ravel(draw(study))
-            for each in axes:  # the labels between the powers of ten would overlap
+            for each in (each for each in axes if each.get_xscale() == "log"):  # Optuna's labels overlap
+                each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                each.xaxis.set_major_formatter("{x:g}")
                 each.xaxis.set_minor_formatter(NullFormatter())
             files.append(folder / f"{file}.png")
             axes[0].figure.savefig(files[-1], dpi=150, bbox_inches="tight")
