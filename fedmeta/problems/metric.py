@@ -33,6 +33,11 @@ class Metric:
         """1 where higher is better, else -1: a difference times this is positive where it improves."""
         return 1.0 if self.higher_is_better else -1.0
 
+    @property
+    def label(self) -> str:
+        """The name with the unit, for axes and headings."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
     def better(self, one: float, other: float) -> bool:
         """Returns whether one value is strictly better than another; never with NaN."""
         return self.sign * (one - other) > 0
@@ -55,4 +60,4 @@ def score_of(sites: pd.DataFrame) -> Metric:
 
 def gain_label(score: Metric) -> str:
     """Returns the label of an axis of gains, positive where personalization helps."""
-    return f"gain in {score.name}" if score.higher_is_better else f"reduction of {score.name}"
+    return f"gain in {score.label}" if score.higher_is_better else f"reduction of {score.label}"

@@ -1,7 +1,14 @@
 """MLflow: one run per experiment run. MLflow is imported where a store is opened, never with a module of this folder.
 
-`tracker` is a run in progress: `opening` opens it, `outbox` hands what there is to log (`entries`) to `sender` from a
-thread, and `sync` sends after an outage what was left. `summary_run` is a run about other runs: a comparison, a search.
-`run_page`, `experiment_page`, `results`, `pictures`, `comparison_pictures` are what people see, `model` is what they
-serve. `retrieval` and `fetching` read a run back; `store` checks where it all goes, `ui` serves it.
+- `mlflow_client`: opens stores, experiments and runs, and fetches what runs left there
+- `run_logger`: a run in progress; `events` are what it logs, `async_queue` sends them from a thread
+- `parent_run`: a run about other runs, such as a comparison or a search
+- `metrics`, `description`, `plots`, `comparison_plots`, `experiment_view`: what people see
+- `model`: the model that MLflow loads and serves
+- `ui`: the MLflow UI
 """
+
+import logging
+
+# Matplotlib announces on a fresh machine that it looks for fonts.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -12,11 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta import __version__
-from fedmeta.tracking.run_page import RESULTS
-from fedmeta.tracking.store import MLFLOW_DEFAULTS, first_line
+from fedmeta.tracking.metrics import RESULTS
+from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, reason_of, status_of_error
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient, MlflowException
+    from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
 FOLDER = "model"
@@ -71,7 +71,7 @@ def log(client: MlflowClient, run_id: str, folder: Path, registered: str) -> str
     """Logs a run's model and registers it where it has a name; may be repeated.
 
     Returns:
-        In words what the store refused; empty where nothing.
+        What the store refused, as a sentence; empty where it took everything.
 
     Raises:
         Exception: The store does not answer, and may do so later.
@@ -84,25 +84,19 @@ def log(client: MlflowClient, run_id: str, folder: Path, registered: str) -> str
         if status_of_error(error) in _LATER:
             raise
         client.log_artifacts(run_id, str(folder), FOLDER)
-        return f"the store keeps no models ({first_line(error)}); the run's artifacts hold this one"
+        return f"the store keeps no models ({reason_of(error)}); the run's artifacts hold this one"
     try:
         if registered:
             _register(client, run_id, model, registered)
     except MlflowException as error:
         if status_of_error(error) in _LATER:
             raise
-        return f'the model is not registered as "{registered}": {first_line(error)}'
+        return f'the model is not registered as "{registered}": {reason_of(error)}'
     return ""
 
 
-_LATER = (429, 500, 502, 503, 504)
-"""Which of HTTP's codes say that the same request may succeed later."""
-
-
-def status_of_error(error: MlflowException) -> int:
-    """Returns the code of HTTP that an error of MLflow stands for."""
-    code: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
-    return code
+_LATER = (401, 429, 500, 502, 503, 504)
+"""HTTP's codes after which the same request may succeed later: with a login, or once the server has recovered."""
 
 
 def _logged(client: MlflowClient, run_id: str) -> LoggedModel | None:

@@ -1,5 +1,8 @@
-"""The MLflow UI on a store: a server of its own for a database, a link for a server that runs already."""
+"""The MLflow UI on a store: `mlflow server` for a database, a link for a server that already runs."""
 
+from __future__ import annotations
+
+import base64
 import json
 import os
 import signal
@@ -12,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, NamedTuple
-from urllib.error import HTTPError
+from typing import NamedTuple
 from urllib.parse import quote, urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from fedmeta.errors import FedmetaError
-from fedmeta.tracking.experiment_page import VIEW, VIEW_TAG
-from fedmeta.tracking.store import MLFLOW_DEFAULTS, checked_uri, shown, sqlite_file
+from fedmeta.tracking.experiment_view import VIEW, VIEW_TAG
+from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, PASSWORD, USERNAME, checked_uri, redact_uri, sqlite_file
 
 LOOPBACK = "127.0.0.1"
 USUAL_PORT = 5000
@@ -32,44 +34,48 @@ class Served(NamedTuple):
     """A running MLflow server."""
 
     address: str
-    process: "subprocess.Popen[bytes]"
+    process: subprocess.Popen[bytes]
 
 
 def ui(uri: str, experiment: str, port: int | None = None, browser: bool = False) -> None:
-    """Opens the UI and serves it until Ctrl-C; of a server that runs already it only prints the link.
+    """Serves the UI until Ctrl-C; of a server that already runs it only prints the link.
 
     Args:
-        uri: the store.
-        experiment: the name of the experiment whose charts the link shows.
-        port: where to serve; None takes MLflow's usual port, or another where that is taken.
-        browser: whether to open the link in a browser.
+        uri: The store.
+        experiment: The name of the experiment whose charts the link shows.
+        port: Where to serve; None takes MLflow's usual port, or another where that is taken.
+        browser: Whether to open the link in a browser.
 
     Raises:
-        FedmetaError: the store is not there or cannot be used, the port is taken, or MLflow does not start.
+        FedmetaError: The store is not there or cannot be used, the port is taken, or MLflow does not start.
     """
     if uri.startswith(("http://", "https://")):
         _announce(experiment_link(checked_uri(uri), experiment), browser)
         return
+    # Ended from outside, this process must not leave the server running.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _interrupted_by_termination(), serving(uri, port) as server:
+        with serving(uri, port) as server:
             _announce(experiment_link(server.address, experiment), browser)
             print("Ctrl-C ends it.", file=sys.stderr)
             server.process.wait()
     except KeyboardInterrupt:
         print(file=sys.stderr)
     else:
-        raise FedmetaError(f'the MLflow UI on "{shown(uri)}" ended by itself; start it again')
+        raise FedmetaError(f'the MLflow UI on "{redact_uri(uri)}" ended unexpectedly; start it again')
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def serving(uri: str, port: int | None = None) -> Iterator[Served]:
-    """Runs `mlflow server` on a database, on this machine's loopback alone.
+    """Runs `mlflow server` on a database, reachable from this machine alone.
 
     Yields:
         The server, once it answers.
 
     Raises:
-        FedmetaError: as for `ui`.
+        FedmetaError: As for `ui`.
     """
     file = sqlite_file(uri)
     if file is not None and not file.exists():
@@ -77,23 +83,40 @@ def serving(uri: str, port: int | None = None) -> Iterator[Served]:
     uri = checked_uri(uri)
     port = _free_port(port)
     address = f"http://{LOOPBACK}:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     with TemporaryFile() as output:
-        server = _start(uri, port, file.parent if file else Path.cwd(), output)
+        # In its own session, Ctrl-C reaches the server through this process alone, and its workers end with it.
+        server = subprocess.Popen(
+            command,
+            cwd=file.parent if file else None,
+            stdout=output,
+            stderr=output,
+            env={**MLFLOW_DEFAULTS, **os.environ},
+            start_new_session=True,
+        )
         try:
-            _wait(server, address, uri, output)
+            if not _answers(server, address):
+                output.seek(0)
+                lines = output.read().decode(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else "no output"
+                raise FedmetaError(f'the MLflow UI on "{redact_uri(uri)}" did not start: {reason}')
             yield Served(address, server)
         finally:
             _stop(server)
 
 
 def experiment_link(address: str, experiment: str) -> str:
-    """Returns the link to an experiment's charts, the runs sorted by new-site score, or to all where there is none."""
+    """Returns the link to an experiment's charts, the best run first, or to all experiments where there is none."""
     query = urlencode({"experiment_name": experiment}, quote_via=quote)
+    request = Request(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}")
+    if user := os.environ.get(USERNAME):
+        login = base64.b64encode(f"{user}:{os.environ.get(PASSWORD, '')}".encode()).decode()
+        request.add_header("Authorization", f"Basic {login}")
     try:
-        with urlopen(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}", timeout=ANSWER_S) as reply:
+        with urlopen(request, timeout=ANSWER_S) as reply:
             found = json.load(reply)["experiment"]
     except (OSError, ValueError, KeyError):
-        # Absent, or behind a login that the browser knows.
         return f"{address}/#/experiments"
     # Without its type of workflow the page would open in MLflow's GenAI mode.
     view = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
@@ -108,8 +131,7 @@ def run_link(address: str, experiment_id: str, run_id: str) -> str:
 
 
 def _announce(link: str, browser: bool) -> None:
-    print(link)
-    sys.stdout.flush()
+    print(link, flush=True)
     if browser:
         webbrowser.open(link)
 
@@ -128,48 +150,25 @@ def _free_port(port: int | None) -> int:
     raise FedmetaError(f"port {port} is taken or not allowed; name another with --port, or none to have a free one")
 
 
-def _start(uri: str, port: int, folder: Path, output: IO[bytes]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
-    # In a session of its own, its workers end with it and Ctrl-C reaches it through us alone.
-    return subprocess.Popen(
-        command, cwd=folder, stdout=output, stderr=output, env={**MLFLOW_DEFAULTS, **os.environ}, start_new_session=True
-    )
-
-
-def _wait(server: "subprocess.Popen[bytes]", address: str, uri: str, output: IO[bytes]) -> None:
+def _answers(server: subprocess.Popen[bytes], address: str) -> bool:
+    """Waits until the server answers; returns whether it does."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with urlopen(f"{address}/health", timeout=ANSWER_S):
-                return
-        except HTTPError:
-            break
+                return True
         except OSError:
             time.sleep(0.1)
-    output.seek(0)
-    said = output.read().decode(errors="replace").strip().splitlines()
-    raise FedmetaError(f'the MLflow UI on "{shown(uri)}" did not start: {said[-1] if said else "it said nothing"}')
+    return False
 
 
-def _stop(server: "subprocess.Popen[bytes]") -> None:
+def _stop(server: subprocess.Popen[bytes]) -> None:
     for ending in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, ending)
+            server.wait(STOP_S)
         except ProcessLookupError:
             break
-        try:
-            server.wait(STOP_S)
         except subprocess.TimeoutExpired:
             continue
     server.wait()
-
-
-@contextmanager
-def _interrupted_by_termination() -> Iterator[None]:
-    """Treats a request to terminate like Ctrl-C, so that the server does not outlive us."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,127 @@
+"""Tables of results, for every page that has some: what they hold, how a number looks, and Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+GROUPS = {"new_sites": "new sites", "training_sites": "training sites"}
+"""The groups of sites in a run's summary, and what people call them."""
+
+LARGE, SMALL, ROUNDING = 1e5, 5e-4, 1e-12
+"""Beyond the first two, a number needs a power of ten to be read; below the last one it is zero."""
+
+
+class Share(float):
+    """A share in [0, 1], shown as a percentage."""
+
+
+class Change(float):
+    """A difference, shown with its sign."""
+
+
+Cell = str | float | None
+
+
+class Cells(NamedTuple):
+    """A table: its headings, and rows with a cell for each."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+
+
+def number(value: float | None, sign: bool = False) -> str:
+    """Returns a score to three decimals, with a power of ten where these would not show it; a dash where undefined."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    size, plus = abs(value), "+" if sign else ""
+    if size >= LARGE or ROUNDING < size < SMALL:
+        return f"{value:{plus}.2e}"
+    return f"{value if size > ROUNDING else 0.0:{plus}.3f}"
+
+
+def percent(value: float | None) -> str:
+    """Returns a share as a percentage; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.0%}"
+
+
+def text(cell: Cell) -> str:
+    """Returns what a cell shows."""
+    match cell:
+        case str():
+            return cell
+        case Share():
+            return percent(cell)
+        case int():
+            return f"{cell:,}"
+        case _:
+            return number(cell, sign=isinstance(cell, Change))
+
+
+def plain(words: str) -> str:
+    """Returns text that Markdown shows as it is; names of sites may hold anything."""
+    return re.sub(r"([\\`*<>\[\]#|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[Cell]], left: int = 1, padding: str = " "
+) -> list[str]:
+    """Returns a table's lines as Markdown.
+
+    Args:
+        headings: The columns' names.
+        rows: A cell for each.
+        left: How many columns, from the first, are text; the others are numbers.
+        padding: What stands after a cell.
+    """
+    body = [[text(cell) for cell in row] for row in rows]
+    lines = ["|" + "".join(f" {plain(cell)}{padding}|" for cell in row) for row in (headings, *body)]
+    sides = [" --- |" if place < left else " ---: |" for place in range(len(headings))]
+    return [lines[0], "|" + "".join(sides), *lines[1:]]
+
+
+def groups(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns a run's groups that have sites, by what people call them, the one that its score is about first."""
+    stands_in = str(summary.get("judge", "new_sites")).replace("_", " ")
+    named = {**GROUPS, "new_sites": stands_in}
+    return [(label, summary[key]) for key, label in named.items() if summary[key]["n"]]
+
+
+def score_label(summary: Mapping[str, Any]) -> str:
+    """Returns a run's score with its unit and which way is better, such as "snr (dB), higher is better"."""
+    score = summary["score"]
+    unit = f" ({score['unit']})" if score.get("unit") else ""
+    return f"{score['name']}{unit}, {'higher' if score['higher_is_better'] else 'lower'} is better"
+
+
+def results_table(summary: Mapping[str, Any]) -> Cells:
+    """Returns a run's scores: a row for each group that has sites; pooled figures only where there are some."""
+    found = groups(summary)
+    is_pooled = any(own["personalized"].get("pooled") is not None for _, own in found)
+    headings = ("", "sites", "local-only", "global", "personalized", "std", "worst 10 %")
+    headings += ("pooled",) if is_pooled else ()
+    rows = []
+    for label, own in found:
+        after = own["personalized"]
+        scores = [own["local_only"]["mean"], own["global"]["mean"], after["mean"], after["std"], after["worst_decile"]]
+        scores += [after.get("pooled")] if is_pooled else []
+        shares = [None if own.get(key) is None else Share(own[key]) for key in ("helped", "harmed", "beats_local")]
+        rows.append((label, own["n"], *scores, *shares))
+    return Cells((*headings, "helped", "harmed", "beats local-only"), rows)
+
+
+def metrics_table(summary: Mapping[str, Any]) -> Cells:
+    """Returns a run's further metrics, and of each metric at how many sites it is undefined: a row for each."""
+    score = summary["score"]["name"]
+    rows: list[tuple[Cell, ...]] = []
+    for label, own in groups(summary):
+        missing = own.get("undefined") or {}
+        for name, after in own["personalized"].get("metrics", {}).items():
+            if name != score or missing.get(name):
+                before = own["global"]["metrics"].get(name, {})
+                scores = (before.get("mean"), after["mean"], after["worst_decile"], after.get("pooled"))
+                rows.append((name, label, *scores, after["n"], missing.get(name, 0)))
+    headings = ("metric", "", "global", "personalized", "worst 10 %", "pooled", "sites", "undefined at")
+    return Cells(headings, rows)
