@@ -19,7 +19,7 @@ from fedmeta.cli import live
 from fedmeta.experiment import load_experiment
 from fedmeta.report import write
 from fedmeta.search.compare import compare
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 from fedmeta.tracking.ui import experiment_link, serving
 from tests.tracking.browser import CHROMIUM, Page, browser
 

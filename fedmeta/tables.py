@@ -100,8 +100,8 @@ def results_table(summary: Mapping[str, Any]) -> Cells:
     """Returns a run's scores: a row for each group that has sites; pooled figures only where there are some."""
     found = groups(summary)
     is_pooled = any(own["personalized"].get("pooled") is not None for _, own in found)
-    headings = ("", "sites", "local-only", "global", "personalized", "std", "worst 10 %")
-    headings += ("pooled",) if is_pooled else ()
+    headings = ["", "sites", "local-only", "global", "personalized", "std", "worst 10 %"]
+    headings += ["pooled"] if is_pooled else []
     rows = []
     for label, own in found:
         after = own["personalized"]

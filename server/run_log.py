@@ -23,9 +23,8 @@ from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import write_atomic
 from fedmeta.messages import EngineReply
 from fedmeta.problems import Metric
-from fedmeta.tracking.entries import Dataset
-from fedmeta.tracking.retrieval import SUMMARY
-from fedmeta.tracking.tracker import Tracker
+from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
+from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
 from fedmeta.versions import versions
 from server.adaptation_schedule import Schedule
@@ -70,7 +69,7 @@ class RunLogger:
         """
         earlier = self._earlier
         if self.experiment.tracking.uri != UNTRACKED:
-            self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier)
+            self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier, self.scored_by[0])
             self.run_id = self.tracker.run_id
         if earlier:
             self._replay(earlier, federation)
@@ -191,11 +190,13 @@ def _schedule_of(entries: Mapping[str, Any]) -> Schedule:
     return Schedule(entries["steps"], entries["rate"], entries["validation_losses"])
 
 
-def _start_tracker(experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None) -> Tracker:
+def _start_tracker(
+    experiment: Experiment, federation: Federation, folder: Path, earlier: Checkpoint | None, score: Metric
+) -> Tracker:
     dataset = _dataset(experiment, federation)
     resumed = earlier.run_id if earlier else None
     try:
-        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed)
+        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed, score)
     except FedmetaError:
         if not earlier:
             _remove(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 
 ROOT = Path(__file__).parents[1]
 CURVES = 12

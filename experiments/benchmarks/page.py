@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from fedmeta import load_experiment, run
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 from fedmeta.tracking.ui import experiment_link, run_link, serving
 from tests.tracking.browser import CHROMIUM, Page, browser
 

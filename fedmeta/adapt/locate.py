@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from fedmeta import checkpoint
 from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.errors import FedmetaError
-from fedmeta.tracking import fetching
-from fedmeta.tracking.store import sqlite_file
+from fedmeta.tracking import mlflow_client
+from fedmeta.tracking.mlflow_client import sqlite_file
 
 REGISTERED = "models:/"
 
@@ -68,9 +68,9 @@ def _stored(run: str, root: Path, uri: str, code: Collection[str]) -> MetaModel:
         )
     with TemporaryDirectory() as folder:
         if run.startswith(REGISTERED):
-            return read_start(fetching.fetch_registered(uri, run, Path(folder), FILE), code)
+            return read_start(mlflow_client.fetch_registered(uri, run, Path(folder), FILE), code)
         try:
-            file = fetching.fetch_checkpoint(uri, run, Path(folder))
+            file = mlflow_client.fetch_checkpoint(uri, run, Path(folder))
         except FedmetaError as error:
             raise FedmetaError(f'no run "{run}": there is no such file or folder, and {error}') from None
         return read_start(file, code)

@@ -38,14 +38,14 @@ def sync(
     uri: Annotated[str, typer.Option(help="The MLflow store, in place of the one that each run names.")] = "",
 ) -> None:
     """Sends to MLflow what runs could not send while it was away. May be repeated; nothing is logged twice."""
-    from fedmeta.tracking.sync import sync as send
+    from fedmeta.tracking.events import sync as send
 
     left = 0
     for sent in send(folder or Path(Experiment().tracking.folder), uri):
-        print(f"{sent.folder}: {sent.arrived} entries sent, {sent.left} left")
+        print(f"{sent.folder}: {sent.arrived} events sent, {sent.left} left")
         left += sent.left
     if left:
-        raise FedmetaError(f"the store did not take {left} entries; try again later")
+        raise FedmetaError(f"the store did not take {left} events; try again later")
 
 
 @app.command()

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking
 from fedmeta.search.comparison import Comparison, compared_kind
-from fedmeta.search.comparison_report import against, number, percent, spread
+from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tracking.store import shown
+from fedmeta.tables import groups, number, percent, score_label
+from fedmeta.tracking.mlflow_client import redact_uri
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -25,61 +26,50 @@ MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
 MAX_TRIALS = 10
 """How many trials a table shows; of more, the best ones."""
-LARGE = 1e5
-"""From here on an error is written with a power of ten: adaptation ran away, and digits would burst the table."""
 
 
 def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
-    """Shows what a run came to, and the line that opens the MLflow UI on it."""
+    """Shows the results of a run, and the line that opens the MLflow UI on it."""
     console = Console(stderr=True)
-    score, data = summary["score"], experiment.data
-    name = f"{score['name']} ({score['unit']})" if score["unit"] else score["name"]
-    better = "higher" if score["higher_is_better"] else "lower"
-    rows = (
-        f"{data.ways * data.shots if data.ways else data.support} rows" if experiment.on_rows else "a site's own data"
-    )
+    data = experiment.data
+    rows = f"{data.ways * data.shots if data.ways else data.support} rows" if experiment.on_rows else "its own data"
     caption = (
-        f"{name}, {better} is better, on each site's test data: what a site reaches alone on {rows}, and before and "
+        f"{score_label(summary)}, on each site's test data: what a site reaches local-only on {rows}, and before and "
         "after adapting on them; worst 10 % of sites; share of sites that adapting helps, harms"
     )
     if summary.get("held_out") is False:
         caption += "; support and query are the same data by nature"
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
-    for heading in ("", "n", "alone", "global", "personalized", "worst 10 %", "helped", "harmed"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    judges = summary.get("judge", "new_sites").replace("_", " ")
-    for group, name in (("new_sites", judges), ("training_sites", "training sites")):
-        own = summary[group]
+    for heading in ("", "n", "local-only", "global", "personalized", "worst 10 %", "helped", "harmed"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for label, own in groups(summary):
         table.add_row(
-            name,
+            label,
             str(own["n"]),
-            _number(own["local_only"]["mean"]),
-            _number(own["global"]["mean"]),
-            f"[bold]{_number(own['personalized']['mean'])}[/]",
-            _number(own["personalized"]["worst_decile"]),
-            *("-" if own[key] is None else f"{own[key]:.0%}" for key in ("helped", "harmed")),
+            number(own["local_only"]["mean"]),
+            number(own["global"]["mean"]),
+            f"[bold]{number(own['personalized']['mean'])}[/]",
+            number(own["personalized"]["worst_decile"]),
+            percent(own["helped"]),
+            percent(own["harmed"]),
         )
     console.print(table)
-    for line in _other_metrics(summary, score["name"]):
+    for line in _other_metrics(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_after(summary, experiment), highlight=False, markup=False, soft_wrap=True)
 
 
-def _other_metrics(summary: Mapping[str, Any], score: str) -> list[str]:
-    """Returns a line for each further metric, pooled figure and count of sites at which a metric is undefined."""
+def _other_metrics(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each group's further metrics, pooled figures, and metrics that are undefined at some sites."""
     lines = []
-    for group in ("new_sites", "training_sites"):
-        own = summary[group]
-        if not own["n"]:
-            continue
+    for label, own in groups(summary):
         parts = []
         for name, values in own["personalized"]["metrics"].items():
-            pooled = "" if values["pooled"] is None else f" (pooled {_number(values['pooled'])})"
-            if name != score or pooled:
-                parts.append(f"{name} {_number(values['mean'])}{pooled}")
+            pooled = "" if values["pooled"] is None else f" (pooled {number(values['pooled'])})"
+            if name != summary["score"]["name"] or pooled:
+                parts.append(f"{name} {number(values['mean'])}{pooled}")
         parts += [f"{name} undefined at {count}" for name, count in own["undefined"].items()]
-        if parts:
-            lines.append(f"{group.replace('_', ' ')}: {', '.join(parts)}")
+        lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines
 
 
@@ -185,12 +175,6 @@ def _see(experiment: Experiment) -> dict[str, str]:
     tracking, usual = experiment.tracking, Tracking()
     if tracking.uri == UNTRACKED:
         return {}
-    uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(shown(tracking.uri))}"
+    uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(redact_uri(tracking.uri))}"
     name = "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
     return {"see it": f"fedmeta ui{uri}{name}"}
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < LARGE else f"{value:.2e}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from fedmeta.tables import Cell
+
 
 class Key(NamedTuple):
-    """A figure that one reads first: its value, what it is, and what it is to be held against."""
+    """A key figure: its value, what it is, and what it is compared with."""
 
     value: str
     label: str
@@ -27,8 +30,9 @@ class Text:
 class Table:
     """A table; all columns but the first `left` ones are numbers. `strong` is the row to look at, if any."""
 
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    name: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
     caption: str = ""
     left: int = 1
     strong: int | None = None
@@ -36,10 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture; `name` becomes a file's name, `caption` also says to those who do not see it what it shows."""
+    """A figure, or the bytes of a PNG file; `name` becomes a file's name, `caption` also replaces it where unseen."""
 
     name: str
-    figure: Figure
+    image: Figure | bytes
     caption: str
 
 
@@ -47,12 +51,12 @@ class Picture:
 class Pictures:
     """Pictures beside one another where there is room."""
 
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy, of a language by Markdown's name."""
+    """Text to copy, in a language by Markdown's name."""
 
     text: str
     language: str
@@ -60,10 +64,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are opened by who asks for them."""
+    """Blocks that are shown on request, where the format allows."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 Block = Text | Table | Pictures | Code | Folded
@@ -71,10 +75,10 @@ Block = Text | Table | Pictures | Code | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and its blocks."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,28 @@ class Document:
     """A whole report.
 
     Attributes:
-        kind: What it is about, in a word or two.
+        kind: What it is about, in a few words.
         title: Its title.
         lead: The answer, in a sentence or two.
-        keys: The figures that one reads first.
+        keys: The key figures.
         sections: The rest.
     """
 
     kind: str
     title: str
     lead: str
-    keys: tuple[Key, ...]
-    sections: tuple[Section, ...]
+    keys: Sequence[Key]
+    sections: Sequence[Section]
+
+    def tables(self) -> Iterator[Table]:
+        """Yields all tables in their order."""
+        for section in self.sections:
+            yield from _tables(section.blocks)
+
+
+def _tables(blocks: Iterable[Block]) -> Iterator[Table]:
+    for block in blocks:
+        if isinstance(block, Table):
+            yield block
+        elif isinstance(block, Folded):
+            yield from _tables(block.blocks)

@@ -1,14 +1,18 @@
-"""Pictures for a page: vector graphics whose colours follow the page's, light or dark, and PNG beside Markdown."""
+"""Pictures for a page: vector graphics whose colors follow the page's, light or dark, and PNG files."""
 
 from __future__ import annotations
 
+import base64
 import re
 import warnings
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from fedmeta.report.document import Picture
+from fedmeta.tracking.plots import write
 
 WIDTH_INCHES = 6.2
 """How wide pictures are drawn, so that their letters stay legible at half a page's width."""
@@ -18,18 +22,19 @@ DARK = {
     "#56b4e9": "#a5daf8", "#999999": "#8b8e93", "#cc79a7": "#e39cc3", "#882255": "#cf6d9d", "#332288": "#9b8df0",
     "#999933": "#c4c45a", "#000000": "#f2f2ee",
 }  # fmt: skip
-"""What the pictures' colours become on a dark page, where it is another one."""
+"""What the pictures' colors become on a dark page, where they change."""
 
 
-def svg(picture: Picture) -> str:
-    """Returns a picture as an SVG element to stand inside an HTML page that has the colours of `colours`."""
-    import matplotlib
-
-    figure = picture.figure
+def inline(picture: Picture) -> str:
+    """Returns the HTML element of a picture: SVG of a figure, an image that holds its data of a PNG."""
+    if isinstance(picture.image, bytes):
+        data = base64.b64encode(picture.image).decode()
+        return f'<img alt="" src="data:image/png;base64,{data}">'
+    figure = picture.image
     width, height = figure.get_size_inches()
     figure.set_size_inches(min(width, WIDTH_INCHES), height)
     text = StringIO()
-    # Letters as text can be searched and take a tenth of the space; a fixed salt names the same parts alike every time.
+    # Letters as text can be searched and take a tenth of the space; a fixed salt makes the file reproducible.
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": picture.name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
@@ -38,7 +43,7 @@ def svg(picture: Picture) -> str:
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r"font: ([^'\"]*)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans)", drawn)
-    # Identifiers are the page's, not the picture's: the same one in two pictures would be the first one's.
+    # Identifiers are the page's, not the picture's: without a prefix two pictures would share them.
     drawn = re.sub(r'(id="|url\(#|href="#)', rf"\1{picture.name}-", drawn)
     return re.sub(r"#[0-9a-f]{6}\b", lambda found: f"var(--c-{found[0][1:]}, {found[0]})", drawn)
 
@@ -47,12 +52,12 @@ def png(picture: Picture, folder: Path) -> Path:
     """Writes a picture into a folder; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{picture.name}.png"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        picture.figure.savefig(path)
-    return path
+    if isinstance(picture.image, bytes):
+        path.write_bytes(picture.image)
+        return path
+    return write(picture.image, path)
 
 
-def colours() -> str:
-    """Returns the CSS declarations of the pictures' colours on a dark page; on a light one they are their own."""
+def dark_colors() -> str:
+    """Returns the CSS declarations of the pictures' colors on a dark page."""
     return " ".join(f"--c-{light[1:]}: {dark};" for light, dark in DARK.items())

@@ -1,136 +1,151 @@
-"""The report of one run: does adapting serve sites that were never seen, and whom does it not serve?"""
+"""The report of one run: does adapting serve sites that were never seen, and which does it harm?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from fedmeta import tables
+from fedmeta.problems.metric import Metric, metric_of
 from fedmeta.report import parts
-from fedmeta.report.document import Document, Folded, Key, Picture, Pictures, Section, Table, Text
+from fedmeta.report.document import Block, Document, Folded, Key, Picture, Pictures, Section, Table, Text
 from fedmeta.report.reading import Run
 from fedmeta.search.comparison import mean_interval
-from fedmeta.tracking import pictures
-from fedmeta.tracking.run_page import GROUPS, latest, number, worst_first
+from fedmeta.tables import number, percent
+from fedmeta.tracking import plots
+from fedmeta.tracking.description import data_name
+from fedmeta.tracking.metrics import latest, left_behind, worst_first
 
 CAPTIONS = {
-    "sites": "Every site: its score with the global model (ring) and with its own (dot). Names in bold are new sites.",
-    "adaptation": "The score after each inner step; the band holds the middle 80 % of the sites.",
-    "rounds": "Test scores while the start was learned.",
-    "heat_map": "Each site's own model, evaluation by evaluation; the best at the end on top.",
-    "gain_by_rows": "What adapting brings each site, against the rows that it has to train on.",
+    "sites": "Every site: {score} of the global model (ring) and of its personalized one (dot). New sites are bold.",
+    "adaptation": "{score} after each inner step; the band holds the middle 80 % of the sites.",
+    "rounds": "{score} on test data while the start was learned.",
+    "heat_map": "Personalized {score}, evaluation by evaluation; the best at the end on top.",
+    "gain_by_rows": "Gain of each site in {score} by adapting, against the rows that it has to train on.",
 }
 
 
 def on_run(run: Run) -> Document:
     """Returns the report."""
     summary, sites = run.summary, latest(run.history)
-    score = summary["score"]["name"]
-    group, judged = _judged(summary)
-    name = parts.name_of(run.experiment)
+    score = metric_of(summary["score"])
+    found = tables.groups(summary)
+    label, group = found[0] if found else ("sites", summary["new_sites"])
+    name = data_name(run.experiment.params())
+    result = f"{score.name} {number(group['personalized']['mean'])}{f' {score.unit}' * bool(score.unit)}"
+    every = parts.site_table("sites", worst_first(sites), score)
     return Document(
         kind="Federated meta-learning: one run",
-        title=f"{summary['learner']} on {name}: {score} {number(judged['personalized']['mean'])} on {group}",
-        lead=_lead(run, group, judged, score),
-        keys=_keys(run, group, judged, score),
+        title=f"{summary['learner']} on {name}: {result} on {label}",
+        lead=_lead(run, label, group, score),
+        keys=_keys(run, label, group, score),
         sections=(
-            Section("The question", (Text(_question(run, group)),)),
+            Section("The question", (Text(_question(run, label)),)),
             parts.data(run),
-            Section("What came out", (_table(run, score), _drawn(run))),
-            Section("Left behind", parts.left_behind(run)),
+            Section("Results", (*_tables(run), *_own_pictures(run), _plots(run, score))),
+            Section("Left behind", _left_behind(run, score)),
             parts.again(
-                run.experiment, f"fedmeta run {parts.EXPERIMENT_FILE}", summary.get("versions", {}), _told(run)
+                run.experiment, f"fedmeta run {parts.EXPERIMENT_FILE}", summary.get("versions", {}), _facts(run)
             ),
-            Section(
-                "Every site",
-                (Folded(f"All {len(sites)} sites, worst first", (parts.site_table(worst_first(sites), score),)),),
-            ),
+            Section("Every site", (Folded(f"All {len(sites)} sites, worst first", (every,)),)),
         ),
     )
 
 
-def _judged(summary: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Returns the sites by which a run is judged: new ones, where there are any."""
-    if "judge" in summary:
-        return "validation sites", summary["new_sites"]
-    key = "new_sites" if summary["new_sites"]["n"] else "training_sites"
-    return GROUPS[key], summary[key]
-
-
-def _question(run: Run, group: str) -> str:
-    steps, rows = run.experiment.evaluation_steps, run.experiment.data.support
-    seen = "that took no part in training" if group != "training sites" else "that took part in training"
+def _question(run: Run, label: str) -> str:
+    experiment = run.experiment
+    rows = f"at most {experiment.data.support} of its rows" if experiment.on_rows else "its own data"
+    seen = "that took part in training" if label == "training sites" else "that took no part in training"
     return (
-        "The sites keep their rows; what they learn together is a start. Does a model that a site makes from that "
-        f"start, in {steps} gradient steps on at most {rows} of its own rows, serve sites {seen} better than one "
-        "global model for all, and better than what each would learn alone from the same rows?"
+        "The sites keep their data; together they learn a start. Does the solution that a site reaches from it, in "
+        f"{experiment.evaluation_steps} inner steps on {rows}, serve sites {seen} better than one global solution "
+        "for all, and better than what each would reach local-only, from the same data?"
     )
 
 
-def _lead(run: Run, group: str, judged: dict[str, Any], score: str) -> str:
-    sites = latest(run.history)
-    kind = {"new sites": "new", "training sites": "training", "validation sites": "validation"}[group]
-    gains = sites[sites["kind"] == kind]["gain"].dropna().to_numpy(dtype=float)
-    gain, low, high = mean_interval(gains, run.experiment.runtime.seed)
-    unit = run.summary["score"].get("unit", "")
-    what = f"{score} ({unit})" if unit else score
-    change = "gains" if gain >= 0 else "loses"
-    before, after = number(judged["global"]["mean"]), number(judged["personalized"]["mean"])
-    said = (
-        f"On {judged['n']} {group} the mean {what} goes from {before} with the global model to {after} "
-        f"after adapting: a site {change} {abs(gain):.3f} on average"
-        f" (95 % interval over sites {low:+.3f} to {high:+.3f})."
+def _lead(run: Run, label: str, group: Mapping[str, Any], score: Metric) -> str:
+    before, after, gain = group["global"]["mean"], group["personalized"]["mean"], group["gain"]
+    if gain is None:
+        return "No site has a score that is defined both before and after adapting."
+    lead = (
+        f"On {group['n']} {label} the mean {score.label} is {number(before)} with the global model and {number(after)} "
+        f"after adapting: a site {'gains' if gain >= 0 else 'loses'} {number(abs(gain))} on average"
     )
-    verdict = " Adapting helps." if low > 0 else " Adapting harms." if high < 0 else " That may be chance."
-    if judged["n"] < 2:
-        return said.partition(" (95 %")[0] + ". One site is no evidence."
-    alone = judged["local_only"]["mean"]
-    beside = f" Alone, on the same rows, sites reach {number(alone)}." if alone is not None else ""
-    return said + verdict + beside
-
-
-def _keys(run: Run, group: str, judged: dict[str, Any], score: str) -> tuple[Key, ...]:
     sites = latest(run.history)
-    losing = int((sites["gain"] < 0).sum())
+    gains = sites[sites["kind"] == label.removesuffix(" sites")]["gain"].to_numpy(dtype=float)
+    gains = gains[np.isfinite(gains)]
+    _, low, high = mean_interval(gains, run.experiment.runtime.seed)
+    if len(gains) < 2:
+        return f"{lead}. One site is no evidence."
+    verdict = "Adapting helps." if low > 0 else "Adapting harms." if high < 0 else "That may be chance."
+    local = group["local_only"]["mean"]
+    beside = f" Local-only, on the same data, sites reach {number(local)}." if local is not None else ""
+    return f"{lead} (95 % interval over sites {number(low, sign=True)} to {number(high, sign=True)}). {verdict}{beside}"
+
+
+def _keys(run: Run, label: str, group: Mapping[str, Any], score: Metric) -> tuple[Key, ...]:
+    sites = latest(run.history)
+    after = group["personalized"]
+    ends = [number(after.get(end)) for end in ("low", "high")]
+    spread = f", 95 % interval {ends[0]} to {ends[1]}" if after.get("low") is not None else ""
+    pooled = [Key(number(after["pooled"]), "pooled", "over all test rows")] if after.get("pooled") is not None else []
     return (
-        Key(number(judged["personalized"]["mean"]), "personalized", f"mean {score}, {judged['n']} {group}"),
-        Key(number(judged["global"]["mean"]), "global", "one model for all"),
-        Key(number(judged["local_only"]["mean"]), "alone", "without the federation"),
-        Key(number(judged["personalized"]["worst_decile"]), "worst tenth", f"of the {group}"),
-        Key(number(judged["helped"], share=True), "helped", "strictly better than global"),
-        Key(str(losing), "left behind", f"of all {len(sites)} sites"),
+        Key(number(after["mean"]), "personalized", f"mean {score.label}, {group['n']} {label}{spread}"),
+        Key(number(group["global"]["mean"]), "global", "one model for all"),
+        Key(number(group["local_only"]["mean"]), "local-only", "without the federation"),
+        Key(number(after["worst_decile"]), "worst 10 %", f"of the {label}"),
+        *pooled,
+        Key(percent(group["helped"]), "helped", "strictly better than global"),
+        Key(percent(group["harmed"]), "harmed", "strictly worse than global"),
+        Key(f"{len(left_behind(sites))}", "left behind", f"of all {len(sites)} sites"),
     )
 
 
-def _table(run: Run, score: str) -> Table:
-    rows = []
-    for key, label in GROUPS.items():
-        own = run.summary[key]
-        if not own["n"]:
-            continue
-        label = "validation sites" if key == "new_sites" and "judge" in run.summary else label
-        scores = [own["local_only"]["mean"], own["global"]["mean"], own["personalized"]["mean"]]
-        spread = [own["personalized"]["std"], own["personalized"]["worst_decile"], own["personalized"]["min"]]
-        cells = [number(value) for value in (*scores, *spread)]
-        rows.append((label, str(own["n"]), *cells, number(own["helped"], share=True)))
-    # The summary calls the lowest score `min`; of errors the worst one is the highest, which it does not have.
-    headings = ("", "sites", "alone", "global", "personalized", "std", "worst tenth", "lowest", "helped")
+def _tables(run: Run) -> tuple[Block, ...]:
     caption = (
-        f"{score} on each site's test data, mean over sites. Alone: trained on the "
-        "same rows without the federation. Helped: the share of sites whose personalized score is strictly better than "
-        "the global one."
+        f"Mean {tables.score_label(run.summary)}, on each site's test data. Local-only: what a site reaches without "
+        "the federation. Helped and harmed: the share of sites whose personalized score is strictly better or worse "
+        "than the global one; beats local-only: strictly better than that."
     )
-    return Table(headings, tuple(rows), caption, strong=0)
+    further = tables.metrics_table(run.summary)
+    undefined = "Means over the sites where a metric is defined; pooled: over all test rows of the group."
+    results = Table("results", *tables.results_table(run.summary), caption, strong=0)
+    return (results, Table("metrics", *further, undefined, left=2)) if further.rows else (results,)
 
 
-def _drawn(run: Run) -> Pictures:
-    order = [name for name in CAPTIONS if name in pictures.PICTURES]
-    return Pictures(tuple(Picture(name, pictures.PICTURES[name](run.history), CAPTIONS[name]) for name in order))
+def _plots(run: Run, score: Metric) -> Pictures:
+    captions = {name: caption.format(score=score.label) for name, caption in CAPTIONS.items()}
+    captions = {name: caption[:1].upper() + caption[1:] for name, caption in captions.items()}
+    return Pictures([Picture(name, plots.PLOTS[name](run.history, score), captions[name]) for name in captions])
 
 
-def _told(run: Run) -> str:
+def _own_pictures(run: Run) -> tuple[Block, ...]:
+    """Returns the pictures that the problem drew, such as a solution before and after adapting."""
+    if not run.pictures:
+        return ()
+    return (Pictures([Picture(name, data, name.replace("_", " ")) for name, data in run.pictures.items()]),)
+
+
+def _left_behind(run: Run, score: Metric) -> tuple[Block, ...]:
+    sites = latest(run.history)
+    losing = left_behind(sites)
+    if losing.empty:
+        return (Text("No site: each one's personalized score is at least as good as its global one."),)
+    many = "sites are" if len(losing) > 1 else "site is"
+    advice = (
+        f"{len(losing)} {many} served worse by personalization than by the global model, of {len(sites)}. The global "
+        "model is the better one there; with evaluation.gate = true each site decides that on its own support data."
+    )
+    return Text(advice), parts.site_table("left_behind", losing, score)
+
+
+def _facts(run: Run) -> str:
     summary = run.summary
     sent = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
     failed = f", {summary['failures']} failed replies" if summary["failures"] else ""
     return (
         f"Seed {summary['seed']}, {summary['rounds']} rounds in {summary['wall_s']:.0f} s, {sent:,.1f} MB sent"
-        f"{failed}; cohort engine {run.checkpoint.engine}. Run {summary['run_id']}."
+        f"{failed}; engine {run.checkpoint.engine}. Run {summary['run_id']}."
     )

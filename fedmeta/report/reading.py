@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +20,12 @@ from fedmeta.problems.metric import metric_of
 from fedmeta.runtime import result_of
 from fedmeta.search.comparison import Comparison, build_table
 from fedmeta.search.trial import Trial
-from fedmeta.tracking import retrieval
-from fedmeta.tracking.retrieval import SUMMARY
-from fedmeta.tracking.store import sqlite_file
-from fedmeta.tracking.summary_run import KEPT
+from fedmeta.tracking import mlflow_client
+from fedmeta.tracking.mlflow_client import SITES, SUMMARY, sqlite_file
+from fedmeta.tracking.parent_run import KEPT
+from fedmeta.tracking.plots import FOLDER, own_pictures
 
 COMPARISON = "comparison.json"
-SITES = "sites.parquet"
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Run:
         experiment: Its description.
         checkpoint: Its last state.
         folder: Where its files are; None where they came from a store.
+        pictures: PNG files that its problem drew, by name.
     """
 
     summary: dict[str, Any]
@@ -46,6 +46,7 @@ class Run:
     experiment: Experiment
     checkpoint: Checkpoint
     folder: Path | None
+    pictures: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Compared:
     Attributes:
         found: The comparison.
         runs: Its runs.
-        command: Whether `fedmeta compare` made it, and not the one who asks for a report.
+        command: Whether `fedmeta compare` made it; otherwise the runs were named for this report.
         folder: Where its files are; None where they came from a store, or where there are none.
     """
 
@@ -75,7 +76,7 @@ def read(names: Sequence[str], root: Path, uri: str) -> Run | Compared:
         uri: The MLflow store that is asked for what is not found there.
 
     Raises:
-        FedmetaError: There is no such run or comparison, it has not ended, or they are not of one kind.
+        FedmetaError: There is no such run or comparison, it has not ended, or they are on different data.
     """
     folders = _folders(root)
     found = [_one(name, root, uri, folders) for name in names]
@@ -83,7 +84,7 @@ def read(names: Sequence[str], root: Path, uri: str) -> Run | Compared:
         return found[0]
     runs = [one for one in found if isinstance(one, Run)]
     if len(runs) < len(found):
-        raise FedmetaError("a report is about one comparison, or about runs; name them apart")
+        raise FedmetaError("a report is about one comparison or about runs; make one for each")
     return _beside(runs)
 
 
@@ -98,15 +99,15 @@ def _one(name: str, root: Path, uri: str, folders: dict[str, Path]) -> Run | Com
         if (place / SUMMARY).is_file():
             return _run(place, place)
         if next(place.glob("round-*.safetensors"), None):
-            raise FedmetaError(f"{place}: the run has not ended; go on with it: fedmeta run FILE.toml --resume {name}")
+            raise FedmetaError(f"{place}: the run has not ended; resume it: fedmeta run FILE.toml --resume {name}")
     file = sqlite_file(uri)
     if path.exists() or (file is not None and not file.exists()):
         raise FedmetaError(f"{name}: neither a finished run nor a comparison: it has no {SUMMARY} and no {COMPARISON}")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if retrieval.fetch_files(uri, name, (COMPARISON, SITES), folder):
+        if mlflow_client.fetch_files(uri, name, (COMPARISON, SITES), folder):
             return _comparison(folder, folders, None)
-        retrieval.fetch(uri, name, folder)
+        mlflow_client.fetch_run(uri, name, folder)
         return _run(folder, None)
 
 
@@ -126,21 +127,22 @@ def _run(folder: Path, known: Path | None) -> Run:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         history = pd.read_parquet(folder / SITES)
         toml = (folder / "experiment.toml").read_text(encoding="utf-8")
+        pictures = {path.stem: path.read_bytes() for path in own_pictures(folder / FOLDER)}
     except (OSError, ValueError) as error:
         raise FedmetaError(f"{folder}: not the files of a finished run: {error}") from error
     experiment = Experiment.from_toml(toml, str(folder / "experiment.toml"))
-    return Run(summary, history, experiment, checkpoint.newest(folder)[0], known)
+    return Run(summary, history, experiment, checkpoint.newest(folder)[0], known, pictures)
 
 
 def _comparison(folder: Path, folders: dict[str, Path], known: Path | None) -> Compared:
     try:
-        said = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+        content = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
         sites = pd.read_parquet(folder / SITES)
-        tables = [pd.DataFrame(said[name]) for name in ("runs", "table")]
-        trials = {name: [Trial(**trial) for trial in tried] for name, tried in said.get("trials", {}).items()}
-        table, left_out = _numbers(tables[1]), said.get("left_out", {})
-        settled = (said["baseline"], metric_of(said["score"]), said["verdict"])
-        found = Comparison(tables[0], sites, table, *settled, folder, trials, left_out)
+        tables = [pd.DataFrame(content[name]) for name in ("runs", "table")]
+        trials = {name: [Trial(**trial) for trial in tried] for name, tried in content.get("trials", {}).items()}
+        table, left_out = _numbers(tables[1]), content.get("left_out", {})
+        fixed = (content["baseline"], metric_of(content["score"]), content["verdict"])
+        found = Comparison(tables[0], sites, table, *fixed, folder, trials, left_out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedmetaError(f"{folder}: not the files of a comparison: {error}") from error
     runs = {name: _run(folders[name], folders[name]) for name in found.runs["run_id"] if name in folders}
@@ -154,11 +156,11 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _beside(runs: Sequence[Run]) -> Compared:
-    """Returns several runs as a comparison; runs of one learner are told apart by the settings that differ."""
-    data = {(run.experiment.data, run.checkpoint.classes) for run in runs}
+    """Returns several runs as a comparison; runs of one learner are distinguished by the settings that differ."""
+    data = {(run.experiment.problem, run.experiment.data, run.checkpoint.classes) for run in runs}
     scores = {run.summary["score"]["name"] for run in runs}
     if len({repr(each) for each in data}) > 1 or len(scores) > 1:
-        raise FedmetaError("these runs are on different data; a report sets runs on the same data beside one another")
+        raise FedmetaError("these runs are on different data; a report compares runs on the same data")
     labels = labelled([run.experiment for run in runs])
     named = [replace(run, summary={**run.summary, "learner": label}) for run, label in zip(runs, labels, strict=True)]
     results = [result_of(run.summary, run.history, dict(run.checkpoint.meta_state), Path()) for run in named]

@@ -59,7 +59,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         KeyboardInterrupt: The user stopped it; the SuperLink was told to stop the run.
     """
     # MLflow and all that it needs take seconds to import, and `flower` needs none of it.
-    from fedmeta.tracking.retrieval import FINISHED, fetch, status_of
+    from fedmeta.tracking.mlflow_client import FINISHED, fetch_run, status_of
 
     uri = tracked(experiment).absolute().tracking.uri
     if uri == UNTRACKED:
@@ -80,7 +80,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         resume = f"; to go on: --resume {run_id}" if experiment.runtime.checkpoint_every else ""
         raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {why}{resume}")
     folder = Path(experiment.tracking.folder) / run_id
-    return fetch(uri, run_id, folder), folder
+    return fetch_run(uri, run_id, folder), folder
 
 
 def tracked(experiment: Experiment) -> Experiment:

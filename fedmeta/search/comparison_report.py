@@ -14,10 +14,11 @@ import pandas as pd
 from fedmeta.experiment import Experiment
 from fedmeta.search.comparison import Comparison, compared_kind, interval, sites_by_learner
 from fedmeta.search.space import describe
-from fedmeta.tracking.experiment_page import COMPARISON
-from fedmeta.tracking.results import quiet_matplotlib
-from fedmeta.tracking.run_page import data_name, metric_suffixes
-from fedmeta.tracking.summary_run import SummaryRun, summary_run
+from fedmeta.tables import markdown_table, number, percent
+from fedmeta.tracking.description import data_name
+from fedmeta.tracking.experiment_view import COMPARISON
+from fedmeta.tracking.metrics import metric_suffixes
+from fedmeta.tracking.parent_run import ParentRun, parent_run
 
 CHARTS = {
     "global": "new_sites_global", "personalized": "new_sites_personalized", "worst_decile": "new_sites_worst",
@@ -106,24 +107,9 @@ def against(comparison: Comparison, row: pd.Series) -> str:
     return "baseline" if baseline else interval(row["difference"], row["low"], row["high"])
 
 
-def number(value: float | None) -> str:
-    """Returns a score as text; a dash for none."""
-    return "-" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def percent(value: float | None) -> str:
-    """Returns a share as text; a dash for none."""
-    return "-" if value is None or np.isnan(value) else f"{value:.0%}"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
 def comparison_run(
     experiment: Experiment, learners: Sequence[str], seeds: int, folder: Path, runtime: str
-) -> AbstractContextManager[SummaryRun | None]:
+) -> AbstractContextManager[ParentRun | None]:
     """Returns what opens the comparison's run, the one that the folder names where there is one, and ends it.
 
     Raises:
@@ -136,13 +122,12 @@ def comparison_run(
     named = ", ".join(learners[:4]) + (f" and {len(learners) - 4} more" if len(learners) > 4 else "")
     many = f"{seeds} seeds" if seeds > 1 else f"seed {experiment.runtime.seed}"
     name = f"compare · {data_name(experiment.params())} · {named} · {many}"
-    return summary_run(experiment, "comparison", name, folder)
+    return parent_run(experiment, "comparison", name, folder)
 
 
-def publish(run: SummaryRun, comparison: Comparison) -> None:
+def publish(run: ParentRun, comparison: Comparison) -> None:
     """Logs the aggregates, the table of sites by learner, the page and the picture."""
-    quiet_matplotlib()
-    from fedmeta.tracking import comparison_pictures
+    from fedmeta.tracking import comparison_plots, plots
 
     suffixes = metric_suffixes(comparison.table["learner"])
     metrics = {
@@ -154,5 +139,6 @@ def publish(run: SummaryRun, comparison: Comparison) -> None:
     files = [folder / name for name in ("comparison.md", "comparison.json", "sites.parquet")]
     tables = {"sites_by_learner.json": sites_by_learner(comparison), "learners.json": comparison.table.round(4)}
     verdict, _, rest = markdown(comparison).partition("\n")
-    picture = comparison_pictures.save(comparison.table, comparison.baseline, comparison.score, folder)
+    drawn = comparison_plots.differences(comparison.table, comparison.baseline, comparison.score)
+    picture = plots.write(drawn, folder / "differences.png")
     run.publish(f"**{verdict}**\n{rest}", metrics, tables, files, {f"{COMPARISON}/differences": picture})

@@ -14,14 +14,14 @@ import numpy as np
 from optuna import Study
 
 from fedmeta.search.comparison import interval, significance
-from fedmeta.search.comparison_report import markdown_table, number
 from fedmeta.search.results import StudyResult
 from fedmeta.search.space import describe, short, shown
 from fedmeta.search.study import SearchConfig, load_study
 from fedmeta.search.trial import Trial
-from fedmeta.tracking.results import quiet_matplotlib
-from fedmeta.tracking.run_page import data_name, metric_suffixes
-from fedmeta.tracking.summary_run import SummaryRun, summary_run
+from fedmeta.tables import markdown_table, number
+from fedmeta.tracking.description import data_name
+from fedmeta.tracking.metrics import metric_suffixes
+from fedmeta.tracking.parent_run import ParentRun, parent_run
 
 SECTION = "search"
 MAX_ROWS = 12
@@ -125,7 +125,6 @@ def write(result: StudyResult, folder: Path) -> None:
 
 def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
     """Draws scores by trial, scores by key, and the importance of keys into a folder; returns the files."""
-    quiet_matplotlib()
     import matplotlib
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -156,17 +155,17 @@ def write_pictures(result: StudyResult, folder: Path) -> list[Path]:
     return files
 
 
-def search_run(config: SearchConfig) -> AbstractContextManager[SummaryRun | None]:
+def search_run(config: SearchConfig) -> AbstractContextManager[ParentRun | None]:
     """Returns what opens the search's run, the one that its folder names where there is one, and ends it.
 
     Raises:
         FedmetaError: The store cannot be reached or written.
     """
     what = " · ".join((data_name(config.experiment.params()), config.experiment.learner.name, config.sampler))
-    return summary_run(config.experiment, "search", f"tune · {what} · {config.trials} trials", config.folder)
+    return parent_run(config.experiment, "search", f"tune · {what} · {config.trials} trials", config.folder)
 
 
-def publish(run: SummaryRun | None, result: StudyResult) -> None:
+def publish(run: ParentRun | None, result: StudyResult) -> None:
     """Writes the search's files, and logs its figures, table and pictures; nothing where no trial completed."""
     if not result.completed:
         return

@@ -23,8 +23,8 @@ from fedmeta.experiment import UNTRACKED, Experiment, Scalar
 from fedmeta.problems.metric import Metric
 from fedmeta.search.samplers import build_pruner, build_sampler, grid_levels, report_every
 from fedmeta.search.space import Choices, Dimension, Range, Settings, default_space, describe, rounded, with_settings
-from fedmeta.tracking.store import SQLITE, sqlite_file
-from fedmeta.tracking.summary_run import annotate
+from fedmeta.tracking.mlflow_client import SQLITE, sqlite_file
+from fedmeta.tracking.parent_run import annotate
 
 STORE = "tuning.db"
 """Optuna's file: every trial of every search, beside the MLflow store."""

@@ -17,7 +17,7 @@ from fedmeta.runtime import run
 from fedmeta.search.runs import resumable
 from fedmeta.search.space import Settings
 from fedmeta.search.study import PROBLEM, RUN_ID, SECONDS, SearchConfig, load_study, places
-from fedmeta.tracking.summary_run import annotate
+from fedmeta.tracking.parent_run import annotate
 
 State = Literal["done", "pruned", "failed", "waiting"]
 """Completed, stopped early, failed, or interrupted and waiting to be repeated."""

@@ -54,7 +54,9 @@ def traffic(table: pd.DataFrame, score: Metric) -> Figure:
     table = table[np.isfinite(table["personalized"])].reset_index(drop=True)
     figure, axes = plots.new_figure(7.0, 4.8)
     megabytes, scores = (table["bytes_up"] / 1e6).to_numpy(), table["personalized"].to_numpy()
-    axes.scatter(megabytes, scores, s=36, color=[color_of(n, list(table["learner"])) for n in table["learner"]], zorder=3)
+    axes.scatter(
+        megabytes, scores, s=36, color=[color_of(n, list(table["learner"])) for n in table["learner"]], zorder=3
+    )
     # Learners that send as much and do as well share a line of text.
     height = max(float(np.ptp(scores)) / LINES, 1e-9) if len(scores) else 1.0
     places = list(zip(np.round(megabytes, 1), np.round(scores / height).astype(int), strict=True))
@@ -87,10 +89,9 @@ def every_site(sites: pd.DataFrame, order: Sequence[str], kind: str, score: Metr
         heights = place + draws.uniform(-0.2, 0.2, len(after))
         color = color_of(learner, order)
         axes.scatter(after, heights, s=16, color=color, alpha=0.55, linewidth=0, zorder=2)
-        for values, style in ((after, {"color": color, "linewidth": 3, "zorder": 3}),
-                              (before, {"color": plots.FAINT, "linewidth": 1.4, "linestyle": ":"})):  # fmt: skip
-            if len(values):
-                axes.vlines(values.mean(), place - 0.34, place + 0.34, **style)
+        if len(after):
+            axes.vlines(after.mean(), place - 0.34, place + 0.34, color=color, linewidth=3, zorder=3)
+            axes.vlines(before.mean(), place - 0.34, place + 0.34, color=plots.FAINT, linewidth=1.4, linestyle=":")
     axes.set_yticks(range(len(order)), list(reversed(order)), fontsize=9, parse_math=False)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.grid(visible=False, axis="y")

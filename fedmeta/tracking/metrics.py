@@ -98,7 +98,8 @@ def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, 
 
 def latest(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows of the last evaluation."""
-    return sites[sites["round"] == sites["round"].max()]
+    found: pd.DataFrame = sites[sites["round"] == sites["round"].max()]
+    return found
 
 
 def worst_first(sites: pd.DataFrame) -> pd.DataFrame:
@@ -109,7 +110,7 @@ def worst_first(sites: pd.DataFrame) -> pd.DataFrame:
 
 
 def left_behind(sites: pd.DataFrame) -> pd.DataFrame:
-    """Returns the sites that personalization harms, the largest loss first, and last those whose adaptation diverged."""
+    """Returns the sites that personalization harms, the largest loss first, those whose adaptation diverged last."""
     from fedmeta.evaluation import diverged  # here, for it imports torch, which takes seconds
 
     losing = sites[(sites["gain"] < 0) | diverged(sites)]
@@ -128,4 +129,5 @@ def site_columns(sites: pd.DataFrame) -> list[str]:
 def per_site(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the table that MLflow compares across runs: the last evaluation, the worst site first."""
     final = worst_first(latest(sites))
-    return final[site_columns(final)].round(4)
+    table: pd.DataFrame = final[site_columns(final)].round(4)
+    return table

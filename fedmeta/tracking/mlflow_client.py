@@ -170,7 +170,8 @@ def status_of_error(error: MlflowException) -> int:
 
 def reason_of(error: Exception) -> str:
     """Returns an error's reason in one short line: the network's or SQLite's where these are at its bottom."""
-    if hasattr(error, "get_http_status_code") and status_of_error(error) == 401:
+    status = getattr(error, "get_http_status_code", None)  # of MLflow's own errors
+    if status and status() == 401:
         return f"it asks for a login; set {USERNAME} and {PASSWORD}"
     cause: BaseException | None = error
     while cause is not None:
@@ -255,6 +256,7 @@ def experiment_of(client: MlflowClient, uri: str, name: str, score: Metric | Non
             if client.get_experiment_by_name(name) is None:
                 raise
         experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
     if experiment.lifecycle_stage != "active":
         raise FedmetaError(f'tracking.experiment "{name}" was deleted in {redact_uri(uri)}; restore it or name another')
     if score is not None and experiment_view.VIEW_TAG not in experiment.tags:

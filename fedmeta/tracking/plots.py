@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ LONGEST_NAME = 28
 GROUND, INK, FAINT = "#FAFAF8", "#222222", "#8C8C8C"
 COLOURS = {"new": "#0072B2", "training": "#E69F00", "validation": "#009E73"}
 HARMED = "#D55E00"
+LineStyle = Literal["-", ":", "--"]
 
 
 def save(sites: pd.DataFrame, score: Metric, folder: Path) -> list[Path]:
@@ -113,7 +115,7 @@ def by_round(sites: pd.DataFrame, score: Metric) -> Figure:
     scored = _scored(sites, score)
     kinds = [kind for kind, _ in _by_kind(scored)]
     marker = "o" if scored["round"].nunique() < 30 else ""
-    lines: tuple[tuple[str, Callable[[pd.Series], float], str, str], ...] = (
+    lines: tuple[tuple[str, Callable[[pd.Series], float], LineStyle, str], ...] = (
         ("personalized", lambda values: float(values.mean()), "-", "personalized"),
         ("personalized", lambda values: _worst_decile(values, score), ":", "its worst 10 %"),
         ("global", lambda values: float(values.mean()), "--", "global"),
@@ -225,7 +227,8 @@ def _band(ranked: pd.DataFrame, score: Metric) -> Figure:
 def _scored(sites: pd.DataFrame, score: Metric) -> pd.DataFrame:
     """Returns the rows whose scores before and after adapting are both defined and finite."""
     states = sites[[f"global_{score.name}", f"personalized_{score.name}"]].to_numpy(dtype=np.float64)
-    return sites[np.isfinite(states).all(axis=1)]
+    found: pd.DataFrame = sites[np.isfinite(states).all(axis=1)]
+    return found
 
 
 def _by_kind(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -13,7 +13,6 @@ import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 from urllib.parse import quote, urlencode

@@ -22,7 +22,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.progress import Progress
 from fedmeta.runtime import deployment, process_guard, superlink
 from fedmeta.runtime.superlink import environment, free_port, keep
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 from fedmeta.tracking.ui import serving
 from tests.deployment.processes import FAST, HERE, write_sites
 

@@ -13,7 +13,7 @@ from fedmeta.progress import Progress, Report, ignore_progress
 from fedmeta.search.compare import compare
 from fedmeta.search.comparison import Comparison
 from fedmeta.search.comparison_report import write
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 
 LEARNERS = ["fedavg-ft", "maml", "local"]
 SETTINGS = ["server.rounds=3", "evaluation.every=0", "learner.inner_steps=2", "model.hidden=16"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 from tests.search.searches import OVER, SETTINGS
 
 pytestmark = pytest.mark.slow

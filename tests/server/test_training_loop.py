@@ -19,7 +19,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import payload_bytes
 from fedmeta.progress import Progress, ignore_progress
 from fedmeta.runtime import run
-from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.mlflow_client import open_client
 from server import membership, training_loop
 from server.signals import defer_keyboard_interrupt
 from tests.server.digits import digits

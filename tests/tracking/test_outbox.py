@@ -4,11 +4,11 @@ import threading
 from typing import NamedTuple
 
 import pytest
+from fedmeta.tracking.outbox import Outbox, batches, deliver
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmeta.tracking import outbox
-from fedmeta.tracking.outbox import Outbox, batches, deliver
 
 
 class Number(NamedTuple):

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-
-from fedmeta.errors import FedmetaError
 from fedmeta.tracking.entries import UNSENT, End, Metric, write_unsent
 from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.sync import sync
+
+from fedmeta.errors import FedmetaError
 
 
 @pytest.fixture

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from fedmeta.tracking.entries import UNSENT, Dataset, End, Metric, read_unsent
+from fedmeta.tracking.opening import open_client
+from fedmeta.tracking.sync import sync
+from fedmeta.tracking.tracker import Tracker
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -21,10 +25,6 @@ from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
 from fedmeta.problems.metric import score_of
 from fedmeta.tracking import outbox, run_page
-from fedmeta.tracking.entries import UNSENT, Dataset, End, Metric, read_unsent
-from fedmeta.tracking.opening import open_client
-from fedmeta.tracking.sync import sync
-from fedmeta.tracking.tracker import Tracker
 from fedmeta.tracking.ui import serving
 from tests.tracking.made_up_run import evaluation, history, summary
 
