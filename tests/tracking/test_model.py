@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fedmeta.tracking.store import MLFLOW_DEFAULTS
 from mlflow import MlflowClient, MlflowException
 from mlflow.exceptions import get_error_code
 
@@ -20,6 +19,7 @@ from fedmeta import checkpoint
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.locate import find_start
 from fedmeta.tracking import model as module
+from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS
 from tests.adapt.finished import experiment, hospitals, rows, said
 
 

@@ -13,15 +13,12 @@ import pandas as pd
 import pytest
 
 from fedmeta.errors import FedmetaError
-from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
-from fedmeta.problems.metric import score_of
-from fedmeta.tracking.entries import Dataset
-from fedmeta.tracking.opening import open_client
-from fedmeta.tracking.tracker import Tracker
+from fedmeta.tracking.mlflow_client import Dataset, open_client
+from fedmeta.tracking.run_logger import Tracker
 from fedmeta.tracking.ui import experiment_link, run_link, serving, ui
 from tests.tracking.browser import CHROMIUM, browser
-from tests.tracking.made_up_run import history, summary
+from tests.tracking.made_up_run import ACCURACY, groups, history, summary
 
 NEW, TRAINING, ROUNDS, EVERY = 6, 24, 20, 5
 PATIENCE_S = 60.0
@@ -30,7 +27,7 @@ PATIENCE_S = 60.0
 def track(uri, folder, learner, worse):
     described = Experiment.from_toml(f'[learner]\nname = "{learner}"\n[tracking]\nuri = "{uri}"\n', "a test")
     data = Dataset("digits", "digits", "0123456789abcdef", NEW + TRAINING)
-    tracker = Tracker.start(described.tracking, described.params(), folder / learner, data)
+    tracker = Tracker.start(described.tracking, described.params(), folder / learner, data, score=ACCURACY)
     run = history(NEW, TRAINING, ROUNDS, EVERY)
     run["personalized_accuracy"] -= worse
     run["gain"] -= worse
@@ -38,7 +35,7 @@ def track(uri, folder, learner, worse):
         tracker.round(number, {"train/query_loss": 2 / (number + 1), "time/round_s": 0.1, "failures/replies": 0})
         if number % EVERY == 0:
             sites = run[run["round"] == number]
-            tracker.evaluation(number, sites, summarize(sites, [score_of(sites)]))
+            tracker.evaluation(number, sites, groups(sites))
     assert tracker.finish(summary(run, ROUNDS, learner), run) == []
     return tracker.run_id, run
 

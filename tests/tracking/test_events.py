@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import pytest
-from fedmeta.tracking.entries import UNSENT, End, Metric, write_unsent
-from fedmeta.tracking.opening import open_client
-from fedmeta.tracking.sync import sync
 
 from fedmeta.errors import FedmetaError
+from fedmeta.tracking.events import UNSENT, End, MetricValue, sync, write_unsent
+from fedmeta.tracking.mlflow_client import open_client
 
 
 @pytest.fixture
@@ -14,13 +13,13 @@ def store(tmp_path: Path) -> str:
 
 
 def kept(folder: Path, store: str) -> str:
-    """Leaves a run's folder with entries that its store has not had; returns the run's id."""
+    """Leaves a run's folder with events that its store has not got; returns the run's id."""
     client = open_client(store)
     run_id = str(client.create_run("0").info.run_id)
     folder.mkdir(parents=True)
     (folder / "experiment.toml").write_text(f'[tracking]\nuri = "{store}"\n')
-    entries = [Metric("train/query_loss", 0.5 / step, 1000 + step, step) for step in (1, 2)]
-    write_unsent(folder / UNSENT, run_id, [*entries, End("FINISHED", 2000)])
+    events = [MetricValue("train/query_loss", 0.5 / step, 1000 + step, step) for step in (1, 2)]
+    write_unsent(folder / UNSENT, run_id, [*events, End("FINISHED", 2000)])
     return run_id
 
 
@@ -45,7 +44,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, store: str) -> None:
     whole = (folder / UNSENT).read_text()
     for damaged in ("", whole[:-5], "[]\n", '{"run_id": "a"}\n{"kind": "Nonsense"}\n', "\udc80"):
         (folder / UNSENT).write_bytes(damaged.encode("utf-8", "surrogateescape"))
-        with pytest.raises(FedmetaError, match=r"unsent\.jsonl: not what a run kept to send later"):
+        with pytest.raises(FedmetaError, match=r"unsent\.jsonl: not the unsent events of a run"):
             list(sync(folder))
     (folder / UNSENT).write_text(whole)
     (folder / "experiment.toml").unlink()

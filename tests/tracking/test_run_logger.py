@@ -2,8 +2,6 @@
 
 import json
 import os
-import posixpath
-import re
 import signal
 import socket
 import subprocess
@@ -11,22 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from fedmeta.tracking.entries import UNSENT, Dataset, End, Metric, read_unsent
-from fedmeta.tracking.opening import open_client
-from fedmeta.tracking.sync import sync
-from fedmeta.tracking.tracker import Tracker
-from hypothesis import example, given
-from hypothesis import strategies as st
+from PIL import Image
 
 from fedmeta.errors import FedmetaError
-from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment
-from fedmeta.problems.metric import score_of
-from fedmeta.tracking import outbox, run_page
+from fedmeta.tracking import async_queue
+from fedmeta.tracking.events import UNSENT, End, MetricValue, read_unsent, sync
+from fedmeta.tracking.experiment_view import VIEW_TAG
+from fedmeta.tracking.mlflow_client import Dataset, open_client
+from fedmeta.tracking.run_logger import Tracker
 from fedmeta.tracking.ui import serving
-from tests.tracking.made_up_run import evaluation, history, summary
+from tests.tracking.made_up_run import ACCURACY, RMSE, SNR, evaluation, groups, history, summary
 
 NEW, TRAINING, ROUNDS, EVERY = 3, 5, 4, 2
 NAMES = [*(f"new-{i:03}" for i in range(NEW)), *(f"site-{i:03}" for i in range(TRAINING))]
@@ -39,9 +35,9 @@ def experiment(uri, name="runs", curves=50):
     )
 
 
-def start(described, folder, resume_run_id=None):
+def start(described, folder, resume_run_id=None, score=ACCURACY):
     data = Dataset("digits", "digits", "0123456789abcdef", NEW + TRAINING)
-    return Tracker.start(described.tracking, described.params(), folder, data, resume_run_id)
+    return Tracker.start(described.tracking, described.params(), folder, data, resume_run_id, score)
 
 
 def figures(round_number):
@@ -54,7 +50,7 @@ def log(tracker, run, rounds):
             tracker.round(number, figures(number))
         if number % EVERY == 0:
             sites = run[run["round"] == number]
-            tracker.evaluation(number, sites, summarize(sites, [score_of(sites)]))
+            tracker.evaluation(number, sites, groups(sites))
 
 
 def steps(client, run_id, key):
@@ -97,7 +93,7 @@ def whole_run(store, tmp_path_factory):
 def test_the_metrics_are_those_of_the_contract(whole_run):
     client, run_id, run, _ = whole_run
     logged = client.get_run(run_id).data.metrics
-    groups = [
+    by_group = [
         f"{group}/{name}"
         for group in ("new_sites", "training_sites")
         for name in (
@@ -105,6 +101,7 @@ def test_the_metrics_are_those_of_the_contract(whole_run):
             "personalized_accuracy_std",
             "personalized_accuracy_worst_decile",
             "global_accuracy_mean",
+            "personalized_ece_mean",
         )
     ]
     sites = [f"{name}/{site}" for name in ("personalized_accuracy", "global_accuracy") for site in NAMES]
@@ -113,12 +110,13 @@ def test_the_metrics_are_those_of_the_contract(whole_run):
         "final/new_sites_global",
         "final/new_sites_worst_decile",
         "final/helped",
+        "final/harmed",
         "final/training_sites_personalized",
         "final/sites_left_behind",
     ]
-    assert set(logged) == {*groups, *sites, *results, *figures(1)}
+    assert set(logged) == {*by_group, *sites, *results, *figures(1)}
     last = run[run["round"] == ROUNDS]
-    new = summarize(last, [score_of(last)])["new_sites"]
+    new = groups(last)["new_sites"]
     assert logged["final/new_sites_personalized"] == new["personalized"]["mean"]
     assert logged["new_sites/personalized_accuracy_worst_decile"] == new["personalized"]["worst_decile"]
     assert logged["final/sites_left_behind"] == (last["gain"] < 0).sum()
@@ -151,7 +149,7 @@ def test_the_description_begins_with_the_verdict(whole_run):
     client, run_id, run, _ = whole_run
     text = client.get_run(run_id).data.tags["mlflow.note.content"]
     first, _, second, *rest = text.splitlines()
-    new = summarize(run[run["round"] == ROUNDS], [score_of(run)])["new_sites"]
+    new = groups(run[run["round"] == ROUNDS])["new_sites"]
     assert first.startswith(f"**maml: accuracy {new['personalized']['mean']:.3f} on {NEW} new sites**")
     assert second == "No site is left behind." or second.startswith("Left behind, ")
     assert any([cell.strip() for cell in line.split("|")][1:3] == ["new sites", "3"] for line in rest)
@@ -177,7 +175,8 @@ def test_the_artifacts_are_there_wherever_the_process_ran(whole_run, store, tmp_
 def test_the_table_of_sites_is_worst_first(whole_run):
     client, run_id, _, _ = whole_run
     table = shown_table(client, run_id)
-    assert list(table.columns) == ["site", "kind", "rows", "global_accuracy", "personalized_accuracy", "gain"]
+    scores = ["global_accuracy", "personalized_accuracy", "gain", "personalized_ece"]
+    assert list(table.columns) == ["site", "kind", "rows", *scores]
     assert len(table) == NEW + TRAINING
     assert table["personalized_accuracy"].is_monotonic_increasing
 
@@ -195,7 +194,7 @@ def test_a_resumed_run_repeats_nothing_and_its_results_are_renewed(store, tmp_pa
     assert steps(client, tracker.run_id, "train/query_loss") == [1, 2, 3, 4, 5, 6]
     assert steps(client, tracker.run_id, "global_accuracy/site-001") == [0, 2, 4, 6]
     result = client.get_run(tracker.run_id).data.metrics["final/new_sites_personalized"]
-    assert result == summarize(run[run["round"] == 6], [score_of(run)])["new_sites"]["personalized"]["mean"]
+    assert result == groups(run[run["round"] == 6])["new_sites"]["personalized"]["mean"]
     table = shown_table(client, tracker.run_id)
     assert len(table) == NEW + TRAINING
 
@@ -207,7 +206,7 @@ def test_odd_sites_and_values(store, tmp_path):
     sites.loc[0, ["personalized_accuracy", "gain"]] = float("nan")
     described = experiment(store, "odd", curves=4)
     tracker = start(described, tmp_path)
-    tracker.evaluation(1, sites, summarize(sites, [score_of(sites)]))
+    tracker.evaluation(1, sites, groups(sites))
     tracker.round(1, {"train/query_loss": float("inf"), "time/round_s": None, "failures/replies": 2})
     tracker.round(1, {"failures/replies": 3})
     assert tracker.finish(summary(sites, 1), sites) == []
@@ -222,17 +221,44 @@ def test_odd_sites_and_values(store, tmp_path):
     assert "on 4 training sites" in run.data.tags["mlflow.note.content"]
 
 
-def test_regression_is_tracked_by_rmse(store, tmp_path):
-    sites = evaluation(2, 3, regression=True)
-    tracker = start(experiment(store, "regression"), tmp_path)
-    tracker.evaluation(0, sites, summarize(sites, [score_of(sites)]))
-    assert tracker.finish(summary(sites, 1), sites) == []
+def test_any_score_is_tracked_with_its_direction_and_unit(store, tmp_path):
+    """An own problem's score in dB, a further metric that is undefined at a site, and the problem's own pictures."""
+    sites = evaluation(2, 3, score=SNR)
+    sites["local_snr"] = -35.0
+    sites.loc[1, ["global_ece", "personalized_ece"]] = float("nan")
+    tracker = start(experiment(store, "snr"), tmp_path, score=SNR)
+    found = summary(sites, 1, score=SNR)
+    found["new_sites"]["personalized"]["pooled"] = -20.0
+    tracker.evaluation(0, sites, {name: found[name] for name in ("new_sites", "training_sites")})
+    (tmp_path / "pictures").mkdir()
+    for name in ("start before", "start after"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "pictures" / f"{name}.png")
+    assert tracker.finish(found, sites) == []
     client = open_client(store)
     run = client.get_run(tracker.run_id)
-    assert {"new_sites/personalized_rmse_worst_decile", "global_rmse/site-000"} < set(run.data.metrics)
+    assert {"new_sites/personalized_snr_worst_decile", "global_snr/site-000"} < set(run.data.metrics)
+    assert run.data.metrics["new_sites/undefined_ece"] == 1
+    assert run.data.metrics["final/new_sites_local_only"] == -35.0
+    assert run.data.metrics["final/new_sites_pooled"] == -20.0
+    assert run.data.metrics["final/beats_local"] == 1.0
     assert not [key for key in run.data.metrics if "accuracy" in key]
-    table = shown_table(client, tracker.run_id)
-    assert table["personalized_rmse"].is_monotonic_decreasing
+    text = run.data.tags["mlflow.note.content"]
+    assert text.startswith(f"**maml: snr {found['new_sites']['personalized']['mean']:.3f} dB on 2 new sites**")
+    assert "snr (dB), higher is better" in text
+    assert shown_table(client, tracker.run_id)["personalized_snr"].is_monotonic_increasing
+    pictures = {file.path for file in client.list_artifacts(tracker.run_id, "images")}
+    for name in ("sites", "start before", "start after"):
+        assert any(path.startswith(f"images/0_summary~{name}+step+0+") for path in pictures)
+
+
+def test_a_new_experiment_opens_with_the_best_run_on_top(store, tmp_path):
+    for score, ascending in ((SNR, False), (RMSE, True)):
+        name = f"view of {score.name}"
+        tracker = start(experiment(store, name), tmp_path / score.name, score=score)
+        tracker.stop("FINISHED")
+        view = json.loads(open_client(store).get_experiment_by_name(name).tags[VIEW_TAG])
+        assert json.loads(view["state"])["orderByAsc"] is ascending
+        assert f"personalized_{score.name}" in view["state"]
 
 
 def test_a_run_that_breaks_is_marked_so(store, tmp_path):
@@ -243,71 +269,6 @@ def test_a_run_that_breaks_is_marked_so(store, tmp_path):
     run = open_client(store).get_run(tracker.run_id)
     assert [file.path for file in open_client(store).list_artifacts(tracker.run_id)] == ["failures.json"]
     assert (run.info.status, run.data.metrics["traffic/bytes_up"]) == ("FAILED", 9.0)
-
-
-def test_new_sites_get_their_curves_first():
-    sites = evaluation(2, 4).sort_values("site", ascending=False)
-    assert list(run_page.curves(sites, 3)) == ["new-001", "new-000", "site-003"]
-
-
-@given(st.lists(st.text(min_size=1), unique=True))
-@example(["a/b", "a_b", "A_b", ".", "..", " ", "x" * 300, "x" * 299 + "y"])
-def test_any_name_becomes_a_unique_valid_one(names):
-    suffixes = run_page.metric_suffixes(names)
-    assert list(suffixes) == names
-    assert len({suffix.casefold() for suffix in suffixes.values()}) == len(names)
-    for suffix in suffixes.values():
-        key = f"personalized_accuracy/{suffix}"
-        assert re.fullmatch(r"[\w.\- :]+", suffix)
-        assert posixpath.normpath(key) == key
-        assert len(key) <= 250
-
-
-@pytest.fixture
-def wrong_uris(tmp_path):
-    (tmp_path / "file").write_text("not a database, but long enough to look like one")
-    (tmp_path / "folder").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "no server": f"http://127.0.0.1:{port}",
-        "no database server": f"postgresql://user:secret@127.0.0.1:{port}/mlflow",
-        "no host": "http://",
-        "bad port": "http://localhost:port",
-        "unknown scheme": "ftp://somewhere/mlflow.db",
-        "only a file": "mlflow.db",
-        "no database": f"sqlite:///{tmp_path}/file",
-        "a folder": f"sqlite:///{tmp_path}/folder",
-        "a file for a folder": f"sqlite:///{tmp_path}/file/mlflow.db",
-        "in memory": "sqlite:///:memory:",
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("no server", "nothing answers at 127.0.0.1:"),
-        ("no database server", "nothing answers at 127.0.0.1:"),
-        ("no host", "it names no host"),
-        ("bad port", "Port could not be cast"),
-        ("unknown scheme", "it must begin with sqlite:///"),
-        ("only a file", "a SQLite file is written sqlite:///mlflow.db"),
-        ("no database", "is no SQLite database"),
-        ("a folder", "it names no file"),
-        ("a file for a folder", "/file"),
-        ("in memory", "it names no file"),
-    ],
-)
-def test_a_store_that_cannot_be_used_is_said_at_the_start(wrong_uris, tmp_path, kind, reason, capfd):
-    uri = wrong_uris[kind]
-    with pytest.raises(FedmetaError) as refused:
-        start(experiment(uri), tmp_path / "run")
-    message = str(refused.value)
-    assert reason in message
-    assert uri.replace("secret", "***") in message
-    assert "\n" not in message
-    assert capfd.readouterr().err == "", "MLflow keeps quiet"
 
 
 def test_a_deleted_experiment_is_refused(store, tmp_path):
@@ -339,14 +300,14 @@ def test_mlflow_is_imported_only_where_a_run_starts():
 
 def wait_until_sent(tracker):
     deadline = time.monotonic() + 60
-    while tracker._outbox.pending() and time.monotonic() < deadline:
+    while tracker._queue.pending() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_a_run_outlives_its_store_and_loses_nothing(tmp_path, monkeypatch, capsys):
     """The server is killed in the middle of the run; what it missed waits in the run's folder until it is back."""
-    monkeypatch.setattr(outbox, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(async_queue, "PATIENCE_S", 0.5)
     store, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
     open_client(store).search_experiments()
     run = history(NEW, TRAINING, 6, EVERY)
@@ -359,12 +320,12 @@ def test_a_run_outlives_its_store_and_loses_nothing(tmp_path, monkeypatch, capsy
         server.process.wait()
     log(tracker, run, range(3, 7))
     unsent = tracker.finish(summary(run, 6), run)
-    said = capsys.readouterr().err
-    assert f"{uri} does not answer (Connection refused); the run goes on" in said
-    assert f"{uri} did not take {len(unsent)} entries; they are in {folder / UNSENT}" in said
+    notices = capsys.readouterr().err
+    assert f"{uri} does not take events (Connection refused); training continues" in notices
+    assert f"{uri} did not take {len(unsent)} events; they are in {folder / UNSENT}" in notices
     assert read_unsent(folder / UNSENT) == (tracker.run_id, unsent)
-    assert f"once it is back: fedmeta sync {folder}" in said
-    assert {entry.step for entry in unsent if isinstance(entry, Metric)} == {0, 3, 4, 5, 6}
+    assert f"once it is back: fedmeta sync {folder}" in notices
+    assert {entry.step for entry in unsent if isinstance(entry, MetricValue)} == {0, 3, 4, 5, 6}
     assert isinstance(unsent[-1], End)
     with pytest.raises(FedmetaError, match="cannot be used: nothing answers"):
         list(sync(folder, uri))
