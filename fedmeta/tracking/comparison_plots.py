@@ -84,8 +84,8 @@ def every_site(sites: pd.DataFrame, order: Sequence[str], kind: str, score: Metr
     figure, axes = plots.new_figure(6.2, 1.7 + 0.42 * len(order))
     draws = np.random.default_rng(0)
     for place, learner in enumerate(reversed(order)):
-        scores = own[own["learner"] == learner].replace([np.inf, -np.inf], np.nan)
-        after, before = scores[f"personalized_{score.name}"].dropna(), scores[f"global_{score.name}"].dropna()
+        scores = plots.defined_rows(own[own["learner"] == learner], score)
+        after, before = scores[f"personalized_{score.name}"], scores[f"global_{score.name}"]
         heights = place + draws.uniform(-0.2, 0.2, len(after))
         color = color_of(learner, order)
         axes.scatter(after, heights, s=16, color=color, alpha=0.55, linewidth=0, zorder=2)

@@ -62,13 +62,13 @@ def own_pictures(folder: Path) -> list[Path]:
 
 def site_ranking(sites: pd.DataFrame, score: Metric) -> Figure:
     """Draws each site's score before and after adapting, the best on top; a band by rank where sites are too many."""
-    ranked = worst_first(_scored(latest(sites), score))
+    ranked = worst_first(defined_rows(latest(sites), score))
     return _band(ranked, score) if len(ranked) > NAMED_SITES else _dumbbells(ranked, score)
 
 
 def gain_by_rows(sites: pd.DataFrame, score: Metric) -> Figure:
     """Draws how much each site gains against how many rows it has to train on: do small sites lose?"""
-    scored = _scored(latest(sites), score)
+    scored = defined_rows(latest(sites), score)
     figure, axes = new_figure(7.0, 4.4)
     for kind, part in _by_kind(scored):
         size = 30 if len(scored) <= NAMED_SITES else 12
@@ -94,7 +94,7 @@ def gain_by_rows(sites: pd.DataFrame, score: Metric) -> Figure:
 def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
     """Draws the score against the inner step: mean over sites, and the middle 80 % of them as a band."""
     figure, axes = new_figure(7.0, 4.4)
-    for kind, part in _by_kind(_scored(latest(sites), score)):
+    for kind, part in _by_kind(defined_rows(latest(sites), score)):
         scores = np.ma.masked_invalid(_by_step(part["steps"]))
         steps = np.flatnonzero(~scores.mask.all(axis=0)) if scores.mask.ndim else np.arange(scores.shape[1])
         columns = [scores[:, step].compressed() for step in steps]
@@ -112,7 +112,7 @@ def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
 def by_round(sites: pd.DataFrame, score: Metric) -> Figure:
     """Draws scores over rounds, per kind of site: personalized, its worst 10 %, and global."""
     figure, axes = new_figure(7.0, 4.4)
-    scored = _scored(sites, score)
+    scored = defined_rows(sites, score)
     kinds = [kind for kind, _ in _by_kind(scored)]
     marker = "o" if scored["round"].nunique() < 30 else ""
     lines: tuple[tuple[str, Callable[[pd.Series], float], LineStyle, str], ...] = (
@@ -224,13 +224,6 @@ def _band(ranked: pd.DataFrame, score: Metric) -> Figure:
 # What they share
 
 
-def _scored(sites: pd.DataFrame, score: Metric) -> pd.DataFrame:
-    """Returns the rows whose scores before and after adapting are both defined and finite."""
-    states = sites[[f"global_{score.name}", f"personalized_{score.name}"]].to_numpy(dtype=np.float64)
-    found: pd.DataFrame = sites[np.isfinite(states).all(axis=1)]
-    return found
-
-
 def _by_kind(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     return ((kind, part) for kind in COLOURS if len(part := sites[sites["kind"] == kind]))
 
@@ -265,6 +258,13 @@ def _label(kind: str) -> str:
 def _short(name: str) -> str:
     name = " ".join(name.split())
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def defined_rows(sites: pd.DataFrame, score: Metric) -> pd.DataFrame:
+    """Returns the rows whose scores before and after adapting are both defined and finite."""
+    states = sites[[f"global_{score.name}", f"personalized_{score.name}"]].to_numpy(dtype=np.float64)
+    found: pd.DataFrame = sites[np.isfinite(states).all(axis=1)]
+    return found
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:

@@ -12,7 +12,7 @@ import pytest
 from fedmeta.cli import live, tables
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
-from tests.tracking.made_up_run import evaluation, summary
+from tests.tracking.made_up_run import ACCURACY, RMSE, SNR, evaluation, summary
 
 RUN = """
 from fedmeta.cli import live
@@ -50,8 +50,8 @@ def in_a_terminal(code, **environment):
     return written
 
 
-def results(sites, capsys):
-    tables.results(summary(sites, 40), Experiment())
+def results(sites, capsys, score=ACCURACY):
+    tables.results(summary(sites, 40, score=score), Experiment())
     output = capsys.readouterr()
     assert output.out == "", "stdout is for the JSON object"
     lines = [[cell.strip() for cell in re.split("[│┃]", line)] for line in output.err.splitlines()]
@@ -96,25 +96,19 @@ def test_a_sparkline_rises_with_its_values_and_stays_short():
     assert (rising[0], rising[-1]) == ("▁", "█")
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_the_table_has_both_groups(capsys, regression):
-    sites = evaluation(10, 30, regression=regression)
-    text, table = results(sites, capsys)
+@pytest.mark.parametrize("score", [ACCURACY, RMSE, SNR])
+def test_the_table_has_both_groups(capsys, score):
+    sites = evaluation(10, 30, score=score)
+    text, table = results(sites, capsys, score)
     new = sites[sites["kind"] == "new"]
-    score = "rmse" if regression else "accuracy"
-    worst = new[f"personalized_{score}"].max() if regression else new[f"personalized_{score}"].min()
-    assert table["new sites"] == [
-        "10",
-        "-",
-        f"{new[f'global_{score}'].mean():.3f}",
-        f"{new[f'personalized_{score}'].mean():.3f}",
-        f"{worst:.3f}",
-        f"{(new['gain'] > 0).mean():.0%}",
-        f"{(new['gain'] < 0).mean():.0%}",
-    ]
+    before, after = new[f"global_{score.name}"], new[f"personalized_{score.name}"]
+    worst = after.min() if score.higher_is_better else after.max()
+    shares = [f"{(new['gain'] > 0).mean():.0%}", f"{(new['gain'] < 0).mean():.0%}"]
+    assert table["new sites"] == ["10", "-", f"{before.mean():.3f}", f"{after.mean():.3f}", f"{worst:.3f}", *shares]
     assert table["training sites"][0] == "30"
     assert "fedmeta ui" in text
-    assert ("rmse" if regression else "accuracy") in text
+    assert score.label in text
+    assert "new sites: ece 0.100" in text
 
 
 def test_a_sites_name_is_no_style(capsys):
@@ -125,6 +119,7 @@ def test_a_sites_name_is_no_style(capsys):
     assert "[red]mercy" in shown
 
 
-def test_a_group_without_sites_has_dashes(capsys):
+def test_a_group_without_sites_has_no_row(capsys):
     _, table = results(evaluation(0, 3), capsys)
-    assert table["new sites"] == ["0", "-", "-", "-", "-", "-", "-"]
+    assert "new sites" not in table
+    assert table["training sites"][0] == "3"

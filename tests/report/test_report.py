@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import summarize
@@ -15,10 +16,18 @@ from fedmeta.experiment import Experiment, load_experiment
 from fedmeta.problems.metric import score_of
 from fedmeta.progress import ignore_progress
 from fedmeta.report import write
+from fedmeta.report.document import Code, Document, Folded, Key, Picture, Pictures, Section, Table, Text
+from fedmeta.report.html import html_page
+from fedmeta.report.latex import latex_page
+from fedmeta.report.markdown import markdown_page
 from fedmeta.report.parts import EXPERIMENT_FILE, differing
 from fedmeta.report.reading import labelled, read
+from fedmeta.report.writing import csv_table
 from fedmeta.runtime import run
 from fedmeta.search.compare import compare
+from fedmeta.tables import Change, Share
+from fedmeta.tables import text as shown_as
+from fedmeta.tracking import plots
 from tests.tracking.browser import CHROMIUM, browser
 
 TOML = """
@@ -88,14 +97,15 @@ def compared(tmp_path_factory):
 
 
 def page_of(*names: str, root: Path, out: Path) -> str:
-    html, markdown = write(names, out, root, NOWHERE)
-    assert {path.name for path in out.iterdir()} >= {html.name, markdown.name}
-    return html.read_text()
+    files = write(names, out, root, NOWHERE)
+    assert [path.name for path in files] == ["report.html", "report.md", "report.tex", "report_tables"]
+    assert set(files) <= set(out.iterdir())
+    return files[0].read_text()
 
 
 def assert_loads_nothing(page: str) -> Parsed:
     parsed = Parsed(page)
-    assert not parsed.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert not parsed.tags & {"script", "link", "iframe", "object", "embed", "base"}
     within = [address for address in parsed.addresses if not address.startswith("data:image/png;base64,")]
     assert all(address.startswith("#") for address in within), "only parts of the page itself"
     assert {address[1:] for address in within} <= set(parsed.ids)
@@ -111,15 +121,60 @@ def test_a_run_report_holds_its_numbers_and_loads_nothing(made, tmp_path):
     for group in ("new_sites", "training_sites"):
         own = result.summary[group]
         wanted = [own["n"], own["local_only"]["mean"], own["global"]["mean"], own["personalized"]["mean"]]
-        shown = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in wanted]
+        shown = [shown_as(value) for value in wanted]
         at = parsed.cells.index(group.replace("_", " "), 5 * 2)
-        assert parsed.cells[at + 1 : at + 5] == shown
+        assert [cell.strip() for cell in parsed.cells[at + 1 : at + 5]] == shown
     assert page.count("<svg") == 5
     assert "prefers-color-scheme: dark" in page
     text = (tmp_path / "report.md").read_text()
     assert f"{result.summary['new_sites']['personalized']['mean']:.3f}" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / picture).is_file()
+
+
+def test_a_problems_own_pictures_are_in_the_page(made, tmp_path):
+    root, result = made
+    folder = shutil.copytree(result.folder, tmp_path / "run")
+    (folder / "pictures").mkdir(exist_ok=True)
+    Image.new("L", (8, 8)).save(folder / "pictures" / "start_before.png")
+    page = page_of(str(folder), root=root, out=tmp_path / "out")
+    assert_loads_nothing(page)
+    assert page.count('<img alt="" src="data:image/png;base64,') == 1
+    assert "start before" in page
+    assert "(report_pictures/start_before.png)" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "report_pictures" / "start_before.png").is_file()
+
+
+def test_tables_are_written_in_full_as_csv(made, tmp_path):
+    root, result = made
+    page_of(str(result.folder), root=root, out=tmp_path)
+    sites = pd.read_csv(tmp_path / "report_tables" / "sites.csv").set_index("site")
+    exact = result.sites.set_index("site").loc[sites.index]
+    assert sites["personalized accuracy"].to_numpy() == pytest.approx(exact["personalized_accuracy"].to_numpy())
+    names = {path.stem for path in (tmp_path / "report_tables").iterdir()}
+    assert names >= {"data", "results", "sites"}
+
+
+def test_every_format_shows_what_is_written_as_it_is(tmp_path):
+    """Names may hold anything: markup, formulas, letters that a format keeps for itself."""
+    hostile = r"<b>&|_x_*$\~^{}#%"
+    figure = Picture("dots", plots.new_figure(2, 2)[0], hostile)
+    rows = [(hostile, 0.25, Share(0.5), Change(0.125), None, float("nan"), 3), ("=1+1", 1e-7, 1e6, 0, 1, 2, 3)]
+    table = Table("some", (hostile, "a", "b", "c", "d", "e", "f"), rows, hostile)
+    blocks = (Text(hostile), table, Pictures([figure]), Code(hostile, "sh"), Folded(hostile, (Text(hostile),)))
+    document = Document("kind", hostile, hostile, [Key("1", hostile, hostile)], [Section(hostile, blocks)])
+    parsed = assert_loads_nothing(html_page(document, hostile))
+    assert "".join(parsed.words).count(hostile) >= 12
+    assert [cell.strip() for cell in parsed.cells][:7] == [hostile, "0.250", "50%", "+0.125", "-", "-", "3"]
+    markdown = markdown_page(document, hostile, tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "dots.png").is_file()
+    assert all(line.count("|") - line.count(r"\|") == 8 for line in markdown.splitlines() if line.startswith("|"))
+    latex = latex_page(document, hostile, "pictures")
+    typeset = latex.partition(r"\begin{verbatim}")[0] + latex.partition(r"\end{verbatim}")[2]
+    assert r"\textless{}b\textgreater{}\&\textbar{}\_x\_*\$" in typeset
+    assert hostile not in typeset
+    assert csv_table(table).splitlines()[2] == "'=1+1,1e-07,1000000.0,0,1,2,3"
+    assert csv_table(table).splitlines()[1].endswith(",0.25,0.5,0.125,,,3")
 
 
 def test_who_is_left_behind_is_named_whatever_the_name(made, tmp_path):
@@ -134,7 +189,7 @@ def test_who_is_left_behind_is_named_whatever_the_name(made, tmp_path):
     sites.to_parquet(folder / "sites.parquet", index=False)
     assert score in sites.columns
     parsed = assert_loads_nothing(page_of(str(folder), root=root, out=tmp_path / "out"))
-    section = "".join(parsed.words).partition("Left behind")[2].partition("How to do it again")[0]
+    section = "".join(parsed.words).partition("Left behind")[2].partition("How to repeat it")[0]
     assert HOSTILE in section
     assert losing[1] in section
     assert "2 sites are served worse" in section
@@ -196,7 +251,7 @@ def test_what_cannot_be_reported_is_refused_in_a_line(made, compared, tmp_path):
         read([str(folder)], root, NOWHERE)
     with pytest.raises(FedmetaError, match="neither a finished run nor a comparison"):
         read(["no-such-run"], root, NOWHERE)
-    with pytest.raises(FedmetaError, match="name them apart"):
+    with pytest.raises(FedmetaError, match="make one for each"):
         read([str(compared[1].folder), str(result.folder)], root, NOWHERE)
 
 
@@ -208,9 +263,7 @@ def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
     fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
     assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
     assert summarize(result.sites, [score_of(result.sites)])["new_sites"]["n"] == 4
-    found = compare(
-        described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress
-    )
+    found = compare(described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress)
     run_id = json.loads((found.folder / "mlflow.json").read_text())["run_id"]
     assert found.verdict in write([run_id], tmp_path / "c", tmp_path / "none", uri)[1].read_text()
 
@@ -222,6 +275,6 @@ def test_a_browser_loads_nothing_but_the_page(made, tmp_path):
     html = write([result.folder.name], tmp_path, root, NOWHERE)[0]
     with browser(tmp_path / "profile") as page:
         page.open(html.as_uri())
-        assert page.wait_for({"How to do it again"}, 60) == set()
+        assert page.wait_for({"How to repeat it"}, 60) == set()
         assert page.evaluate("performance.getEntriesByType('resource').length") == 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") is True
