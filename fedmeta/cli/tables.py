@@ -39,8 +39,9 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     )
     if summary.get("held_out") is False:
         caption += "; support and query are the same data by nature"
-    left = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=_title(summary), caption=caption, padding=(0, 1, 0, 0), **left)  # fits into 80 columns
+    title = _title(summary)
+    padding = (0, 1, 0, 0)  # fits into 80 columns
+    table = Table(title=title, caption=caption, padding=padding, title_justify="left", caption_justify="left")
     for heading in ("", "n", "local-\nonly", "global", "personalized", "worst\n10 %", "helped", "harmed"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for label, own in groups(summary):
