@@ -208,9 +208,7 @@ def test_a_run_in_a_store_alone_has_the_same_report(tmp_path):
     fetched = write([result.summary["run_id"]], tmp_path / "b", tmp_path / "none", uri)[0].read_text()
     assert fetched.partition("<footer>")[0] == at_hand.partition("<footer>")[0]
     assert summarize(result.sites, [score_of(result.sites)])["new_sites"]["n"] == 4
-    found = compare(
-        described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress
-    )
+    found = compare(described(tmp_path / "runs", uri=uri), ["local", "maml"], 1, report=lambda *_: ignore_progress)
     run_id = json.loads((found.folder / "mlflow.json").read_text())["run_id"]
     assert found.verdict in write([run_id], tmp_path / "c", tmp_path / "none", uri)[1].read_text()
 
