@@ -113,6 +113,7 @@ def test_the_metrics_are_those_of_the_contract(whole_run):
         "final/new_sites_global",
         "final/new_sites_worst_decile",
         "final/helped",
+        "final/harmed",
         "final/training_sites_personalized",
         "final/sites_left_behind",
     ]
