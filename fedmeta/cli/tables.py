@@ -14,8 +14,9 @@ from rich.table import Table
 
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking
 from fedmeta.search.comparison import Comparison, compared_kind
-from fedmeta.search.comparison_report import against, number, percent, spread
+from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
+from fedmeta.tracking.run_page import number
 from fedmeta.tracking.store import shown
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def comparison(found: Comparison) -> None:
         f"{'higher' if score.higher_is_better else 'lower'} is better; share of sites that adapting helps, harms; "
         f"paired difference to {found.baseline}, positive is better, with its 95 % interval over sites"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), caption=caption, caption_justify="left")
     # An interval has to fit into 80 columns.
     for heading in (
         "learner",
@@ -108,7 +109,7 @@ def comparison(found: Comparison) -> None:
     for _, row in found.table.iterrows():
         personalized = spread(row["personalized"], row["personalized_sd"])
         others = (number(row["worst_decile"]), number(row["local_only"]))
-        shares = f"{percent(row['helped'])}, {percent(row['harmed'])}"
+        shares = f"{number(row['helped'], share=True)}, {number(row['harmed'], share=True)}"
         cells = (number(row["global"]), personalized, *others, shares, against(found, row))
         table.add_row(escape(str(row["learner"])), *map(escape, cells))
     console.print(table)

@@ -16,7 +16,7 @@ from fedmeta.search.comparison import Comparison, compared_kind, interval, sites
 from fedmeta.search.space import describe
 from fedmeta.tracking.experiment_page import COMPARISON
 from fedmeta.tracking.results import quiet_matplotlib
-from fedmeta.tracking.run_page import data_name, metric_suffixes
+from fedmeta.tracking.run_page import data_name, metric_suffixes, number
 from fedmeta.tracking.summary_run import SummaryRun, summary_run
 
 CHARTS = {
@@ -37,7 +37,7 @@ def markdown(comparison: Comparison) -> str:
         cells = [str(row["learner"]), str(int(row["seeds"]))]
         cells += [spread(row[name], row[f"{name}_sd"]) for name in ("global", "personalized")]
         cells += [number(row[name]) for name in ("worst_decile", "local_only")]
-        cells += [percent(row["helped"]), percent(row["harmed"])]
+        cells += [number(row["helped"], share=True), number(row["harmed"], share=True)]
         cells.append(against(comparison, row))
         rows.append([*cells, f"{row['rounds']:.0f}", f"{row['bytes_up'] / 1e6:.1f}", f"{row['wall_s']:.1f}"])
     note = (
@@ -104,16 +104,6 @@ def against(comparison: Comparison, row: pd.Series) -> str:
     """Returns the difference of a row of the table from the baseline, with its interval, as text."""
     baseline = row["learner"] == comparison.baseline
     return "baseline" if baseline else interval(row["difference"], row["low"], row["high"])
-
-
-def number(value: float | None) -> str:
-    """Returns a score as text; a dash for none."""
-    return "-" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def percent(value: float | None) -> str:
-    """Returns a share as text; a dash for none."""
-    return "-" if value is None or np.isnan(value) else f"{value:.0%}"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

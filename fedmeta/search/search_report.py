@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import numpy as np
 from optuna import Study
 
 from fedmeta.search.comparison import interval, significance
-from fedmeta.search.comparison_report import markdown_table, number
+from fedmeta.search.comparison_report import markdown_table
 from fedmeta.search.results import StudyResult
 from fedmeta.search.space import describe, short, shown
 from fedmeta.search.study import SearchConfig, load_study
 from fedmeta.search.trial import Trial
 from fedmeta.tracking.results import quiet_matplotlib
-from fedmeta.tracking.run_page import data_name, metric_suffixes
+from fedmeta.tracking.run_page import data_name, metric_suffixes, number
 from fedmeta.tracking.summary_run import SummaryRun, summary_run
 
 SECTION = "search"
@@ -92,7 +93,7 @@ def to_json(result: StudyResult) -> str:
         "importance": result.importance,
         "wall_s": round(result.wall_s, 3),
         "experiment": str(result.config.folder / "best.toml"),
-        "trials": result.to_json(),
+        "trials": [asdict(each) for each in result.trials],
     }
     return json.dumps(value)
 
