@@ -85,7 +85,7 @@ def comparison(found: Comparison) -> None:
         f"{'higher' if score.higher_is_better else 'lower'} is better; share of sites that adapting helps, harms; "
         f"paired difference to {found.baseline}, positive is better, with its 95 % interval over sites"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), caption=caption, caption_justify="left")
     # An interval has to fit into 80 columns.
     for heading in (
         "learner",

@@ -52,7 +52,7 @@ def run(
     ] = RuntimeName.LOCAL,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN|auto", help="Go on with a run: its folder's name, its MLflow id, or the newest one."),
+        typer.Option(metavar="RUN|auto", help="Resume a run: its folder's name, its MLflow id, or the newest one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
     quiet: Quiet = False,

@@ -96,6 +96,7 @@ class Learner(ABC):
     def init(self, seed: int) -> dict[str, Tensor]:
         """Returns the initial meta-state, drawn from `seed` alone."""
         problem = self.problem
+        assert problem.layout, "what init returns is checked before it is used"
         prefix = {**dict.fromkeys(problem.shared, ""), **dict.fromkeys(problem.frozen, FROZEN)}
         return {prefix.get(name, THETA) + name: value.detach() for name, value in problem.init(seed).items()}
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from fedmeta.experiment import Experiment
-from fedmeta.problems.metric import Metric, metric_of
-from fedmeta.search.comparison import compared_group, difference
+from fedmeta.runtime import Result
+from fedmeta.search.comparison import build_table
 from fedmeta.search.runs import ProgressOf, run_or_load
 
 BEST, BASELINE = "best", "baseline"
@@ -54,25 +51,19 @@ def evaluate_on_new_sites(
         runtime: As for `fedmeta.runtime.run`.
         progress: Returns what takes each run's progress.
     """
-    frames, score = [], Metric("score", True)
-    means: dict[str, list[tuple[float, float]]] = {BEST: [], BASELINE: []}
+    results: list[Result] = []
     for offset in range(seeds):
-        for place, (name, experiment) in enumerate({BEST: best, BASELINE: baseline}.items(), 1):
+        for name, experiment in {BASELINE: baseline, BEST: best}.items():
             seed = experiment.runtime.seed + offset
             named = f"tracking.name={name} settings · {experiment.learner.name} · seed {seed}"
             seeded = experiment.with_overrides([f"runtime.seed={seed}", named])
-            take = progress(f"{name} settings on new sites, seed {seed}", 2 * offset + place, 2 * seeds)
+            take = progress(f"{name} settings on new sites, seed {seed}", len(results) + 1, 2 * seeds)
             result = run_or_load(seeded, folder / name, runtime, take)
-            score, group = metric_of(result.summary["score"]), compared_group(result.summary)
-            frames.append(result.sites.assign(learner=name, seed=seed))
-            means[name].append((group["global"]["mean"], group["personalized"]["mean"]))
-    sites = pd.concat(frames, ignore_index=True)
-    own_seed = sites[sites["seed"] == baseline.runtime.seed]
-    (best_global, best_mean), (own_global, own_mean) = (
-        np.array(values, dtype=float).mean(axis=0).tolist() for values in means.values()
+            results.append(replace(result, summary={**result.summary, "learner": name}))
+    both, first = (
+        build_table(part, [BASELINE, BEST], folder, baseline.runtime.seed).table.set_index("learner").to_dict("index")
+        for part in (results, results[:2])
     )
-    return FinalEvaluation(
-        seeds, best_mean, own_mean, best_global, own_global,
-        difference(sites, BEST, BASELINE, score, baseline.runtime.seed),
-        difference(own_seed, BEST, BASELINE, score, baseline.runtime.seed),
-    )  # fmt: skip
+    ends = [(rows[BEST]["difference"], rows[BEST]["low"], rows[BEST]["high"]) for rows in (both, first)]
+    means = [both[name][column] for column in ("personalized", "global") for name in (BEST, BASELINE)]
+    return FinalEvaluation(seeds, *means, *ends)

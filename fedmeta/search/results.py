@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedmeta.search.study import (
     RUN_ID,
     SCORE,
     SECONDS,
+    SETTINGS,
     SearchConfig,
     current_trials,
     load_study,
@@ -111,28 +112,18 @@ class StudyResult:
         ]
         return pd.DataFrame(rows)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Returns the trials as JSON values, in their order."""
-        return [asdict(each) for each in self.trials]
-
 
 def load_results(config: SearchConfig, study: Study) -> StudyResult:
     """Returns what a study holds."""
     trials = current_trials(study)
-    found = [_trial(trial, place, config) for place, trial in enumerate(trials) if _drawn(trial, config)]
+    found = [_trial(trial, place, config) for place, trial in enumerate(trials) if SETTINGS in trial.user_attrs]
     seconds = sum((each.duration.total_seconds() for each in trials if each.duration), 0.0)
-    score = metric_of(study.user_attrs[SCORE])
-    return StudyResult(config, found, score, seconds)
-
-
-def _drawn(trial: FrozenTrial, config: SearchConfig) -> bool:
-    """Returns whether all settings of a trial are known."""
-    return all(each.key in trial.params for each in config.space)
+    return StudyResult(config, found, metric_of(study.user_attrs[SCORE]), seconds)
 
 
 def _trial(trial: FrozenTrial, place: int, config: SearchConfig) -> Trial:
     state: State = "waiting" if was_interrupted(trial) else STATES.get(trial.state, "waiting")
-    settings = {each.key: each.read(trial.params[each.key]) for each in config.space}
+    settings = trial.user_attrs[SETTINGS]
     return Trial(
         number=place,
         settings=settings,

@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def to_json(result: StudyResult) -> str:
         "importance": result.importance,
         "wall_s": round(result.wall_s, 3),
         "experiment": str(result.config.folder / "best.toml"),
-        "trials": result.to_json(),
+        "trials": [asdict(each) for each in result.trials],
     }
     return json.dumps(value)
 

@@ -74,14 +74,10 @@ class Range:
         return not isinstance(value, bool | str) and self.low <= value <= self.high
 
     def suggest(self, trial: Trial) -> Scalar:
-        """Returns the value that Optuna suggests."""
+        """Returns the value that Optuna suggests, rounded."""
         if self.whole:
             return trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)
-        return self.read(trial.suggest_float(self.key, self.low, self.high, log=self.log))
-
-    def read(self, value: Scalar) -> Scalar:
-        """Returns the value that is tried for one of Optuna's: rounded, unless it is an integer."""
-        return value if self.whole or isinstance(value, str) else rounded(value)
+        return rounded(trial.suggest_float(self.key, self.low, self.high, log=self.log))
 
     def __str__(self) -> str:
         return f"{self.key}={self.low:g}:{self.high:g}{':log' if self.log else ''}"
@@ -101,10 +97,6 @@ class Choices:
     def suggest(self, trial: Trial) -> Scalar:
         """Returns the value that Optuna suggests."""
         return cast(Scalar, trial.suggest_categorical(self.key, self.values))
-
-    def read(self, value: Scalar) -> Scalar:
-        """Returns the value that is tried for one of Optuna's: itself."""
-        return value
 
     def __str__(self) -> str:
         values = (f"[{value}]" if "," in str(value) else str(value) for value in self.values)

@@ -32,8 +32,8 @@ LOCK_TIMEOUT_S = 60
 """How long a process waits for others to release Optuna's file."""
 SCORE = "score"
 """The study's attribute that holds what trials are scored by."""
-RUN_ID, SECONDS, PROBLEM = "run_id", "seconds", "problem"
-"""Attributes of a trial: its run, what that took, and why it failed; empty where it was interrupted."""
+SETTINGS, RUN_ID, SECONDS, PROBLEM = "settings", "run_id", "seconds", "problem"
+"""Attributes of a trial: what was tried, its run, what that took, and why it failed; empty where it was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class SearchConfig:
         name = f"{changed.learner.name} · {describe({k: v for k, v in settings.items() if k != 'learner.name'})}"
         files = {"folder": str(self.folder / "trials"), "name": name, "parent": parent, "site_curves": 0}
         tracking = changed.tracking.model_copy(update=files)
-        # Parallel trials would each take all processors, where the experiment does not say how many.
+        # Parallel trials share the processors, unless the experiment sets a number.
         threads = changed.runtime.threads or (max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else 0)
         runtime = changed.runtime.model_copy(update={"threads": threads})
         return changed.model_copy(update={"evaluation": evaluation, "tracking": tracking, "runtime": runtime})

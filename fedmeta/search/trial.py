@@ -16,7 +16,7 @@ from fedmeta.progress import Progress, Pruned, Report
 from fedmeta.runtime import run
 from fedmeta.search.runs import resumable
 from fedmeta.search.space import Settings
-from fedmeta.search.study import PROBLEM, RUN_ID, SECONDS, SearchConfig, load_study, places
+from fedmeta.search.study import PROBLEM, RUN_ID, SECONDS, SETTINGS, SearchConfig, load_study, places
 from fedmeta.tracking.parent_run import annotate
 
 State = Literal["done", "pruned", "failed", "waiting"]
@@ -73,6 +73,7 @@ def run_trial(config: SearchConfig, parent: str, progress: TrialProgress | None 
 def _score(trial: optuna.Trial, config: SearchConfig, parent: str, progress: TrialProgress | None) -> float:
     """Returns the mean personalized score of validation sites."""
     settings = {each.key: each.suggest(trial) for each in config.space}
+    trial.set_user_attr(SETTINGS, settings)
     trial.set_user_attr(PROBLEM, "")  # a repetition inherits the attributes of the interrupted trial
     watch = _Watch(trial, config.report_every)
     try:

@@ -60,8 +60,8 @@ def test_one_site_is_no_evidence() -> None:
     assert mean == pytest.approx(0.05)
     assert np.isnan([low, high]).all()
     row = {"learner": "maml", "personalized": 0.7, "difference": mean, "low": low, "high": high}
-    said = verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
-    assert said.endswith("Compared with fedavg-ft: no significant difference, +0.050, one site.")
+    text = verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
+    assert text.endswith("Compared with fedavg-ft: no significant difference, +0.050, one site.")
 
 
 def test_sites_without_a_score_are_left_out() -> None:

@@ -59,16 +59,16 @@ def test_a_killed_search_is_resumed_and_loses_no_trial(tmp_path: Path) -> None:
     assert [each.state.name for each in before] == ["COMPLETE", "COMPLETE", "RUNNING"]
     done = subprocess.run(command(tmp_path, "--json", "--final-seeds=1"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert len(said["trials"]) == TRIALS
-    assert {each["state"] for each in said["trials"]} <= {"done", "pruned"}
+    output = json.loads(done.stdout.splitlines()[-1])
+    assert len(output["trials"]) == TRIALS
+    assert {each["state"] for each in output["trials"]} <= {"done", "pruned"}
     assert [each.params for each in trials(tmp_path)[:3]] == [each.params for each in before]
     assert [each.value for each in trials(tmp_path)[:2]] == [each.value for each in before[:2]]
-    assert said["new_sites"]["seeds"] == 1
-    _check_mlflow(tmp_path, said)
+    assert output["new_sites"]["seeds"] == 1
+    _check_mlflow(tmp_path, output)
 
 
-def _check_mlflow(folder: Path, said: dict) -> None:
+def _check_mlflow(folder: Path, output: dict) -> None:
     client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fedmeta")
     runs = client.search_runs([experiment.experiment_id])
@@ -76,14 +76,14 @@ def _check_mlflow(folder: Path, said: dict) -> None:
     assert search.info.status == "FINISHED"
     assert search.info.run_name == "tune · digits · maml · random · 8 trials"
     assert search.data.tags["mlflow.note.content"].startswith("**Best of 8 trials by random: ")
-    assert search.data.metrics["search/best"] == pytest.approx(said["best"]["score"])
+    assert search.data.metrics["search/best"] == pytest.approx(output["best"]["score"])
     assert "search/new_sites_difference" in search.data.metrics
     there = {file.path for file in client.list_artifacts(search.info.run_id)}
     assert {"trials.json", "best.toml", "tuning.md", "pictures", "images"} <= there
     assert not [run for run in runs if run.info.status == "RUNNING"], "the killed trial's run has ended too"
     nested = {run.info.run_id: run for run in runs if run.data.tags.get("mlflow.parentRunId") == search.info.run_id}
-    assert {each["run_id"] for each in said["trials"]} <= set(nested)
-    for each in said["trials"]:
+    assert {each["run_id"] for each in output["trials"]} <= set(nested)
+    for each in output["trials"]:
         run = nested[each["run_id"]]
         assert run.data.params["evaluation.judge"] == "validation_sites"
         assert "pictures" not in {file.path for file in client.list_artifacts(each["run_id"])}

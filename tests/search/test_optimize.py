@@ -30,9 +30,9 @@ def test_finds_the_best_settings_and_writes_an_experiment_that_runs(tmp_path: Pa
     best = load_experiment(asked.folder / "best.toml")
     assert best == found.experiment
     assert best.evaluation.judge == "new_sites"
-    said = json.loads((asked.folder / "tuning.json").read_text())
-    assert said["best"]["settings"] == found.best.settings
-    assert len(said["trials"]) == 3
+    written = json.loads((asked.folder / "tuning.json").read_text())
+    assert written["best"]["settings"] == found.best.settings
+    assert len(written["trials"]) == 3
     assert search_report.verdict(found) in (asked.folder / "tuning.md").read_text()
 
 
