@@ -62,7 +62,7 @@ def text(cell: Cell) -> str:
 
 def plain(words: str) -> str:
     """Returns text that Markdown shows as it is; names of sites may hold anything."""
-    return re.sub(r"([\\`*<>\[\]#|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
+    return re.sub(r"([\\`*<>#|]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
 
 
 def markdown_table(

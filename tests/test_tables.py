@@ -32,11 +32,11 @@ def test_a_cell_shows_its_value(cell, shown):
 
 
 def test_markdown_shows_names_as_they_are():
-    lines = tables.markdown_table(("site", "score"), [("a|b *c* <i> `d` _e_ f_g [x]", 0.5)])
+    lines = tables.markdown_table(("site", "score"), [("a|b *c* <i> `d` _e_ f_g [x](y) [z]", 0.5)])
     assert lines == [
         "| site | score |",
         "| --- | ---: |",
-        r"| a\|b \*c\* \<i\> \`d\` \_e\_ f_g \[x\] | 0.500 |",
+        r"| a\|b \*c\* \<i\> \`d\` \_e\_ f_g [x\](y) [z] | 0.500 |",
     ]
 
 
