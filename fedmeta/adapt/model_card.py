@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.intervals import LEVEL, Estimate
-
-UNIT = {"accuracy": "accuracy", "rmse": "RMSE"}
+from fedmeta.tables import Cell, markdown_table, number, plain
 
 
 def card(adapted: Adapted, files: Sequence[str]) -> str:
@@ -24,33 +23,33 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
         ("made", adapted.date),
         ("labels", "numbers" if start.form.regression else ", ".join(adapted.rows.classes)),
     ]
-    lines = [f"# {experiment.learner.name} adapted to {adapted.name}", "", adapted.advice, ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts), ""]
+    lines = [f"# {experiment.learner.name} adapted to {plain(adapted.name)}", "", adapted.advice, ""]
+    lines += [*markdown_table(("", ""), facts, left=2), ""]
     lines += ["## What it is worth", "", *_table(adapted), ""]
     lines += [
-        f"Each row was judged by a model that neither adapted nor chose its steps on it (nested cross-validation); the "
-        f"interval is meant to cover the accuracy on the site's further rows {LEVEL:.0%} of the time, if these are "
-        "drawn as the rows at hand were. It says nothing about another site, or about this one once its data change.",
+        "Each row was scored by a model that neither adapted nor chose its steps on it (nested cross-validation); the "
+        f"interval is meant to cover the {found.before.metric} on the site's further rows {LEVEL:.0%} of the time, if "
+        "these are drawn as the rows at hand were. It holds for no other site, and not for this one once its data "
+        "change.",
         "",
     ]
     lines += [f"- {warning}" for warning in adapted.warnings] + [""] * bool(adapted.warnings)
     return "\n".join([*lines, "## How to use it", "", *_use(adapted, files)]) + "\n"
 
 
-def in_words(estimate: Estimate) -> str:
-    """Returns a score with its interval."""
-    return f"{estimate.score:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def _table(adapted: Adapted) -> list[str]:
     found, test = adapted.judgement, adapted.test
-    unit = UNIT[found.before.metric]
-    lines = [f"| model | {unit} with {LEVEL:.0%} interval |" + (f" on {test.rows} test rows |" if test else "")]
-    lines += ["|---|---|" + ("---|" if test else "")]
-    named = [("global", found.before, test.before if test else 0.0)]
+    headings = ["model", f"{found.before.metric} with {LEVEL:.0%} interval"]
+    headings += [f"on {test.rows} test rows"] if test else []
+    rows: list[list[Cell]] = [["global", _with_interval(found.before), *([test.before] if test else [])]]
     if found.chosen:
-        named.append((f"after {found.chosen} steps", found.after, test.after if test else 0.0))
-    return lines + [f"| {name} | {in_words(own)} |" + (f" {true:.3f} |" if test else "") for name, own, true in named]
+        name = f"after {found.chosen} steps"
+        rows.append([name, _with_interval(found.after), *([test.after] if test else [])])
+    return markdown_table(headings, rows)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{number(estimate.score)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:

@@ -13,7 +13,6 @@ from rich.table import Table
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.estimate import Report
 from fedmeta.adapt.intervals import LEVEL, Estimate
-from fedmeta.adapt.model_card import UNIT
 from fedmeta.adapt.writing import Written
 
 
@@ -34,7 +33,7 @@ def show(adapted: Adapted, written: Written) -> None:
     # The names are a file's and a run's own, and may hold what Rich takes for a style.
     title = escape(f"{adapted.name}: {len(adapted.rows)} rows, {start.name} after {start.round_number} rounds")
     table = Table(title=title, title_justify="left")
-    headings = ["", UNIT[found.before.metric], f"{LEVEL:.0%} interval", *([f"{test.rows} test rows"] if test else [])]
+    headings = ["", found.before.metric, f"{LEVEL:.0%} interval", *([f"{test.rows} test rows"] if test else [])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row("global", *_cells(found.before, test.before if test else None, bold=not found.steps))

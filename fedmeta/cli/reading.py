@@ -110,7 +110,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
 ) -> None:
-    """Writes one page about a run, or about runs beside one another: HTML that needs no network, and Markdown.
+    """Writes one page about a run, or about several runs: HTML that needs no network, Markdown, LaTeX, tables as CSV.
 
     RUN is a run's folder, checkpoint or MLflow id, or a comparison's folder or MLflow id; several runs are compared.
     """
