@@ -46,6 +46,7 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
     if summary.get("held_out") is False:
         caption += "; support and query are the same data by nature"
     table = Table(title=_title(summary), caption=caption, title_justify="left", caption_justify="left")
+    table.padding = (0, 1, 0, 0)  # so that eight columns fit into eighty characters
     for heading in ("", "n", "alone", "global", "personalized", "worst 10 %", "helped", "harmed"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     judges = summary.get("judge", "new_sites").replace("_", " ")
