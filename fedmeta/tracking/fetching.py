@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmeta.errors import FedmetaError
+from fedmeta.experiment import with_user_info
 from fedmeta.tracking.model import status_of_error
 from fedmeta.tracking.opening import open_client
 from fedmeta.tracking.store import checked_uri, first_line, shown, within_time
@@ -50,7 +51,9 @@ def fetch_registered(uri: str, model: str, folder: Path, name: str) -> Path:
     )
     from mlflow.artifacts import download_artifacts
 
-    _answer(uri, model, lambda: download_artifacts(found.source, dst_path=str(folder), tracking_uri=uri))
+    _answer(
+        uri, model, lambda: download_artifacts(found.source, dst_path=str(folder), tracking_uri=with_user_info(uri))
+    )
     file = next(folder.rglob(name), None)
     if file is None:
         raise FedmetaError(f"{model} in {shown(uri)} is no model of fedmeta: it holds no {name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Tracking
+from fedmeta.experiment import Tracking, with_user_info
 from fedmeta.tracking import experiment_page, run_page
 from fedmeta.tracking.entries import Dataset
 from fedmeta.tracking.store import MLFLOW_DEFAULTS, artifact_folder, create_sqlite, shown
@@ -30,7 +30,7 @@ def open_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     create_sqlite(uri, lambda new: MlflowClient(new).search_experiments(max_results=1))
-    return MlflowClient(uri)
+    return MlflowClient(with_user_info(uri))
 
 
 def open_run(

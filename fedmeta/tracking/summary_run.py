@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.experiment import UNTRACKED, Experiment, without_user_info
 from fedmeta.tracking.opening import experiment_of, log_params, open_client
 from fedmeta.tracking.run_page import DESCRIPTION_LIMIT, data_name, finite
 from fedmeta.tracking.store import checked_uri, first_line, say, shown, within_time
@@ -53,11 +53,12 @@ def summary_run(
         return
     kept = folder / KEPT
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    earlier = known.get("run_id", "") if known.get("uri") == experiment.tracking.uri else ""
+    named = without_user_info(experiment.tracking.uri)
+    earlier = known.get("run_id", "") if known.get("uri") == named else ""
     uri = checked_uri(experiment.tracking.uri)
     client, run_id = within_time(uri, lambda: _open(uri, experiment, kind, name, earlier, parent))
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"run_id": run_id, "uri": experiment.tracking.uri}))
+    kept.write_text(json.dumps({"run_id": run_id, "uri": named}))
     run = SummaryRun(client, uri, run_id)
     try:
         yield run

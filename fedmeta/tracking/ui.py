@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
 from fedmeta.errors import FedmetaError
+from fedmeta.experiment import with_user_info
 from fedmeta.tracking.experiment_page import VIEW, VIEW_TAG
 from fedmeta.tracking.store import MLFLOW_DEFAULTS, checked_uri, shown, sqlite_file
 
@@ -129,12 +130,11 @@ def _free_port(port: int | None) -> int:
 
 
 def _start(uri: str, port: int, folder: Path, output: IO[bytes]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+    # The address may hold a password: a command line shows it to everyone on the machine.
+    env = {**MLFLOW_DEFAULTS, **os.environ, "MLFLOW_BACKEND_STORE_URI": with_user_info(uri)}
     # In a session of its own, its workers end with it and Ctrl-C reaches it through us alone.
-    return subprocess.Popen(
-        command, cwd=folder, stdout=output, stderr=output, env={**MLFLOW_DEFAULTS, **os.environ}, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=env, start_new_session=True)
 
 
 def _wait(server: "subprocess.Popen[bytes]", address: str, uri: str, output: IO[bytes]) -> None:
