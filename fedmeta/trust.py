@@ -18,8 +18,7 @@ from typing import Any, get_args
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.experiment.schema import Code
-from fedmeta.experiment.values import on_one_line
+from fedmeta.experiment.validation import Code, on_one_line
 
 VARIABLE = "FEDMETA_CODE"
 """Environment variable: the packages whose code a model that MLflow loads may name, with commas between."""

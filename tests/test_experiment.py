@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from fedmeta.experiment import (
     Tracking,
     describe,
     load_experiment,
+    with_user_info,
+    without_user_info,
 )
 
 # ---------------------------------------------------------------- round trips
@@ -207,6 +210,64 @@ def test_names_of_hubs_and_empty_paths_are_no_files() -> None:
     assert Experiment(data=Data(source="huggingface", path="ylecun/mnist")).absolute().data.path == "ylecun/mnist"
 
 
+# ---------------------------------------------------------------- the address of the store
+
+
+def test_the_environment_names_the_store_where_the_key_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    file = tmp_path / "e.toml"
+    file.write_text("[server]\nrounds = 1\n")
+    assert load_experiment(file).tracking.uri == "http://mlflow:5000"
+    assert load_experiment(file, ["tracking.uri=none"]).tracking.uri == "none"
+    assert Experiment().with_overrides(["server.rounds=1"]).tracking.uri == "http://mlflow:5000"
+    assert Experiment.from_toml('[tracking]\nuri = "none"').tracking.uri == "none"
+    assert {key.key: key.default for key in describe()}["uri"] == "sqlite:///mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "bare"),
+    [
+        ("http://ann:s3cret@mlflow:5000/x?a=1", "http://mlflow:5000/x?a=1"),
+        ("https://s3cret@mlflow", "https://mlflow"),
+        ("postgresql+psycopg2://ann:s3/cr@et@db:5432/runs", "postgresql+psycopg2://db:5432/runs"),
+        ("postgresql://db/runs?user=ann&password=s3cret&sslmode=require", "postgresql://db/runs?sslmode=require"),
+        ("mysql://db/runs?password=s3cret", "mysql://db/runs"),
+        ("sqlite:////tmp/a:b@c/mlflow.db", "sqlite:////tmp/a:b@c/mlflow.db"),
+        ("http://mlflow:5000/x@y", "http://mlflow:5000/x@y"),
+        ("none", "none"),
+    ],
+)
+def test_no_view_of_an_experiment_holds_a_user_or_a_password(uri: str, bare: str) -> None:
+    experiment = Experiment(tracking=Tracking(uri=uri))
+    assert without_user_info(uri) == experiment.params()["tracking.uri"] == bare
+    assert Experiment.from_toml(experiment.to_toml()).tracking.uri == bare
+    assert "s3c" not in experiment.to_toml()
+    assert "tracking" not in experiment.for_sites()
+    assert Experiment.from_toml(experiment.for_sites()).data == experiment.data
+
+
+def test_user_and_password_of_a_file_move_into_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    file = tmp_path / "e.toml"
+    file.write_text('[tracking]\nuri = "postgresql://ann:s%2Fcret@db/runs"\n')
+    assert load_experiment(file).tracking.uri == "postgresql://db/runs"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ann", "s/cret")
+    assert with_user_info("postgresql://db/runs") == "postgresql://ann:s%2Fcret@db/runs"
+    assert with_user_info("http://db/runs") == "http://db/runs"
+    note = capsys.readouterr().err
+    assert note.startswith("fedmeta: note: tracking.uri: its user and password are kept out of all files")
+    assert "cret" not in note
+    file.write_text('[tracking]\nuri = "http://bob:other@db"\n')
+    assert load_experiment(file).tracking.uri == "http://db"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "ann"
+    assert "are set and used" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -329,6 +390,26 @@ def test_bad_overrides_are_named(override: str, line: str) -> None:
 def test_an_error_in_the_file_names_the_file_although_there_are_overrides() -> None:
     with pytest.raises(FedmetaError, match=r"^har\.toml: \[server\] rounds = -1"):
         Experiment.from_toml("[server]\nrounds = -1", "har.toml", ["server.lr=0.1"])
+
+
+def test_all_problems_of_a_file_are_listed_at_once() -> None:
+    text = "[server]\nrounds = -1\nround = 3\n[zzz]\n[data]\nsource = 'npz'\nrotations = true\n"
+    with pytest.raises(FedmetaError) as error:
+        Experiment.from_toml(text, "har.toml", ["runtime.seed=-1"])
+    assert str(error.value) == (
+        'har.toml: 6 problems: (1) [data] path = "": must name the data where source = "npz" '
+        "(2) [data] rotations = true: must be false without data.ways: turned images are classes of few-shot tasks "
+        "(3) [server] rounds = -1: must be a whole number of at least 0 "
+        '(4) unknown key [server] round = 3; did you mean "rounds"? '
+        "(5) --set runtime.seed=-1: [runtime] seed = -1: must be a whole number of at least 0 "
+        f"(6) unknown section [zzz]; the sections are {', '.join(Experiment.model_fields)}"
+    )
+
+
+def test_of_many_problems_the_first_are_listed() -> None:
+    text = "[server]\n" + "\n".join(f"{'x' * 100_000}{number} = 1" for number in range(200))
+    with pytest.raises(FedmetaError, match=r"^har.toml: more than 10 problems: \(1\) .* \(10\) .* \.\.\.$"):
+        Experiment.from_toml(text, "har.toml")
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from fedmeta.cli.application import File, Overrides, app
-from fedmeta.experiment import Tracking, load_experiment
+from fedmeta.experiment import Tracking, default_uri, load_experiment
+
+DEFAULT_STORE = f"MLFLOW_TRACKING_URI, or {Tracking().uri}"
 
 
 @app.command()
@@ -69,7 +71,7 @@ def adapt(
     data: Annotated[str, typer.Option(metavar="FILE", help="The site's labelled rows: .csv, .parquet or .npz.")],
     out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
     test: Annotated[str, typer.Option(metavar="FILE", help="Further rows of the site, which only judge.")] = "",
-    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
     code: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,7 +89,7 @@ def adapt(
     from fedmeta.trust import allow_code
 
     writing.check_folder(out)
-    start = locate.find_start(run, Path(Tracking().folder), uri, allow_code(code or []))
+    start = locate.find_start(run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []))
     with adapt_output.progress() as report:
         adapted = adaptation.adapt(start, data, test, report)
     written = writing.write(adapted, out)
@@ -108,7 +110,7 @@ def report(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
-    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.")] = Tracking().uri,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
 ) -> None:
     """Writes one page about a run, or about several runs: HTML that needs no network, Markdown, LaTeX, tables as CSV.
 
@@ -116,5 +118,5 @@ def report(
     """
     from fedmeta.report import write
 
-    for path in write(runs, out, Path(Tracking().folder), uri):
+    for path in write(runs, out, Path(Tracking().folder), uri or default_uri()):
         print(path)

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedmeta.experiment import UNTRACKED, Experiment, Tracking
+from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_info
 from fedmeta.search.comparison import Comparison, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
 from fedmeta.tables import groups, number, percent, score_label
-from fedmeta.tracking.mlflow_client import redact_uri
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -177,6 +176,6 @@ def _see(experiment: Experiment) -> dict[str, str]:
     tracking, usual = experiment.tracking, Tracking()
     if tracking.uri == UNTRACKED:
         return {}
-    uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(redact_uri(tracking.uri))}"
+    uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(without_user_info(tracking.uri))}"
     name = "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
     return {"see it": f"fedmeta ui{uri}{name}"}

@@ -7,15 +7,18 @@ from fedmeta.experiment.sections import (
     MODELS,
     UNTRACKED,
     Evaluation,
+    Hessian,
     Learner,
     Model,
+    Norm,
     Privacy,
     Problem,
     Runtime,
     Server,
     Tracking,
 )
-from fedmeta.experiment.values import Scalar
+from fedmeta.experiment.tracking_uri import default_uri, with_user_info, without_user_info
+from fedmeta.experiment.validation import Scalar
 
 __all__ = [
     "LEARNERS",
@@ -25,15 +28,20 @@ __all__ = [
     "Data",
     "Evaluation",
     "Experiment",
+    "Hessian",
     "Key",
     "Learner",
     "Model",
+    "Norm",
     "Privacy",
     "Problem",
     "Runtime",
     "Scalar",
     "Server",
     "Tracking",
+    "default_uri",
     "describe",
     "load_experiment",
+    "with_user_info",
+    "without_user_info",
 ]

@@ -1,11 +1,10 @@
 """The keys of [data]: where the sites and their rows come from."""
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from fedmeta.experiment.refusals import refuse
-from fedmeta.experiment.schema import Count, FunctionPath, OpenSection, Share, Texts
+from fedmeta.experiment.validation import Conflicts, Count, FunctionPath, OpenSection, Share, Texts
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
 
@@ -99,10 +98,10 @@ class Data(OpenSection):
         description="How far synthetic sites differ; 0 = all alike (standard deviations of the common weights)",
     )
 
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> Self:
+    def conflicts(self) -> Conflicts:
+        """Yields further keys of a built-in source, a path that is missing, and rotations without few-shot tasks."""
+        yield from super().conflicts()
         if self.source not in MADE_SOURCES and ":" not in self.source and not self.path:
-            raise refuse("path", f'must name the data where source = "{self.source}"')
+            yield "path", f'must name the data where source = "{self.source}"'
         if self.rotations and self.ways is None:
-            raise refuse("rotations", "must be false without data.ways: turned images are classes of few-shot tasks")
-        return self
+            yield "rotations", "must be false without data.ways: turned images are classes of few-shot tasks"

@@ -8,12 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import tomli_w
 from pydantic import ValidationError
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment.data import MADE_SOURCES, Data
-from fedmeta.experiment.refusals import refusal
-from fedmeta.experiment.schema import Section
 from fedmeta.experiment.sections import (
     UNTRACKED,
     Evaluation,
@@ -25,7 +24,8 @@ from fedmeta.experiment.sections import (
     Server,
     Tracking,
 )
-from fedmeta.experiment.values import Scalar, from_text, on_one_line, to_param, to_text, wanted
+from fedmeta.experiment.tracking_uri import default_uri, keep_user_info, without_user_info
+from fedmeta.experiment.validation import Scalar, Section, describe_type, from_text, on_one_line, report, to_param
 
 Table = dict[str, Any]
 
@@ -65,6 +65,8 @@ class Experiment(Section):
     @classmethod
     def _checked(cls, table: Table, origin: str, overrides: Sequence[str]) -> Self:
         origins: dict[tuple[str, str], str] = {}
+        if isinstance(table.setdefault("tracking", {}), dict):
+            table["tracking"].setdefault("uri", default_uri())
         for override in overrides:
             section, key, value = _override(override)
             table.setdefault(section, {})
@@ -74,7 +76,7 @@ class Experiment(Section):
         try:
             return cls.model_validate(table)
         except ValidationError as error:
-            raise refusal(error, table, SECTIONS, origin, origins) from None
+            raise report(error, table, SECTIONS, origin, origins) from None
 
     def with_overrides(self, overrides: Sequence[str]) -> Self:
         """Returns this experiment with `section.key=value` texts applied, as `--set` would.
@@ -82,29 +84,44 @@ class Experiment(Section):
         Raises:
             FedmetaError: an override that names no key or an impossible value.
         """
-        return self._checked(self.model_dump(), "experiment", overrides)
+        return self._checked(self.model_dump(exclude_unset=True), "experiment", overrides)
 
     def to_toml(self) -> str:
-        """Returns the whole experiment, defaults included, as TOML from which `from_toml` makes an equal one."""
-        blocks = []
-        for section, values in self.model_dump().items():
-            lines = [f"{key} = {to_text(value)}" for key, value in values.items() if value is not None]
-            blocks.append("\n".join([f"[{section}]", *lines]))
-        return "\n\n".join(blocks) + "\n"
+        """Returns the whole experiment, defaults included, as TOML from which `from_toml` makes an equal one.
+
+        User and password of an MLflow store are left out here and in `params`: they come from the environment.
+        """
+        return tomli_w.dumps(self._table())
+
+    def for_sites(self) -> str:
+        """Returns what a site needs to know, as TOML: everything but [tracking]."""
+        return tomli_w.dumps({name: keys for name, keys in self._table().items() if name != "tracking"})
 
     def params(self) -> dict[str, Scalar]:
         """Returns the experiment flat, `section.key` to a scalar; lists as TOML text and None as "none"."""
         return {
             f"{section}.{key}": to_param(value, _annotation(section, key))
-            for section, values in self.model_dump().items()
+            for section, values in self._values().items()
             for key, value in values.items()
         }
 
+    def _values(self) -> dict[str, Table]:
+        values = self.model_dump()
+        values["tracking"]["uri"] = without_user_info(self.tracking.uri)
+        return values
+
+    def _table(self) -> dict[str, Table]:
+        """Returns what TOML can hold: no key that has no value."""
+        return {
+            section: {key: value for key, value in values.items() if value is not None}
+            for section, values in self._values().items()
+        }
+
     def identity(self, size: int = 8) -> str:
-        """Returns a name of 2 * `size` characters for what this experiment says, whatever keys later versions add."""
+        """Returns a name of 2 * `size` characters for what differs from the defaults, whatever keys are added later."""
         usual = type(self)().params()
-        said = {key: value for key, value in self.params().items() if key not in usual or value != usual[key]}
-        return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=size).hexdigest()
+        own = {key: value for key, value in self.params().items() if key not in usual or value != usual[key]}
+        return blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=size).hexdigest()
 
     def absolute(self) -> Self:
         """Returns this experiment with every path made absolute against the working directory, to be run elsewhere."""
@@ -116,6 +133,13 @@ class Experiment(Section):
             data = data.model_copy(update={"path": _absolute(data.path)})
         moved = {"folder": _absolute(tracking.folder), "uri": _absolute_uri(tracking.uri)}
         return self.model_copy(update={"data": data, "tracking": tracking.model_copy(update=moved)})
+
+    def with_user_info_kept(self) -> Self:
+        """Returns this experiment without the user and password of its store, which move into the environment."""
+        uri = keep_user_info(self.tracking.uri)
+        if uri == self.tracking.uri:
+            return self
+        return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
 
     def for_source(self) -> Self:
         """Returns what decides which sites there are and what they hold: the rest is as it is by default."""
@@ -142,7 +166,7 @@ class Key(NamedTuple):
     section: str
     key: str
     type: str
-    """What a value must be, in words: type, range, choices."""
+    """What a value must be, for people: type, range, choices."""
     default: object
     help: str
     """One line: the meaning and, for numbers, the unit in brackets."""
@@ -151,7 +175,7 @@ class Key(NamedTuple):
 def describe() -> list[Key]:
     """Returns every key that an experiment may set, in the order of the schema."""
     return [
-        Key(section, key, wanted(field.annotation, field.metadata), field.default, field.description or "")
+        Key(section, key, describe_type(field.annotation, field.metadata), field.default, field.description or "")
         for section, schema in SECTIONS.items()
         for key, field in schema.model_fields.items()
     ]
@@ -179,7 +203,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise FedmetaError(f"{path}: not UTF-8 (line {line}); save it as UTF-8 text") from None
     except OSError as error:
         raise FedmetaError(f"{path}: cannot be read: {error.strerror}") from None
-    return Experiment.from_toml(text, str(path), overrides)
+    return Experiment.from_toml(text, str(path), overrides).with_user_info_kept()
 
 
 def _nearest_file(path: Path) -> str:
@@ -210,8 +234,8 @@ def _override(text: str) -> tuple[str, str, object]:
         hint = f"; did you mean {homes[0]}={value}?" if homes else ", such as server.rounds=50"
         raise FedmetaError(f"{origin}: must be written section.key=value{hint}")
     if section not in SECTIONS:
-        cure = nearest(section, SECTIONS) or f"; the sections are {', '.join(SECTIONS)}"
-        raise FedmetaError(f"{origin}: unknown section {section}{cure}")
+        hint = nearest(section, SECTIONS) or f"; the sections are {', '.join(SECTIONS)}"
+        raise FedmetaError(f"{origin}: unknown section {section}{hint}")
     return section, key, from_text(value, _annotation(section, key))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedmeta.learners.learner import MetaState
+from fedmeta.learners.learner import DEFAULTS, MetaState
 from fedmeta.learners.maml import Maml
 
 
@@ -19,7 +19,7 @@ class Anil(Maml):
         head: The layer that adapts, by its name in the module; empty for the last one with parameters.
     """
 
-    head: str = ""
+    head: str = DEFAULTS.head
 
     def __post_init__(self) -> None:
         super().__post_init__()

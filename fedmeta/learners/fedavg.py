@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmeta.learners.gradient_kind import gradient_kind
 from fedmeta.learners.inner import Objective, proximal
-from fedmeta.learners.learner import Learner, MetaState, Metrics, key_of, trained, with_theta, zeros_like
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, key_of, trained, with_theta, zeros_like
 from fedmeta.models import Parameters
 from fedmeta.problems.solvers import BLACK_BOX, run_solver
 from fedmeta.task import Task
@@ -68,7 +68,7 @@ class FedProx(FedAvgFinetuned):
         mu: The weight of mu / 2 * |theta_i - theta|^2 in the local objective (equation 2).
     """
 
-    mu: float = 0.1
+    mu: float = DEFAULTS.mu
 
     def local_objective(self, theta: Parameters, task: Task) -> Objective:
         """Returns the objective on all the task's data plus mu / 2 * |theta_i - theta|^2."""

@@ -17,7 +17,7 @@ from torch.func import grad, grad_and_value, vjp
 
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.inner import Objective, add_scaled, inner_product, proximal
-from fedmeta.learners.learner import Learner, MetaState, Metrics, by, with_theta
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, by, with_theta
 from fedmeta.models import Parameters
 from fedmeta.problems.problem import Data
 from fedmeta.problems.solvers import run_solver
@@ -33,7 +33,7 @@ class ProximalLearner(Learner):
             `inner_lr` is below 2 / (lambda + the largest curvature of the support loss).
     """
 
-    lam: float = 0.3
+    lam: float = DEFAULTS.lam
 
     differentiates: ClassVar[str] = "by proximal steps"
 
@@ -65,7 +65,7 @@ class Imaml(ProximalLearner):
         cg_steps: Conjugate-gradient iterations, each one Hessian-vector product.
     """
 
-    cg_steps: int = 5
+    cg_steps: int = DEFAULTS.cg_steps
 
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns (I + H / lam)^-1 times the query gradient at phi, and the query loss there."""

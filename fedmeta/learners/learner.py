@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedmeta import experiment
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import estimator
 from fedmeta.models import FunctionalModel, Parameters
@@ -30,6 +31,9 @@ THETA = "theta."
 ALPHA = "alpha."
 FROZEN = "frozen."
 
+DEFAULTS = experiment.Learner()
+"""The section [learner]: where the default, the range and the help of each learner's keys stand."""
+
 SET_BY_ROUND = "by_round"
 """Marks (in a field's metadata) what `Learner.for_round` sets, so that it is no key of an experiment."""
 
@@ -45,8 +49,8 @@ class Learner(ABC):
     """
 
     problem: Problem
-    inner_steps: int = 5
-    inner_lr: float = 0.1
+    inner_steps: int = DEFAULTS.inner_steps
+    inner_lr: float = DEFAULTS.inner_lr
 
     update: ClassVar[str] = "gradient"
     """What a site sends: a "gradient" of its outer objective, a "delta" theta - theta_i, or "nothing"."""

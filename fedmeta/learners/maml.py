@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fedmeta.learners.gradient_kind import gradient_kind
-from fedmeta.learners.learner import Learner, MetaState, Metrics, by, frozen, trained, with_theta
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, by, frozen, trained, with_theta
 from fedmeta.models import Parameters
 from fedmeta.task import Task
 
@@ -29,7 +29,7 @@ class Maml(Learner):
             site that has no labels yet.
     """
 
-    global_weight: float = 0.0
+    global_weight: float = DEFAULTS.global_weight
 
     def query_weights(self, meta_state: MetaState) -> Sequence[Tensor | float]:
         """Returns w for the unadapted query loss, 1 - w for the one after K steps, and 0 between."""

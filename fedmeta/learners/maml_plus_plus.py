@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.learners.learner import ALPHA, SET_BY_ROUND, THETA, Learner, MetaState
+from fedmeta.learners.learner import ALPHA, DEFAULTS, SET_BY_ROUND, THETA, Learner, MetaState
 from fedmeta.learners.maml import Maml
 
 
@@ -30,7 +30,7 @@ class MamlPlusPlus(Maml):
             the annealing's end, which is all on the last step.
     """
 
-    annealing: float = 0.3
+    annealing: float = DEFAULTS.annealing
     step_weights: tuple[float, ...] = field(default=(), metadata={SET_BY_ROUND: True})
 
     def __post_init__(self) -> None:

@@ -7,20 +7,21 @@ w <- w - beta * g,   g = (I - alpha * d2 L_S(w)) d L_Q(w - alpha * d L_S(w))
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value
 
+from fedmeta import experiment
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.inner import add_scaled, inner_product
-from fedmeta.learners.learner import Learner, MetaState, Metrics, by
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, by
 from fedmeta.models import Parameters
 from fedmeta.task import Task
 
-HESSIANS = ("exact", "free", "first-order")
+HESSIANS: tuple[str, ...] = get_args(experiment.Hessian)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class PerFedAvg(Learner):
             "first-order" without it (Per-FedAvg (FO)).
     """
 
-    local_steps: int = 5
-    local_lr: float = 0.3
-    hessian: str = "exact"
+    local_steps: int = DEFAULTS.local_steps
+    local_lr: float = DEFAULTS.local_lr
+    hessian: str = DEFAULTS.hessian
 
     update: ClassVar[str] = "delta"
     differentiates: ClassVar[str] = "by proximal steps"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedmeta.learners.fedavg import FedAvgFinetuned, displacement
 from fedmeta.learners.inner import Objective, proximal
-from fedmeta.learners.learner import Learner, MetaState, Metrics
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics
 from fedmeta.models import Parameters
 from fedmeta.problems.problem import Data
 from fedmeta.problems.solvers import run_solver
@@ -70,7 +70,7 @@ class Ditto(PersonalLearner):
         lam: lambda, the weight of lam / 2 * |v - theta|^2 in the personal objective.
     """
 
-    lam: float = 0.3
+    lam: float = DEFAULTS.lam
 
     def personal(self, meta_state: MetaState) -> Parameters:
         """Returns theta: the site's own model at its start."""
@@ -105,8 +105,8 @@ class FedRep(PersonalLearner):
         body_steps: The number of steps of the body in each round.
     """
 
-    head: str = ""
-    body_steps: int = 1
+    head: str = DEFAULTS.head
+    body_steps: int = DEFAULTS.body_steps
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.imaml import ProximalLearner
-from fedmeta.learners.learner import MetaState, Metrics
+from fedmeta.learners.learner import DEFAULTS, MetaState, Metrics
 from fedmeta.task import Task
 
 
@@ -30,8 +30,8 @@ class PFedMe(ProximalLearner):
         local_lr: eta, their rate.
     """
 
-    local_steps: int = 5
-    local_lr: float = 0.3
+    local_steps: int = DEFAULTS.local_steps
+    local_lr: float = DEFAULTS.local_lr
 
     update: ClassVar[str] = "delta"
 

@@ -13,7 +13,7 @@ from fedmeta.errors import FedmetaError, nearest
 from fedmeta.models.convolutional import cnn, conv4, image_shape
 from fedmeta.models.dense import logistic, mlp
 from fedmeta.models.functional import FunctionalModel, Parameters, refuse_running_statistics
-from fedmeta.models.layers import Shape
+from fedmeta.models.layers import Shape, widths
 from fedmeta.models.recurrent import char_lstm
 
 __all__ = ["MODELS", "FunctionalModel", "Parameters", "Shape", "build", "image_shape", "refuse_running_statistics"]
@@ -49,18 +49,11 @@ def build(name: str, shape: Shape, outputs: int, **settings: Any) -> nn.Module:
         module = _call(name, shape, outputs, settings)
     elif name in MODELS:
         accepted = inspect.signature(MODELS[name]).parameters
-        module = MODELS[name](shape, outputs, **{key: _widths(v) for key, v in settings.items() if key in accepted})
+        module = MODELS[name](shape, outputs, **{key: widths(v) for key, v in settings.items() if key in accepted})
     else:
         raise FedmetaError(f'no model "{name}"{nearest(name, MODELS)} (known: {", ".join(MODELS)})')
     refuse_running_statistics(module)
     return module
-
-
-def _widths(value: Any) -> Any:
-    """Returns "64,64" as (64, 64), and anything else as it is."""
-    if isinstance(value, str) and value.replace(",", "").replace(" ", "").isdigit():
-        return tuple(int(width) for width in value.split(","))
-    return () if value == "" else value
 
 
 def _call(path: str, shape: Shape, outputs: int, settings: Mapping[str, Any]) -> nn.Module:

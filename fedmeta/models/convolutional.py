@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from fedmeta.errors import FedmetaError
-from fedmeta.models.layers import Shape, activation_layer, normalisation
+from fedmeta.models.layers import DEFAULTS, Shape, activation_layer, normalisation, widths
 
 
 def cnn(
     shape: Shape,
     outputs: int,
-    channels: Sequence[int] = (32, 64),
-    kernel: int = 5,
-    dense: int = 2048,
-    activation: str = "relu",
-    norm: str = "auto",
+    channels: Sequence[int] = widths(DEFAULTS.channels),
+    kernel: int = DEFAULTS.kernel,
+    dense: int = DEFAULTS.dense,
+    activation: str = DEFAULTS.activation,
+    norm: str = DEFAULTS.norm,
 ) -> nn.Module:
     """Returns the two-layer convolutional network of FedMeta (Chen et al. 2018, section 4.1) and LEAF.
 
@@ -47,7 +47,13 @@ def cnn(
     return nn.Sequential(*layers, nn.Linear(dense, outputs))
 
 
-def conv4(shape: Shape, outputs: int, filters: int = 64, activation: str = "relu", norm: str = "auto") -> nn.Module:
+def conv4(
+    shape: Shape,
+    outputs: int,
+    filters: int = DEFAULTS.filters,
+    activation: str = DEFAULTS.activation,
+    norm: str = DEFAULTS.norm,
+) -> nn.Module:
     """Returns the four-block convolutional network of few-shot learning (Vinyals et al. 2016; MAML's on Omniglot).
 
     Each block is a 3 x 3 convolution that keeps the size, a norm, an activation and 2 x 2 max pooling; the head is

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedmeta.models.layers import Shape, activation_layer, normalisation
+from fedmeta.models.layers import DEFAULTS, Shape, activation_layer, normalisation, widths
 
 
 def logistic(shape: Shape, outputs: int) -> nn.Module:
@@ -15,7 +15,13 @@ def logistic(shape: Shape, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), outputs))
 
 
-def mlp(shape: Shape, outputs: int, hidden: Sequence[int], activation: str = "relu", norm: str = "auto") -> nn.Module:
+def mlp(
+    shape: Shape,
+    outputs: int,
+    hidden: Sequence[int] = widths(DEFAULTS.hidden),
+    activation: str = DEFAULTS.activation,
+    norm: str = DEFAULTS.norm,
+) -> nn.Module:
     """Returns a multilayer perceptron on the flattened row.
 
     Args:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from torch import nn
 
+from fedmeta import experiment
 from fedmeta.errors import FedmetaError, nearest
 
 Shape = tuple[int, ...]
 
+DEFAULTS = experiment.Model()
+"""The section [model]: where the default, the range and the help of each model's keys stand."""
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "elu": nn.ELU}
 
-NORMS = ("auto", "none", "layer", "group")
+NORMS: tuple[str, ...] = get_args(experiment.Norm)
 """Norms by name; "auto" is what each model takes by default: "group" for conv4, "none" for the others."""
 
 
@@ -40,3 +46,10 @@ def activation_layer(activation: str) -> nn.Module:
             f"(known: {', '.join(ACTIVATIONS)})"
         )
     return ACTIVATIONS[activation]()
+
+
+def widths(value: Any) -> Any:
+    """Returns "64,64" as (64, 64), and anything else as it is."""
+    if isinstance(value, str) and value.replace(",", "").replace(" ", "").isdigit():
+        return tuple(int(width) for width in value.split(","))
+    return () if value == "" else value

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from fedmeta.errors import FedmetaError
-from fedmeta.models.layers import Shape
+from fedmeta.models.layers import DEFAULTS, Shape, widths
 
 
 def char_lstm(
-    shape: Shape, outputs: int, hidden: Sequence[int] = (256, 256), embedding: int = 8, symbols: int = 0
+    shape: Shape,
+    outputs: int,
+    hidden: Sequence[int] = widths(DEFAULTS.hidden),
+    embedding: int = DEFAULTS.embedding,
+    symbols: int = DEFAULTS.symbols,
 ) -> nn.Module:
-    """Returns the stacked LSTM of LEAF's Shakespeare task (Caldas et al. 2018): its last state tells the next symbol.
+    """Returns the stacked LSTM of LEAF's Shakespeare task (Caldas et al. 2018).
 
     Args:
         shape: (length,) of a row of integer symbol codes.

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
-from fedmeta.experiment.values import to_text
+from fedmeta.experiment.validation import to_text
 from fedmeta.problems.metric import Metric
 from fedmeta.report.document import Block, Code, Folded, Section, Table, Text
 from fedmeta.report.reading import Run

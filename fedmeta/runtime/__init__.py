@@ -56,6 +56,7 @@ def run(
         raise FedmetaError(f'no runtime "{runtime}"{nearest(runtime, known)} (known: {", ".join(known)})')
     if resume is not None and not resume.strip():
         raise FedmetaError('--resume names no run: give its folder, its MLflow id, or "auto"')
+    experiment = experiment.with_overrides([]).with_user_info_kept()
     if runtime == "deployment":
         return _deployment(experiment, resume, report)
     experiment = experiment.absolute()

@@ -35,7 +35,7 @@ class LocalGrid(Grid):
             node_id=NODE_ID,
             node_config={"partition-id": 0, "num-partitions": 1},
             state=RecordDict(),
-            run_config={"experiment": experiment.to_toml()},
+            run_config={"experiment": experiment.for_sites()},
         )
         self._pending: dict[str, Message] = {}
         self._run: Any = None

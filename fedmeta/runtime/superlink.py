@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fedmeta
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment.values import to_text
+from fedmeta.experiment.validation import to_text
 
 PACKAGES = ("fedmeta", "clients", "server")
 CONNECTION = "fedmeta"

@@ -16,12 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import pandas as pd
 
 from fedmeta.errors import FedmetaError
+from fedmeta.experiment.tracking_uri import PASSWORD, USER, keep_user_info, with_user_info, without_user_info
 from fedmeta.problems.metric import Metric
 from fedmeta.tracking import experiment_view
 
@@ -44,7 +45,6 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_AGENT_HINT": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
-USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 CONNECTION_S = 5.0
 OPENING_HTTP_S = 15.0
 OPENING_DATABASE_S = 60.0
@@ -60,12 +60,6 @@ CHECKPOINT = ".safetensors"
 # Addresses
 
 
-def redact_uri(uri: str) -> str:
-    """Returns an address without the user and the password that it may hold."""
-    parts = urlsplit(uri)
-    return uri if "@" not in parts.netloc else urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def sqlite_file(uri: str) -> Path | None:
     """Returns the absolute path of a SQLite store's file, or None for a store of another kind."""
     return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
@@ -75,8 +69,8 @@ def checked_uri(uri: str) -> str:
     """Checks what can be checked of a store at once, and creates the folder of a SQLite file.
 
     Returns:
-        The address, absolute. Of a server, without user and password: they move to MLflow's environment variables, so
-        that neither MLflow's messages nor what it stores can hold them.
+        The address, absolute, and without user and password: these move into MLflow's environment variables, so that
+        neither messages nor what is stored can hold them.
 
     Raises:
         FedmetaError: The address is malformed, its folder cannot be written, its file is no SQLite database, or its
@@ -86,6 +80,7 @@ def checked_uri(uri: str) -> str:
     if file is not None:
         _check_sqlite(uri, file)
         return f"{SQLITE}{file}"
+    uri = keep_user_info(uri)
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
@@ -103,10 +98,7 @@ def checked_uri(uri: str) -> str:
         except OSError as error:
             place = f"{host}:{port or PORTS[dialect]}"
             raise _unusable(uri, f"nothing answers at {place} ({error.strerror or error})") from error
-    if dialect in DATABASE_PORTS or parts.username is None:
-        return uri
-    os.environ[USERNAME], os.environ[PASSWORD] = unquote(parts.username), unquote(parts.password or "")
-    return redact_uri(uri)
+    return uri
 
 
 def _check_sqlite(uri: str, file: Path) -> None:
@@ -129,7 +121,7 @@ def _check_sqlite(uri: str, file: Path) -> None:
 
 
 def _unusable(uri: str, reason: str) -> FedmetaError:
-    return FedmetaError(f'tracking.uri "{redact_uri(uri)}" cannot be used: {reason}')
+    return FedmetaError(f'tracking.uri "{without_user_info(uri)}" cannot be used: {reason}')
 
 
 # Errors
@@ -172,7 +164,7 @@ def reason_of(error: Exception) -> str:
     """Returns an error's reason in one short line: the network's or SQLite's where these are at its bottom."""
     status = getattr(error, "get_http_status_code", None)  # of MLflow's own errors
     if status and status() == 401:
-        return f"it asks for a login; set {USERNAME} and {PASSWORD}"
+        return f"it asks for a login; set {USER} and {PASSWORD}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) and cause.strerror:
@@ -209,7 +201,7 @@ def open_client(uri: str) -> MlflowClient:
     file = sqlite_file(uri)
     if file is not None and file.parent.is_dir() and not file.exists():
         _create_sqlite(uri, file, lambda new: MlflowClient(new).search_experiments(max_results=1))
-    return MlflowClient(uri)
+    return MlflowClient(with_user_info(uri))
 
 
 def _create_sqlite(uri: str, file: Path, build_tables: Callable[[str], object]) -> None:
@@ -258,7 +250,7 @@ def experiment_of(client: MlflowClient, uri: str, name: str, score: Metric | Non
         experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     if experiment.lifecycle_stage != "active":
-        raise FedmetaError(f'tracking.experiment "{name}" was deleted in {redact_uri(uri)}; restore it or name another')
+        raise FedmetaError(f'tracking.experiment "{name}" was deleted in {uri}; restore it or name another')
     if score is not None and experiment_view.VIEW_TAG not in experiment.tags:
         for key, value in experiment_view.tags(score).items():
             client.set_experiment_tag(experiment.experiment_id, key, value)
@@ -335,7 +327,7 @@ def fetch_run(uri: str, run_id: str, folder: Path) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FedmetaError(f"run {run_id} in {redact_uri(uri)} has a damaged {SUMMARY}: {error}") from error
+        raise FedmetaError(f"run {run_id} in {without_user_info(uri)} has a damaged {SUMMARY}: {error}") from error
     checkpoints = [file for file in files if file.name.endswith(CHECKPOINT)]
     return summary | ({"checkpoint": str(checkpoints[-1])} if checkpoints else {})
 
@@ -357,7 +349,7 @@ def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path:
     """
     files = _download(uri, run_id, lambda names: _checkpoints(names)[-1:], folder)
     if not files:
-        raise FedmetaError(f"run {run_id} in {redact_uri(uri)} has no checkpoint: it has not ended")
+        raise FedmetaError(f"run {run_id} in {without_user_info(uri)} has no checkpoint: it has not ended")
     return files[0]
 
 
@@ -385,12 +377,12 @@ def fetch_registered(uri: str, model: str, folder: Path, name: str) -> Path:
     from mlflow.artifacts import download_artifacts
 
     try:
-        download_artifacts(found.source, dst_path=str(folder), tracking_uri=uri)
+        download_artifacts(found.source, dst_path=str(folder), tracking_uri=with_user_info(uri))
     except Exception as error:
-        raise FedmetaError(f"cannot fetch {model} from {redact_uri(uri)}: {reason_of(error)}") from error
+        raise FedmetaError(f"cannot fetch {model} from {uri}: {reason_of(error)}") from error
     file = next(folder.rglob(name), None)
     if file is None:
-        raise FedmetaError(f"{model} in {redact_uri(uri)} is no model of fedmeta: it holds no {name}")
+        raise FedmetaError(f"{model} in {uri} is no model of fedmeta: it holds no {name}")
     return file
 
 
@@ -414,7 +406,7 @@ def _download(uri: str, run_id: str, choose: Callable[[list[str]], Sequence[str]
     except OSError as error:
         raise FedmetaError(f"cannot fetch run {run_id} into {folder}: {error.strerror or error}") from error
     except Exception as error:
-        raise FedmetaError(f"cannot fetch run {run_id} from {redact_uri(uri)}: {reason_of(error)}") from error
+        raise FedmetaError(f"cannot fetch run {run_id} from {uri}: {reason_of(error)}") from error
 
 
 def _ask(uri: str, what: str, call: Callable[[], Value]) -> Value:
@@ -434,6 +426,6 @@ def _ask(uri: str, what: str, call: Callable[[], Value]) -> Value:
                 raise
             if status_of_error(error) >= 500:
                 raise
-            raise FedmetaError(f"{redact_uri(uri)} does not have {what}: {reason_of(error)}") from error
+            raise FedmetaError(f"{uri} does not have {what}: {reason_of(error)}") from error
 
     return with_timeout(uri, attempt)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.experiment import UNTRACKED, Experiment, without_user_info
 from fedmeta.tracking.async_queue import batches
 from fedmeta.tracking.description import DESCRIPTION_LIMIT, data_name
 from fedmeta.tracking.metrics import finite
@@ -25,7 +25,6 @@ from fedmeta.tracking.mlflow_client import (
     open_client,
     picture_steps,
     reason_of,
-    redact_uri,
     with_timeout,
 )
 
@@ -63,7 +62,7 @@ def parent_run(
         yield None
         return
     kept = folder / KEPT
-    address = redact_uri(experiment.tracking.uri)
+    address = without_user_info(experiment.tracking.uri)
     known = json.loads(kept.read_text()) if kept.exists() else {}
     earlier = str(known.get("run_id", "")) if known.get("uri") == address else ""
     uri = checked_uri(experiment.tracking.uri)
@@ -139,7 +138,7 @@ class ParentRun:
             self._client.log_batch(self.run_id, metrics=batch)
 
     def _notice(self, error: Exception) -> None:
-        log_notice(f"{redact_uri(self.uri)} did not take the results: {reason_of(error)}")
+        log_notice(f"{self.uri} did not take the results: {reason_of(error)}")
 
 
 def _open(

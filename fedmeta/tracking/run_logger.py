@@ -38,7 +38,6 @@ from fedmeta.tracking.mlflow_client import (
     log_params,
     open_client,
     reason_of,
-    redact_uri,
     with_timeout,
 )
 
@@ -215,7 +214,7 @@ class Tracker:
         else:
             if unsent:
                 log_notice(
-                    f"{redact_uri(self.uri)} did not take {len(unsent)} events; they are in {path}; "
+                    f"{self.uri} did not take {len(unsent)} events; they are in {path}; "
                     f"once it is back: fedmeta sync {self._folder}"
                 )
 
@@ -226,9 +225,7 @@ class Tracker:
         return [MetricValue(key, value, now, int(round_number)) for key, value in fresh.items()]
 
     def _on_failure(self, error: Exception) -> None:
-        log_notice(
-            f"{redact_uri(self.uri)} does not take events ({reason_of(error)}); training continues and keeps them"
-        )
+        log_notice(f"{self.uri} does not take events ({reason_of(error)}); training continues and keeps them")
 
 
 def _run_of(client: MlflowClient, experiment_id: str, folder: Path) -> str:

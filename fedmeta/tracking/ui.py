@@ -19,8 +19,9 @@ from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 from fedmeta.errors import FedmetaError
+from fedmeta.experiment.tracking_uri import PASSWORD, USER, with_user_info, without_user_info
 from fedmeta.tracking.experiment_view import VIEW, VIEW_TAG
-from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, PASSWORD, USERNAME, checked_uri, redact_uri, sqlite_file
+from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, checked_uri, sqlite_file
 
 LOOPBACK = "127.0.0.1"
 USUAL_PORT = 5000
@@ -61,7 +62,7 @@ def ui(uri: str, experiment: str, port: int | None = None, browser: bool = False
     except KeyboardInterrupt:
         print(file=sys.stderr)
     else:
-        raise FedmetaError(f'the MLflow UI on "{redact_uri(uri)}" ended unexpectedly; start it again')
+        raise FedmetaError(f'the MLflow UI on "{without_user_info(uri)}" ended unexpectedly; start it again')
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -82,8 +83,9 @@ def serving(uri: str, port: int | None = None) -> Iterator[Served]:
     uri = checked_uri(uri)
     port = _free_port(port)
     address = f"http://{LOOPBACK}:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+    # The address may hold a password, and everyone on this machine can read a command line.
+    env = {**MLFLOW_DEFAULTS, **os.environ, "MLFLOW_BACKEND_STORE_URI": with_user_info(uri)}
     with TemporaryFile() as output:
         # In its own session, Ctrl-C reaches the server through this process alone, and its workers end with it.
         server = subprocess.Popen(
@@ -91,7 +93,7 @@ def serving(uri: str, port: int | None = None) -> Iterator[Served]:
             cwd=file.parent if file else None,
             stdout=output,
             stderr=output,
-            env={**MLFLOW_DEFAULTS, **os.environ},
+            env=env,
             start_new_session=True,
         )
         try:
@@ -99,7 +101,7 @@ def serving(uri: str, port: int | None = None) -> Iterator[Served]:
                 output.seek(0)
                 lines = output.read().decode(errors="replace").strip().splitlines()
                 reason = lines[-1] if lines else "no output"
-                raise FedmetaError(f'the MLflow UI on "{redact_uri(uri)}" did not start: {reason}')
+                raise FedmetaError(f'the MLflow UI on "{without_user_info(uri)}" did not start: {reason}')
             yield Served(address, server)
         finally:
             _stop(server)
@@ -109,7 +111,7 @@ def experiment_link(address: str, experiment: str) -> str:
     """Returns the link to an experiment's charts, the best run first, or to all experiments where there is none."""
     query = urlencode({"experiment_name": experiment}, quote_via=quote)
     request = Request(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}")
-    if user := os.environ.get(USERNAME):
+    if user := os.environ.get(USER):
         login = base64.b64encode(f"{user}:{os.environ.get(PASSWORD, '')}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
     try:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fedmeta import Task
-from fedmeta.experiment import describe
 from fedmeta.learners import LEARNERS, build, settings_of
 
 PAGES = Path(__file__).parents[2] / "docs" / "learners"
@@ -25,14 +24,6 @@ def test_a_page_names_each_key_and_its_default(name: str) -> None:
         assert default.strip('"') == (str(defaults[key]) or "empty")
     unused = {"per-fedavg": {"inner_steps"}, "fedper": {"body_steps"}}.get(name, set())
     assert set(told) == set(settings_of(LEARNERS[name])) - unused
-
-
-def test_the_experiments_defaults_are_the_learners() -> None:
-    schema = {key.key: key.default for key in describe() if key.section == "learner"}
-    for kind in LEARNERS.values():
-        assert {field.name: field.default for field in fields(kind) if field.name in schema} == {
-            key: schema[key] for key in settings_of(kind)
-        }
 
 
 def test_the_example_of_a_learner_of_ones_own_runs() -> None:
