@@ -60,6 +60,11 @@ def text(cell: Cell) -> str:
             return number(cell, sign=isinstance(cell, Change))
 
 
+def heading(column: str) -> str:
+    """Returns what a column of a frame of sites is called, such as "local-only accuracy" for local_accuracy."""
+    return re.sub("^local_", "local-only ", column).replace("_", " ")
+
+
 def plain(words: str) -> str:
     """Returns text that Markdown shows as it is; names of sites may hold anything."""
     return re.sub(r"([\\`*<>#|]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))

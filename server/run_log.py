@@ -23,6 +23,7 @@ from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import write_atomic
 from fedmeta.messages import EngineReply
 from fedmeta.problems import Metric
+from fedmeta.tracking.description import data_name
 from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
 from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
@@ -55,6 +56,7 @@ class RunLogger:
         self.metrics: dict[int, dict[str, float]] = {}
         self.schedule: dict[str, Any] = dict(earlier.schedule) if earlier else {}
         self._earlier = earlier
+        self._has_rows = False
         self._missed = _missed_before(folder / FAILURES_FILE, earlier)
         _prepare(folder, experiment)
         self.tracker: Tracker | None = None
@@ -68,6 +70,7 @@ class RunLogger:
             FedmetaError: Tracking cannot be reached.
         """
         earlier = self._earlier
+        self._has_rows = bool(federation.shape)
         if self.experiment.tracking.uri != UNTRACKED:
             self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier, self.scored_by[0])
             self.run_id = self.tracker.run_id
@@ -148,7 +151,9 @@ class RunLogger:
         if self.tracker:
             files = [self.folder / name for name in (SUMMARY, FAILURES_FILE, "experiment.toml")]
             artifacts = [checkpoint, *(file for file in files if file.exists())]
-            model = partial(export_meta_model, checkpoint, self.folder, code_of(self.experiment))
+            # MLflow serves models of rows; a problem's own solution has no such form.
+            export = partial(export_meta_model, checkpoint, self.folder, code_of(self.experiment))
+            model = export if self._has_rows else None
             self.tracker.finish(summary, sites, artifacts, model, self.experiment.tracking.model)
         else:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
@@ -236,7 +241,8 @@ def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Se
 
 def new_folder(experiment: Experiment) -> Path:
     """Returns a folder for a new run, named after learner, data, seed and time."""
-    parts = (experiment.learner.name, experiment.data.source, str(experiment.runtime.seed))
+    own = experiment.problem.name.rpartition(":")[2] if ":" in experiment.problem.name else ""
+    parts = (experiment.learner.name, own or experiment.data.source, str(experiment.runtime.seed))
     moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = "-".join((*parts, moment, secrets.token_hex(2))).replace(":", ".").replace("/", ".")
     return Path(experiment.tracking.folder) / name
@@ -247,9 +253,11 @@ def _dataset(experiment: Experiment, federation: Federation) -> Dataset:
     content = blake2b(digest_size=16)
     content.update(repr((federation.names, federation.classes, federation.features, federation.shape)).encode())
     content.update(federation.train_rows.tobytes() + federation.test_rows.tobytes())
-    source = experiment.data.path or experiment.data.source
-    name = Path(source).stem or source
-    return Dataset(name=name, source=source, digest=content.hexdigest(), sites=len(federation.names))
+    source = experiment.problem.name if ":" in experiment.problem.name else experiment.data.path
+    source = source or experiment.data.source
+    return Dataset(
+        name=data_name(experiment.params()), source=source, digest=content.hexdigest(), sites=len(federation.names)
+    )
 
 
 def _without_nan(value: Any) -> Any:

@@ -66,12 +66,13 @@ def _question(run: Run, label: str) -> str:
 
 
 def _lead(run: Run, label: str, group: Mapping[str, Any], score: Metric) -> str:
+    unit = f" {score.unit}" if score.unit else ""
     before, after, gain = group["global"]["mean"], group["personalized"]["mean"], group["gain"]
     if gain is None:
         return "No site has a score that is defined both before and after adapting."
     lead = (
         f"On {group['n']} {label} the mean {score.label} is {number(before)} with the global model and {number(after)} "
-        f"after adapting: a site {'gains' if gain >= 0 else 'loses'} {number(abs(gain))} on average"
+        f"after adapting: a site {'gains' if gain >= 0 else 'loses'} {number(abs(gain))}{unit} on average"
     )
     sites = latest(run.history)
     gains = sites[sites["kind"] == label.removesuffix(" sites")]["gain"].to_numpy(dtype=float)
@@ -116,9 +117,11 @@ def _tables(run: Run) -> tuple[Block, ...]:
 
 
 def _plots(run: Run, score: Metric) -> Pictures:
-    captions = {name: caption.format(score=score.label) for name, caption in CAPTIONS.items()}
-    captions = {name: caption[:1].upper() + caption[1:] for name, caption in captions.items()}
-    return Pictures([Picture(name, plots.PLOTS[name](run.history, score), captions[name]) for name in captions])
+    drawn = []
+    for name, draw in plots.plots_of(run.history).items():
+        caption = CAPTIONS[name].format(score=score.label)
+        drawn.append(Picture(name, draw(run.history, score), caption[:1].upper() + caption[1:]))
+    return Pictures(drawn)
 
 
 def _own_pictures(run: Run) -> tuple[Block, ...]:

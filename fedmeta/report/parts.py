@@ -12,7 +12,7 @@ from fedmeta.experiment.validation import to_text
 from fedmeta.problems.metric import Metric
 from fedmeta.report.document import Block, Code, Folded, Section, Table, Text
 from fedmeta.report.reading import Run
-from fedmeta.tables import Cell, Change
+from fedmeta.tables import Cell, Change, heading
 from fedmeta.tracking.description import data_name
 from fedmeta.tracking.metrics import latest, site_columns
 from fedmeta.versions import versions
@@ -32,12 +32,14 @@ def data(run: Run) -> Section:
             spread = f"{train.median():.0f} ({train.min()} to {train.max()})"
             rows.append((f"{kind} sites", len(own), int(train.sum()), spread, int(own["test_rows"].sum())))
     note = (
-        "New sites were drawn before training began and took no part in it. Test rows are for scores only: nothing "
+        "New sites were drawn before training began and took no part in it. Test data are for scores only: nothing "
         "adapts, is standardized or is chosen on them."
     )
     if run.summary.get("held_out") is False:
         note += " Support and query are the same data by nature."
-    headings = ("", "sites", "train rows", "per site: median (range)", "test rows")
+    headings = ["", "sites", "train rows", "per site: median (range)", "test rows"]
+    if not run.experiment.on_rows:  # tasks have no rows to count
+        headings, rows = headings[:2], [row[:2] for row in rows]
     return Section("The data", (Text(_described(run)), Table("data", headings, rows, note)))
 
 
@@ -65,7 +67,7 @@ def site_table(name: str, sites: pd.DataFrame, score: Metric) -> Table:
     columns = site_columns(sites)
     changed = sites[columns].astype(object)
     changed["gain"] = [Change(gain) for gain in sites["gain"]]
-    headings = [column.replace("_", " ") for column in columns]
+    headings = [heading(column) for column in columns]
     headings[columns.index("rows")] = "train rows"
     rows = [tuple(row) for row in changed.itertuples(index=False)]
     return Table(name, headings, rows, f"Scores are {score.label}; gain: positive where personalization helps.", left=2)

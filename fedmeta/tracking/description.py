@@ -66,7 +66,7 @@ def description(summary: Mapping[str, Any], sites: pd.DataFrame) -> str:
     worst = per_site(sites).head(NAMED_SITES)
     if len(worst):
         rows = [tuple(row) for row in worst.itertuples(index=False)]
-        lines += ["", "Worst first:", "", *_table(tuple(str(name).replace("_", " ") for name in worst), rows, left=2)]
+        lines += ["", "Worst first:", "", *_table(tuple(tables.heading(str(name)) for name in worst), rows, left=2)]
     return "\n".join([*lines, "", f"{summary['rounds']} rounds in {summary['wall_s']:.0f} s."])[:DESCRIPTION_LIMIT]
 
 

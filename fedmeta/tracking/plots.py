@@ -40,7 +40,7 @@ LineStyle = Literal["-", ":", "--"]
 def save(sites: pd.DataFrame, score: Metric, folder: Path) -> list[Path]:
     """Draws all plots of a run into a folder as NAME.png, the ranking of sites first; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [write(draw(sites, score), folder / f"{name}.png") for name, draw in PLOTS.items()]
+    return [write(draw(sites, score), folder / f"{name}.png") for name, draw in plots_of(sites).items()]
 
 
 def write(figure: Figure, path: Path) -> Path:
@@ -50,6 +50,11 @@ def write(figure: Figure, path: Path) -> Path:
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path)
     return path
+
+
+def plots_of(sites: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame, Metric], Figure]]:
+    """Returns the plots that show something: gains against rows only where sites differ in rows."""
+    return {name: draw for name, draw in PLOTS.items() if name != "gain_by_rows" or sites["rows"].nunique() > 1}
 
 
 def own_pictures(folder: Path) -> list[Path]:
