@@ -1,4 +1,4 @@
-"""A report says what the run's files say, loads nothing, and its experiment file repeats the run."""
+"""A report holds what the run's files hold, loads nothing, and its experiment file repeats the run."""
 
 import json
 import re
@@ -177,7 +177,7 @@ def test_every_format_shows_what_is_written_as_it_is(tmp_path):
     assert csv_table(table).splitlines()[1].endswith(",0.25,0.5,0.125,,,3")
 
 
-def test_who_is_left_behind_is_named_whatever_the_name(made, tmp_path):
+def test_sites_left_behind_are_named_whatever_the_name(made, tmp_path):
     root, result = made
     folder = shutil.copytree(result.folder, tmp_path / "run")
     sites = pd.read_parquet(folder / "sites.parquet")
@@ -222,14 +222,14 @@ def test_a_comparison_report_holds_every_learner(compared, tmp_path):
 def test_a_learner_that_failed_is_named(compared, tmp_path):
     root, found = compared
     folder = shutil.copytree(found.folder, tmp_path / "comparison")
-    said = json.loads((folder / "comparison.json").read_text())
-    (folder / "comparison.json").write_text(json.dumps(said | {"left_out": {"imaml": "training diverged"}}))
+    content = json.loads((folder / "comparison.json").read_text())
+    (folder / "comparison.json").write_text(json.dumps(content | {"left_out": {"imaml": "training diverged"}}))
     page = page_of(str(folder), root=root, out=tmp_path / "out")
     assert "imaml is left out: training diverged" in page
     assert "--learners local,fedavg-ft,maml,imaml" in page
 
 
-def test_runs_beside_one_another_are_told_apart(made, tmp_path):
+def test_several_runs_are_distinguished(made, tmp_path):
     root, first = made
     other = run(described(root, "learner.inner_lr=0.5"))
     page = page_of(first.folder.name, other.folder.name, root=root, out=tmp_path)

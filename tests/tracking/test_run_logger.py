@@ -58,7 +58,7 @@ def steps(client, run_id, key):
 
 
 def shown_table(client, run_id):
-    """The table that MLflow's tag says is to be shown as one."""
+    """The table that MLflow's tag names as one to show."""
     (table,) = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert table["type"] == "table"
     return pd.read_json(client.download_artifacts(run_id, table["path"]), orient="split")
