@@ -84,9 +84,9 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
 
 
 def tracked(experiment: Experiment) -> Experiment:
-    """Returns the experiment with the store that this process was told to use, if it was."""
+    """Returns the experiment with the store that the environment names for this process, if it names one."""
     uri = os.environ.get(TRACKING_URI)
-    return experiment.with_overrides([f"tracking.uri={json.dumps(uri)}"]) if uri else experiment
+    return experiment.with_overrides([f"tracking.uri={json.dumps(uri)}"]).with_user_info_kept() if uri else experiment
 
 
 def print_progress(progress: Progress) -> None:
