@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor
 
@@ -167,7 +169,7 @@ def read(path: Path) -> Checkpoint:
         raise FedmetaError(f"{path}: the checkpoint is damaged (its digest differs)")
     try:
         return _decode(header, tensors)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FedmetaError(f"{path}: not a checkpoint of this version of fedmeta") from error
 
 
@@ -271,8 +273,16 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     for name in LISTS:
         values[name] = tuple(values.get(name, ()))
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
+    for name, value in values.items():
+        _adapter(name).validate_python(value, strict=True)
     values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}
     return Checkpoint(**values)
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    """Returns what checks one entry of a header against the type of the checkpoint's attribute of this name."""
+    return TypeAdapter(get_type_hints(Checkpoint)[name])
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
+
+Value = TypeVar("Value")
 
 PART = ".part"
 """How the name of a file ends that is still being written; what a killed process left of one means nothing."""
@@ -34,6 +38,42 @@ def write_atomic(path: Path, content: bytes) -> None:
             part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def read_json(text: str, kind: type[Value], what: str) -> Value:
+    """Reads a value of a type, such as a dataclass, from JSON that others may have written.
+
+    Args:
+        text: The JSON.
+        kind: The type; nothing is converted, and nothing may be missing.
+        what: What it is, for the message.
+
+    Raises:
+        FedmetaError: It is no JSON, or not of this type; names the first part that is wrong.
+    """
+    adapter: TypeAdapter[Value] = TypeAdapter(kind)
+    try:
+        return adapter.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part)[:40] for part in first["loc"])
+        raise FedmetaError(f"{what}{f': {place}' if place else ''}: {first['msg'][:100]}") from None
+
+
+def free_memory() -> int:
+    """Returns how much memory a process may still take on this machine or in its container (bytes)."""
+    free = _number("/proc/meminfo", "MemAvailable:", 1024) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _number("/sys/fs/cgroup/memory.max", "", 1)
+    return min(free, max(limit - (_number("/sys/fs/cgroup/memory.current", "", 1) or 0), 0)) if limit else free
+
+
+def _number(path: str, start: str, unit: int) -> int | None:
+    """Returns the number on the line of a system file that starts so; None where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+        return next(int(line.removeprefix(start).split()[0]) * unit for line in lines if line.startswith(start))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def _sync_folder(folder: Path) -> None:

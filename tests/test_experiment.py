@@ -353,7 +353,7 @@ def test_user_and_password_of_a_file_move_into_the_environment(
         ),
         (
             "[server]\nrounds" + ".a" * 2000 + " = 1",
-            "[server] rounds = a value too large to show: must be a whole number",
+            "not valid TOML: nested too deep",
         ),
         ("a = " + "[" * 9000, "not valid TOML: nested too deep"),
         ('[server]\n"a\\nb" = 1', 'unknown key [server] "a\\nb" = 1; its keys are '),
@@ -407,7 +407,7 @@ def test_all_problems_of_a_file_are_listed_at_once() -> None:
 
 
 def test_of_many_problems_the_first_are_listed() -> None:
-    text = "[server]\n" + "\n".join(f"{'x' * 100_000}{number} = 1" for number in range(200))
+    text = "[server]\n" + "\n".join(f"{'x' * 4_000}{number} = 1" for number in range(200))
     with pytest.raises(FedmetaError, match=r"^har.toml: more than 10 problems: \(1\) .* \(10\) .* \.\.\.$"):
         Experiment.from_toml(text, "har.toml")
 

@@ -6,8 +6,9 @@ One file, `meta_model.safetensors`, without anything of the sites that trained, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -23,13 +24,19 @@ from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server, Tracking
-from fedmeta.files import read_tensors, write_atomic
+from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
+MOST_STEPS = 10_000
+"""More inner steps are refused in a file (steps)."""
+
+LARGEST_ROW = 1 << 26
+"""A row with more values is refused in a file (values)."""
+
 MEAN, SCALE = "standardisation.mean", "standardisation.scale"
 
 
@@ -51,12 +58,6 @@ class Form:
     regression: bool
     tokens: bool
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Form:
-        """Returns the form that `asdict` and JSON made `values` of."""
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**plain)
-
     @property
     def outputs(self) -> int:
         """The width of the model's output."""
@@ -71,6 +72,18 @@ class Form:
     def dtype(self) -> torch.dtype:
         """The type of raw rows: vectors may hold numbers, such as times, whose differences float32 would lose."""
         return torch.int64 if self.tokens else torch.float64 if len(self.shape) == 1 else torch.float32
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the file of a start holds beside its tensors and its experiment (see `MetaModel`)."""
+
+    run_id: str
+    round_number: int
+    form: Form
+    steps: int
+    rate: float
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,17 @@ class MetaModel:
         handed_on = _without_surroundings(experiment)
         refuse_foreign_code(handed_on, f"run {checkpoint.run_id}", code)
         form = Form(checkpoint.shape, checkpoint.features, checkpoint.classes, checkpoint.regression, checkpoint.tokens)
-        steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
-        rate = float(checkpoint.schedule.get("rate", 1.0))
+        try:
+            steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
+            rate = float(checkpoint.schedule.get("rate", 1.0))
+        except (TypeError, ValueError, OverflowError):
+            raise FedmetaError(f"run {checkpoint.run_id}: how far its sites adapted is not a number") from None
         meta_state = dict(checkpoint.meta_state)
-        mean, scale = meta_state.pop(MEAN), meta_state.pop(SCALE)
+        mean, scale = (meta_state.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         run = (checkpoint.run_id, checkpoint.round_number)
-        return cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished)
+        found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished)
+        check(found, f"run {checkpoint.run_id}")
+        return found
 
     @cached_property
     def learner(self) -> Learner:
@@ -162,15 +180,8 @@ class MetaModel:
 
     def write(self, path: Path) -> None:
         """Writes the start as one file, atomically; raises `OSError` where the disk does not take it."""
-        header = {
-            "run_id": self.run_id,
-            "round_number": self.round_number,
-            "form": asdict(self.form),
-            "steps": self.steps,
-            "rate": self.rate,
-            "finished": self.finished,
-        }
-        texts = {"format": FORMAT, "experiment": self.experiment.to_toml(), "header": json.dumps(header)}
+        header = Header(**{field.name: getattr(self, field.name) for field in fields(Header)})
+        texts = {"format": FORMAT, "experiment": self.experiment.to_toml(), "header": json.dumps(asdict(header))}
         write_atomic(path, save(self._tensors(), texts))
 
     @classmethod
@@ -186,16 +197,83 @@ class MetaModel:
             FedmetaError: It is not such a file, or asks for other code.
         """
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
-        header = json.loads(texts["header"])
-        experiment = Experiment.from_toml(texts["experiment"], str(path))
+        header = read_json(texts.get("header", ""), Header, f"{path}: its header is not that of a start for new sites")
+        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
-        mean, scale = tensors.pop(MEAN), tensors.pop(SCALE)
-        header["form"] = Form.of(header["form"])
-        return cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, **header)
+        mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
+        facts = {field.name: getattr(header, field.name) for field in fields(Header)}
+        found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, **facts)
+        check(found, str(path))
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {**self.meta_state, MEAN: self.mean, SCALE: self.scale}
         return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+
+def check(start: MetaModel, origin: str) -> None:
+    """Checks that the parts of a start fit together, without taking more memory than its tensors.
+
+    The model that the experiment describes is built without storage first: a few bytes may describe any size.
+
+    Raises:
+        FedmetaError: A number is out of range, or a tensor is missing, unknown, not finite or of another shape.
+    """
+    form = start.form
+    check_form(form, origin)
+    counts = {
+        "steps": start.steps,
+        "round_number": start.round_number,
+        "inner_steps": start.experiment.learner.inner_steps,
+    }
+    if not (0 <= start.steps <= MOST_STEPS and counts["inner_steps"] <= MOST_STEPS and start.round_number >= 0):
+        raise FedmetaError(f"{origin}: impossible numbers of steps or rounds: {counts}")
+    if not 0 < start.rate < float("inf"):
+        raise FedmetaError(f"{origin}: the rate is {start.rate}, and must be a finite number greater than 0")
+    check_scaling(start.mean, start.scale, form, origin)
+    if any(":" in path for path in (start.experiment.model.name, start.experiment.learner.name)):
+        return  # the user's own code, which was allowed; what it builds may need real storage
+    try:
+        with torch.device("meta"):
+            expected = learner_of(start.experiment, form.shape, form.classes).init(0)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise FedmetaError(f"{origin}: its model cannot be built: {str(error).splitlines()[0]}") from None
+    check_tensors(start.meta_state, expected, origin)
+
+
+def check_form(form: Form, origin: str) -> None:
+    """Checks what rows and labels look like; raises `FedmetaError` where no rows do."""
+    size = math.prod(form.shape)
+    named = not form.features or len(form.shape) != 1 or len(form.features) == size
+    if not (form.shape and min(form.shape) > 0 and size <= LARGEST_ROW and named):
+        raise FedmetaError(f"{origin}: rows of shape {list(form.shape)[:8]} with {len(form.features)} names cannot be")
+    if bool(form.classes) == form.regression or len(set(form.classes)) < len(form.classes):
+        kind = "regression" if form.regression else "classification"
+        raise FedmetaError(f"{origin}: {kind} with {len(form.classes)} class names, or one of them twice, cannot be")
+
+
+def check_scaling(mean: Tensor, scale: Tensor, form: Form, origin: str) -> None:
+    """Checks the standardisation of features; raises `FedmetaError` where it cannot be applied to rows."""
+    for name, value in ((MEAN, mean), (SCALE, scale)):
+        fits = value.dim() <= len(form.shape) and value.numel() and value.is_floating_point()
+        fits = fits and all(own in (1, size) for own, size in zip(value.shape[::-1], form.shape[::-1], strict=False))
+        if not fits or not value.isfinite().all() or (name == SCALE and not (value > 0).all()):
+            raise FedmetaError(f"{origin}: {name} is not what rows of shape {list(form.shape)} need")
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
+    """Checks tensors from a file; raises `FedmetaError` where they are not finite, or other than expected."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise FedmetaError(f'{origin}: tensor "{name[:80]}" is {"missing" if name in expected else "unknown"}')
+    for name, value in found.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape or value.is_floating_point() != wanted.is_floating_point():
+            raise FedmetaError(
+                f'{origin}: tensor "{name[:80]}" has shape {list(value.shape)} and type {value.dtype}, and the model '
+                f"that it describes needs {list(wanted.shape)} and {wanted.dtype}"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise FedmetaError(f'{origin}: tensor "{name[:80]}" is not finite')
 
 
 def _without_surroundings(experiment: Experiment) -> Experiment:

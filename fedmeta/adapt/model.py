@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedmeta.adapt.initialization import Form, MetaModel
+from fedmeta.adapt.initialization import Form, MetaModel, check_form, check_scaling, check_tensors
 from fedmeta.experiment import Experiment
-from fedmeta.files import read_tensors, write_atomic
+from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
@@ -104,11 +104,21 @@ class SiteModel(nn.Module):
         from fedmeta.build import learner_of
 
         texts, state = read_tensors(path, "site's model", FORMAT)
-        form = Form.of(json.loads(texts["form"]))
-        experiment = Experiment.from_toml(texts["experiment"], str(path))
+        form = read_json(texts.get("form", ""), Form, f"{path}: not what rows and labels look like")
+        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
-        learner = learner_of(experiment, form.shape, form.classes)
-        model = cls(learner.network.module, state["mean"], state["scale"], form)
+        check_form(form, str(path))
+        mean, scale = (state.get(name, torch.empty(0)) for name in ("mean", "scale"))
+        check_scaling(mean, scale, form, str(path))
+
+        def built() -> SiteModel:
+            return cls(learner_of(experiment, form.shape, form.classes).network.module, mean, scale, form)
+
+        if not any(":" in name for name in (experiment.model.name, experiment.learner.name)):
+            # Without storage first: a few bytes may describe a model of any size.
+            with torch.device("meta"):
+                check_tensors(state, built().state_dict(), str(path))
+        model = built()
         model.load_state_dict(state)
         return model
 

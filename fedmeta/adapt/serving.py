@@ -121,7 +121,7 @@ def raw_rows(model_input: Any, form: Form) -> NDArray[Any]:
 def _listed(name: str, text: str) -> list[Any]:
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FedmetaError(f"{name} is no JSON ({error}): give a list") from None
     if not isinstance(values, list) or not values:
         raise FedmetaError(f"{name} must be a list of at least one entry")

@@ -1,20 +1,34 @@
 """Arrays out of an npz file: read, or mapped where they are large and lie uncompressed in it."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.files import free_memory
 
 MAP_FROM = 1 << 26
 """Bytes from which an array that lies uncompressed in its file is mapped rather than read."""
 
-_BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+_BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    TokenError,
+)
 
 
 def npz_path(path: str) -> Path:
@@ -72,17 +86,36 @@ def _read(path: Path, name: str) -> NDArray[Any]:
         mapped = _mapped(path, f"{name}.npy")
         if mapped is not None:
             return mapped
+        _check_size(path, f"{name}.npy")
         with np.load(path, allow_pickle=False) as arrays:
             array: NDArray[Any] = arrays[name]
         if not isinstance(array, np.ndarray):
             raise ValueError("it is not an array")
         return array
     except _BROKEN as error:
-        if "allow_pickle" in str(error):
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "Object arrays" in reason:
             raise FedmetaError(
                 f'{path}: array "{name}" is pickled Python objects, which could run code: save numbers or text'
             ) from None
-        raise FedmetaError(f'{path}: array "{name}" cannot be read ({error}): is the file whole?') from None
+        raise FedmetaError(f'{path}: array "{name}" cannot be read ({reason}): is the file whole?') from None
+
+
+def _check_size(path: Path, member: str) -> None:
+    """Checks that an array may be unpacked: a small file may announce, or unpack to, more than the memory holds.
+
+    Raises:
+        ValueError: It is larger than half of the free memory, or than what the file holds of it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        size, free = archive.getinfo(member).file_size, free_memory()
+        with archive.open(member) as file:
+            found = _header(file)
+    needed = math.prod(found[0]) * found[1].itemsize if found else size
+    if needed > size:
+        raise ValueError(f"it announces {needed:,} bytes and has {size:,}")
+    if size > free // 2:
+        raise ValueError(f"it takes {size / 1e9:.1f} GB unpacked, more than half of the free memory: save fewer rows")
 
 
 def _mapped(path: Path, member: str) -> NDArray[Any] | None:

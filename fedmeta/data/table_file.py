@@ -3,6 +3,7 @@
 import csv
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,16 @@ from numpy.typing import NDArray
 from fedmeta.data.arrays import feature_order
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
+from fedmeta.files import free_memory
+
+MOST_COLUMNS = 50_000
+"""A wider table is refused: pandas takes some tenths of a millisecond for each column."""
+
+LONGEST_LABEL = 1_000
+"""A longer label is refused: all labels take as much memory as the longest (characters)."""
+
+NAMED = 20
+"""How many names an error lists."""
 
 
 class Table(NamedTuple):
@@ -44,7 +55,7 @@ def read_table(path: Path, data: Data) -> Table:
         raise FedmetaError(f"{path}: its first line is one cell, {names[0]!r}: cells must have commas between them")
     if data.label not in names:
         raise FedmetaError(
-            f'{path}: no label column "{data.label}" (data.label); its columns are {", ".join(names)}'
+            f'{path}: no label column "{data.label}" (data.label); its columns are {listed(names)}'
             f"{nearest(data.label, names)}"
         )
     if len(names) < 2:
@@ -60,10 +71,20 @@ def read_table(path: Path, data: Data) -> Table:
 
 
 def place(table: Table, row: int, column: str) -> str:
-    """Returns in words where a cell is: file, line (for Parquet the row, from 1), column."""
-    if _is_parquet(table.path):
-        return f'{table.path}: row {row + 1}, column "{column}"'
-    return f'{table.path}: line {_line(table, row)}, column "{column}"'
+    """Returns where a cell is, for people: file, line (for Parquet the row, from 1), column."""
+    line = None if _is_parquet(table.path) else _line(table, row)
+    return f'{table.path}: {f"row {row + 1}" if line is None else f"line {line}"}, column "{column[:80]}"'
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names as one text; of many, the first and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(name[:80] for name in names[:NAMED]) + more
+
+
+def _check_width(path: Path, width: int) -> None:
+    if width > MOST_COLUMNS:
+        raise FedmetaError(f"{path}: {width:,} columns, and a table may have {MOST_COLUMNS:,}: save it as an npz file")
 
 
 def _is_parquet(path: Path) -> bool:
@@ -73,6 +94,7 @@ def _is_parquet(path: Path) -> bool:
 def _read_csv(path: Path, data: Data) -> pd.DataFrame:
     try:
         names = list(data.columns) or _header(path)
+        _check_width(path, len(names))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(
@@ -93,6 +115,8 @@ def _read_csv(path: Path, data: Data) -> pd.DataFrame:
         raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
         told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        if "field larger" in told:
+            raise FedmetaError(f"{path}: a cell of its first line is longer than any name") from None
         raise FedmetaError(f"{path}: lines have different numbers of cells ({told})") from None
     except OSError as error:
         raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
@@ -107,17 +131,24 @@ def _header(path: Path) -> list[str]:
         names = next((record for record in csv.reader(file, skipinitialspace=True) if record), None)
     if names is None:
         raise pd.errors.EmptyDataError
+    _check_width(path, len(names))
     names = [name.strip() for name in names]
+    first: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name:
             raise FedmetaError(f"{path}: column {number} has no name (was it written with an index?): leave it out")
-        if names.index(name) + 1 < number:
-            raise FedmetaError(f'{path}: columns {names.index(name) + 1} and {number} are both called "{name}"')
+        if first.setdefault(name, number) < number:
+            raise FedmetaError(f'{path}: columns {first[name]} and {number} are both called "{name[:80]}"')
     return names
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
+        facts = pq.read_metadata(path)
+        _check_width(path, facts.num_columns)
+        size, free = facts.num_rows * facts.num_columns * 8, free_memory()
+        if size > free // 2:
+            raise FedmetaError(f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer")
         whole = pq.read_table(path)
         # What pandas writes of an index without a name: row numbers, which are no feature.
         index = [name for name in whole.column_names if re.fullmatch(r"__index_level_\d+__", name)]
@@ -152,6 +183,10 @@ def _labels(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
         raise FedmetaError(f"{place(table, int(np.argmax(absent)), name)} is missing: every row needs a label")
     if column.dtype.kind in "biuf":
         return _numpy(column)
+    lengths = column.astype(str).str.len().to_numpy()
+    if lengths.max(initial=0) > LONGEST_LABEL:
+        row = int(np.argmax(lengths > LONGEST_LABEL))
+        raise FedmetaError(f"{place(table, row, name)} is a text of {lengths[row]:,} characters, and no label")
     try:
         return _numpy(pd.to_numeric(column))
     except (ValueError, TypeError):
@@ -165,13 +200,19 @@ def _numpy(column: "pd.Series[Any]") -> NDArray[Any]:
     return column.to_numpy(dtype=np.int64 if column.dtype.kind in "biu" else np.float64)
 
 
-def _line(table: Table, row: int) -> int:
-    """Returns the line of a file, from 1, that a row of its table ends on: blank lines are no rows."""
+def _line(table: Table, row: int) -> int | None:
+    """Returns the line of a file, from 1, that a row of its table ends on; None beyond a cell too long to be read.
+
+    Blank lines are no rows.
+    """
     with open(table.path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         records = -1 if table.header else 0
-        for record in reader:
-            records += bool(record)
-            if records > row:
-                break
+        try:
+            for record in reader:
+                records += bool(record)
+                if records > row:
+                    break
+        except csv.Error:
+            return None
         return reader.line_num

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedmeta.data.arrays import build_population
 from fedmeta.data.labels import encode_labels
 from fedmeta.data.population import ArrayPopulation
-from fedmeta.data.table_file import Table, place, read_table
+from fedmeta.data.table_file import Table, listed, place, read_table
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
 
@@ -85,7 +85,7 @@ def _population(origin: str, tables: Sequence[Table], names: list[str], data: Da
     )
     return build_population(
         origin,
-        np.concatenate([table.x[:, [table.columns.index(name) for name in columns]] for table in tables]),
+        np.concatenate([_in_order(table, columns) for table in tables]),
         labels,
         np.repeat(np.arange(len(tables)), np.diff(starts)),
         names,
@@ -95,12 +95,19 @@ def _population(origin: str, tables: Sequence[Table], names: list[str], data: Da
     )
 
 
+def _in_order(table: Table, columns: list[str]) -> NDArray[Any]:
+    """Returns a table's features in the order of these columns."""
+    places = {name: place for place, name in enumerate(table.columns)}
+    return table.x if table.columns == columns else table.x[:, [places[name] for name in columns]]
+
+
 def _same_columns(first: Table, other: Table) -> None:
-    absent = [name for name in first.columns if name not in other.columns]
-    foreign = [name for name in other.columns if name not in first.columns]
+    here, there = set(first.columns), set(other.columns)
+    absent = [name for name in first.columns if name not in there]
+    foreign = [name for name in other.columns if name not in here]
     if absent or foreign:
-        told = [f"lacks {', '.join(map(repr, absent))}"] if absent else []
-        told += [f"has {', '.join(map(repr, foreign))} besides"] if foreign else []
+        told = [f"lacks {listed([repr(name) for name in absent])}"] if absent else []
+        told += [f"has {listed([repr(name) for name in foreign])} besides"] if foreign else []
         raise FedmetaError(
             f"{other.path} {' and '.join(told)}: every file needs the columns of {first.path}"
             + (nearest(absent[0], foreign) if absent else "")

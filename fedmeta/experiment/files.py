@@ -29,6 +29,12 @@ from fedmeta.experiment.validation import Scalar, Section, describe_type, from_t
 
 Table = dict[str, Any]
 
+LARGEST = 1 << 20
+"""The longest text that is read as an experiment (characters)."""
+
+_DEEP = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){200}""")
+"""A key of so many parts that the standard library, which keeps each part's path, would fill the memory."""
+
 
 class Experiment(Section):
     """One run, described completely: the same experiment and data give the same result."""
@@ -213,6 +219,10 @@ def _nearest_file(path: Path) -> str:
 
 
 def _parsed(text: str, origin: str) -> Table:
+    if len(text) > LARGEST:
+        raise FedmetaError(f"{origin}: larger than {LARGEST >> 20} MiB, which no experiment is")
+    if _DEEP.search(text):
+        raise FedmetaError(f"{origin}: not valid TOML: nested too deep")
     try:
         return tomllib.loads(text)
     except RecursionError:

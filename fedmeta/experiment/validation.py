@@ -48,7 +48,8 @@ def to_text(value: object) -> str:
 
 
 def on_one_line(name: str) -> str:
-    """Returns a name as it is, or quoted where it holds what would break a line."""
+    """Returns a name as it is, quoted where it holds what would break a line, and cut where it is long."""
+    name = name if len(name) <= 80 else f"{name[:76]} ..."
     return name if name.isprintable() else to_text(name)
 
 
@@ -116,9 +117,9 @@ FunctionPath = Annotated[str, Field(pattern=_DOTTED), TextFormat('"package.modul
 ClassPath = Annotated[str, Field(pattern=_DOTTED), TextFormat('"package.module:Class"'), Code()]
 Widths = Annotated[
     str,
-    Field(pattern=r"^[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*$"),
+    Field(pattern=r"^[1-9][0-9]{0,8}(,[1-9][0-9]{0,8}){0,255}$"),
     BeforeValidator(_widths),
-    TextFormat('whole numbers of at least 1 with commas between, such as "64,64"'),
+    TextFormat('whole numbers of at least 1 with commas between, at most 256, such as "64,64"'),
 ]
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
 Texts = Annotated[tuple[str, ...], Strict(False)]
