@@ -12,7 +12,7 @@ import fedmeta
 from fedmeta.experiment import Experiment, load_experiment
 from fedmeta.runtime.local import LocalGrid
 from fedmeta.runtime.superlink import write_run_config
-from fedmeta.tracking import opening
+from fedmeta.tracking import parent_run, run_logger
 
 PASSWORD = "pl4nted-s3cret"
 TOML = """
@@ -51,7 +51,7 @@ def test_a_run_writes_and_sends_no_password(
         opened.append(uri)
         return MlflowClient(f"sqlite:///{work / 'mlflow.db'}")
 
-    monkeypatch.setattr(opening, "open_client", open_client)
+    monkeypatch.setattr(run_logger, "open_client", open_client)
     sent: list[str] = []
     usual = LocalGrid.pull_messages
 
@@ -86,15 +86,13 @@ def test_flower_carries_no_password(uri: str, tmp_path: Path) -> None:
 def test_a_comparison_writes_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     from mlflow import MlflowClient
 
-    from fedmeta.tracking import summary_run
-
     def open_client(uri: str) -> Any:
         return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(summary_run, "open_client", open_client)
+    monkeypatch.setattr(parent_run, "open_client", open_client)
     experiment = Experiment.from_toml(TOML.format(password=PASSWORD, port=port))
-    with summary_run.summary_run(experiment, "comparison", "a name", tmp_path / "compare"):
+    with parent_run.parent_run(experiment, "comparison", "a name", tmp_path / "compare"):
         pass
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"mlflow.json", "mlflow.db"} <= {path.name for path in files}
