@@ -65,7 +65,7 @@ class Form:
 
     @property
     def named(self) -> bool:
-        """Whether a row's features are told apart by names."""
+        """Whether each feature of a row has a name of its own."""
         return len(self.shape) == 1 and len(set(self.features)) == self.shape[0]
 
     @property
@@ -98,7 +98,7 @@ class MetaModel:
         mean: What is subtracted from features, to be broadcast over a row.
         scale: What they are then divided by.
         form: What rows and labels look like.
-        steps: The inner steps that the run judged sites after.
+        steps: The inner steps after which the run scored sites.
         rate: What the inner rates were multiplied by there.
         finished: Whether the run had ended.
     """
@@ -123,12 +123,12 @@ class MetaModel:
             code: What it may name of code that is not part of fedmeta (see `fedmeta.trust.allow_code`).
 
         Raises:
-            FedmetaError: It asks for other code, or does not say what rows look like, as those of early versions.
+            FedmetaError: It asks for other code, or lacks the shape of rows, as those of early versions.
         """
         if not checkpoint.shape:
             raise FedmetaError(
-                f"run {checkpoint.run_id}: its checkpoint is of an early version of fedmeta and does not say what rows "
-                "look like; run the experiment again"
+                f"run {checkpoint.run_id}: its checkpoint is of an early version of fedmeta and lacks what "
+                "rows look like; run the experiment again"
             )
         experiment = Experiment.from_toml(checkpoint.experiment, f"run {checkpoint.run_id}")
         handed_on = _without_surroundings(experiment)

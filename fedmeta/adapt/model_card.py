@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.tables import Cell, markdown_table, number, plain
+from fedmeta.trust import VARIABLE, code_of
 
 
 def card(adapted: Adapted, files: Sequence[str]) -> str:
@@ -72,11 +73,14 @@ def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
             "```",
             "",
         ]
+    own = sorted(code_of(adapted.start.experiment))
+    variable = f"{VARIABLE}={','.join(own)} " if own else ""
+    code = f", {own}" if own else ""
     lines += [
         "`mlflow-model` is served by MLflow, in an environment that has fedmeta:",
         "",
         "```",
-        "mlflow models predict -m mlflow-model -i rows.json --env-manager local",
+        f"{variable}mlflow models predict -m mlflow-model -i rows.json --env-manager local",
         "```",
         "",
         "`model.safetensors` is the torch state:",
@@ -86,7 +90,7 @@ def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
         "",
         "from fedmeta.adapt.model import SiteModel",
         "",
-        'model = SiteModel.read(Path("model.safetensors"))',
+        f'model = SiteModel.read(Path("model.safetensors"){code})',
         "model.predict(rows)  # class names or numbers; model(tensor) gives "
         + ("numbers" if form.regression else "probabilities"),
         "```",

@@ -70,7 +70,9 @@ def adapt(
     ],
     data: Annotated[str, typer.Option(metavar="FILE", help="The site's labelled rows: .csv, .parquet or .npz.")],
     out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
-    test: Annotated[str, typer.Option(metavar="FILE", help="Further rows of the site, which only judge.")] = "",
+    test: Annotated[
+        str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
+    ] = "",
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
     code: Annotated[
         list[str] | None,

@@ -28,7 +28,7 @@ class Data(OpenSection):
         default="label", min_length=1, description="Name of the label column, in tables and Hugging Face data sets"
     )
     site_key: str = Field(
-        default="site", min_length=1, description="Array (npz) or column (huggingface) that says each row's site"
+        default="site", min_length=1, description="Array (npz) or column (huggingface) that holds each row's site"
     )
     task: Literal["auto", "classification", "regression"] = Field(
         default="auto",
@@ -65,10 +65,13 @@ class Data(OpenSection):
         default=20, ge=1, description="What a site adapts on, or all it has; with data.ways see data.shots (rows)"
     )
     query: int = Field(
-        default=20, ge=1, description="What judges the adapted model in training; shared by data.ways classes (rows)"
+        default=20,
+        ge=1,
+        description="Rows of a task that score the adapted model; with data.ways in total over all classes (rows)",
     )
     ways: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="Size of few-shot tasks, numbered anew each time; none = labels as they are (classes)"
+        default=None,
+        description="Size of few-shot tasks, with labels numbered per task; none = labels as they are (classes)",
     )
     shots: int = Field(default=1, ge=1, description="What a few-shot task adapts on (rows per class)")
     rotations: bool = Field(

@@ -165,7 +165,7 @@ class Server(Section):
 
 
 class Evaluation(Section):
-    """How sites are judged, before and after adaptation, on their test rows."""
+    """How sites are scored, before and after adaptation, on their test rows."""
 
     every: int = Field(default=10, ge=0, description="Interval between evaluations; 0 = only at the end (rounds)")
     metrics: Annotated[Texts, Code()] = Field(
@@ -182,7 +182,7 @@ class Evaluation(Section):
     )
     judge: Literal["new_sites", "validation_sites"] = Field(
         default="new_sites",
-        description="Who is judged as new; validation_sites = training sites split off, and the new sites stay unseen",
+        description="Who counts as new; validation_sites = training sites split off, and the new sites stay unseen",
     )
     schedule: Literal["fixed", "auto"] = Field(
         default="fixed",
@@ -190,13 +190,13 @@ class Evaluation(Section):
     )
     validation_sites: Share | Count = Field(
         default=0.2,
-        description="Training sites split off to choose or to judge by (share of them, or a count of sites)",
+        description="Training sites split off to choose or to score by (share of them, or a count of sites)",
     )
     gate: bool = Field(
         default=False, description="Whether a site chooses its steps, zero too, on its support rows by cross-validation"
     )
     tasks: int = Field(
-        default=20, ge=1, description="Few-shot tasks that judge a site, averaged, with data.ways (tasks)"
+        default=20, ge=1, description="Few-shot tasks that score a site, averaged, with data.ways (tasks)"
     )
     sites: int = Field(default=0, ge=0, description="Most that one evaluation visits, new sites first; 0 = all (sites)")
 
@@ -242,7 +242,7 @@ class Runtime(Section):
 
 
 class Privacy(Section):
-    """Differential privacy of whole sites: what the sequence of meta-states can tell of any one site is bounded."""
+    """Differential privacy of whole sites: what the sequence of meta-states reveals of any one site is bounded."""
 
     clip_norm: float = Field(
         default=0.0, ge=0, description="Length to which a site shortens a longer meta-gradient; 0 = not (its norm)"

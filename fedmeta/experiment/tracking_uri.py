@@ -36,7 +36,7 @@ def without_user_info(uri: str) -> str:
 
 
 def keep_user_info(uri: str) -> str:
-    """Moves user and password of an address into this process's environment, unless it has some; says so on stderr.
+    """Moves user and password of an address into the environment, unless it has some, with a note on stderr.
 
     Returns:
         The address without them.

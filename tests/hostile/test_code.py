@@ -243,6 +243,9 @@ def test_own_code_adapts_and_serves_where_it_is_allowed(tmp_path: Path, monkeypa
     x, score = rows(99, 30, 3.0)
     adapted = adaptation.adapt(found, str(write_csv(tmp_path / "site.csv", x, said(score))))
     writing.write(adapted, tmp_path / "out")
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "FEDMETA_CODE=examples.own_model:residual mlflow models predict" in card
+    assert """model.safetensors"), ['examples.own_model:residual'])""" in card
     with pytest.raises(FedmetaError, match=r"FEDMETA_CODE=examples\.own_model"):
         _load_pyfunc(str(tmp_path / "out"))
     monkeypatch.setenv("FEDMETA_CODE", "examples")
