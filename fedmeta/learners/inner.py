@@ -1,39 +1,16 @@
-"""The inner loop and the objectives that it descends, as functions of parameters alone."""
+"""Objectives that sites descend, as functions of parameters alone, and arithmetic on parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from fedmeta.models import Parameters
 
 Objective = Callable[[Parameters], Tensor]
 """A scalar function of a model's parameters."""
-
-Rates = Callable[[int], Mapping[str, Tensor | float]]
-"""The rate of inner step `step` (from 0) for each parameter that adapts."""
-
-
-def inner_loop(objective: Objective, start: Parameters, rates: Rates, steps: int) -> list[Parameters]:
-    """Returns the parameters after 0, 1, ... `steps` steps: phi <- phi - rate * d objective(phi) / d phi.
-
-    Parameters without a rate stay where they are. Differentiable through every step.
-    """
-    parameters = start
-    path = [parameters]
-    for step in range(steps):
-        own = rates(step)
-        fixed = {name: value for name, value in parameters.items() if name not in own}
-        adapting = {name: value for name, value in parameters.items() if name in own}
-        gradient = grad(lambda moving, fixed=fixed: objective({**fixed, **moving}))(adapting)
-        parameters = {
-            name: value - own[name] * gradient[name] if name in own else value for name, value in parameters.items()
-        }
-        path.append(parameters)
-    return path
 
 
 def proximal(objective: Objective, anchor: Parameters, weight: float) -> Objective:

@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 
 from clients.app import app
 from clients.evaluation import Evaluator, evaluate_sites
-from clients.node import Node, learner_for
+from clients.node import RowNode, learner_for
 from fedmeta import engines
 from fedmeta.data import Standardisation, load, split
 from fedmeta.experiment import Data, Evaluation, Experiment, Learner, Model
@@ -42,9 +42,9 @@ def experiment(folder: Path, learner: str = "maml", **keys: Any) -> Experiment:
     )
 
 
-def node_of(run: Experiment) -> Node:
+def node_of(run: Experiment) -> RowNode:
     there = load(run.data)
-    return Node(run, there, split(there, run.data, 0), there.all_sites)
+    return RowNode(run, there, split(there, run.data, 0), there.all_sites)
 
 
 @pytest.mark.parametrize("learner", ["maml", "fedrep"])
@@ -76,7 +76,7 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
 
 
 @pytest.mark.parametrize(("learner", "inner_lr"), [("maml", 5.0), ("fedrep", 1.0)])
-def test_the_steps_chosen_do_not_hang_on_how_many_sites_choose_together(
+def test_the_select_steps_do_not_hang_on_how_many_sites_choose_together(
     tmp_path: Path, learner: str, inner_lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = node_of(experiment(tmp_path, learner, shots=4))
@@ -90,9 +90,9 @@ def test_the_steps_chosen_do_not_hang_on_how_many_sites_choose_together(
         draw = torch.Generator().manual_seed(0)
         kept = learned.personal(state)
         own = {name: torch.randn(batch.sites, *value.shape, generator=draw) for name, value in kept.items()}
-    together = judge.steps_chosen(batch, own)
+    together = judge.select_steps(batch, own)
     monkeypatch.setattr("clients.evaluation.GROUP_ROWS", 1)
-    assert torch.equal(judge.steps_chosen(batch, own), together)
+    assert torch.equal(judge.select_steps(batch, own), together)
     assert len(together.unique()) > 1
 
 

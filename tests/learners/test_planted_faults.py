@@ -18,10 +18,10 @@ VERIFICATION = (
 )
 
 FAULTS = {
-    "none": ("inner.py", "", ""),
-    "a flipped sign": ("inner.py", "value - own[name] * gradient[name]", "value + own[name] * gradient[name]"),
-    "a dropped factor": ("imaml.py", "add_scaled(vector, 1 / self.lam, ", "add_scaled(vector, 1.0, "),
-    "a detach": ("inner.py", "own[name] * gradient[name]", "own[name] * gradient[name].detach()"),
+    "none": ("problems/solvers.py", "", ""),
+    "a flipped sign": ("problems/solvers.py", "v - rates[name] * found[name]", "v + rates[name] * found[name]"),
+    "a dropped factor": ("learners/imaml.py", "add_scaled(vector, 1 / self.lam, ", "add_scaled(vector, 1.0, "),
+    "a detach": ("problems/solvers.py", "rates[name] * found[name]", "rates[name] * found[name].detach()"),
 }
 
 # One process for all copies, so that torch is imported once: each copy's own modules are imported anew.
@@ -46,7 +46,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     for fault, (file, sound, faulty) in FAULTS.items():
         for package in ("fedmeta", "tests/learners"):
             shutil.copytree(ROOT / package, copies / fault / package, ignore=shutil.ignore_patterns("__pycache__"))
-        source = copies / fault / "fedmeta" / "learners" / file
+        source = copies / fault / "fedmeta" / file
         text = source.read_text()
         assert text.count(sound) == 1 or not sound, "the source to plant the fault in has changed: plant it anew"
         source.write_text(text.replace(sound, faulty) if sound else text)
