@@ -18,6 +18,7 @@ from clients.node import learner_for, node_of, split_meta_state
 from fedmeta import engines
 from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.engines.personal_state import stack_personal, train_personal
+from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EngineReply,
@@ -86,7 +87,8 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
-    batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    here = node.find(request.names)
+    _, batch = next(node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches))
     chosen, seconds = engines.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
@@ -101,32 +103,33 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
-    batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
-    if learner.personal(meta_state):
-        kept = LocalStateStore.of(context, node.experiment, request)
-        gradient, weight, metrics, own = train_personal(
-            learner,
-            meta_state,
-            batch,
-            weights,
-            stack_personal(learner, meta_state, kept.read()),
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-        )
-        kept.write(own)
-    else:
-        gradient, weight, metrics = engines.meta_gradients(
-            learner,
-            meta_state,
-            batch,
-            request.engine,
-            weights=weights,
-            budget=request.budget or engines.BUDGET,
-            rounded=request.per_site,
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-        )
+    kept = LocalStateStore.of(context, node.experiment, request) if learner.personal(meta_state) else None
+    before, after, parts = kept.read() if kept else [], [], []
+    batches = node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches)
+    for group, batch in batches:
+        if kept:
+            own = stack_personal(learner, meta_state, [before[site] for site in group.tolist()])
+            gradient, weight, metrics, own = train_personal(
+                learner, meta_state, batch, weights[group], own, clip_norm=clip_norm, per_site=request.per_site
+            )
+            after.append(own)
+        else:
+            gradient, weight, metrics = engines.meta_gradients(
+                learner,
+                meta_state,
+                batch,
+                request.engine,
+                weights=weights[group],
+                budget=request.budget or engines.BUDGET,
+                rounded=request.per_site,
+                clip_norm=clip_norm,
+                per_site=request.per_site,
+            )
+        parts.append((group, gradient, weight, metrics))
+    gradient, weight, metrics = join_parts(parts, request.per_site)
+    if kept:
+        kept.write(in_site_order([group for group, *_ in parts], after))
     return TrainReply(
         gradient=gradient,
         weight=weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,14 @@ from torch import Tensor
 from fedmeta.engines import loop
 from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.learners import Learner
+from fedmeta.minibatches import draw_order
 from fedmeta.task import Batch
 
 CHECKED_ROWS = 4
 """How many rows a site's are cut to when a model is run to see what it does."""
+
+CHECKED_SIZE = 3
+"""The rows of a mini-batch of them, where a learner takes such: several a pass, the last one short."""
 
 WeightedSum = Callable[[Learner, Mapping[str, Tensor], Batch, Tensor], Mapping[str, Tensor]]
 
@@ -31,6 +36,10 @@ def check(learner: Learner, state: Mapping[str, Tensor], few: Batch, weighted_su
     """
     state = double(state)
     few = few.map(lambda rows: (rows[0].double().nan_to_num() if rows[0].is_floating_point() else rows[0], *rows[1:]))
+    if learner.minibatches is not None and not learner.minibatches.halved:
+        minibatches = learner.minibatches._replace(size=CHECKED_SIZE)
+        mask = torch.cat([few.support[2], few.query[2]], 1) > 0
+        few = replace(few, order=torch.from_numpy(draw_order(minibatches, mask.cpu().numpy())).to(few.device))
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64, device=few.device)
     expected = loop.meta_gradients(learner, state, few, weights).total
     gradient = weighted_sum(learner, state, few, weights)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
 
@@ -24,6 +25,7 @@ def add_sites(
     total: WeightedSum, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> None:
     """Adds each site's gradient to what `total` makes of them."""
+    batch = with_order(learner, batch)
     for site in range(batch.sites):
         gradient, metrics = learner.message(meta_state, batch.task(site))
         stacked = {name: value.unsqueeze(0) for name, value in gradient.items()}

@@ -14,8 +14,9 @@ from torch.func import vmap
 
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures, stack_path
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.models import Parameters
-from fedmeta.task import Batch, Task
+from fedmeta.task import Batch, orders, task_of
 
 CHUNK_BYTES = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
@@ -47,9 +48,12 @@ def train_personal(
         `fedmeta.engines.meta_gradients` does; and the new personal parts stacked; that of a site whose share was not
         finite is the old one.
     """
+    batch = with_order(learner, batch)
 
-    def site(support: Any, query: Any, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
-        return learner.train(meta_state, Task(support, query), own)
+    def site(
+        support: Any, query: Any, own: Parameters, *order: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
+        return learner.train(meta_state, task_of(support, query, *order), own)
 
     total = WeightedSum.empty(meta_state, clip_norm, per_site)
     kept: list[Parameters] = []
@@ -57,7 +61,7 @@ def train_personal(
     for start in range(0, batch.sites, size):
         part, stop = batch.chunk(start, start + size), start + size
         old = {name: value[start:stop] for name, value in personal.items()}
-        gradients, metrics, new = vmap(site)(part.support, part.query, old)
+        gradients, metrics, new = vmap(site)(part.support, part.query, old, *orders(part))
         finite = torch.stack([value.flatten(1).isfinite().all(1) for value in new.values()]).all(0)
         # A personal part that ran away counts like a gradient that did: the site has no share in this round.
         first = next(iter(gradients))

@@ -11,7 +11,8 @@ from torch.func import vmap
 
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import Learner
-from fedmeta.task import Batch, Task
+from fedmeta.learners.local_steps import with_order
+from fedmeta.task import Batch, orders, task_of
 
 
 def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
@@ -25,11 +26,12 @@ def add_sites(
     total: WeightedSum, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> None:
     """Adds each site's gradient to what `total` makes of them."""
+    batch = with_order(learner, batch)
 
-    def site(support: Any, query: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return learner.message(meta_state, Task(support, query))
+    def site(support: Any, query: Any, *order: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return learner.message(meta_state, task_of(support, query, *order))
 
-    gradients, metrics = vmap(site)(batch.support, batch.query)
+    gradients, metrics = vmap(site)(batch.support, batch.query, *orders(batch))
     total.add(gradients, weights, metrics)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmeta import experiment
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import estimator
+from fedmeta.minibatches import Minibatches
 from fedmeta.models import FunctionalModel, Parameters
 from fedmeta.problems.problem import Data, Problem, has_payload
 from fedmeta.problems.solvers import BLACK_BOX, DIFFERENTIABLE, run_solver
@@ -91,6 +92,11 @@ class Learner(ABC):
         if not isinstance(self.problem, Supervised):
             raise FedmetaError(f"problem {type(self.problem).__name__} has no model on rows")
         return self.problem.network
+
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """How a site goes through all its train rows in a round; None where it adapts on support for query."""
+        return None
 
     @property
     def estimator(self) -> str:
@@ -224,6 +230,14 @@ class Learner(ABC):
         """
         gradient, metrics = self.meta_gradient(meta_state, task)
         return gradient, metrics, personal
+
+
+def check_counts(learner: Learner, **least: int) -> None:
+    """Raises `FedmetaError` where one of a learner's whole-number keys is below the least that it may be."""
+    for key, smallest in least.items():
+        value = getattr(learner, key)
+        if not isinstance(value, int) or value < smallest:
+            raise FedmetaError(f"learner.{key} = {value}: it must be a whole number of at least {smallest}")
 
 
 def key_of(meta_state: MetaState, name: str) -> str:

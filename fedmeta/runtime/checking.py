@@ -26,10 +26,11 @@ def check_experiment(experiment: Experiment) -> Checked:
     sites = np.unique(np.linspace(0, len(node.hosted) - 1, SITES).astype(np.int64))
     classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
     scale = standardisation(node.sums(node.hosted[sites]))
-    batch = node.training_batch(node.hosted[sites], 1, scale, classes)
+    learner = learner_for(node, classes)
+    batch = node.training_batch(node.hosted[sites], 1, scale, classes, learner.minibatches)
     tasks = [batch.task(site) for site in range(batch.sites)]
     straight_through = experiment.runtime.check == "straight-through"
-    return check(learner_for(node, classes), tasks, experiment.runtime.seed, straight_through)
+    return check(learner, tasks, experiment.runtime.seed, straight_through)
 
 
 def check_own_code(experiment: Experiment) -> list[str]:

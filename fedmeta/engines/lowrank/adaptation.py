@@ -27,10 +27,33 @@ class Correction:
     Attributes:
         inputs: A [sites, steps * rows, width], the call's inputs.
         errors: E [sites, steps * rows, outputs], minus the rate times the loss's derivative at the call's outputs.
+        slots: Where the inputs are those of all of a site's rows and steps take mini-batches of them: E with one more
+            row for each site, that of none [sites * (rows + 1), calls * outputs].
     """
 
     inputs: Tensor
     errors: Tensor
+    slots: Tensor | None = None
+
+    @classmethod
+    def of_batch(
+        cls, before: Correction | None, inputs: Tensor, rows: FlatBatch, outputs: int, errors: Tensor
+    ) -> Correction:
+        """Returns a correction and one more step on a mini-batch of the rows whose inputs are these.
+
+        A row's errors in several epochs add up, since its input is the same in each.
+        """
+        assert rows.whole is not None
+        assert rows.slots is not None
+        sites, n = rows.whole.scored.shape
+        errors = errors.reshape(len(rows.slots), -1)
+        if before is None or before.slots is None:
+            slots = errors.new_zeros(sites * (n + 1), errors.shape[1]).index_copy(0, rows.slots, errors)
+        else:
+            # Rows of a batch are different ones, but for those that are none, whose slot is not read.
+            slots = before.slots.index_copy_(0, rows.slots, before.slots.index_select(0, rows.slots) + errors)
+        whole = slots.view(sites, n + 1, -1, outputs)[:, :n].flatten(1, 2)
+        return cls(inputs, whole, slots)
 
     def then(self, inputs: Tensor, errors: Tensor, fixed: bool) -> Correction:
         """Returns this and one more step; where the inputs are `fixed`, the errors just add up."""
@@ -111,11 +134,22 @@ class Adaptation:
             scaled = error if common is not None else error * rates[str(call.weight)]
             inputs = trace.inputs if self.exact else trace.inputs.detach()
             before = self.corrections.get(trace.place)
+            if call.fixed and rows.whole is not None:
+                whole = rows.whole.kept[trace.place, "a"]
+                self.corrections[trace.place] = Correction.of_batch(before, whole, rows, call.outputs, scaled)
+                continue
             after = before.then(inputs, scaled, call.fixed) if before else Correction(inputs, scaled)
             self.corrections[trace.place] = after
         for name, error in zip(dense, errors[len(spans) :], strict=True):
             moved = self.dense[name] + (error if common is not None else error * rates[name])
             self.dense[name] = moved if self.exact else moved.detach().requires_grad_()
+
+    def descend(self, rows: FlatBatch, order: Tensor, rates: Rates) -> None:
+        """Takes one inner step on each mini-batch of an order [sites, epochs, batches, size] of the rows."""
+        with torch.no_grad():
+            self._run(rows, self.dense)  # keeps what is the same in every step
+        for places in order.flatten(1, 2).unbind(1):
+            self.step(rows.taken(places), rates)
 
     def displacement(self, weights: Tensor) -> Parameters:
         """Returns the weighted sum over sites of theta - phi_i, for the parameters that adapt.

@@ -101,6 +101,8 @@ class PerSiteForward(TorchFunctionMode):
             inputs = x.reshape(self.rows.sites, -1, call.width)
             if self._first(call, x):
                 self._keep_first(place, call, inputs.shape[1], weight, bias)
+            elif call.fixed and self.rows.whole is not None and (place, "z") in self.rows.whole.kept:
+                kept[place, "a"], kept[place, "z"] = inputs, self.rows.of_whole((place, "z")).requires_grad_()
             else:
                 kept[place, "a"], kept[place, "z"] = inputs, self._shared(place, call, inputs, weight, bias)
         inputs, z = kept[place, "a"], kept[place, "z"]
@@ -161,6 +163,11 @@ class PerSiteForward(TorchFunctionMode):
         calls, kept = self.forms.calls, self.rows.kept
         if (place, source) in kept:
             return kept[place, source]
+        if self.rows.whole is not None and calls[place].fixed and calls[source].fixed:
+            whole = self.rows.whole
+            if (place, source) not in whole.kept:
+                whole.kept[place, source] = self._all_pairs(whole, place, source, others)
+            return self.rows.of_whole((place, source))
         both = kept.get((place, "both")) if source == place else None
         # For `both` these are the rows themselves.
         known = self.rows.pairs if both is not None or (source == place and self._whole(inputs)) else None
@@ -176,6 +183,13 @@ class PerSiteForward(TorchFunctionMode):
         if calls[place].fixed and calls[source].fixed:
             kept[place, source] = pairs
         return pairs
+
+    def _all_pairs(self, whole: FlatBatch, place: int, source: int, others: Tensor) -> Tensor:
+        """Returns a A^T of all of a site's rows, of which a mini-batch's are a part."""
+        inputs = whole.kept[place, "a"]
+        known = whole.pairs if source == place and _same(inputs, whole.x) else None
+        pairs = products(inputs, others) if known is None else known
+        return pairs + 1 if self.forms.calls[place].bias in self.forms.absorbed else pairs
 
     def _dense(self, call: Call, operands: Operands) -> Tensor:
         x, sites = operands.x, self.rows.sites
