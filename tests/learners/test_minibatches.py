@@ -161,7 +161,8 @@ def test_chunks_cuts_and_unknown_labels_keep_the_order(name: str) -> None:
     batch = Batch((*whole.support[:2], masks[0]), (*whole.query[:2], masks[1]))
     minibatches = learner.minibatches
     assert minibatches is not None
-    order = draw_order(minibatches, np.concatenate([(mask > 0).numpy() for mask in (whole.support[2], whole.query[2])], 1))
+    present = torch.cat([whole.support[2], whole.query[2]], 1) > 0
+    order = draw_order(minibatches, present.numpy())
     batch = Batch(batch.support, batch.query, None, torch.from_numpy(order))
     weights = torch.ones(4, dtype=torch.float64)
     expected, _, _ = meta_gradients(learner, state, batch, "loop")

@@ -44,7 +44,8 @@ def moved(parameters: State) -> State:
 
 def test_ditto_on_a_quadratic() -> None:
     task, lam, rate = make_regression(0, 3), 2.0, 0.15
-    learner = build("ditto", build_model("logistic", (3,), 1), inner_steps=200, local_epochs=200, inner_lr=rate, lam=lam)
+    settings = {"inner_steps": 200, "local_epochs": 200, "inner_lr": rate, "lam": lam}
+    learner = build("ditto", build_model("logistic", (3,), 1), **settings)
     state = make_state(learner)
     theta, problem = flat(learner.theta(state)), Quadratic(both(task))
     gradient, _, own = learner.train(state, task, moved(learner.personal(state)))
