@@ -17,7 +17,7 @@ sum_t alpha_t A_t^T D_t.
 
 - What does not change between steps is computed once: where no layer before it adapts, a layer's input is the same in
   every step, hence a W + b and a A^T are too, and the sum over steps moves inside: (a A^T + 1) sum_t alpha_t D_t.
-- A displacement comes from steps on mini-batches, each of other rows (`Adaptation.descend`). Where a layer's input is
+- A displacement comes from steps on mini-batches, each of other rows (`minibatch_descent`). Where a layer's input is
   fixed, all that it needs is a A^T of all of a site's rows, once, and one sum of D_t for each row, over all epochs.
 - Where the rows outnumber the layer, and for parameters of norms, embeddings and convolutions, one value per site is
   cheaper or the only way: phi_{t+1} = phi_t - alpha_t D_t with phi [sites, *shape] (`forms` chooses).
@@ -41,6 +41,7 @@ from fedmeta.engines.gradcheck import check, double, probe_batch
 from fedmeta.engines.lowrank.adaptation import Adaptation
 from fedmeta.engines.lowrank.capture import run_captured
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, adjacent, concatenate
+from fedmeta.engines.lowrank.minibatch_descent import descend
 from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, sharing
 from fedmeta.engines.lowrank.trace import ModuleTrace, survey
@@ -169,6 +170,10 @@ def _replayed_sum(
 
     further = {n: v for n, v in (("pairs", batch.pairs), ("order", batch.order)) if v is not None}
     inputs = [*meta_state.values(), *batch.support, *batch.query, weights, *further.values()]
+    if batch.order is not None:
+        # So many steps are one recording each, not one of all.
+        *gradient, losses = compute(*inputs)
+        return dict(zip(learned, gradient, strict=True)), losses
     *gradient, losses = run_captured(learner.network, (learner, adjacent(*batch), *meta_state), compute, inputs)
     return dict(zip(learned, gradient, strict=True)), losses
 
@@ -250,7 +255,7 @@ def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
     adaptation = Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact=False)
     own = FlatBatch.of(concatenate(*batch), _dtype(meta_state), batch.pairs)
     query = FlatBatch.of(batch.query, _dtype(meta_state))
-    adaptation.descend(own, batch.order, learner.rates(meta_state, 0))
+    descend(adaptation, own, batch.order, learner.rates(meta_state, 0), learner)
     with torch.no_grad():
         # The query rows are the last of all rows, whose products with shared weights are known.
         query.kept = own.kept_of_last(batch.query[2].shape[1])

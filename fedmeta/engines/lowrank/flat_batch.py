@@ -69,22 +69,32 @@ class FlatBatch:
         """The number of sites."""
         return self.scored.shape[0]
 
-    def taken(self, order: Tensor) -> FlatBatch:
+    def minibatches(self, order: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns of each step of an order of places [sites, steps, k], -1 for none, what `at` takes."""
+        sites, n = self.scored.shape
+        first = torch.arange(sites, device=order.device)[:, None, None]
+        here, own = (order >= 0).to(self.counted.dtype), order.clamp(min=0)
+        known = (self.counted > 0).to(self.counted.dtype).gather(1, own.flatten(1)).view_as(here) * here
+        counted = (known / known.sum(2, keepdim=True).clamp(min=1)).transpose(0, 1).contiguous()
+        places = (own + n * first).transpose(0, 1).flatten(1)
+        slots = (torch.where(order >= 0, order, n) + (n + 1) * first).transpose(0, 1).flatten(1)
+        return list(zip(places, slots, counted, strict=True))
+
+    def at(self, places: Tensor, slots: Tensor, counted: Tensor) -> FlatBatch:
         """Returns a mini-batch of each site's rows.
 
         Args:
-            order: The rows' places at their site [sites, k], -1 for none.
+            places: As for `FlatBatch` [sites * k].
+            slots: Likewise.
+            counted: Each row's share of its site's loss [sites, k].
         """
-        sites, n = self.scored.shape
-        first = torch.arange(sites, device=order.device)[:, None]
-        here, own = (order >= 0).to(self.scored.dtype), order.clamp(min=0)
-        places = (own + n * first).flatten()
-        slots = (torch.where(order >= 0, order, n) + (n + 1) * first).flatten()
-        scored, counted = (
-            _shares((shares > 0).to(shares.dtype).gather(1, own) * here) for shares in (self.scored, self.counted)
-        )
         x, y = self.x.index_select(0, places), self.y.index_select(0, places)
-        return FlatBatch(x, y, scored, counted, whole=self, places=places, slots=slots)
+        return FlatBatch(x, y, counted, counted, whole=self, places=places, slots=slots)
+
+    def slots_for(self, width: int) -> Tensor:
+        """Returns zeros for each row, and for one more of each site, that of none [sites * (n + 1), width]."""
+        sites, n = self.scored.shape
+        return self.counted.new_zeros(sites * (n + 1), width)
 
     def of_whole(self, key: object) -> Tensor:
         """Returns these rows' part of what is kept of all rows [sites, n * calls, *]."""

@@ -50,7 +50,7 @@ class Product:
     turned: bool
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same order, whatever their shapes."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.is_contiguous()
 
@@ -138,11 +138,12 @@ class PerSiteForward(TorchFunctionMode):
 
     def _first(self, call: Call, x: Tensor) -> bool:
         """Whether a call is on the rows themselves, and others of the same sites will be computed too."""
-        return self.rows.beside is not None and call.fixed and not self.adaptation.by_site and _same(x, self.rows.x)
+        alone = self.rows.beside is None or self.adaptation.by_site
+        return not alone and call.fixed and same_memory(x, self.rows.x)
 
     def _whole(self, inputs: Tensor) -> bool:
         """Whether a call's inputs are all rows that inner products are known of."""
-        return self.rows.beside is None and _same(inputs, self.rows.x)
+        return self.rows.beside is None and same_memory(inputs, self.rows.x)
 
     def _keep_first(self, place: int, call: Call, first: int, weight: Tensor, bias: Tensor | None) -> None:
         """Keeps A W + b of the rows, `first` a site, and of those beside them.
@@ -163,10 +164,7 @@ class PerSiteForward(TorchFunctionMode):
         calls, kept = self.forms.calls, self.rows.kept
         if (place, source) in kept:
             return kept[place, source]
-        if self.rows.whole is not None and calls[place].fixed and calls[source].fixed:
-            whole = self.rows.whole
-            if (place, source) not in whole.kept:
-                whole.kept[place, source] = self._all_pairs(whole, place, source, others)
+        if self.rows.whole is not None and (place, source) in self.rows.whole.kept:
             return self.rows.of_whole((place, source))
         both = kept.get((place, "both")) if source == place else None
         # For `both` these are the rows themselves.
@@ -183,13 +181,6 @@ class PerSiteForward(TorchFunctionMode):
         if calls[place].fixed and calls[source].fixed:
             kept[place, source] = pairs
         return pairs
-
-    def _all_pairs(self, whole: FlatBatch, place: int, source: int, others: Tensor) -> Tensor:
-        """Returns a A^T of all of a site's rows, of which a mini-batch's are a part."""
-        inputs = whole.kept[place, "a"]
-        known = whole.pairs if source == place and _same(inputs, whole.x) else None
-        pairs = products(inputs, others) if known is None else known
-        return pairs + 1 if self.forms.calls[place].bias in self.forms.absorbed else pairs
 
     def _dense(self, call: Call, operands: Operands) -> Tensor:
         x, sites = operands.x, self.rows.sites
