@@ -55,7 +55,7 @@ def test_the_search_by_sums_finds_the_best_known_code():
     best = float(code.errors(code.ranks(state["theta.order"])[None], shares))
     assert best == pytest.approx(3.489, abs=5e-4)
     neighbors = code.errors(code.swapped(code.ranks(state["theta.order"])), shares)
-    assert float(neighbors.min()) >= best
+    assert float(neighbors.min()) >= best - 1e-9
 
 
 def test_organisms_have_nothing_to_personalize():

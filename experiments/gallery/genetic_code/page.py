@@ -110,8 +110,9 @@ def organisms() -> None:
         add("average of the organisms' own ranks", [error(code.ranks(keys), site) for site in sites])
     lines = []
     for name, values in rows.items():
-        by_site = np.nanmean(np.stack(values), axis=0)
-        lines.append([name, measure.interval(by_site[np.isfinite(by_site)], 4)])
+        both = np.stack(values)
+        new = np.isfinite(both).any(0)
+        lines.append([name, measure.interval(np.nanmean(both[:, new], axis=0), 4)])
     measure.put(ENTRY, "organisms", measure.table(["code", "error at new organisms [95 % interval]"], lines))
 
 
@@ -134,8 +135,9 @@ def picture() -> None:
         for number, codon in enumerate(code.CODONS):
             acid = code.STANDARD[codon]
             text = acid if acid == "*" else code.ACIDS[int(order[code.ACIDS.index(acid)])]
-            axis.text(number // 4 % 4, 4 * (number // 16) + number % 4, text, ha="center", va="center", fontsize=7,
-                      color="black" if acid == "*" else "white")  # fmt: skip
+            row, column = 4 * (number // 16) + number % 4, number // 4 % 4
+            color = "white" if image[12 * row, 36 * column] < 0.5 else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     axes[0].set_ylabel("first and third letter")
     bar = figure.colorbar(shown, ax=axes, ticks=[0, 0.9])
     bar.ax.set_yticklabels(["polar\n(13.0)", "apolar\n(4.8)"])

@@ -80,8 +80,9 @@ def write(found: dict[str, dict[str, np.ndarray]]) -> None:
     missed = 100 * zero[OFF][..., LONG].mean()
     text = (
         f"Multilevel cross-entropy from zero, the classical method, reaches a cut of 10^"
-        f"{measure.interval(zero[CUT][..., LONG], 2)} in {LONG} steps of 200 samples, with {missed:.0f} % of estimates "
-        f"off by more than a fifth; the learned start has 10^{measure.interval(learned[CUT][..., 1], 2)} after one step."
+        f"{measure.interval(zero[CUT][..., LONG], 2)} in {LONG} steps of 200 samples, with {missed:.0f} % of "
+        f"estimates off by more than a fifth; the learned start has 10^"
+        f"{measure.interval(learned[CUT][..., 1], 2)} after one step."
     )
     measure.put(ENTRY, "classical", text)
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
