@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
-from server.sampling import sample_cohort, sites_to_evaluate
+from server.sampling import draw_cohort, sites_to_evaluate
 
 DIVERGED = "its meta-gradient was not finite"
 """Why a site was left out of a round whose adaptation, or whose start, has run away."""
@@ -131,11 +131,11 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        training, server = self.federation.training, self.experiment.server
+        server = self.experiment.server
         if self.privacy:
-            cohort = self.privacy.sample(training)
+            cohort = self.privacy.sample(self.federation.training)
         else:
-            cohort = sample_cohort(training, server.sites_per_round, self.experiment.runtime.seed, server_round)
+            cohort = draw_cohort(self.federation, server, self.experiment.runtime.seed, server_round)
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
@@ -147,8 +147,7 @@ class MetaGradientStrategy(Strategy):
         """
         if self.engine != "auto" and self.budget:
             return None
-        size, seed = self.experiment.server.sites_per_round, self.experiment.runtime.seed
-        cohort = sample_cohort(self.federation.training, size, seed, 1)
+        cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
         here = cohort[self.federation.node_ids[cohort] == self.federation.node_ids[cohort[0]]]
         messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
         for _, content in self._valid_replies(
@@ -209,14 +208,14 @@ class MetaGradientStrategy(Strategy):
         Args:
             server_round: The last finished round.
             arrays: The meta-state.
-            config: How: steps, rate, gate, local_only as in `RoundRequest`; validation, true to ask only the sites that
+            config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites that
                 choose how far to adapt; and pool, true for sums over the test rows of new and of training sites.
             grid: Flower's grid.
         """
         self.log = RoundLog()
         how = dict(config)
         steps = how.get("steps")
-        self._columns = 1 + (steps if isinstance(steps, int) and not how.get("local_only") else 0)
+        self._columns = 1 + (steps if isinstance(steps, int) and not how.get("baseline") else 0)
         if how.pop("validation", False):
             sites = np.flatnonzero(self.federation.validation)
         else:
@@ -265,6 +264,7 @@ class MetaGradientStrategy(Strategy):
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
             pooled=pooled,
             pooled_sites=tuple(counts.tolist()),
+            evaluations=_counts(usable, order),
         )
         return MetricRecord({"sites": len(names)})
 
@@ -345,3 +345,11 @@ class MetaGradientStrategy(Strategy):
 
     def _record_failure(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))
+
+
+def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns the sites' evaluations in site order; nothing where one reply has none."""
+    if not all(reply.evaluations for reply in replies):
+        return ()
+    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    return tuple(every[order].tolist())

@@ -27,7 +27,7 @@ from fedmeta.experiment.validation import (
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
-    "imaml", "pfedme", "ditto", "fedrep", "fedper",
+    "imaml", "pfedme", "ditto", "fedrep", "fedper", "average",
 ]  # fmt: skip
 
 Hessian = Literal["exact", "free", "first-order"]
@@ -101,6 +101,9 @@ class Learner(OpenSection):
     hessian: Hessian = Field(
         default="exact", description="The second-order term of per-fedavg; free = by finite difference"
     )
+    solve_steps: int = Field(
+        default=200, ge=1, description="Length of a site's way to its own solution, of average (steps)"
+    )
     body_steps: int = Field(default=1, ge=0, description="Steps of fedrep's body after those of its head (steps)")
     annealing: float = Field(
         default=0.3, ge=0, le=1, description="When maml++ weighs the last inner step alone (share of the rounds)"
@@ -131,8 +134,14 @@ class Server(Section):
         description="Adam's and adamw's floor of a gradient's size; less turns rounding into steps (its unit)",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Pull of the parameters towards 0 (per round, times lr)")
-    aggregator: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound"] = Field(
-        default="mean", description="How the sites' replies are combined; all but mean bound what a few false ones do"
+    aggregator: (
+        Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound"] | FunctionPath
+    ) = Field(
+        default="mean",
+        description="How the sites' replies are combined; all built-in ones but mean bound what a few false ones do",
+    )
+    sampling: Literal["uniform"] | FunctionPath = Field(
+        default="uniform", description="Who takes part in a round, or a function that draws the cohort"
     )
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] | Annotated[int, Field(ge=1)] = Field(
         default=0.2,
