@@ -191,8 +191,8 @@ class OptimalityCriteria(Solver):
         """Returns the path of `steps` steps."""
         if not hasattr(problem, "sensitivity"):
             raise FedmetaError(
-                "the solver OptimalityCriteria needs the problem's sensitivity(parameters, data): the derivative of the "
-                "cost by each variable that moves"
+                "the solver OptimalityCriteria needs the problem's sensitivity(parameters, data): the derivative of "
+                "the cost by each variable that moves"
             )
         path = [parameters]
         for _ in range(steps):
@@ -202,7 +202,7 @@ class OptimalityCriteria(Solver):
             x = torch.cat([own[name].reshape(-1) for name in shapes])
             benefit = torch.cat([-found[name].reshape(-1) for name in shapes])
             moves = torch.cat(
-                [torch.as_tensor(rates[n]).to(x).expand(shape).reshape(-1) for n, shape in shapes.items()]
+                [torch.as_tensor(rates[n], dtype=x.dtype).expand(shape).reshape(-1) for n, shape in shapes.items()]
             )
             parts = torch.split(self._step(x, benefit, moves), [shape.numel() for shape in shapes.values()])
             path.append({**own, **{n: v.reshape(shapes[n]) for n, v in zip(shapes, parts, strict=True)}})

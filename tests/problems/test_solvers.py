@@ -1,6 +1,7 @@
 """Solvers by formula, by optimality criteria and by sampling; statistics in place of gradients."""
 
 import importlib
+import itertools
 from typing import ClassVar
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 import fedmeta
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import build
+from fedmeta.learners.check import check
 from fedmeta.problems import ClosedForm, CrossEntropy, OptimalityCriteria
-from fedmeta.problems.check import check
 from tests.problems.test_problem import directional
 
 
@@ -79,7 +80,7 @@ def test_optimality_criteria_keep_the_sum_and_reach_the_known_optimum():
     path = problem.solver.solve(problem, start, costs, 6, {"first": 0.2, "second": 0.2})
     values = [torch.cat([own["first"], own["second"]]) for own in path]
     assert all(float(x.sum()) == pytest.approx(2.5, abs=1e-12) for x in values)
-    assert all(float((b - a).abs().max()) <= 0.2 + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(float((b - a).abs().max()) <= 0.2 + 1e-12 for a, b in itertools.pairwise(values))
     assert torch.allclose(values[-1], costs.sqrt() * 2.5 / costs.sqrt().sum(), rtol=1e-9)
 
 
@@ -235,7 +236,7 @@ class Counting(Steps, fedmeta.TaskSource):
     def sites(self):
         return [f"site-{number}" for number in range(6)]
 
-    def task(self, site, purpose, round, seed):
+    def task(self, site, purpose, round, seed):  # noqa: A002
         random = torch.Generator().manual_seed(int(site[-1]))
         place = torch.randn(2, generator=random, dtype=torch.float64)
         return fedmeta.Task({"place": place, "seed": torch.tensor(0)}, {"place": place, "seed": torch.tensor(1)})
