@@ -18,7 +18,6 @@ from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
 from fedmeta.engines.step_selection import FOLDS, choose_steps
 from fedmeta.engines.weighted_sum import Figures
-from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.messages import LOSS, EvaluateReply, RoundRequest
@@ -70,13 +69,7 @@ class Evaluator:
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
     def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site selects on its support rows.
-
-        Raises:
-            FedmetaError: The data are no rows, which folds could be made of.
-        """
-        if not self.learner.problem.on_rows:
-            raise FedmetaError("[evaluation] gate = true: an own problem's data have no folds; set it to false")
+        """Returns the number of steps [sites] that each site selects on its support rows."""
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):

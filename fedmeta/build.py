@@ -192,6 +192,11 @@ def validated_learner(
     """
     learner, name, outputs = learner_of(experiment, shape, classes), experiment.model.name, len(classes) or 1
     if not isinstance(learner.problem, Supervised):
+        if experiment.evaluation.gate:
+            raise FedmetaError(
+                "[evaluation] gate = true: steps are selected on folds of rows, and an own problem's data have none; "
+                "set it to false"
+            )
         learner.init(experiment.runtime.seed)
         return learner
     if name == "char_lstm" and not tokens:
