@@ -72,10 +72,11 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @app.query("sums")
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
-    """Adds up the feature sums of training sites."""
+    """Adds up the features and targets of training sites."""
     node = node_of(context)
-    total = node.sums(node.find(SumsRequest.unpack(content).names))
-    return SumsReply(total.count, total.total, total.square).pack()
+    here = node.find(SumsRequest.unpack(content).names)
+    found = (node.sums(here), node.target_sums(here))
+    return SumsReply(*(value for sums in found for value in (sums.count, sums.total, sums.square))).pack()
 
 
 @app.query("engine")
@@ -84,7 +85,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = engines.trial(learner, meta_state, batch)
@@ -99,7 +100,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
@@ -143,7 +144,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = split_meta_state(request.meta_state, node.experiment)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.local_only
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None

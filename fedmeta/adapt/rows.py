@@ -22,7 +22,7 @@ class SiteRows(NamedTuple):
 
     Attributes:
         x: Raw features [n, *shape] in the order of the run's, NaN where one is missing.
-        y: Codes into the run's classes, or numbers [n].
+        y: Codes into the run's classes [n], or targets in their own units [n] or, of several, [n, targets].
         classes: The classes that the codes stand for; a few-shot site's own.
     """
 
@@ -61,6 +61,8 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
         x = x[:, torch.from_numpy(order)]
     labels = population.labels(rows)
     if form.regression:
+        if population.targets != form.outputs:
+            raise FedmetaError(f"{path}: its rows have {population.targets} targets, the run's {form.outputs}")
         return SiteRows(x, torch.from_numpy(labels).to(torch.float64), ())
     known = classes or (_own_classes(path, population, form) if data.ways else form.classes)
     codes = class_codes(population.class_names, known)

@@ -93,12 +93,25 @@ class StartServer:
         raw = raw_rows(pd.DataFrame(rows) if named else np.array(rows, dtype=float), form)
         prepared = self.model.prepare(torch.from_numpy(raw).to(form.dtype))
         if form.regression:
-            return prepared, torch.tensor([float(label) for label in labels], dtype=prepared.dtype)
+            return prepared, self.start.target.standardize(_targets(labels, form)).to(prepared.dtype)
         codes = class_codes([str(label) for label in labels], form.classes)
         if (codes < 0).any():
             wrong = labels[int(np.argmax(codes < 0))]
             raise FedmetaError(f'support_y: "{wrong}" is no class of the run; they are {", ".join(form.classes)}')
         return prepared, torch.from_numpy(codes)
+
+
+def _targets(labels: list[Any], form: Form) -> torch.Tensor:
+    """Returns targets [n] or [n, targets] in float64; raises `FedmetaError` where they are not what the run's are."""
+    try:
+        y = torch.tensor(labels, dtype=torch.float64)
+    except (TypeError, ValueError):
+        y = torch.full((1,), torch.nan)
+    wanted = (len(labels),) if form.outputs == 1 else (len(labels), form.outputs)
+    if y.shape != wanted or not y.isfinite().all():
+        what = "a finite number" if form.outputs == 1 else f"a list of {form.outputs} finite numbers"
+        raise FedmetaError(f"support_y: each entry must be {what}")
+    return y
 
 
 def raw_rows(model_input: Any, form: Form) -> NDArray[Any]:

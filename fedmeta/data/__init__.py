@@ -19,7 +19,15 @@ from fedmeta.data.gram import GramCache, gram_matrices
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
-from fedmeta.data.sums import FeatureSums, Standardisation, feature_sums, standardisation, train_sums
+from fedmeta.data.sums import (
+    FeatureSums,
+    Standardisation,
+    feature_sums,
+    standardisation,
+    target_scale,
+    target_sums,
+    train_sums,
+)
 from fedmeta.data.synthetic import SyntheticPopulation
 from fedmeta.experiment import Data
 
@@ -94,6 +102,8 @@ __all__ = [
     "split",
     "standardisation",
     "standardised",
+    "target_scale",
+    "target_sums",
     "train_sums",
     "training_episodes",
     "training_tasks",

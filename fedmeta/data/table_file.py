@@ -36,7 +36,7 @@ class Table(NamedTuple):
         header: Whether its first line names the columns.
         columns: The names of its features.
         x: Features [rows, columns], NaN = missing.
-        labels: Labels [rows]: numbers, or text where not every one is a number.
+        labels: Labels [rows]: numbers, or text where not every one is a number; of several targets [rows, targets].
     """
 
     path: Path
@@ -51,22 +51,26 @@ def read_table(path: Path, data: Data) -> Table:
     parquet = _is_parquet(path)
     frame = _read_parquet(path) if parquet else _read_csv(path, data)
     names = [str(name) for name in frame.columns]
-    if data.label not in names and len(names) == 1 and not parquet:
+    absent = [name for name in data.label_names if name not in names]
+    if absent and len(names) == 1 and not parquet:
         raise FedmetaError(f"{path}: its first line is one cell, {names[0]!r}: cells must have commas between them")
-    if data.label not in names:
+    if absent:
         raise FedmetaError(
-            f'{path}: no label column "{data.label}" (data.label); its columns are {listed(names)}'
-            f"{nearest(data.label, names)}"
+            f'{path}: no label column "{absent[0]}" (data.label); its columns are {listed(names)}'
+            f"{nearest(absent[0], names)}"
         )
-    if len(names) < 2:
+    if len(names) <= len(data.label_names):
         raise FedmetaError(f"{path}: there is no feature column beside the label")
     if not len(frame):
         raise FedmetaError(f"{path}: there are no rows")
-    features = [name for name in names if name != data.label]
+    features = [name for name in names if name not in data.label_names]
     columns = [features[place] for place in feature_order(features, data.columns)]
     table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
     arrays = [_feature(table, frame[name], name) for name in columns]
-    labels = _labels(table, frame[data.label], data.label)
+    found = [_labels(table, frame[name], name) for name in data.label_names]
+    if len(found) > 1:
+        _check_numbers(table, found, data.label_names)
+    labels = found[0] if len(found) == 1 else np.stack([each.astype(np.float64) for each in found], 1)
     return table._replace(x=np.stack(arrays, axis=1), labels=labels)
 
 
@@ -102,7 +106,7 @@ def _read_csv(path: Path, data: Data) -> pd.DataFrame:
                 header=None if data.columns else 0,
                 names=names,
                 index_col=False,
-                dtype={data.label: str},
+                dtype=dict.fromkeys(data.label_names, str),
                 keep_default_na=False,
                 na_values=list(data.missing),
                 skipinitialspace=True,
@@ -191,6 +195,15 @@ def _labels(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
         return _numpy(pd.to_numeric(column))
     except (ValueError, TypeError):
         return column.astype(str).str.strip().to_numpy(dtype=str)
+
+
+def _check_numbers(table: Table, found: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
+    """Checks that several targets are numbers; raises `FedmetaError` at the first that is none."""
+    for values, name in zip(found, names, strict=True):
+        if values.dtype.kind not in "biuf":
+            wrong = pd.to_numeric(pd.Series(values), errors="coerce").isna().to_numpy()
+            row = int(np.argmax(wrong))
+            raise FedmetaError(f'{place(table, row, name)} is "{values[row]!s:.40}": targets must be numbers')
 
 
 def _numpy(column: "pd.Series[Any]") -> NDArray[Any]:

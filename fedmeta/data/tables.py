@@ -24,8 +24,8 @@ def load_tables(data: Data) -> ArrayPopulation:
 
     With `data.columns` the files have no header line, these are the names of their columns in order, and `.data` and
     `.txt` files with commas are read too. All files have the same columns, in any order. Column `data.label` is the
-    label, every other column a feature: a number, or missing (empty, or one of `data.missing`). A single file in
-    place of the folder is one site's own.
+    label (or several columns, the targets of a regression), every other column a feature: a number, or missing
+    (empty, or one of `data.missing`). A single file in place of the folder is one site's own.
 
     Raises:
         FedmetaError: A file, column or cell is not as it should be; the error names it.
@@ -81,7 +81,12 @@ def _population(origin: str, tables: Sequence[Table], names: list[str], data: Da
         return place(tables[number], row - int(starts[number]), column)
 
     labels = encode_labels(
-        _joined_labels([table.labels for table in tables]), lambda row: cell(row, data.label), data.task, data.binarise
+        _joined_labels([table.labels for table in tables]),
+        lambda row: cell(row, ", ".join(data.label_names)),
+        data.task,
+        data.binarise,
+        target=data.target,
+        names=data.label_names,
     )
     return build_population(
         origin,

@@ -122,6 +122,7 @@ Widths = Annotated[
     TextFormat('whole numbers of at least 1 with commas between, at most 256, such as "64,64"'),
 ]
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
+Name = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
