@@ -55,8 +55,7 @@ class Data(OpenSection):
     )
     target: Literal["auto", "standardise", "log", "none"] = Field(
         default="auto",
-        description="Units that numbers as labels are learned in: mean 0 and variance 1, also of their logarithm, or "
-        "their own; auto = standardise, or none with an own problem. Scores and predictions are in the label's unit",
+        description="How numbers as labels are scaled for learning; auto = standardise, with an own problem none",
     )
     new_sites: Share | Count | Texts = Field(
         default=0.2, description="Sites that never train, drawn or named (share of sites, count of sites, or names)"
