@@ -197,19 +197,23 @@ def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
 
 
 def split_meta_state(
-    meta_state: Mapping[str, Tensor], experiment: Experiment
+    meta_state: Mapping[str, Tensor], device: str, *, log_targets: bool = False
 ) -> tuple[dict[str, Tensor], Standardisation]:
-    """Returns the learned part of a meta-state, on the experiment's device, and its standardisation.
+    """Returns the learned part of a meta-state, on a device, and its standardisation.
+
+    Args:
+        meta_state: The meta-state.
+        device: "cpu" or "cuda".
+        log_targets: Whether it is the logarithm of targets that is standardized.
 
     Raises:
         FedmetaError: The device is not there.
     """
-    device = experiment.runtime.device
     if device == "cuda" and not torch.cuda.is_available():
         raise FedmetaError('[runtime] device = "cuda": there is no CUDA device here; use "cpu"')
     learned = {name: v.to(device) for name, v in meta_state.items() if not name.startswith("standardisation.")}
     mean, scale = (meta_state[f"standardisation.{name}"].float().numpy() for name in ("mean", "scale"))
-    target = TargetScale.of(meta_state, log=experiment.target_kind == "log")
+    target = TargetScale.of(meta_state, log=log_targets)
     numbers = (each.tobytes() for each in (mean, scale, target.mean, target.scale))
     return learned, _standardisation(mean.shape, *numbers, target.log)
 
