@@ -123,7 +123,8 @@ def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_p
         chosen = found.parameters if found.steps else start.learner.adapt(start.state, (x, y), found.chosen)
         tested = _test(bare, SiteModel.of(start, chosen), apart)
     path = Path(data)
-    warnings = tuple(_warnings(start, rows))
+    notes = (*rows.notes, *(apart.notes if apart else ()))
+    warnings = (*_warnings(start, rows), *notes)
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return Adapted(start, path.stem, path.name, rows, found, model, tested, warnings, date)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedmeta.adapt.initialization import Form, MetaModel, check_form, check_scaling, check_target, check_tensors
+from fedmeta.adapt.rows import raw_rows
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
@@ -91,11 +94,34 @@ class SiteModel(nn.Module):
         own = own.exp() if self.log else own
         return own.reshape(-1) if self.form.outputs == 1 else own.reshape(-1, self.form.outputs)
 
-    def predict(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Returns class names (text) or numbers [n] for raw rows [n, *shape]; of several targets [n, targets]."""
+    def predict(self, x: Any) -> NDArray[Any]:
+        """Returns class names (text) or numbers [n] for raw rows; of several targets [n, targets].
+
+        Args:
+            x: A frame with the run's columns, in any order, or an array [n, *shape]; NaN where a value is missing.
+
+        Raises:
+            FedmetaError: A column is missing, a value is not a number, or rows have another shape.
+        """
+        return said(self._outputs(x), self.form)
+
+    def predict_proba(self, x: Any) -> NDArray[Any]:
+        """Returns the probability of each class [n, classes] for raw rows, in the order of `form.classes`.
+
+        Raises:
+            FedmetaError: The model predicts numbers; or as for `predict`.
+        """
+        if self.form.regression:
+            raise FedmetaError("the model predicts numbers, and these have no probabilities: use predict")
+        return self._outputs(x).double().numpy()
+
+    def _outputs(self, x: Any) -> Tensor:
+        rows, notes = raw_rows(x, self.form)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
         with torch.no_grad():
-            outputs = self(torch.from_numpy(np.ascontiguousarray(x)).to(self.form.dtype))
-        return said(outputs, self.form)
+            outputs: Tensor = self(torch.from_numpy(np.ascontiguousarray(rows)))
+        return outputs
 
     def write(self, path: Path, start: MetaModel, facts: Mapping[str, Any]) -> None:
         """Writes the model's state, how it is built, and facts about it into one file, atomically."""

@@ -37,10 +37,17 @@ def load_tables(data: Data) -> ArrayPopulation:
     return _population(str(folder), [read_table(file, data) for file in files], [file.stem for file in files], data)
 
 
-def load_table_site(data: Data, path: str, name: str) -> ArrayPopulation:
-    """Returns the population whose one site holds all rows of a file, called `name`, or as the file where empty."""
+def load_table_site(data: Data, path: str, name: str, only: Sequence[str] | None = None) -> ArrayPopulation:
+    """Returns the population whose one site holds all rows of a file, called `name`, or as the file where empty.
+
+    Args:
+        data: What a file's columns mean.
+        path: The file.
+        name: The site's name.
+        only: The columns that are features; None for all but the label.
+    """
     file = _existing(path)
-    return _population(path, [read_table(file, data)], [name or file.stem], data)
+    return _population(path, [read_table(file, data, only)], [name or file.stem], data)
 
 
 def _existing(path: str) -> Path:
