@@ -88,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on from a round as if it had never stopped.
+    """All that a run needs to resume from a round as if it had never stopped.
 
     Attributes:
         experiment: The experiment as TOML.

@@ -10,7 +10,7 @@ from fedmeta.data.population import order_classes
 from fedmeta.errors import FedmetaError, nearest
 
 Place = Callable[[int], str]
-"""Says in words where the label of a row is: file, line or index, column."""
+"""Describes where the label of a row is: file, line or index, column."""
 
 
 class Labels(NamedTuple):

@@ -127,7 +127,7 @@ def _mapped(path: Path, member: str) -> NDArray[Any] | None:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size < MAP_FROM:
             return None
-        # The local header repeats the name and has extra fields of its own length, so that the offset of the
+        # The local header repeats the name and has extra fields of another length, so that the offset of the
         # content is known from it alone (PKWARE's APPNOTE, 4.3.7).
         file.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), dtype="<u2").tolist()
