@@ -80,6 +80,7 @@ def build_population(
         class_names=labels.class_names,
         feature_names=feature_names,
         missing=facts.missing,
+        target_names=labels.target_names,
     )
 
 
