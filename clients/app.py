@@ -16,7 +16,6 @@ from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
 from clients.node import learner_for, node_of, split_meta_state
 from fedmeta import engines
-from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
@@ -164,6 +163,5 @@ def memory_budget(gib: float, device: str = "cpu") -> int:
 
 
 def _use_machine(threads: int) -> None:
-    tune_glibc_malloc()
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
