@@ -14,7 +14,8 @@ from flwr.clientapp import ClientApp
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
-from clients.node import learner_for, node_of, split_meta_state
+from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
+from clients.policy import Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
@@ -35,6 +36,7 @@ CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
     UnknownSiteError: "unknown-site",
     StorageError: "bad-storage",
+    PolicyError: "beyond-policy",
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
     MemoryError: "out-of-memory",
@@ -72,8 +74,11 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the feature sums of training sites."""
-    node = node_of(context)
-    total = node.sums(node.find(SumsRequest.unpack(content).names))
+    node, policy = node_of(context), policy_of(context.node_config)
+    here = node.find(SumsRequest.unpack(content).names)
+    if policy and isinstance(node, RowNode):
+        policy.check_sums(node.split.train_sizes(here))
+    total = node.sums(here)
     return SumsReply(total.count, total.total, total.square).pack()
 
 
@@ -82,10 +87,13 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    if policy:
+        policy.check_rows(batch, test=False)
     chosen, seconds = engines.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
@@ -96,11 +104,14 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
+    if policy:
+        policy.check_rows(batch, test=False)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
         kept = LocalStateStore.of(context, node.experiment, request)
@@ -126,11 +137,12 @@ def train(content: RecordDict, context: Context) -> RecordDict:
             clip_norm=clip_norm,
             per_site=request.per_site,
         )
+    query_loss = metrics["query_loss"].cpu().numpy()
     return TrainReply(
         gradient=gradient,
         weight=weight,
         names=request.names,
-        query_loss=metrics["query_loss"].cpu().numpy(),
+        query_loss=policy.figures(query_loss) if policy else query_loss,
         finite=metrics["finite"].cpu().numpy().astype(bool),
     ).pack()
 
@@ -140,13 +152,24 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request, evaluation=True)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.local_only
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
-    return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
+    evaluator = Evaluator.of(learner, meta_state, request)
+    return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+
+
+def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:
+    """Returns the site's policy, None in simulation, once a request was held against it and counted."""
+    policy = policy_of(context.node_config)
+    if policy:
+        policy.check_steps(node.experiment, request)
+        count_request(policy, context, request.run, evaluation=evaluation)
+    return policy
 
 
 def memory_budget(gib: float, device: str = "cpu") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,16 @@ def sites(
         str,
         typer.Option(metavar="CONFIG", help='Show what a node with this config would send: site="NAME" data="FILE".'),
     ] = "",
+    certs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="With --node-config: show how long the certificates in a folder are valid."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:
     """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
 
-    With --node-config it shows, at a site and without sending anything, every message that the site's node would send.
+    With --node-config it shows, at a site and without sending anything, the site's policy and every message that its
+    node would send.
     """
     from fedmeta.cli import tables
     from fedmeta.data import load
@@ -34,8 +40,15 @@ def sites(
 
     experiment = load_experiment(file, overrides or [])
     if node_config:
-        from fedmeta.runtime.dry_run import dry_run, told
+        from fedmeta.runtime.dry_run import dry_run, granted, told
 
+        # Where the messages are for a program, what is for people goes beside them.
+        aside = sys.stderr if as_json else sys.stdout
+        print("policy of this site:", *(f"    {line}" for line in granted(node_config)), sep="\n", file=aside)
+        for folder in certs or []:
+            from fedmeta.certs import validities
+
+            print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
         print(told(dry_run(experiment, node_config), as_json))
         return
     frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)

@@ -184,6 +184,6 @@ say "200 idle clients ($(tail -1 "$WORK/flood.log") held at the end) cost the ga
 tool "$IMAGE" python -c "import sys; sys.exit($flood_s - $quiet_s > 1)" || die "the flood delays a round by over a second"
 
 tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --revoke hospital-e >/dev/null; chown -R 10001:10001 "$CERTS"
-out() { podman logs "${P}_hospital-e-node_1" 2>&1 | tail -60 | grep -q "400 Bad Request"; }
-within 60 out || { podman logs --tail 20 "${P}_hospital-e-node_1"; die "a revoked site still gets in"; }
+out() { podman logs "${P}_hospital-e-node_1" 2>&1 | tail -40 | grep -q "Failed to initialize the connection"; }
+within 90 out || { podman logs --tail 20 "${P}_hospital-e-node_1"; die "a revoked site still gets in"; }
 say "a revoked site is out"

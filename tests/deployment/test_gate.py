@@ -177,11 +177,11 @@ def test_a_body_beyond_bounds_does_not_pass(door: Door) -> None:
 
 
 def test_whoever_shows_no_certificate_of_the_federation_gets_nowhere(door: Door, tmp_path: Path) -> None:
-    assert door.ask(trust(door.certs))[0] == 400
+    assert door.ask(trust(door.certs))[0] == 401
     make_certs(tmp_path / "others", ["fl.example.org"], ["a"])
-    assert door.ask(trust(door.certs, tmp_path / "others" / "sites" / "a"))[0] == 400
+    assert door.ask(trust(door.certs, tmp_path / "others" / "sites" / "a"))[0] == 401
     # A certificate for a site's inside is none for the gate.
-    assert door.ask(trust(door.certs, door.site("a"), "tls"))[0] == 400
+    assert door.ask(trust(door.certs, door.site("a"), "tls"))[0] == 401
     assert door.superlink.asked == []
 
 
@@ -192,7 +192,7 @@ def test_a_revoked_certificate_is_out_at_its_next_message(door: Door) -> None:
 
     def refused() -> bool:
         try:
-            return ask(connection)[0] == 400
+            return ask(connection)[0] == 401
         except (http.client.HTTPException, OSError):
             connection.close()
             return False
