@@ -2,8 +2,8 @@
 
 A deployed node's config may hold each key, as in `--node-config 'site="a" data="/data/a.csv" min_test=30'`, and so may
 the TOML file `fedmeta-policy.toml` beside its data, which the config overrules. A request that goes beyond is answered
-with the code `beyond-policy`; the reason stays in the node's log. In simulation there is no site to protect, and nothing
-is refused.
+with the code `beyond-policy`; the reason stays in the node's log. In simulation there is no site to protect, and
+nothing is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Policy:
         max_inner_steps: The most steps of any kind that one request may ask of a task, inner or local (steps).
         max_evaluations: The most evaluations of one run (messages).
         max_requests: The most training and evaluation requests in an hour, of all runs together (messages).
-        metrics: "exact", or "rounded": figures of the site to two decimals, and no sums over its rows for pooled metrics.
+        metrics: "exact", or "rounded": figures of the site to two decimals, and no sums over rows for pooled metrics.
     """
 
     min_support: int = 10

@@ -101,7 +101,7 @@ def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
-        ready, _, _ = select.select([listener, watched], [], [])
+        ready, _, _ = select.select([listener.fileno(), watched], [], [])
         if watched in ready:
             break
         asked, _ = listener.accept()

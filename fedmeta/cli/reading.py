@@ -25,7 +25,7 @@ def sites(
     ] = "",
     certs: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FOLDER", help="With --node-config: show how long the certificates in a folder are valid."),
+        typer.Option(metavar="FOLDER", help="With --node-config: show how long certificates in a folder are valid."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:

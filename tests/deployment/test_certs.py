@@ -204,7 +204,7 @@ def test_days_left_are_shown_and_few_are_a_warning(
     monkeypatch.setattr(certs, "CERTIFICATE_DAYS", 30)
     make_certs(made, [], ["hospital-a"], renew=True)
     monkeypatch.setattr("sys.argv", ["fedmeta", "certs", "--out", str(made)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if "hospital-b/tls.crt: 824 days left" in line]
