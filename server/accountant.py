@@ -5,8 +5,9 @@ A round is one Poisson-sampled Gaussian mechanism: each training site takes part
 noise of standard deviation `noise_multiplier * clip_norm`. Two federations are neighbors where one has one site more
 than the other. Rounds compose by the distribution of their privacy loss (Koskela, Jälkö and Honkela 2020; Doroshenko et
 al. 2022), which Google's dp-accounting computes. Its error is one-sided: epsilon is never too small, and on the grid of
-`INTERVAL` at most 0.01 too large up to an epsilon of 25 (tests/server/test_privacy.py compares with a grid 20 times as
-fine). The accountant of Renyi divergences, which was used before, gave 7.97 where this one gives 7.05.
+`INTERVAL` at most 0.002 too large up to an epsilon of 20 (tests/server/test_privacy.py compares with a grid 20 times as
+fine, and without sampling with the exact value of Balle and Wang 2018). For 20 of 100 sites a round, noise 2.0, delta
+1e-5 and 100 rounds epsilon is 5.02; by Renyi divergences it was 5.56.
 """
 
 from __future__ import annotations

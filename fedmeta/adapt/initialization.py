@@ -23,7 +23,7 @@ from torch import Tensor
 from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server, Tracking
+from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
@@ -287,6 +287,5 @@ def _without_surroundings(experiment: Experiment) -> Experiment:
             "evaluation": Evaluation(),
             "tracking": Tracking(),
             "runtime": Runtime(seed=experiment.runtime.seed),
-            "privacy": Privacy(),
         }
     )
