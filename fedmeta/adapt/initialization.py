@@ -27,6 +27,7 @@ from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
+from fedmeta.signing import UNSIGNED, check_signature, signed
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "meta_model.safetensors"
@@ -101,6 +102,7 @@ class MetaModel:
         steps: The inner steps after which the run scored sites.
         rate: What the inner rates were multiplied by there.
         finished: Whether the run had ended.
+        signature: What is known of the signature of the file that it was read from.
     """
 
     experiment: Experiment
@@ -113,6 +115,7 @@ class MetaModel:
     steps: int
     rate: float
     finished: bool = True
+    signature: str = UNSIGNED
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
@@ -179,10 +182,16 @@ class MetaModel:
         return row.astype(np.float64 if self.form.dtype == torch.float64 else np.float32)
 
     def write(self, path: Path) -> None:
-        """Writes the start as one file, atomically; raises `OSError` where the disk does not take it."""
+        """Writes the start as one file, atomically, signed where the environment names a key.
+
+        Raises:
+            OSError: The disk does not take it.
+            FedmetaError: The key cannot be read.
+        """
         header = Header(**{field.name: getattr(self, field.name) for field in fields(Header)})
         texts = {"format": FORMAT, "experiment": self.experiment.to_toml(), "header": json.dumps(asdict(header))}
-        write_atomic(path, save(self._tensors(), texts))
+        tensors = self._tensors()
+        write_atomic(path, save(tensors, signed(texts, tensors)))
 
     @classmethod
     def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> MetaModel:
@@ -194,15 +203,16 @@ class MetaModel:
             remedy: How a person allows more code, for the message.
 
         Raises:
-            FedmetaError: It is not such a file, or asks for other code.
+            FedmetaError: It is not such a file, asks for other code, or lacks the signature that is asked for.
         """
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
+        signature = check_signature(str(path), texts, tensors)
         header = read_json(texts.get("header", ""), Header, f"{path}: its header is not that of a start for new sites")
         experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         facts = {field.name: getattr(header, field.name) for field in fields(Header)}
-        found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, **facts)
+        found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, signature=signature, **facts)
         check(found, str(path))
         return found
 

@@ -20,6 +20,7 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
         ("learner", f"{start.name}, inner rate {start.learner.inner_lr:g}"),
         ("network", model.name + (f", layers {model.hidden}" if model.name in ("mlp", "char_lstm") else "")),
         ("digest of the start", start.digest),
+        ("signature of the start", start.signature),
         ("inner steps taken", f"{found.steps} (chosen by cross-validation on the rows)"),
         ("made", adapted.date),
         ("labels", "numbers" if start.form.regression else ", ".join(adapted.rows.classes)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -93,6 +94,10 @@ def adapt(
             metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
         ),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public keys, one of which must have signed the start: signing.pub."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
@@ -101,8 +106,11 @@ def adapt(
     """
     from fedmeta.adapt import adaptation, locate, writing
     from fedmeta.cli import adapt_output
+    from fedmeta.signing import VERIFY_KEY
     from fedmeta.trust import allow_code
 
+    if key:
+        os.environ[VERIFY_KEY] = str(key)
     writing.check_folder(out)
     start = locate.find_start(run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []))
     with adapt_output.progress() as report:
