@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedmeta.adapt import adaptation, model_card
+from fedmeta.progress import ignore_progress
 from fedmeta.search import compare, search_report
 from fedmeta.search.comparison_report import markdown
 from fedmeta.search.privacy_spent import privacy_spent
-from fedmeta.progress import ignore_progress
 from tests.adapt.finished import COLUMNS, hospitals, rows, run, said, write_csv
 from tests.search.searches import config, described, searched
 

@@ -100,7 +100,11 @@ def test_epsilon_of_a_known_setting() -> None:
 
 @pytest.mark.parametrize(
     ("terms", "count"),
-    [(Accountant(100, 20, 2.0, 1e-5), 1000), (Accountant(1000, 50, 1.0, 1e-5), 100), (Accountant(200, 40, 5.0, 1e-6), 9)],
+    [
+        (Accountant(100, 20, 2.0, 1e-5), 1000),
+        (Accountant(1000, 50, 1.0, 1e-5), 100),
+        (Accountant(200, 40, 5.0, 1e-6), 9),
+    ],
 )
 def test_the_grid_makes_epsilon_a_little_larger_and_never_smaller(terms: Accountant, count: int) -> None:
     fine = _loss_of_a_round(terms.expected / terms.sites, terms.noise_multiplier, INTERVAL / 20)
