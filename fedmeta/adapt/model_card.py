@@ -37,9 +37,8 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
     ]
     if start.experiment.privacy.noise_multiplier:
         lines += [
-            "The start was trained with noise for site-level privacy; epsilon in the run's summary covers the start and "
-            "the sites that trained it. It does not cover this model: nothing was added to what this site's rows "
-            "changed, and whoever has the model can learn of them.",
+            "The start was trained with noise for site-level privacy; epsilon in the run's summary covers the sites "
+            "that trained it. It does not cover this model: what this site's rows changed was made without noise.",
             "",
         ]
     lines += [f"- {warning}" for warning in adapted.warnings] + [""] * bool(adapted.warnings)
