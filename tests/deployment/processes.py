@@ -18,6 +18,7 @@ from ssl import create_default_context
 import numpy as np
 import pytest
 
+from clients.policy import FILE as POLICY
 from fedmeta.certs import make_certs
 from fedmeta.runtime import deployment
 from fedmeta.runtime.superlink import environment, free_port, keep
@@ -70,8 +71,9 @@ class Federation:
 
 
 def write_sites(folder: Path, sites: int = 3, rows: int = 24) -> dict[str, Path]:
-    """Writes one CSV per site; each has the same columns in an order of its own."""
+    """Writes one CSV per site, each with the same columns in its order, and a policy that grants tasks of few rows."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / POLICY).write_text("min_support = 1\nmin_query = 1\nmin_test = 1\n")
     random = np.random.default_rng(5)
     columns = ["age", "chol", "label", "pressure"]
     files = {}
