@@ -10,6 +10,7 @@ from functools import wraps
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
@@ -17,6 +18,7 @@ from clients.local_state import LocalStateStore, StorageError
 from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
 from clients.policy import Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
+from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
@@ -73,13 +75,13 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @app.query("sums")
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
-    """Adds up the feature sums of training sites."""
+    """Adds up the features and targets of training sites."""
     node, policy = node_of(context), policy_of(context.node_config)
     here = node.find(SumsRequest.unpack(content).names)
     if policy and isinstance(node, RowNode):
         policy.check_sums(node.split.train_sizes(here))
-    total = node.sums(here)
-    return SumsReply(total.count, total.total, total.square).pack()
+    found = (node.sums(here), node.target_sums(here))
+    return SumsReply(*(value for sums in found for value in (sums.count, sums.total, sums.square))).pack()
 
 
 @app.query("engine")
@@ -89,7 +91,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), RoundRequest.unpack(content)
     policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     if policy:
@@ -107,7 +109,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     if policy:
@@ -155,9 +157,9 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     policy = _granted(node, context, request, evaluation=True)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
-    keeps = learner.personal(meta_state) and not request.local_only
+    keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     evaluator = Evaluator.of(learner, meta_state, request)
     return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
@@ -170,6 +172,12 @@ def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation:
         policy.check_steps(node.experiment, request)
         count_request(policy, context, request.run, evaluation=evaluation)
     return policy
+
+
+def _meta_state(node: Node, request: RoundRequest) -> tuple[dict[str, Tensor], Standardisation]:
+    """Returns the learned part of a request's meta-state, and its standardisation."""
+    log = node.experiment.target_kind == "log"
+    return split_meta_state(request.meta_state, node.experiment.runtime.device, log_targets=log)
 
 
 def memory_budget(gib: float, device: str = "cpu") -> int:

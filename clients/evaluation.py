@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.local_only import solve_alone
+from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from clients.policy import ROUNDED, Policy
 from fedmeta import engines
@@ -19,14 +20,13 @@ from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
 from fedmeta.engines.step_selection import FOLDS, choose_steps
 from fedmeta.engines.weighted_sum import Figures
-from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.messages import LOSS, EvaluateReply, RoundRequest
 from fedmeta.models import Parameters
 from fedmeta.problems import RowMetric, Supervised
 from fedmeta.problems.pooled import Bins, Sums, sums_of
-from fedmeta.problems.row_metrics import Predictions, on_predictions, predictions_of
+from fedmeta.problems.row_metrics import Predictions, in_original_units, on_predictions, predictions_of
 from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
 
@@ -45,7 +45,7 @@ class Evaluator:
         steps: The number of inner steps.
         engine: The engine.
         budget: Bytes that the sites which are computed together may take.
-        local_only: Whether sites solve on their own, without the federation.
+        baseline: What is scored in place of adaptation, as in `RoundRequest`.
     """
 
     learner: Learner
@@ -53,14 +53,14 @@ class Evaluator:
     steps: int
     engine: str
     budget: int
-    local_only: bool = False
+    baseline: str = ""
 
     @classmethod
     def of(cls, learner: Learner, meta_state: Mapping[str, Tensor], request: RoundRequest) -> Evaluator:
         """Returns the evaluator that a request asks for."""
         budget = request.budget or engines.BUDGET
-        if request.local_only:
-            return cls(learner, meta_state, request.steps, request.engine, budget, local_only=True)
+        if request.baseline:
+            return cls(learner, meta_state, request.steps, request.engine, budget, request.baseline)
         learner, scaled = scale_inner_lr(learner, meta_state, request.rate)
         return cls(learner, scaled, learner.evaluation_steps(request.steps), request.engine, budget)
 
@@ -71,13 +71,7 @@ class Evaluator:
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
     def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site selects on its support rows.
-
-        Raises:
-            FedmetaError: The data are no rows, which folds could be made of.
-        """
-        if not self.learner.problem.on_rows:
-            raise FedmetaError("[evaluation] gate = true: an own problem's data have no folds; set it to false")
+        """Returns the number of steps [sites] that each site selects on its support rows."""
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):
@@ -104,7 +98,7 @@ def evaluate_sites(
         here: The sites, in the request's order.
         request: What was asked.
         evaluator: How to evaluate.
-        scale: The run's standardisation.
+        scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site kept of its own, where the learner has such.
         policy: What the site grants; None in simulation.
 
@@ -113,16 +107,20 @@ def evaluate_sites(
     """
     problem = evaluator.learner.problem
     names = dict.fromkeys((LOSS, *(metric.name for metric in problem.metrics)))
-    columns = 1 if evaluator.local_only else evaluator.steps + 1
+    columns = 1 if evaluator.baseline else evaluator.steps + 1
     figures = {name: np.full((len(here), columns), np.nan) for name in names}
     chosen = np.full(len(here), columns - 1, dtype=np.int64)
+    evaluations = np.zeros(len(here), dtype=np.int64)
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
         if policy:
             policy.check_rows(batch, test=True)
-        if evaluator.local_only:
+        if evaluator.baseline == "local_only":
             found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
+        elif evaluator.baseline:
+            found, counts = own_baseline(evaluator.baseline, evaluator.learner, evaluator.meta_state, batch)
+            evaluations[group] = counts
         else:
             own = None
             if kept is not None:
@@ -132,13 +130,17 @@ def evaluate_sites(
             if request.gate and evaluator.steps:
                 picked = evaluator.select_steps(batch, own).cpu().numpy().reshape(len(group), -1)
                 chosen[group] = np.median(picked, axis=1)
-        outputs = found.pop(OUTPUTS, None)
+        outputs, y = found.pop(OUTPUTS, None), batch.query[1] if problem.on_rows else None
         taken = np.repeat(chosen[group], batch.sites // len(group))
+        if outputs is not None and y is not None and y.is_floating_point() and not scale.target.identity:
+            restored, outputs, y = in_original_units(outputs, y, batch.query[2], scale.target, problem.metrics)
+            found |= restored
         by_task = {name: value.double().cpu().numpy() for name, value in found.items()}
         if "accuracy" in by_task:
             by_task["accuracy"] = exact_accuracy(by_task["accuracy"], batch)
-        if isinstance(problem, Supervised) and outputs is not None:
-            sums = _on_predictions(problem, outputs.cpu().numpy(), batch, taken, by_task, bool(request.groups))
+        if isinstance(problem, Supervised) and outputs is not None and y is not None:
+            queries = y.cpu().numpy(), batch.query[2].cpu().numpy()
+            sums = _on_predictions(problem, outputs.cpu().numpy(), queries, taken, by_task, bool(request.groups))
             per_site = batch.sites // len(group)
             for place, parts in enumerate(sums):
                 site = int(group[place // per_site])
@@ -154,13 +156,14 @@ def evaluate_sites(
     if policy and policy.metrics == ROUNDED:
         figures = {name: policy.figures(values) for name, values in figures.items()}
         pooled, pooled_sites = {}, [0] * len(pooled_sites)
-    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites))
+    counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
+    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
 
 
 def _on_predictions(
     problem: Supervised,
     outputs: NDArray[np.floating],
-    batch: Batch,
+    queries: tuple[NDArray[Any], NDArray[Any]],
     taken: NDArray[np.int64],
     figures: dict[str, Floats],
     pool: bool,
@@ -170,7 +173,7 @@ def _on_predictions(
     Args:
         problem: The problem.
         outputs: The model's outputs [tasks, steps + 1, rows, outputs].
-        batch: The tasks.
+        queries: The tasks' labels [tasks, rows] (targets in their own units) and which rows are there.
         taken: The steps that each task's site takes [tasks].
         figures: The figures so far; metrics are computed at the first and the last taken step, the score at every one.
         pool: Whether pooled sums are wanted.
@@ -178,13 +181,13 @@ def _on_predictions(
     chosen = [m for m in problem.metrics if isinstance(m, RowMetric) and m.on_predictions is not None]
     columns = outputs.shape[1]
     for metric in chosen:
-        figures[metric.name] = np.full((batch.sites, columns), np.nan)
+        figures[metric.name] = np.full((len(outputs), columns), np.nan)
     sums: list[Sums] = []
     if not chosen and not pool:
         return sums
-    y, mask = (batch.query[k].cpu().numpy() for k in (1, 2))
+    y, mask = queries
     bins = Bins()
-    for task in range(batch.sites):
+    for task in range(len(outputs)):
         present = mask[task] > 0
         steps = {0, int(taken[task])}
         every = range(columns) if any(metric is problem.metrics[0] for metric in chosen) else sorted(steps)

@@ -27,6 +27,7 @@ from fedmeta.files import PART, read_tensors, write_atomic
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
+    "targets",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -49,6 +50,8 @@ class Evaluation:
         local: Each metric of what a site does alone [sites]; NaN or absent where that was not asked for.
         pooled: Sums over the test rows of a group of sites, by "GROUP/STATE/NAME" (`fedmeta.problems.pooled`).
         pooled_sites: How many sites each group's sums hold [groups].
+        baselines: Of the problem's own baselines, by "classical_NAME" and "optimum_NAME": each metric, the loss, and
+            the evaluations that they took [sites].
     """
 
     round_number: int
@@ -58,10 +61,11 @@ class Evaluation:
     local: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pooled: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
+    baselines: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Returns all of it but the round as arrays by name."""
-        groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled}
+        groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled, "baselines": self.baselines}
         parts = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         return {
             "sites": self.sites,
@@ -73,7 +77,7 @@ class Evaluation:
     @classmethod
     def of(cls, round_number: int, arrays: Mapping[str, NDArray[Any]]) -> Evaluation:
         """Returns the evaluation whose `arrays` these are."""
-        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}}
+        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}, "baselines": {}}
         for name, value in arrays.items():
             group, _, rest = name.partition("/")
             if rest:
@@ -84,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on from a round as if it had never stopped.
+    """All that a run needs to resume from a round as if it had never stopped.
 
     Attributes:
         experiment: The experiment as TOML.
@@ -111,6 +115,7 @@ class Checkpoint:
         weights: Each site's weight, as it was when it joined.
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
+        targets: What each target of a regression is called; empty for classes.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -139,6 +144,7 @@ class Checkpoint:
     form: str = ""
     held_out: bool = True
     finished: bool = False
+    targets: tuple[str, ...] = ()
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -27,7 +27,7 @@ from fedmeta.experiment.validation import (
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
-    "imaml", "pfedme", "ditto", "fedrep", "fedper",
+    "imaml", "pfedme", "ditto", "fedrep", "fedper", "average",
 ]  # fmt: skip
 
 Hessian = Literal["exact", "free", "first-order"]
@@ -100,6 +100,9 @@ class Learner(OpenSection):
     local_lr: float = Field(default=0.3, gt=0, description="Learning rate of the local steps (per step)")
     hessian: Hessian = Field(
         default="exact", description="The second-order term of per-fedavg; free = by finite difference"
+    )
+    solve_steps: int = Field(
+        default=200, ge=1, description="Length of a site's way to its own solution, of average (steps)"
     )
     body_steps: int = Field(default=1, ge=0, description="Steps of fedrep's body after those of its head (steps)")
     annealing: float = Field(
@@ -176,7 +179,7 @@ class Evaluation(Section):
     every: int = Field(default=10, ge=0, description="Interval between evaluations; 0 = only at the end (rounds)")
     metrics: Annotated[Texts, Code()] = Field(
         default=(),
-        description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse and mae",
+        description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse, mae and r2",
     )
     score: Annotated[str, Code()] = Field(default="", description="Headline metric; empty = the first of the metrics")
     local_baseline: Literal["auto", "network", "none"] = Field(
