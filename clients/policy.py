@@ -27,6 +27,7 @@ from clients.local_state import StorageError
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import write_atomic
+from fedmeta.learners import learner_class, settings_of
 from fedmeta.messages import RoundRequest
 from fedmeta.task import Batch
 
@@ -66,7 +67,7 @@ class Policy:
     min_support: int = 10
     min_query: int = 10
     min_test: int = 10
-    max_inner_steps: int = 100
+    max_inner_steps: int = 200
     max_evaluations: int = 20
     max_requests: int = 1000
     metrics: str = EXACT
@@ -78,7 +79,8 @@ class Policy:
             PolicyError: The experiment or the request asks for more.
         """
         section = experiment.learner
-        settings = {**section.model_dump(), **section.extra}
+        own = settings_of(learner_class(section.name))
+        settings = {**{name: value for name, value in section.model_dump().items() if name in own}, **section.extra}
         asked = {f"learner.{name}": value for name, value in settings.items() if name.endswith(("steps", "epochs"))}
         for name, steps in {**asked, "the request's steps": request.steps}.items():
             if not isinstance(steps, int) or steps > self.max_inner_steps:

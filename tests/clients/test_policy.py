@@ -74,9 +74,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str, dict[str, Any]]] = 
     "few test rows": ({}, ("data.test=0.05",), EVALUATE, {}),
     "few rows at all": ({"rows": 12}, (), TRAIN, {}),
     "more rows are asked for": ({"min_support": 11}, (), TRAIN, {}),
-    "many inner steps": ({}, ("learner.inner_steps=101",), TRAIN, {}),
-    "many local steps": ({}, ("learner.name=per-fedavg", "learner.local_steps=101"), TRAIN, {}),
-    "many steps at an evaluation": ({}, (), EVALUATE, {"steps": 101}),
+    "many inner steps": ({}, ("learner.inner_steps=201",), TRAIN, {}),
+    "many local steps": ({}, ("learner.name=per-fedavg", "learner.local_steps=201"), TRAIN, {}),
+    "many steps at an evaluation": ({}, (), EVALUATE, {"steps": 201}),
     "no evaluation": ({"max_evaluations": 0}, (), EVALUATE, {}),
     "no request": ({"max_requests": 0}, (), TRAIN, {}),
 }

@@ -97,7 +97,7 @@ def test_the_command_line_shows_it(site: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "query.sums: " in done.stdout
-    assert "    min_test = 1\n    max_inner_steps = 100\n    max_evaluations = 20\n" in done.stdout
+    assert "    min_test = 1\n    max_inner_steps = 200\n    max_evaluations = 20\n" in done.stdout
     assert "requests are counted while the node lives, by run: give it a folder" in done.stdout
     assert "certs/sites/hospital-a/egress.crt: 824 days left" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["certs", "data with space", "run.toml"]
