@@ -206,7 +206,7 @@ def _standardisation(shape: tuple[int, ...], mean: bytes, scale: bytes) -> Stand
 
 @lru_cache(maxsize=4)
 def _experiment(text: str) -> Experiment:
-    return Experiment.from_toml(text, origin="run config: experiment")
+    return Experiment.from_toml(text, origin="run config: experiment").without_weights()
 
 
 def invalidate_stale_caches(data: Data) -> None:

@@ -140,7 +140,7 @@ def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:
 def _score(model: SiteModel, rows: SiteRows) -> float:
     x, y = _prepared(model, rows)
     with torch.no_grad():
-        outputs = model.network(x)
+        outputs = model.outputs(x)
     return float(score(outputs, y, torch.ones(len(y), dtype=outputs.dtype)))
 
 

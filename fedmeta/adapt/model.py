@@ -19,6 +19,7 @@ from fedmeta.adapt.initialization import Form, MetaModel, check_form, check_scal
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
+from fedmeta.models.attention import exact_attention
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "model.safetensors"
@@ -52,7 +53,8 @@ class SiteModel(nn.Module):
         network = copy.deepcopy(start.learner.network.module)
         model = cls(network, start.mean, start.scale, start.form)
         own = {name: value.detach().clone() for name, value in parameters.items()}
-        model.network.load_state_dict(own, strict=False)
+        unknown = model.network.load_state_dict(own, strict=False).unexpected_keys
+        assert not unknown, f"the model has no {unknown}"
         return model
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -67,9 +69,15 @@ class SiteModel(nn.Module):
         x = (x - self.mean.to(x.dtype)) / self.scale.to(x.dtype)
         return torch.where(torch.isnan(x), torch.zeros_like(x), x).to(kind)
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """Returns the network's outputs for prepared rows, attention computed as in training."""
+        with exact_attention():
+            found: Tensor = self.network(x)
+            return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the classes' probabilities [n, classes], or for regression numbers [n], of raw rows [n, *shape]."""
-        outputs: Tensor = self.network(self.prepare(x))
+        outputs = self.outputs(self.prepare(x))
         return outputs.reshape(-1) if self.form.regression else outputs.softmax(-1)
 
     def predict(self, x: NDArray[Any]) -> NDArray[Any]:
