@@ -10,6 +10,8 @@ result.summary, result.sites, result.meta_state
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedmeta.versions import __version__
+
 if TYPE_CHECKING:
     from fedmeta import engines, learners, noise, problems
     from fedmeta.engines import meta_gradients
@@ -27,6 +29,7 @@ __all__ = [
     "Solver",
     "Task",
     "TaskSource",
+    "__version__",
     "engines",
     "implicit",
     "learners",
@@ -38,7 +41,6 @@ __all__ = [
     "rows_mask",
     "run",
 ]
-__version__ = "0.1.0"
 
 _HOMES = {
     "Experiment": "fedmeta.experiment",

@@ -1,8 +1,9 @@
-"""How a launcher and the ServerApp that it launched speak: by files in a folder, for Flower's exit codes say nothing.
+"""The contract between a launcher and the ServerApp that it starts: files in a folder, or lines of Flower's log.
 
-`flwr run --stream` exits with 0 when the ServerApp raised, and a ServerApp that exits reads `finished:completed`. So
-the ServerApp writes its progress and its result into the folder that `FEDMETA_RESULT` names, and the launcher judges
-by the result alone. A file `stop` in the folder asks the ServerApp to write a checkpoint and end.
+Flower's exit codes do not report success: `flwr run --stream` exits with 0 when the ServerApp raised, and a ServerApp
+that exits reads `finished:completed`. On one machine the ServerApp therefore writes its progress and its result into
+the folder that `FEDMETA_RESULT` names, and the launcher goes by the result alone; a file `stop` in the folder asks the
+ServerApp to write a checkpoint and end. Over a deployment progress is printed to the log, and MLflow has the result.
 """
 
 from __future__ import annotations
@@ -13,25 +14,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, Report
 
 RESULT_VARIABLE = "FEDMETA_RESULT"
 """Environment variable of the ServerApp: the folder in which its launcher waits."""
 
 RESUME_VARIABLE = "FEDMETA_RESUME"
-"""Environment variable of the ServerApp: the folder of the run to go on with."""
+"""Environment variable of the ServerApp: the folder of the run to resume."""
+
+TRACKING_URI = "FEDMETA_TRACKING_URI"
+"""Environment variable: the MLflow store as this process reaches it, in place of the experiment's `tracking.uri`."""
+
+PROGRESS = "fedmeta progress: "
+"""How a line of the ServerApp's log begins that holds a `Progress` as JSON."""
+
+ERROR = "fedmeta: "
+"""How a line of the ServerApp's log begins that reports why the run failed."""
 
 _PROCESS, _PROGRESS, _RESULT, _STOP = "server.pid", "progress.jsonl", "result.json", "stop"
 
 
 def launcher_folder() -> Path | None:
-    """Returns the folder in which this process's launcher waits, or None where nobody does."""
+    """Returns the folder in which this process's launcher waits, or None where none does."""
     folder = os.environ.get(RESULT_VARIABLE)
     return Path(folder) if folder else None
 
 
 def announce(folder: Path) -> None:
-    """Tells the launcher which process the ServerApp is, for Flower itself takes a minute to miss it."""
+    """Reports the ServerApp's process to the launcher, since Flower takes a minute to notice that it died."""
     part = folder / f"{_PROCESS}.part"
     part.write_text(str(os.getpid()))
     part.replace(folder / _PROCESS)
@@ -55,6 +66,17 @@ def reporter(folder: Path) -> Report:
             raise KeyboardInterrupt
 
     return report
+
+
+def tracked(experiment: Experiment) -> Experiment:
+    """Returns the experiment with the store that the environment names for this process, if it names one."""
+    uri = os.environ.get(TRACKING_URI)
+    return experiment.with_overrides([f"tracking.uri={json.dumps(uri)}"]).with_user_info_kept() if uri else experiment
+
+
+def print_progress(progress: Progress) -> None:
+    """Prints progress as the line of the log that the submitter looks for."""
+    print(f"{PROGRESS}{progress.to_json()}", flush=True)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

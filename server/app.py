@@ -14,8 +14,15 @@ from flwr.serverapp import Grid, ServerApp
 from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.launch import RESUME_VARIABLE, announce, launcher_folder, reporter, write_result
-from fedmeta.runtime.deployment import print_progress, tracked
+from fedmeta.launch import (
+    RESUME_VARIABLE,
+    announce,
+    launcher_folder,
+    print_progress,
+    reporter,
+    tracked,
+    write_result,
+)
 from fedmeta.trust import code_of, refuse_foreign_code
 from server import training_loop
 
@@ -30,7 +37,9 @@ def main(grid: Grid, context: Context) -> None:
         announce(folder)
     try:
         experiment, resume = _task(context)
-        outcome = training_loop.run(grid, experiment, reporter(folder) if folder else print_progress, resume)
+        report = reporter(folder) if folder else print_progress
+        # A launcher waits on this machine alone, where the simulated sites' data are too.
+        outcome = training_loop.run(grid, experiment, report, resume, data_here=bool(folder))
     except FedmetaError as error:
         print(f"fedmeta: {error}", file=sys.stderr, flush=True)
         _hand_over(folder, {"error": str(error)})
@@ -43,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _task(context: Context) -> tuple[Experiment, Path | None]:
-    """Returns the experiment and the folder of the run to go on with: a launcher's, or one of this server's own."""
+    """Returns the experiment and the folder of the run to resume: a launcher's, or one of this server's."""
     experiment = Experiment.from_toml(str(context.run_config["experiment"]), origin="run config: experiment")
     if resume := os.environ.get(RESUME_VARIABLE):
         return experiment, Path(resume)

@@ -20,6 +20,7 @@ from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
 from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
+from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, Report
 from server import aggregation
 from server.evaluation import evaluate_all_sites
@@ -53,14 +54,17 @@ class Outcome:
     folder: Path
 
 
-def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None) -> Outcome:
+def run(
+    grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None, *, data_here: bool = False
+) -> Outcome:
     """Runs an experiment over the nodes of a grid.
 
     Args:
         grid: Flower's grid.
         experiment: The run's description.
         report: Takes progress.
-        resume: The folder of an unfinished run of this experiment to go on with.
+        resume: The folder of an unfinished run of this experiment to resume.
+        data_here: Whether this machine holds the sites' data, as in simulation; then a problem's pictures are drawn.
 
     Raises:
         FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
@@ -71,7 +75,7 @@ def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None 
     try:
         rounds.begin()
         rounds.train()
-        return rounds.finish()
+        return rounds.finish(data_here)
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         rounds.save()
         rounds.journal.stop("KILLED")
@@ -170,7 +174,7 @@ class TrainingLoop:
                 self.save()
             self.tell()
 
-    def finish(self) -> Outcome:
+    def finish(self, data_here: bool) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
         if not self.finished:
             self._evaluate(last=True)
@@ -183,10 +187,22 @@ class TrainingLoop:
         )
         privacy = self.privacy.summary() if self.privacy else {}
         groups = self._summarize(self.evaluations[-1])
+        trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at
+        if data_here and has_picture(self.learner.problem) and not trial:
+            self._draw(sites[sites["round"] == self.round_number])
         summary = self.journal.finish(
             sites, groups, self.metrics[0], self.totals, self.round_number, path, privacy, self.roll.federation.held_out
         )
         return Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
+
+    def _draw(self, sites: pd.DataFrame) -> None:
+        """Draws what the problem shows of some sites; a finished training does not fail because of a picture."""
+        from fedmeta.pictures import write_pictures  # matplotlib takes a second to import
+
+        try:
+            write_pictures(self.experiment, self.learner, self.strategy.meta_state, sites, self.journal.folder)
+        except Exception as error:  # whatever a user's own code raises
+            self.tell(f"the problem's pictures could not be drawn: {error}")
 
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedmeta import __version__
 from fedmeta.errors import FedmetaError
 from fedmeta.files import write_atomic
 from fedmeta.report import parts
@@ -22,6 +21,7 @@ from fedmeta.report.on_comparison import on_comparison, shared
 from fedmeta.report.on_run import on_run
 from fedmeta.report.reading import Compared, Run, read
 from fedmeta.tables import Cell
+from fedmeta.versions import __version__
 
 HTML, MARKDOWN, LATEX = "report.html", "report.md", "report.tex"
 PICTURES, TABLES = "report_pictures", "report_tables"

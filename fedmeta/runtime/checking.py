@@ -9,14 +9,14 @@ from clients.node import RowNode, learner_for, node_of
 from fedmeta.build import smoke_test
 from fedmeta.data import order_classes, standardisation
 from fedmeta.experiment import Experiment
-from fedmeta.problems.check import MOST_PARAMETERS, Checked, check
+from fedmeta.learners.check import MOST_PARAMETERS, Checked, check
 from fedmeta.runtime.local import LocalGrid
 
 SITES = 4
 
 
 def check_experiment(experiment: Experiment) -> Checked:
-    """Checks an experiment's learner on the tasks of a few sites (`fedmeta.problems.check`).
+    """Checks an experiment's learner on the tasks of a few sites (`fedmeta.learners.check`).
 
     Raises:
         FedmetaError: Something does not hold; says what.

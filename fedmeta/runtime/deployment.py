@@ -7,7 +7,7 @@ Three environment variables say where things are, since an experiment is the sam
     FEDMETA_TRACKING_URI        the MLflow store as seen from here, in place of the experiment's `tracking.uri`
 
 The ServerApp runs where the SuperLink's operator put it, has its own FEDMETA_TRACKING_URI there, and prints its
-progress, which comes back through Flower's log. Whether the run succeeded, MLflow says and nobody else.
+progress, which comes back through Flower's log. MLflow's run status is the only indicator of success.
 """
 
 from __future__ import annotations
@@ -26,17 +26,13 @@ from typing import Any
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
+from fedmeta.launch import ERROR, PROGRESS, tracked
 from fedmeta.progress import Progress, Report
 from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_log_line, write_app, write_run_config
 
-SUPERLINK, ROOT_CERTIFICATES, TRACKING_URI = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES", "FEDMETA_TRACKING_URI"
+SUPERLINK, ROOT_CERTIFICATES = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES"
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 PLAIN_TEXT = "none"
-
-PROGRESS = "fedmeta progress: "
-"""How a line of the ServerApp's log begins that holds a `Progress` as JSON."""
-ERROR = "fedmeta: "
-"""How a line of the ServerApp's log begins that says why the run failed."""
 
 _SUBMIT_S, _POLL_S, _AGAIN_S = 120.0, 0.5, 5.0
 _LOST = 12
@@ -81,17 +77,6 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {why}{resume}")
     folder = Path(experiment.tracking.folder) / run_id
     return fetch_run(uri, run_id, folder), folder
-
-
-def tracked(experiment: Experiment) -> Experiment:
-    """Returns the experiment with the store that the environment names for this process, if it names one."""
-    uri = os.environ.get(TRACKING_URI)
-    return experiment.with_overrides([f"tracking.uri={json.dumps(uri)}"]).with_user_info_kept() if uri else experiment
-
-
-def print_progress(progress: Progress) -> None:
-    """Prints progress as the line of the log that the submitter looks for."""
-    print(f"{PROGRESS}{progress.to_json()}", flush=True)
 
 
 def flower(arguments: Sequence[str]) -> int:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-import fedmeta
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment.validation import to_text
+from fedmeta.versions import __version__
 
 PACKAGES = ("fedmeta", "clients", "server")
 CONNECTION = "fedmeta"
@@ -50,7 +50,7 @@ def write_app(folder: Path) -> Path:
     for package in PACKAGES:
         source = Path(str(import_module(package).__file__)).parent
         shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "pyproject.toml").write_text(_PYPROJECT.format(version=fedmeta.__version__, include=include))
+    (folder / "pyproject.toml").write_text(_PYPROJECT.format(version=__version__, include=include))
     return folder
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedmeta.experiment import Experiment
+from fedmeta.launch import tracked
 from fedmeta.search.comparison import Comparison, compared_kind, interval, sites_by_learner
 from fedmeta.search.space import describe
 from fedmeta.tables import markdown_table, number, percent
@@ -116,8 +117,6 @@ def comparison_run(
         FedmetaError: The store cannot be reached or written.
     """
     if runtime == "deployment":
-        from fedmeta.runtime.deployment import tracked
-
         experiment = tracked(experiment).absolute()
     named = ", ".join(learners[:4]) + (f" and {len(learners) - 4} more" if len(learners) > 4 else "")
     many = f"{seeds} seeds" if seeds > 1 else f"seed {experiment.runtime.seed}"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedmeta import __version__
 from fedmeta.tracking.metrics import RESULTS
 from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, reason_of, status_of_error
+from fedmeta.versions import __version__
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

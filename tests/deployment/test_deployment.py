@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedmeta
+from fedmeta import launch
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
@@ -61,18 +62,18 @@ def test_an_untracked_run_cannot_be_deployed(certificate: Path) -> None:
 
 
 def test_the_environments_store_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(deployment.TRACKING_URI, "http://mlflow:5000")
-    assert deployment.tracked(Experiment()).tracking.uri == "http://mlflow:5000"
-    monkeypatch.delenv(deployment.TRACKING_URI)
-    assert deployment.tracked(Experiment()) == Experiment()
+    monkeypatch.setenv(launch.TRACKING_URI, "http://mlflow:5000")
+    assert launch.tracked(Experiment()).tracking.uri == "http://mlflow:5000"
+    monkeypatch.delenv(launch.TRACKING_URI)
+    assert launch.tracked(Experiment()) == Experiment()
 
 
 def test_progress_survives_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(3, 10, 0.5, 0.75, 1, 'refused "a"\nb', "run")
-    deployment.print_progress(progress)
+    launch.print_progress(progress)
     line = capsys.readouterr().out
     assert line.count("\n") == 1
-    assert Progress.from_json(line.removeprefix(deployment.PROGRESS)) == progress
+    assert Progress.from_json(line.removeprefix(launch.PROGRESS)) == progress
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import fedmeta
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import LEARNERS, build, trained
+from fedmeta.learners.check import check
 from fedmeta.problems import Clipped, CrossEntropy, Momentum, Solver, Supervised
-from fedmeta.problems.check import check
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
