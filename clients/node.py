@@ -39,6 +39,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.task import Batch
 from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
@@ -125,7 +126,12 @@ class RowNode:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes)
+        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+
+    def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
+        """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""
+        names = self.population.names_of(sites)
+        return noise_keys(self.experiment.runtime.seed, round_number, names).repeat_interleave(tasks)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -141,7 +147,7 @@ class RowNode:
                 episodes = evaluation_tasks(self.split, sites[group], tasks, data)
             else:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
-            yield group, self._gather(episodes, scale, classes)
+            yield group, self._gather(episodes, scale, classes).with_noise(self._noise(sites[group], 0, tasks))
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)

@@ -16,7 +16,7 @@ Draws are stateless 64-bit hashes (the finalizer of SplitMix64: Steele, Lea and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.randomness import torch_seed
+from fedmeta.randomness import draws, site_keys, torch_seed
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
@@ -98,6 +98,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
         )
     kept = uniform(key, *x.shape[key.dim() :], dtype=x.dtype) >= p
     return x * kept / (1 - p)
+
+
+def noise_keys(seed: int, round_number: int, names: Sequence[str]) -> Tensor:
+    """Returns the key of each site's noise [sites], int64, in a round of a run; evaluation is round 0."""
+    return torch.from_numpy(draws(seed, "noise", round_number, site_keys(names)).view("int64"))
 
 
 @contextmanager

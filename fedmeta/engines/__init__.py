@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmeta.engines import vmap
 from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
-from fedmeta.engines.rows import check_labels, check_rows, check_tasks
+from fedmeta.engines.rows import check_derivatives, check_labels, check_rows, check_tasks
 from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_site, run, trial
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures
 from fedmeta.errors import FedmetaError, nearest
@@ -37,6 +37,7 @@ def meta_gradients(
     rounded: bool = True,
     clip_norm: float = 0.0,
     per_site: bool = False,
+    check: str = "auto",
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Computes the weighted sum of many sites' meta-gradients.
 
@@ -56,6 +57,8 @@ def meta_gradients(
             without
             any site's gradient; elsewhere, and with learned inner rates, several times as much.
         per_site: Whether to return each site's own gradient in place of the sum.
+        check: As `runtime.check` of an experiment: "auto" compares derivatives of own models, problems and learners
+            once with a finite difference; "straight-through" and "off" let them differ on purpose.
 
     Returns:
         The weighted sum (the meta-state's keys, its parts summed in float64 in site order), or with
@@ -72,6 +75,8 @@ def meta_gradients(
     if len(own):
         batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
         name = _engine(engine, learner, meta_state, batch)
+        if check == "auto":
+            check_derivatives(learner, meta_state, batch)
         if clip_norm or per_site:
             name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
         own = own.to(batch.device)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fedmeta.engines.rows import check_labels, check_rows
 from fedmeta.engines.vmap import fits
-from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures, stack_path
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, by_site, join_figures, stack_path
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
 from fedmeta.learners.message import asked, checked
@@ -74,7 +74,7 @@ def train_personal(
         part, stop = batch.chunk(start, start + size), start + size
         old = {name: value[start:stop] for name, value in personal.items()}
         gradients, metrics, new = over_sites(site, part, old)
-        finite = torch.stack([value.flatten(1).isfinite().all(1) for value in new.values()]).all(0)
+        finite = torch.stack([by_site(value).isfinite().all(1) for value in new.values()]).all(0)
         # A personal part that ran away counts like a gradient that did: the site has no share in this round.
         first = next(iter(gradients))
         gradients[first] = torch.where(_like(finite, gradients[first]), gradients[first], torch.nan)

@@ -1,4 +1,4 @@
-"""What is checked of rows, labels and models before any engine computes with them."""
+"""What is checked of rows, labels, models and derivatives before any engine computes with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmeta.engines.gradcheck import cut
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
+from fedmeta.learners.check import needs_verification, verify_derivative
 from fedmeta.problems.function_of_rows import ROWS, check_model
 from fedmeta.problems.problem import Problem
 from fedmeta.problems.rows import beyond
 from fedmeta.problems.supervised import Supervised
 from fedmeta.task import Batch, Task
+
+SITES = 4
+"""How many sites are tried for one whose gradient can be verified."""
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -58,6 +63,16 @@ def check_rows(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch)
     rows = torch.cat([part[0][part[2] > 0][:ROWS] for part in batch])
     if len(rows):
         problem.known[_key(batch)] = check_model(problem, learner.theta(meta_state), rows[:ROWS])
+
+
+def check_derivatives(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> None:
+    """Checks once the derivatives of what fedmeta's own tests do not cover, on a few rows of a few sites.
+
+    Raises:
+        FedmetaError: One is wrong: all engines would agree with one another, and not with it.
+    """
+    if needs_verification(learner):
+        verify_derivative(learner, meta_state, [cut(batch).task(site) for site in range(min(batch.sites, SITES))])
 
 
 def check_labels(learner: Learner, batch: Batch) -> None:

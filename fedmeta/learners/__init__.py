@@ -73,6 +73,8 @@ def build(name: str, model_or_problem: Any, **settings: Any) -> Learner:
     for key in settings:
         if key not in known:
             raise FedmetaError(f'learner "{name}" has no key "{key}"{nearest(key, known)} (it has: {", ".join(known)})')
+    if missing := getattr(kind, "__abstractmethods__", None):
+        raise FedmetaError(f'[learner] name = "{name}" defines no {", ".join(sorted(missing))}, which a learner needs')
     return kind(model_or_problem, **settings)
 
 

@@ -112,9 +112,10 @@ class FunctionalModel:
         except (FedmetaError, torch.OutOfMemoryError):
             raise
         except MISTAKES as error:
-            raise FedmetaError(f"model {name} failed on rows of shape {tuple(x.shape[1:])}: {first_line(error)}") from (
-                error
-            )
+            left = any(word in str(error) for word in ("data pointer", "numpy()", "requires grad"))
+            hint = "; numpy and .item() leave torch, where derivatives end: take torch's functions" if left else ""
+            place = f"model {name} failed on rows of shape {tuple(x.shape[1:])}"
+            raise FedmetaError(f"{place}: {first_line(error)}{hint}") from error
         if not isinstance(outputs, Tensor):
             raise FedmetaError(f"model {name} returned {type(outputs).__name__}; it must return one tensor")
         if x._version != before:
@@ -172,6 +173,18 @@ def refuse_complex(module: nn.Module) -> None:
                 f"model parameter or buffer {name!r} is complex: keep its real and imaginary parts as two real ones, "
                 "and combine them by torch.complex in forward"
             )
+
+
+def silent_dropout(module: nn.Module) -> list[str]:
+    """Returns the layers whose dropout is off here, in training too: torch's own draws without a key."""
+    found = []
+    for name, layer in module.named_modules():
+        shares = [getattr(layer, key, 0.0) for key in ("p", "dropout")]
+        if any(isinstance(share, float) and share > 0 for share in shares) and (
+            isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or "Dropout" in type(layer).__name__
+        ):
+            found.append(f"{name or 'model'} ({type(layer).__name__})")
+    return found
 
 
 def _keep_every_buffer(module: nn.Module) -> None:

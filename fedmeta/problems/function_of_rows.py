@@ -87,9 +87,15 @@ def _check_outputs(problem: Supervised, parameters: Parameters, x: Tensor, name:
             f"model {name} has other outputs where it is differentiated than where it is evaluated: what is trained "
             "would not be what is evaluated"
         )
-    alone = torch.cat([outputs_of(x[k : k + 1]) for k in range(len(x))])
-    turned = outputs_of(x.flip(0)).flip(0)
-    if not (_same(outputs, alone) and _same(outputs, turned) and _same(outputs[:-1], outputs_of(x[:-1]))):
+    try:
+        alone = torch.cat([outputs_of(x[k : k + 1]) for k in range(len(x))])
+        others = [outputs_of(x.flip(0)).flip(0), torch.cat([outputs_of(x[:-1]), outputs[-1:]])]
+    except FedmetaError as error:
+        raise FedmetaError(
+            f"model {name} takes {len(x)} rows and fails on fewer, so that a row's outputs depend on the other rows: "
+            f"normalize by GroupNorm or LayerNorm in place of batch statistics ({error})"
+        ) from None
+    if not all(_same(outputs, other) for other in (alone, *others)):
         raise FedmetaError(
             f"model {name}: a row's outputs depend on the other rows of the batch, which would leak test rows: "
             "normalize by GroupNorm or LayerNorm in place of batch statistics, and let no row look at another"

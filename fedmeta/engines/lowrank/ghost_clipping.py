@@ -26,7 +26,7 @@ from fedmeta.engines.lowrank import engine
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.engines.lowrank.trace import Call
 from fedmeta.engines.misfit import UnsupportedModelError
-from fedmeta.engines.weighted_sum import WeightedSum
+from fedmeta.engines.weighted_sum import WeightedSum, by_site
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import with_theta
 from fedmeta.models import FunctionalModel
@@ -110,7 +110,7 @@ def add_sites(
     for inputs, errors in joined.values():
         squares += _squares(inputs, errors)
     for value in pieces.own.values():
-        squares += value.flatten(1).double().square().sum(1)
+        squares += by_site(value).double().square().sum(1)
     finite = losses.isfinite() & squares.isfinite()
     shares = torch.where(finite, weights, 0.0) * total.clip_norm / squares.sqrt().clamp(min=total.clip_norm)
     if not bool(finite.all()):
