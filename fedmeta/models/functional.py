@@ -112,7 +112,7 @@ class FunctionalModel:
         except (FedmetaError, torch.OutOfMemoryError):
             raise
         except MISTAKES as error:
-            left = any(word in str(error) for word in ("data pointer", "numpy()", "requires grad"))
+            left = any(word in str(error) for word in ("data pointer", "numpy()"))
             hint = "; numpy and .item() leave torch, where derivatives end: take torch's functions" if left else ""
             place = f"model {name} failed on rows of shape {tuple(x.shape[1:])}"
             raise FedmetaError(f"{place}: {first_line(error)}{hint}") from error

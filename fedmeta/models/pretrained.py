@@ -69,7 +69,7 @@ def load_weights(module: nn.Module, path: str) -> tuple[list[str], list[str]]:
     with torch.no_grad():
         for name, value in found.items():
             own[name].copy_(value)
-    return list(found), [name for name in own if name not in found]
+    return [name for name in own if name in found], [name for name in own if name not in found]
 
 
 def _read(path: str) -> Mapping[str, Tensor]:

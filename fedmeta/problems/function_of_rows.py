@@ -62,7 +62,9 @@ def _check_outputs(problem: Supervised, parameters: Parameters, x: Tensor, name:
     """Checks outputs as they are predicted, or as they are trained on: there a model may draw noise by keys."""
 
     def outputs_of(rows: Tensor, differentiated: bool = False) -> Tensor:
-        own = {n: v.requires_grad_(differentiated and v.is_floating_point()) for n, v in _detached(parameters).items()}
+        own = {name: value.detach() for name, value in parameters.items()}
+        for key in problem.network.names:
+            own[key].requires_grad_(differentiated)
         with torch.set_grad_enabled(differentiated), exact_attention():
             if not trains:
                 return problem.predict(own, rows.clone()).detach()
@@ -138,10 +140,6 @@ def _varied(problem: Supervised, parameters: Parameters, x: Tensor) -> Tensor:
     except FedmetaError:  # such as a number that is a code to look up
         return x
     return more
-
-
-def _detached(parameters: Mapping[str, Tensor]) -> Parameters:
-    return {name: value.detach() for name, value in parameters.items()}
 
 
 def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
