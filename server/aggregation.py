@@ -217,5 +217,5 @@ def _own(name: str, gradients: Tensor) -> Tensor:
 
 
 def _unflattened(flat: Tensor, like: Gradient) -> Gradient:
-    parts = flat.split([value.numel() for value in like.values()])
+    parts = torch.split(flat, [value.numel() for value in like.values()])
     return {name: part.reshape(value.shape) for part, (name, value) in zip(parts, like.items(), strict=True)}

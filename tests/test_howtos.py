@@ -41,7 +41,7 @@ def test_a_howto_works_line_by_line(path, tmp_path):
 def result_of(name, tmp_path, monkeypatch, *overrides):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    few = ["server.rounds=3", "evaluation.every=0", "tracking.uri=none", *overrides]
+    few = ["server.rounds=3", "evaluation.every=0", "evaluation.local_baseline=none", "tracking.uri=none", *overrides]
     return fedmeta.run(fedmeta.load_experiment(ROOT / "examples" / f"{name}.toml", few))
 
 
@@ -87,7 +87,7 @@ def test_the_example_loss_passes_its_check_and_changes_what_is_learned(tmp_path,
         growth: result_of("own_loss", tmp_path, monkeypatch, f"problem.growth={growth}").summary["new_sites"]
         for growth in (1.0, 1.5)
     }
-    plain = result_of("own_loss", tmp_path, monkeypatch, "problem.name=supervised").summary["new_sites"]
+    plain = result_of("own_aggregator", tmp_path, monkeypatch, "server.aggregator=mean").summary["new_sites"]
     assert losses[1.0]["global"]["loss"] == pytest.approx(plain["global"]["loss"], abs=1e-5)
     assert losses[1.5]["global"]["loss"] != pytest.approx(plain["global"]["loss"], abs=1e-3)
 

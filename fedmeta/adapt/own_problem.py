@@ -29,7 +29,7 @@ from fedmeta.pictures import before_and_after
 from fedmeta.problems import Metric, TaskSource
 from fedmeta.problems.problem import Parameters, has_picture
 from fedmeta.problems.source import as_dtype
-from fedmeta.tables import markdown_table, number, plain
+from fedmeta.tables import Cell, markdown_table, number, plain
 from fedmeta.task import Task
 from fedmeta.tracking.plots import write as write_figure
 
@@ -243,7 +243,7 @@ def _card(solved: Solved, picture: bool) -> str:
         ("inner steps taken", str(solved.steps)),
         ("made", solved.date),
     ]
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (metric.name + (f" ({metric.unit})" if metric.unit else ""), *(solved.scores[k][metric.name] for k in (0, -1)))
         for metric in solved.metrics
     ]
