@@ -268,7 +268,7 @@ def _inner_comparisons(learner: Learner, state: Mapping[str, Tensor], task: Task
         return learner.inner({**rest, **values}, task.support)
 
     found: list[Comparison] = [("the inner objective's gradient", inner, own, torch.func.grad(inner)(own))]
-    if learner.estimator == CUSTOM:
+    if learner.estimator == CUSTOM and learner.differentiates:
         direction = _direction(own, torch.Generator().manual_seed(seed + 2))
 
         def along(values: Mapping[str, Tensor]) -> Tensor:
