@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import KEPT
+from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
