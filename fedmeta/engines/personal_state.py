@@ -88,7 +88,7 @@ def train_personal(
 def evaluate_personal(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int, personal: Parameters
 ) -> Figures:
-    """Returns the scores of sites that resume from their personal parts [sites, ...]."""
+    """Returns the scores of sites that continue from their personal parts [sites, ...]."""
 
     def site(support: Any, query: Any, own: Parameters, key: Tensor) -> Figures:
         with at_site(key):

@@ -200,7 +200,7 @@ def _derivative(
     """Compares directional derivatives with central finite differences."""
     name = type(learner).__name__
     if has_payload(learner.problem):
-        found.skipped.append("derivative: the problem sends statistics of its own")
+        found.skipped.append("derivative: the problem sends its own statistics")
         return
     if straight_through:
         found.skipped.append('derivative: runtime.check = "straight-through" lets it differ')

@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "conv4": conv4,
     "char_lstm": char_lstm,
 }
-"""Every named model: a function of (shape of a row, outputs) and keys of its own."""
+"""Every named model: a function of (shape of a row, outputs) and its own keys."""
 
 
 def build(
