@@ -183,3 +183,27 @@ def test_a_run_refuses_it_before_its_first_round_and_says_what_it_does_not_verif
     let_through = own.with_overrides(["runtime.check=straight-through"])
     assert run(let_through, report=lambda progress: notes.append(progress.note)).summary["failures"] == 0
     assert any("straight-through" in note for note in notes)
+
+
+class Raises(Maml):
+    """A learner with a mistake that only its sites meet."""
+
+    def meta_gradient(self, meta_state, task):
+        raise ValueError("my own mistake")
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_run_whose_sites_cannot_compute_never_ends_well(engine: str, tmp_path: Path) -> None:
+    named = "learner.name=tests.learners.test_check:Raises"
+    with pytest.raises(FedmetaError, match="Raises: meta_gradient failed: ValueError: my own mistake"):
+        run(described(tmp_path, named, f"runtime.engine={engine}"))
+    unchecked = described(tmp_path, named, f"runtime.engine={engine}", "runtime.check=off")
+    with pytest.raises(FedmetaError, match="bad-experiment"):
+        run(unchecked)
+    with pytest.raises(FedmetaError, match=r"none of 1 rounds had a usable reply: .*bad-experiment"):
+        run(unchecked.with_overrides(["runtime.engine=loop", "runtime.memory=0.1"]))
+
+
+def test_a_short_run_in_which_every_site_diverges_never_ends_well(tmp_path: Path) -> None:
+    with pytest.raises(FedmetaError, match=r"none of 1 rounds had a usable reply: .*learner\.inner_lr"):
+        run(described(tmp_path, "learner.inner_lr=1e30", "model.activation=gelu"))
