@@ -138,6 +138,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
             rounded=request.per_site,
             clip_norm=clip_norm,
             per_site=request.per_site,
+            check=node.experiment.runtime.check,
         )
     query_loss = metrics["query_loss"].cpu().numpy()
     return TrainReply(

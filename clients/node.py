@@ -41,6 +41,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
@@ -136,7 +137,12 @@ class RowNode:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes)
+        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+
+    def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
+        """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""
+        names = self.population.names_of(sites)
+        return noise_keys(self.experiment.runtime.seed, round_number, names).repeat_interleave(tasks)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -152,7 +158,7 @@ class RowNode:
                 episodes = evaluation_tasks(self.split, sites[group], tasks, data)
             else:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
-            yield group, self._gather(episodes, scale, classes)
+            yield group, self._gather(episodes, scale, classes).with_noise(self._noise(sites[group], 0, tasks))
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
@@ -234,7 +240,7 @@ def _standardisation(
 
 @lru_cache(maxsize=4)
 def _experiment(text: str) -> Experiment:
-    return Experiment.from_toml(text, origin="run config: experiment")
+    return Experiment.from_toml(text, origin="run config: experiment").without_weights()
 
 
 def invalidate_stale_caches(data: Data) -> None:

@@ -100,7 +100,7 @@ class MetaModel:
     """What a finished run hands to a new site.
 
     Attributes:
-        experiment: The run's description without what concerns the run alone: server, tracking, machine, data path.
+        experiment: The run's description without what concerns the run alone: server, tracking, machine, paths.
         run_id: The run's MLflow id, or its own where it was not tracked.
         round_number: How many rounds it was trained.
         meta_state: The meta-state, without standardisation.
@@ -338,6 +338,7 @@ def _without_surroundings(experiment: Experiment) -> Experiment:
     return experiment.model_copy(
         update={
             "data": data.model_copy(update={"path": Path(data.path).name, "new_sites": new_sites}),
+            "model": experiment.without_weights().model,
             "server": Server(),
             "evaluation": Evaluation(),
             "tracking": Tracking(),

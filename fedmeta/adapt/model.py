@@ -22,6 +22,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
+from fedmeta.models.attention import exact_attention
 from fedmeta.signing import check_signature, signed
 from fedmeta.targets import TargetScale
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
@@ -67,7 +68,8 @@ class SiteModel(nn.Module):
         network = copy.deepcopy(start.learner.network.module)
         model = cls(network, start.mean, start.scale, start.form, start.target)
         own = {name: value.detach().clone() for name, value in parameters.items()}
-        model.network.load_state_dict(own, strict=False)
+        unknown = model.network.load_state_dict(own, strict=False).unexpected_keys
+        assert not unknown, f"the model has no {unknown}"
         return model
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ class SiteModel(nn.Module):
 
         For regression numbers [n], or of several targets [n, targets], float64 and in the targets' own units.
         """
-        outputs: Tensor = self.network(self.prepare(x))
+        with exact_attention():  # as in training
+            outputs: Tensor = self.network(self.prepare(x))
         if not self.form.regression:
             return outputs.softmax(-1)
         # As `TargetScale.restore`, in what an exporter can trace.
