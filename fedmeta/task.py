@@ -55,12 +55,14 @@ class Batch:
             None where it is not known beforehand.
         order: The mini-batches of each site [sites, epochs, batches, size]: the places of rows, support before query,
             -1 for none; None where rows are not taken in mini-batches.
+        noise: The key of each site's noise in this round [sites], int64 (`fedmeta.noise`); None for 0 at all.
     """
 
     support: Rows
     query: Rows
     pairs: Tensor | None = None
     order: Tensor | None = None
+    noise: Tensor | None = None
 
     def __iter__(self) -> Iterator[Rows]:
         """Yields the support rows and the query rows."""
@@ -93,6 +95,14 @@ class Batch:
         pairs, order = (None if each is None else each.to(device) for each in (self.pairs, self.order))
         return replace(self.map(lambda rows: tuple(tensor.to(device) for tensor in rows)), pairs=pairs, order=order)
 
+    def with_noise(self, keys: Tensor | None) -> "Batch":
+        """Returns the batch with the keys of its sites' noise [sites]."""
+        return self if keys is None else replace(self, noise=keys)
+
+    def noise_keys(self) -> Tensor:
+        """Returns the keys of its sites' noise [sites]."""
+        return torch.zeros(self.sites, dtype=torch.int64) if self.noise is None else self.noise
+
     def chunk(self, start: int, stop: int) -> "Batch":
         """Returns the sites `start` to `stop` (exclusive) as views."""
         return self.take(slice(start, stop))
@@ -100,7 +110,9 @@ class Batch:
     def take(self, sites: slice | Tensor) -> "Batch":
         """Returns some sites: as views of a slice, as copies for numbers."""
         pairs, order = (None if each is None else each[sites] for each in (self.pairs, self.order))
-        return replace(self.map(lambda rows: tuple(tensor[sites] for tensor in rows)), pairs=pairs, order=order)
+        noise = None if self.noise is None else self.noise[_on_cpu(sites)]
+        taken = self.map(lambda rows: tuple(tensor[sites] for tensor in rows))
+        return replace(taken, pairs=pairs, order=order, noise=noise)
 
     def cut(self) -> "Batch":
         """Returns the batch without columns in which no site has a row; no `pairs` are known of it."""
@@ -115,7 +127,7 @@ class Batch:
 
     def map(self, change: Callable[[Rows], Rows]) -> "Batch":
         """Returns a batch of changed support and query rows, of which no `pairs` and no `order` are known."""
-        return Batch(change(self.support), change(self.query))
+        return Batch(change(self.support), change(self.query), noise=self.noise)
 
 
 def task_of(support: Any, query: Any, *order: Tensor) -> Task:
@@ -155,11 +167,12 @@ class TreeBatch(Batch):
 
     def take(self, sites: slice | Tensor) -> "Batch":
         """Returns some sites: as views of a slice, as copies for numbers."""
-        return self.map(lambda part: tree_map(lambda leaf: leaf[sites], part))
+        noise = None if self.noise is None else self.noise[_on_cpu(sites)]
+        return replace(self.map(lambda part: tree_map(lambda leaf: leaf[sites], part)), noise=noise)
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """Returns a batch of changed support and query."""
-        return TreeBatch(change(self.support), change(self.query))
+        return TreeBatch(change(self.support), change(self.query), noise=self.noise)
 
 
 def stack_trees(tasks: Sequence[Task]) -> TreeBatch:
@@ -213,6 +226,10 @@ def stack(tasks: Sequence[Task]) -> Batch:
     both = [torch.cat(pair, 1) for pair in zip(*parts, strict=True)]
     first = parts[0][0].shape[1]
     return Batch(tuple(tensor[:, :first] for tensor in both), tuple(tensor[:, first:] for tensor in both))
+
+
+def _on_cpu(sites: slice | Tensor) -> slice | Tensor:
+    return sites.cpu() if isinstance(sites, Tensor) else sites
 
 
 def _unpad(rows: Rows, site: int) -> Rows:

@@ -7,6 +7,7 @@ have no mini-batches: there each step is on all the data of the task, and `inner
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedmeta.learners.inner import Objective
 from fedmeta.minibatches import Minibatches, draw_order, draws_of
 from fedmeta.models import Parameters
+from fedmeta.noise import at_step
 from fedmeta.problems.problem import Problem
 from fedmeta.problems.solvers import run_solver
 from fedmeta.problems.supervised import Supervised, all_rows
@@ -50,7 +52,7 @@ def with_order(learner: Learner, batch: Batch) -> Batch:
         return batch
     mask = torch.cat([batch.support[2], batch.query[2]], 1) > 0
     order = torch.from_numpy(draw_order(minibatches, mask.cpu().numpy())).to(batch.device)
-    return Batch(batch.support, batch.query, batch.pairs, order)
+    return replace(batch, order=order)
 
 
 def order_of(task: Task, minibatches: Minibatches) -> Tensor:
@@ -80,12 +82,14 @@ def order_of(task: Task, minibatches: Minibatches) -> Tensor:
 
 
 def row_batches(task: Task, order: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-    """Yields the rows (x, y, mask) of each mini-batch of an order [..., size], and whether there are any."""
+    """Yields the rows (x, y, mask) of each mini-batch [epochs, batches, size] of an order, and whether there are any."""
     x, y, mask = all_rows(*task)
-    for places in order.reshape(-1, order.shape[-1]):
-        own = places.clamp(min=0)
-        here = mask[own] * (places >= 0)
-        yield (x[own], y[own], here), here.sum() > 0
+    for epoch, batches in enumerate(order):
+        for number, places in enumerate(batches):
+            own = places.clamp(min=0)
+            here = mask[own] * (places >= 0)
+            with at_step(epoch), at_step(number):  # until the next one is asked for
+                yield (x[own], y[own], here), here.sum() > 0
 
 
 def where(condition: Tensor, new: Parameters, old: Parameters) -> Parameters:

@@ -23,6 +23,7 @@ from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, by, 
 from fedmeta.learners.local_steps import in_batches, row_batches, where
 from fedmeta.minibatches import Minibatches
 from fedmeta.models import Parameters
+from fedmeta.noise import at_step
 from fedmeta.task import OrderedTask, Task
 
 HESSIANS: tuple[str, ...] = get_args(experiment.Hessian)
@@ -87,7 +88,9 @@ class PerFedAvg(Learner):
     def _parts(self, task: Task) -> Iterator[tuple[Task, Tensor]]:
         """Yields what each local step adapts on and is judged by, and whether there is anything."""
         if not isinstance(task, OrderedTask):
-            yield from [(task, torch.tensor(True))] * self.local_steps
+            for step in range(self.local_steps):
+                with at_step(step):
+                    yield task, torch.tensor(True)
             return
         for (x, y, mask), there in row_batches(task, task.order):
             first = (mask.cumsum(0) <= mask.sum() // 2).to(mask)

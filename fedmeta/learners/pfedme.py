@@ -20,6 +20,7 @@ from fedmeta.learners.learner import DEFAULTS, MetaState, Metrics, check_counts
 from fedmeta.learners.local_steps import in_batches, order_of, row_batches, where
 from fedmeta.minibatches import Minibatches
 from fedmeta.models import Parameters
+from fedmeta.noise import at_step
 from fedmeta.task import Task
 
 
@@ -55,8 +56,9 @@ class PFedMe(ProximalLearner):
         """Returns theta - w after the local steps, and the query loss of the last proximal solution."""
         w = phi = self.theta(meta_state)
         if self.minibatches is None:
-            for _ in range(self.local_steps):
-                phi, w = self._local_step(meta_state, w, partial(self.all_data, task=task))
+            for step in range(self.local_steps):
+                with at_step(step):
+                    phi, w = self._local_step(meta_state, w, partial(self.all_data, task=task))
         else:
             for rows, there in row_batches(task, order_of(task, self.minibatches)):
                 solved, after = self._local_step(meta_state, w, partial(self.inner, data=rows))
