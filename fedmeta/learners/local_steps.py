@@ -82,7 +82,7 @@ def order_of(task: Task, minibatches: Minibatches) -> Tensor:
 
 
 def row_batches(task: Task, order: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-    """Yields the rows (x, y, mask) of each mini-batch [epochs, batches, size] of an order, and whether there are any."""
+    """Yields the rows (x, y, mask) of each mini-batch of an order [epochs, batches, size], and if there are any."""
     x, y, mask = all_rows(*task)
     for epoch, batches in enumerate(order):
         for number, places in enumerate(batches):
