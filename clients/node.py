@@ -31,6 +31,7 @@ from fedmeta.data import (
     load_site,
     split,
     standardised,
+    target_sums,
     train_sums,
     training_episodes,
     training_tasks,
@@ -39,7 +40,9 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
+from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
 from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
 
@@ -86,6 +89,7 @@ class RowNode:
             shape=tuple(population.shape),
             regression=population.regression,
             tokens=population.tokens,
+            targets=population.target_names or tuple(f"y{number}" for number in range(population.targets)),
             weights=tuple(train_rows.astype(np.float64).tolist()),
         )
 
@@ -112,6 +116,13 @@ class RowNode:
         """Returns the feature sums over the sites' train rows."""
         return train_sums(self.split, sites, self.experiment.data.standardise)
 
+    def target_sums(self, sites: Sites) -> FeatureSums:
+        """Returns the sums of the targets over the sites' train rows; of no target for classes."""
+        try:
+            return target_sums(self.split, sites, self.experiment.target_kind)
+        except FedmetaError as error:
+            raise DataError(str(error)) from error
+
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
         if self.experiment.server.weighting == "examples":
@@ -125,7 +136,12 @@ class RowNode:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes)
+        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+
+    def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
+        """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""
+        names = self.population.names_of(sites)
+        return noise_keys(self.experiment.runtime.seed, round_number, names).repeat_interleave(tasks)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -141,7 +157,7 @@ class RowNode:
                 episodes = evaluation_tasks(self.split, sites[group], tasks, data)
             else:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
-            yield group, self._gather(episodes, scale, classes)
+            yield group, self._gather(episodes, scale, classes).with_noise(self._noise(sites[group], 0, tasks))
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
@@ -182,11 +198,19 @@ def node_of(context: Context) -> Node:
 
 def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
     """Returns the run's learner, for the run's class list (empty for regression)."""
-    return _learner(node.experiment, node.shape, classes)
+    targets = node.population.targets if isinstance(node, RowNode) else 0
+    return _learner(node.experiment, node.shape, classes, targets)
 
 
-def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dict[str, Tensor], Standardisation]:
+def split_meta_state(
+    meta_state: Mapping[str, Tensor], device: str, *, log_targets: bool = False
+) -> tuple[dict[str, Tensor], Standardisation]:
     """Returns the learned part of a meta-state, on a device, and its standardisation.
+
+    Args:
+        meta_state: The meta-state.
+        device: "cpu" or "cuda".
+        log_targets: Whether it is the logarithm of targets that is standardized.
 
     Raises:
         FedmetaError: The device is not there.
@@ -195,18 +219,24 @@ def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dic
         raise FedmetaError('[runtime] device = "cuda": there is no CUDA device here; use "cpu"')
     learned = {name: v.to(device) for name, v in meta_state.items() if not name.startswith("standardisation.")}
     mean, scale = (meta_state[f"standardisation.{name}"].float().numpy() for name in ("mean", "scale"))
-    return learned, _standardisation(mean.shape, mean.tobytes(), scale.tobytes())
+    target = TargetScale.of(meta_state, log=log_targets)
+    numbers = (each.tobytes() for each in (mean, scale, target.mean, target.scale))
+    return learned, _standardisation(mean.shape, *numbers, target.log)
 
 
 @lru_cache(maxsize=4)
-def _standardisation(shape: tuple[int, ...], mean: bytes, scale: bytes) -> Standardisation:
+def _standardisation(
+    shape: tuple[int, ...], mean: bytes, scale: bytes, target_mean: bytes, target_scale: bytes, log: bool
+) -> Standardisation:
     """Returns the same object for the same numbers, which a run sends in every message."""
-    return Standardisation(*(np.frombuffer(each, np.float32).reshape(shape).copy() for each in (mean, scale)))
+    features = [np.frombuffer(each, np.float32).reshape(shape).copy() for each in (mean, scale)]
+    targets = [np.frombuffer(each, np.float64).copy() for each in (target_mean, target_scale)]
+    return Standardisation(features[0], features[1], TargetScale(targets[0], targets[1], log))
 
 
 @lru_cache(maxsize=4)
 def _experiment(text: str) -> Experiment:
-    return Experiment.from_toml(text, origin="run config: experiment")
+    return Experiment.from_toml(text, origin="run config: experiment").without_weights()
 
 
 def invalidate_stale_caches(data: Data) -> None:
@@ -267,5 +297,5 @@ def _is_own_source(experiment: Experiment) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _learner(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...]) -> Learner:
-    return learner_of(experiment, shape, classes)
+def _learner(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int) -> Learner:
+    return learner_of(experiment, shape, classes, targets)

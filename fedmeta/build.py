@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from fedmeta import models
 from fedmeta.data import Population, load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.importing import first_line, load_object
 from fedmeta.learners import Learner, build, learner_class, settings_of
 from fedmeta.problems import Problem, Supervised, TaskSource, choose_metrics
 
@@ -23,13 +23,14 @@ DEFAULT_OPTIMIZERS = {"gradient": ("adam", 0.003), "delta": ("sgd", 1.0), "nothi
 SUPERVISED = "supervised"
 
 
-def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...]) -> Learner:
+def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int = 1) -> Learner:
     """Builds the learner, and the problem that it solves, as an experiment describes them.
 
     Args:
         experiment: The run's description.
         shape: The shape of one row; empty where the data are no rows.
         classes: The run's class list; empty for regression and for data that are no rows.
+        targets: How many numbers a regression predicts for each row.
 
     Raises:
         FedmetaError: The learner, the problem or the model cannot be built from these settings.
@@ -38,16 +39,18 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[st
     own = settings_of(learner_class(section.name))
     settings = {key: value for key, value in section.model_dump(exclude={"name"}).items() if key in own}
     try:
-        return build(section.name, problem_of(experiment, shape, classes), **{**settings, **section.extra})
+        return build(section.name, problem_of(experiment, shape, classes, targets), **{**settings, **section.extra})
     except FedmetaError:
         raise
     except Exception as error:
         if ":" not in section.name:
             raise
-        raise FedmetaError(f'[learner] name = "{section.name}" cannot be built: {error}') from error
+        raise FedmetaError(f'[learner] name = "{section.name}" cannot be built: {first_line(error)}') from error
 
 
-def problem_of(experiment: Experiment, shape: tuple[int, ...] = (), classes: tuple[str, ...] = ()) -> Problem:
+def problem_of(
+    experiment: Experiment, shape: tuple[int, ...] = (), classes: tuple[str, ...] = (), targets: int = 1
+) -> Problem:
     """Builds the problem of an experiment.
 
     A subclass of `Supervised` is given the run's model; any other class or function those of `shape`, `classes` and
@@ -57,7 +60,7 @@ def problem_of(experiment: Experiment, shape: tuple[int, ...] = (), classes: tup
         FedmetaError: It cannot be built, or it is no problem.
     """
     evaluation, name = experiment.evaluation, experiment.problem.name
-    outputs = len(classes) or 1
+    outputs = len(classes) or max(1, targets)
     if name != SUPERVISED:
         factory = load_code(name, "[problem] name")
         if not (isinstance(factory, type) and issubclass(factory, Supervised)):
@@ -69,8 +72,10 @@ def problem_of(experiment: Experiment, shape: tuple[int, ...] = (), classes: tup
 
     def model() -> nn.Module:
         section = experiment.model
-        keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude={"name", "dtype"})
-        return models.build(section.name, shape, outputs, **keys).to(dtype_of(experiment))
+        not_its_own = {"name", "dtype", "freeze", "weights"}
+        keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude=not_its_own)
+        module = models.build(section.name, shape, outputs, freeze=section.freeze, weights=section.weights, **keys)
+        return module.to(dtype_of(experiment))
 
     settings: dict[str, Any] = {
         "metrics": choose_metrics(evaluation.metrics, evaluation.score, regression=not classes),
@@ -130,11 +135,7 @@ def load_code(path: str, key: str) -> Callable[..., Any]:
     Raises:
         FedmetaError: It cannot be imported, or is nothing that can be called.
     """
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs a user's own code
-        raise FedmetaError(f'{key} = "{path}" cannot be imported: {error}') from error
+    found = load_object(path, key)
     if not callable(found):
         raise FedmetaError(f'{key} = "{path}" is neither a class nor a function')
     function: Callable[..., Any] = found
@@ -148,7 +149,7 @@ def _call(factory: Callable[..., Any], key: str, path: str, keys: dict[str, Any]
         raise
     except Exception as error:  # whatever a user's own code raises
         given = ", ".join(f"{name}={value!r}" for name, value in keys.items())[:200]
-        raise FedmetaError(f'{key} = "{path}" failed when called with ({given}): {error}') from error
+        raise FedmetaError(f'{key} = "{path}" failed when called with ({given}): {first_line(error)}') from error
 
 
 def _asked(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -172,11 +173,11 @@ def smoke_test(experiment: Experiment) -> Learner:
     source = source_of(experiment)
     if isinstance(source, TaskSource):
         return validated_learner(experiment, (), ())
-    return validated_learner(experiment, tuple(source.shape), source.class_names, tokens=source.tokens)
+    return validated_learner(experiment, tuple(source.shape), source.class_names, source.targets, tokens=source.tokens)
 
 
 def validated_learner(
-    experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], *, tokens: bool = False
+    experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int = 1, *, tokens: bool = False
 ) -> Learner:
     """Builds the learner, and runs its model on two rows of zeros, to refuse what cannot work before a file exists.
 
@@ -184,14 +185,21 @@ def validated_learner(
         experiment: The run's description.
         shape: The shape of one row.
         classes: The class list; empty for regression and for data that are no rows.
+        targets: How many numbers a regression predicts for each row.
         tokens: Whether rows are codes of symbols.
 
     Raises:
         FedmetaError: The learner or the model cannot be built, or the model does not take such rows or returns
             something else than outputs for each.
     """
-    learner, name, outputs = learner_of(experiment, shape, classes), experiment.model.name, len(classes) or 1
+    learner, name = learner_of(experiment, shape, classes, targets), experiment.model.name
+    outputs = len(classes) or max(1, targets)
     if not isinstance(learner.problem, Supervised):
+        if experiment.evaluation.gate:
+            raise FedmetaError(
+                "[evaluation] gate = true: steps are selected on folds of rows, and an own problem's data have none; "
+                "set it to false"
+            )
         learner.init(experiment.runtime.seed)
         return learner
     if name == "char_lstm" and not tokens:
@@ -209,7 +217,11 @@ def validated_learner(
         raise FedmetaError(f'[model] name = "{name}" failed on rows of shape {shape}: {error}') from error
     if type(learner.problem) is not Supervised:
         return learner
-    fits = found.numel() == 2 if not classes else found.dim() == 2 and len(found) == 2 and found.shape[1] >= outputs
+    fits = (
+        found.numel() == 2 * outputs and len(found) == 2
+        if not classes
+        else found.dim() == 2 and len(found) == 2 and found.shape[1] >= outputs
+    )
     if not fits:
         raise FedmetaError(
             f'[model] name = "{name}" returned outputs of shape {tuple(found.shape)} for 2 rows: make it (2, {outputs})'

@@ -27,6 +27,7 @@ from fedmeta.files import PART, read_tensors, write_atomic
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
+    "targets",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -87,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on from a round as if it had never stopped.
+    """All that a run needs to resume from a round as if it had never stopped.
 
     Attributes:
         experiment: The experiment as TOML.
@@ -114,6 +115,7 @@ class Checkpoint:
         weights: Each site's weight, as it was when it joined.
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
+        targets: What each target of a regression is called; empty for classes.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -142,6 +144,7 @@ class Checkpoint:
     form: str = ""
     held_out: bool = True
     finished: bool = False
+    targets: tuple[str, ...] = ()
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:

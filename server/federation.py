@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import Checkpoint, Evaluation
-from fedmeta.data import FeatureSums, draw_new_sites, draw_validation_sites, order_classes, standardisation
+from fedmeta.data import (
+    FeatureSums,
+    draw_new_sites,
+    draw_validation_sites,
+    order_classes,
+    standardisation,
+    target_scale,
+)
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
@@ -28,6 +35,7 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
+from fedmeta.targets import TARGET_MEAN, TARGET_SCALE
 
 NO_NODE = 0
 """In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
@@ -61,6 +69,7 @@ class Federation:
         weights: What each site weighs in the mean with server.weighting = "examples"; fixed when it joined.
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
+        targets: What each target of a regression is called; empty for classes.
     """
 
     names: tuple[str, ...]
@@ -77,6 +86,7 @@ class Federation:
     weights: NDArray[np.float64]
     form: str = ""
     held_out: bool = True
+    targets: tuple[str, ...] = ()
 
     @property
     def new_sites(self) -> tuple[str, ...]:
@@ -140,24 +150,36 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
     shares = federation.by_node(federation.training)
     contents = {node: SumsRequest(names).pack() for node, names in shares.items()}
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
-    parts: list[tuple[tuple[str, ...], FeatureSums]] = []
+    parts: list[tuple[tuple[str, ...], FeatureSums, FeatureSums]] = []
     for node, content in answers.items():
         try:
             if isinstance(content, str):
                 raise MessageError(content)
             reply = SumsReply.unpack(content)
+            if len(reply.target_count) != len(federation.targets):
+                raise MessageError(
+                    f"sums of {len(reply.target_count)} targets, and there are {len(federation.targets)}"
+                )
         except MessageError as error:
             raise FedmetaError(f"no feature sums from the node of {', '.join(shares[node][:5])}: {error}") from None
-        parts.append((shares[node], FeatureSums(reply.count, reply.total, reply.square)))
-    sums = [part for _, part in sorted(parts, key=lambda entry: entry[0])]
-    total = sums[0]
-    for part in sums[1:]:
-        total = total + part
-    scale = standardisation(total)
-    return {
+        features = FeatureSums(reply.count, reply.total, reply.square)
+        targets = FeatureSums(reply.target_count, reply.target_total, reply.target_square)
+        parts.append((shares[node], features, targets))
+    parts.sort(key=lambda entry: entry[0])
+    scale = standardisation(reduce(FeatureSums.__add__, [part[1] for part in parts]))
+    found = {
         "standardisation.mean": torch.from_numpy(scale.mean),
         "standardisation.scale": torch.from_numpy(scale.scale),
     }
+    if not federation.regression:
+        if experiment.data.target in ("standardise", "log"):
+            raise FedmetaError(
+                f'[data] target = "{experiment.data.target}": the labels are classes, and it is for numbers; '
+                "leave it out"
+            )
+        return found
+    target = target_scale(reduce(FeatureSums.__add__, [part[2] for part in parts]), experiment.target_kind)
+    return {**found, TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
 
 
 def build_federation(
@@ -186,6 +208,7 @@ def build_federation(
         empty.astype(float),
         first.form,
         all(reply.held_out for reply in replies.values()),
+        first.targets,
     )
     federation = add_sites(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
     if len(federation.training) == 0:
@@ -223,6 +246,7 @@ def _absent(replies: Mapping[int, SitesReply], earlier: Checkpoint | None) -> di
         weights=tuple(earlier.weights[place] for place in gone),
         form=earlier.form,
         held_out=earlier.held_out,
+        targets=earlier.targets,
     )
     return {NO_NODE: absent}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,14 @@ from fedmeta.messages.records import (
 
 Floats = NDArray[np.float64]
 
-SCHEMA = ("classes", "features", "shape", "regression", "tokens", "form", "held_out")
+SUMS = ("count", "total", "square", "target_count", "target_total", "target_square")
+
+
+def _nothing() -> Floats:
+    return np.zeros(0)
+
+
+SCHEMA = ("classes", "features", "shape", "regression", "targets", "tokens", "form", "held_out")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class SitesReply:
         weights: What each site weighs in the mean with server.weighting = "examples"; fixed here for the run.
         form: A digest of the form of a task of an own source, which must be equal at all sites; empty for rows.
         held_out: Whether support and query are different data at these sites.
+        targets: What each target of a regression is called; empty for classes and for data that are no rows.
     """
 
     names: tuple[str, ...]
@@ -56,6 +64,7 @@ class SitesReply:
     weights: tuple[float, ...] = ()
     form: str = ""
     held_out: bool = True
+    targets: tuple[str, ...] = ()
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
@@ -67,6 +76,7 @@ class SitesReply:
             "tokens": self.tokens,
             "form": self.form,
             "held_out": self.held_out,
+            "targets": list(self.targets),
         }
         sizes: dict[str, Any] = {
             "train_rows": list(self.train_rows),
@@ -107,6 +117,7 @@ class SitesReply:
             weights=weights,
             form=read_scalar(schema, "form", str),
             held_out=read_scalar(schema, "held_out", bool),
+            targets=tuple(read_list(schema, "targets", str)),
         )
 
 
@@ -129,15 +140,27 @@ class SumsRequest:
 
 @dataclass(frozen=True)
 class SumsReply:
-    """Feature sums over the train rows of the sites asked for, missing values left out; float64, all of one shape."""
+    """Sums over the train rows of the sites asked for, missing values left out; float64.
+
+    Attributes:
+        count: How many values of each feature were observed.
+        total: Their sum.
+        square: The sum of their squares.
+        target_count: The same of each target of a regression [targets], or of its logarithm; empty for classes.
+        target_total: Their sum.
+        target_square: The sum of their squares.
+    """
 
     count: Floats
     total: Floats
     square: Floats
+    target_count: Floats = field(default_factory=_nothing)
+    target_total: Floats = field(default_factory=_nothing)
+    target_square: Floats = field(default_factory=_nothing)
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
-        sums = {"count": self.count, "total": self.total, "square": self.square}
+        sums = {name: getattr(self, name) for name in SUMS}
         return RecordDict({"sums": write_arrays({name: torch.from_numpy(value) for name, value in sums.items()})})
 
     @classmethod
@@ -145,13 +168,23 @@ class SumsReply:
         """Reads a reply; raises `MessageError` where it is not one."""
         only(content, "sums")
         sums = {name: value.numpy() for name, value in read_arrays(content, "sums").items()}
-        only(sums, "count", "total", "square")
-        if len({value.shape for value in sums.values()}) != 1:
-            raise MessageError("the sums are not of one shape")
-        if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in sums.values()):
-            raise MessageError("the sums are not finite float64 numbers")
-        if (sums["count"] < 0).any() or (sums["square"] < 0).any():
-            raise MessageError("a count or a sum of squares is negative")
-        if (np.abs(sums["total"]) > np.maximum(sums["count"], 1.0) * np.finfo(np.float32).max).any():
-            raise MessageError("a sum is of larger numbers than sites may have")
+        only(sums, *SUMS)
+        for prefix in ("", "target_"):
+            count, total, square = (sums[f"{prefix}{name}"] for name in ("count", "total", "square"))
+            _check_sums(count, total, square)
+        if sums["target_count"].ndim != 1:
+            raise MessageError("the sums of targets are not a list")
         return cls(**sums)
+
+
+def _check_sums(count: Floats, total: Floats, square: Floats) -> None:
+    """Checks that sums can be those of numbers; raises `MessageError` otherwise."""
+    every = (count, total, square)
+    if len({value.shape for value in every}) != 1:
+        raise MessageError("the sums are not of one shape")
+    if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in every):
+        raise MessageError("the sums are not finite float64 numbers")
+    if (count < 0).any() or (square < 0).any():
+        raise MessageError("a count or a sum of squares is negative")
+    if (np.abs(total) > np.maximum(count, 1.0) * np.finfo(np.float32).max).any():
+        raise MessageError("a sum is of larger numbers than sites may have")

@@ -62,9 +62,11 @@ def sums_of(found: Predictions, rows: int, metrics: Sequence[Metric], bins: Bins
         bins: The bins of log odds.
     """
     if not found.classes:
-        error = found.outputs - found.y
-        values = (len(found.y), found.y.sum(), (found.y**2).sum(), (error**2).sum(), np.abs(error).sum())
-        return {"regression": np.array(values, dtype=np.float64)}
+        y = found.y.reshape(len(found.y), -1)
+        error = found.outputs.reshape(y.shape) - y
+        count = np.full(y.shape[1], float(len(y)))
+        values = (count, y.sum(0), (y**2).sum(0), (error**2).sum(0), np.abs(error).sum(0))
+        return {"regression": np.stack(values, axis=-1).astype(np.float64)}
     n, classes, predicted = len(found.y), found.classes, found.predicted
     confusion = np.zeros((classes, classes))
     np.add.at(confusion, (found.y, predicted), 1.0)
@@ -117,17 +119,19 @@ def _share(counts: Floats) -> Floats:
 
 def _one(name: str, sums: Mapping[str, Floats], positive: int) -> float | None:
     if "regression" in sums:
-        n, total, square, squared_error, absolute_error = (float(value) for value in sums["regression"])
-        if not n:
+        count, total, square, squared_error, absolute_error = sums["regression"].reshape(-1, 5).T
+        if not count.all():
             return math.nan
-        spread = square - total**2 / n
-        known = {
-            "rmse": math.sqrt(squared_error / n),
-            "mae": absolute_error / n,
-            "r2": 1 - squared_error / spread if spread > 0 else math.nan,
-            "nll": 0.5 * (math.log(2 * math.pi) + math.log(max(squared_error / n, 1e-12)) + 1),
-        }
-        return known.get(name)
+        spread = square - total**2 / count
+        # As a site's own figures: an error is averaged over targets, and R2 and nll are.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = {
+                "rmse": np.sqrt((squared_error / count).mean()),
+                "mae": (absolute_error / count).mean(),
+                "r2": np.where(spread > 0, 1 - squared_error / spread, np.nan).mean(),
+                "nll": 0.5 * (np.log(2 * np.pi) + np.log(np.maximum(squared_error / count, 1e-300)) + 1).mean(),
+            }
+        return float(values[name]) if name in values else None
     rows, n = (float(value) for value in sums["rows"])
     if not n:
         return math.nan
