@@ -83,7 +83,7 @@ def main() -> None:
     for seed in measure.SEEDS:
         result = measure.run(ENTRY, seed=seed)
         new, training = measure.new_sites(result), measure.training_sites(result)
-        steps = ["server.rounds=100", "server.sites_per_round=10", "server.optimizer=adam", "server.lr=0.03"]
+        steps = ["server.rounds=60", "server.sites_per_round=10", "server.optimizer=adam", "server.lr=0.03"]
         gradients = measure.run(ENTRY, NAME, *steps, seed=seed).meta_state
         plain = learner.init(seed)
         own = [
@@ -107,8 +107,8 @@ def main() -> None:
             np.repeat(rest[:, None], STEPS + 1, axis=1))  # fmt: skip
         if seed == 0:
             for name, kind in (("Optuna TPE", optuna.samplers.TPESampler), ("Optuna GP", optuna.samplers.GPSampler)):
-                few = searched(problem, new, seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
-                rows.setdefault(f"{name} (one seed)", []).append(few)
+                few = searched(problem, new[:6], seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
+                rows.setdefault(f"{name} (6 patients, one seed)", []).append(few)
         for name, limited in (("without", False), ("with", True)):
             other, patients = learner_of(limit=limited)
             found = measure.scores(other, result.meta_state, patients, new, STEPS, seed)
@@ -127,7 +127,13 @@ def main() -> None:
     measure.put(ENTRY, "regret", measure.table(["method", *[f"{k} trials" for k in SHOWN]], lines))
     learned = values["**prior by sums**"]
     gains = [
-        [name, *[measure.interval((learned[: len(found)] - found)[..., k], 2, True) for k in (1, 5, 10, 20)]]
+        [
+            name,
+            *[
+                measure.interval((learned[: len(found), : found.shape[1]] - found)[..., k], 2, True)
+                for k in (1, 5, 10, 20)
+            ],
+        ]
         for name, found in values.items()
         if "**" not in name
     ]
