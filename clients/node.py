@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.errors import DataError, UnknownSiteError
+from clients.policy import is_deployed
 from clients.tasks import TaskNode
 from fedmeta.build import dtype_of, learner_of, load_code, source_of
 from fedmeta.data import (
@@ -180,19 +181,22 @@ def node_of(context: Context) -> Node:
 
     A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
     experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name. A deployed
-    node imports code of the user's own only from the packages that its config allows (`code`).
+    node imports code of the user's own only from the packages that its config allows (`code`), and without `data` it
+    reads nothing: the paths of an experiment are for the machine of the person who wrote it.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or a deployed node has none.
         FedmetaError: The experiment is not valid, or names code that this node does not allow.
     """
     experiment = _experiment(str(context.run_config["experiment"]))
     config = context.node_config
-    if "data" in config or "partition-id" not in config:
+    if is_deployed(config):
         allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
         refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
+    if is_deployed(config):
+        raise DataError('node config: data is missing: name the site\'s file, site="NAME" data="FILE"')
     return _partition_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
 
 
