@@ -64,6 +64,7 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
                 metrics[f"{group}/personalized_{name}_mean"] = values.get("mean")
         if summary.get("diverged"):
             metrics[f"{group}/diverged"] = summary["diverged"]
+            metrics[f"{group}/personalized_with_diverged"] = summary.get("personalized_with_diverged")
         metrics |= {f"{group}/undefined_{name}": count for name, count in (summary.get("undefined") or {}).items()}
     curved = sites[sites["site"].isin(list(suffixes))]
     for name in (f"personalized_{score}", f"global_{score}"):
