@@ -194,16 +194,17 @@ def summarize_scores(scores: pd.Series, metric: Metric) -> dict[str, Any]:
     if not len(values):
         return {**dict.fromkeys(("mean", "std", "worst_decile", "min", "low", "high")), "n": 0}
     worst = np.sort(values)[:: 1 if metric.higher_is_better else -1][: math.ceil(len(values) / 10)]
-    low, high = bootstrap_interval(values)
-    return {
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-        "worst_decile": float(worst.mean()),
-        "min": float(values.min()),
-        "n": len(values),
-        "low": low,
-        "high": high,
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest; such a figure is None
+        low, high = bootstrap_interval(values)
+        figures = {
+            "mean": values.mean(),
+            "std": values.std(),
+            "worst_decile": worst.mean(),
+            "min": values.min(),
+            "low": low,
+            "high": high,
+        }
+    return {**{name: _finite(value) for name, value in figures.items()}, "n": len(values)}
 
 
 def bootstrap_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float | None, float | None]:

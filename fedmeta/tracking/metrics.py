@@ -130,5 +130,8 @@ def site_columns(sites: pd.DataFrame) -> list[str]:
 def per_site(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the table that MLflow compares across runs: the last evaluation, the worst site first."""
     final = worst_first(latest(sites))
-    table: pd.DataFrame = final[site_columns(final)].round(4)
+    table: pd.DataFrame = final[site_columns(final)].copy()
+    for column in table.select_dtypes("float"):
+        # Digits and not decimals: the errors of small targets are small.
+        table[column] = [float(f"{value:.5g}") for value in table[column]]
     return table
