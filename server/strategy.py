@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import KEPT
+from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
@@ -139,28 +140,38 @@ class MetaGradientStrategy(Strategy):
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
-        """Asks one node which engine is fastest for the first cohort, and takes its word for the whole run.
+        """Asks a node which engine is fastest for the first cohort, and keeps that for the whole run.
 
         Returns:
-            The choice and its figures; None where the experiment names an engine and a budget, or nobody answered and
-            every node goes by its own rule.
+            The choice and its figures; None where the experiment names an engine and a budget, or a node was silent and
+            each goes by its own rule.
+
+        Raises:
+            FedmetaError: Every node of the cohort reports that it cannot compute it.
         """
         if self.engine != "auto" and self.budget:
             return None
         cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
-        here = cohort[self.federation.node_ids[cohort] == self.federation.node_ids[cohort[0]]]
-        messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
-        for _, content in self._valid_replies(
-            grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
-        ):
-            try:
-                reply = EngineReply.unpack(content)
-            except MessageError:
-                continue
-            self.engine = reply.engine if self.engine == "auto" else self.engine
-            self.budget = self.budget or reply.budget
-            return reply
-        return None
+        nodes = self.federation.node_ids[cohort]
+        for node in dict.fromkeys(nodes.tolist()):
+            messages = self._messages(grid, QUERY_ENGINE, 1, cohort[nodes == node], self.arrays())
+            self.log = RoundLog()
+            for _, content in self._valid_replies(
+                grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+            ):
+                try:
+                    reply = EngineReply.unpack(content)
+                except MessageError:
+                    continue
+                self.engine = reply.engine if self.engine == "auto" else self.engine
+                self.budget = self.budget or reply.budget
+                return reply
+            codes = {reason.partition(":")[0] for reason in self.log.failed.values()}
+            if not codes or not codes <= FAILURES.keys():
+                return None
+        raise FedmetaError(
+            f"no node can compute the first cohort: {self.log.reasons()}; the nodes' logs have the cause"
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
