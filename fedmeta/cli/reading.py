@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,14 @@ def check(
         print(f"not verified  {line}")
 
 
+class Use(StrEnum):
+    """Which model a site gets."""
+
+    ADVICE = "advice"
+    GLOBAL = "global"
+    PERSONAL = "personal"
+
+
 @app.command()
 def adapt(
     run: Annotated[
@@ -95,6 +104,9 @@ def adapt(
     test: Annotated[
         str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
     ] = "",
+    use: Annotated[
+        Use, typer.Option(help="The model to write: as advised, or the global or the personalized one.")
+    ] = Use.ADVICE,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
     code: Annotated[
         list[str] | None,
@@ -131,7 +143,7 @@ def adapt(
     if not data or site:
         raise FedmetaError("the run's data are rows: give the site's file with --data FILE, and no --site")
     with adapt_output.progress() as report:
-        adapted = adaptation.adapt(start, data, test, report)
+        adapted = adaptation.adapt(start, data, test, report, use.value)
     written = writing.write(adapted, out)
     adapt_output.show(adapted, written)
     if as_json:
