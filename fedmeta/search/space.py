@@ -36,8 +36,8 @@ FACTORS = {
 }
 ROUNDS_FACTOR = 2.0
 RATE_FACTOR, DELTA_RATE_FACTOR = 8.0, 3.0
-"""How far the default space reaches below and above an experiment's own value: a learner's own keys, the number of rounds,
-learning rates, and the server's rate where sites send model deltas (1 is a plain mean of their models)."""
+"""How far the default space reaches below and above an experiment's own value: a learner's own keys, the number of
+rounds, learning rates, and the server's rate where sites send model deltas (1 is a plain mean of their models)."""
 
 FIXED = (
     "data.source", "data.path", "data.new_sites", "data.test", "data.split", "data.support", "data.positive",
