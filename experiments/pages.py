@@ -10,8 +10,9 @@ import argparse
 import subprocess
 import sys
 
-LEARNERS = "local,fedavg,fedavg-ft,fedprox,reptile,fomaml,maml,anil,meta-sgd,maml++,per-fedavg,imaml,pfedme,ditto,fedrep,fedper"
-ROUNDS = {"heart": 100, "har": 60, "digits": 100, "writers": 60, "omniglot": 500}
+from fedmeta.experiment import LEARNERS as NAMES
+
+LEARNERS = ",".join(name for name in NAMES if name != "average")ROUNDS = {"heart": 100, "har": 60, "digits": 100, "writers": 60, "omniglot": 500}
 """The rounds that the search starts from: validation sites choose between half and twice as many."""
 
 
