@@ -12,7 +12,8 @@ import sys
 
 from fedmeta.experiment import LEARNERS as NAMES
 
-LEARNERS = ",".join(name for name in NAMES if name != "average")ROUNDS = {"heart": 100, "har": 60, "digits": 100, "writers": 60, "omniglot": 500}
+LEARNERS = ",".join(name for name in NAMES if name != "average")
+ROUNDS = {"heart": 100, "har": 60, "digits": 100, "writers": 60, "omniglot": 500}
 """The rounds that the search starts from: validation sites choose between half and twice as many."""
 
 
