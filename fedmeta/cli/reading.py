@@ -1,4 +1,4 @@
-"""Commands that look at sites and at finished runs: sites, adapt, report."""
+"""Commands that look at sites and at finished runs: sites, check, adapt, report, landscape."""
 
 from __future__ import annotations
 
@@ -172,3 +172,35 @@ def report(
 
     for path in write(runs, out, Path(Tracking().folder), uri or default_uri()):
         print(path)
+
+
+@app.command()
+def landscape(
+    run: Annotated[
+        str, typer.Argument(help="A run's folder, that folder's name, or its MLflow id.", show_default=False)
+    ],
+    sites: Annotated[int, typer.Option(min=1, help="How many training sites' tasks make the objective.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Lanczos steps from each random start.")] = 60,
+    probes: Annotated[int, typer.Option(min=1, help="Random starts.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Measures a run's meta-objective: its curvature by stochastic Lanczos quadrature, and how far sites agree.
+
+    The run's data must be readable here, as in simulation. Figures and a picture go to the run's folder and to MLflow.
+    """
+    from fedmeta.cli import landscape_output
+    from fedmeta.trust import allow_code
+
+    found = landscape_output.measure(
+        run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []), sites, steps, probes, out
+    )
+    if as_json:
+        print(json.dumps(found))
