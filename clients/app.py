@@ -15,11 +15,12 @@ from torch import Tensor
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
-from clients.node import Node, learner_for, node_of, split_meta_state
+from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
+from clients.policy import Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
-from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
+from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EngineReply,
@@ -38,6 +39,7 @@ CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
     UnknownSiteError: "unknown-site",
     StorageError: "bad-storage",
+    PolicyError: "beyond-policy",
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
     MemoryError: "out-of-memory",
@@ -75,8 +77,10 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the features and targets of training sites."""
-    node = node_of(context)
+    node, policy = node_of(context), policy_of(context.node_config)
     here = node.find(SumsRequest.unpack(content).names)
+    if policy and isinstance(node, RowNode):
+        policy.check_sums(node.split.train_sizes(here))
     found = (node.sums(here), node.target_sums(here))
     return SumsReply(*(value for sums in found for value in (sums.count, sums.total, sums.square))).pack()
 
@@ -86,10 +90,14 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
-    batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    here = node.find(request.names)
+    _, batch = next(node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches))
+    if policy:
+        policy.check_rows(batch, test=False)
     chosen, seconds = engines.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
@@ -100,42 +108,47 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
-    batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
-    if learner.personal(meta_state):
-        kept = LocalStateStore.of(context, node.experiment, request)
-        gradient, weight, metrics, own = train_personal(
-            learner,
-            meta_state,
-            batch,
-            weights,
-            stack_personal(learner, meta_state, kept.read()),
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-        )
-        kept.write(own)
-    else:
-        gradient, weight, metrics = engines.meta_gradients(
-            learner,
-            meta_state,
-            batch,
-            request.engine,
-            weights=weights,
-            budget=request.budget or engines.BUDGET,
-            rounded=request.per_site,
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-            check=node.experiment.runtime.check,
-        )
+    kept = LocalStateStore.of(context, node.experiment, request) if learner.personal(meta_state) else None
+    before, after, parts = kept.read() if kept else [], [], []
+    batches = node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches)
+    for group, batch in batches:
+        if policy:
+            policy.check_rows(batch, test=False)
+        if kept:
+            own = stack_personal(learner, meta_state, [before[site] for site in group.tolist()])
+            gradient, weight, metrics, own = train_personal(
+                learner, meta_state, batch, weights[group], own, clip_norm=clip_norm, per_site=request.per_site
+            )
+            after.append(own)
+        else:
+            gradient, weight, metrics = engines.meta_gradients(
+                learner,
+                meta_state,
+                batch,
+                request.engine,
+                weights=weights[group],
+                budget=request.budget or engines.BUDGET,
+                rounded=request.per_site,
+                clip_norm=clip_norm,
+                per_site=request.per_site,
+                check=node.experiment.runtime.check,
+            )
+        parts.append((group, gradient, weight, metrics))
+    gradient, weight, metrics = join_parts(parts, request.per_site)
+    if kept:
+        kept.write(in_site_order([group for group, *_ in parts], after))
+    query_loss = metrics["query_loss"].cpu().numpy()
     return TrainReply(
         gradient=gradient,
         weight=weight,
         names=request.names,
-        query_loss=metrics["query_loss"].cpu().numpy(),
+        query_loss=policy.figures(query_loss) if policy else query_loss,
         finite=metrics["finite"].cpu().numpy().astype(bool),
     ).pack()
 
@@ -145,13 +158,24 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request, evaluation=True)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
-    return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
+    evaluator = Evaluator.of(learner, meta_state, request)
+    return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+
+
+def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:
+    """Returns the site's policy, None in simulation, once a request was held against it and counted."""
+    policy = policy_of(context.node_config)
+    if policy:
+        policy.check_steps(node.experiment, request)
+        count_request(policy, context, request.run, evaluation=evaluation)
+    return policy
 
 
 def _meta_state(node: Node, request: RoundRequest) -> tuple[dict[str, Tensor], Standardisation]:
@@ -174,6 +198,5 @@ def memory_budget(gib: float, device: str = "cpu") -> int:
 
 
 def _use_machine(threads: int) -> None:
-    tune_glibc_malloc()
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

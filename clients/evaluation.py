@@ -14,10 +14,11 @@ from torch import Tensor
 
 from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
+from clients.policy import ROUNDED, Policy
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
-from fedmeta.engines.step_selection import FOLDS, choose_steps
+from fedmeta.engines.step_selection import FOLDS, choose_steps, last_good_steps
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
@@ -70,14 +71,19 @@ class Evaluator:
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
     def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site selects on its support rows."""
+        """Returns the number of steps [sites] that each site selects on its support rows.
+
+        Where the selected steps, taken on all of these rows, blow up, the site goes back to the last good one.
+        """
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):
             few = slice(start, start + together)
             repeated = own and {name: value[few].repeat_interleave(FOLDS, 0) for name, value in own.items()}
             evaluate = partial(self.figures, own=repeated)
-            chosen.append(choose_steps(evaluate, tuple(tensor[few] for tensor in batch.support)))
+            support = tuple(tensor[few] for tensor in batch.support)
+            here = partial(self.figures, own=own and {name: value[few] for name, value in own.items()})
+            chosen.append(last_good_steps(here, support, choose_steps(evaluate, support)))
         return torch.cat(chosen)
 
 
@@ -88,6 +94,7 @@ def evaluate_sites(
     evaluator: Evaluator,
     scale: Standardisation,
     kept: Sequence[Parameters | None] | None,
+    policy: Policy | None = None,
 ) -> EvaluateReply:
     """Returns the figures of the sites `here`, in groups that bound padding and memory.
 
@@ -98,6 +105,10 @@ def evaluate_sites(
         evaluator: How to evaluate.
         scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site kept of its own, where the learner has such.
+        policy: What the site grants; None in simulation.
+
+    Raises:
+        PolicyError: A site has fewer rows than its policy answers for.
     """
     problem = evaluator.learner.problem
     names = dict.fromkeys((LOSS, *(metric.name for metric in problem.metrics)))
@@ -108,6 +119,8 @@ def evaluate_sites(
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
+        if policy:
+            policy.check_rows(batch, test=True)
         if evaluator.baseline == "local_only":
             found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
         elif evaluator.baseline:
@@ -145,6 +158,9 @@ def evaluate_sites(
         # A site's tasks, several with data.ways, stand one after another; it is scored by their mean.
         for name in figures:
             figures[name][group] = by_task[name].reshape(len(group), -1, columns).mean(axis=1)
+    if policy and policy.metrics == ROUNDED:
+        figures = {name: policy.figures(values) for name, values in figures.items()}
+        pooled, pooled_sites = {}, [0] * len(pooled_sites)
     counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
     return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.errors import DataError, UnknownSiteError
+from clients.policy import is_deployed
 from clients.tasks import TaskNode
 from fedmeta.build import dtype_of, learner_of, load_code, source_of
 from fedmeta.data import (
@@ -34,12 +35,14 @@ from fedmeta.data import (
     target_sums,
     train_sums,
     training_episodes,
+    training_order,
     training_tasks,
 )
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.minibatches import Minibatches
 from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.targets import TargetScale
@@ -51,6 +54,8 @@ Sites = NDArray[np.int64]
 GROUP_ROWS = 1 << 14
 """How many padded rows an evaluation gathers at once."""
 
+TRAINING_BYTES = 1 << 28
+"""Bytes of features that a round gathers at once where learners take all train rows of their sites."""
 
 LINEAR = ("logistic", "mlp")
 """Models whose first layer is a linear one on the whole row."""
@@ -125,18 +130,56 @@ class RowNode:
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
-        if self.experiment.server.weighting == "examples":
+        if self.experiment.weighs_rows:
             return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
         return torch.ones(len(sites), dtype=torch.float64)
 
-    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
-        """Returns the tasks of some sites in a round."""
+    def training_batches(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Iterator[tuple[Sites, Batch]]:
+        """Yields positions in `sites` and their tasks in a round: all at once, unless padding would take much memory.
+
+        Args:
+            sites: The cohort's sites that are here.
+            round_number: The round.
+            scale: The run's standardisation.
+            classes: The run's class list.
+            minibatches: How the learner goes through all of a site's train rows; None for support and query rows.
+        """
+        groups = [np.arange(len(sites))]
+        sizes = self.split.train_sizes(sites)
+        if minibatches is not None and not self.experiment.data.ways and len(sites):
+            most = max(1, TRAINING_BYTES // (4 * int(np.prod(self.shape, dtype=np.int64))))
+            if len(sites) * int(sizes.max()) > most:
+                groups = group_by_size(sizes, most)
+        for group in groups:
+            yield group, self.training_batch(sites[group], round_number, scale, classes, minibatches)
+
+    def training_batch(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Batch:
+        """Returns the tasks of some sites in a round; arguments as for `training_batches`."""
         data = self.experiment.data
         if data.ways:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
-            episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+            query = data.query if minibatches is None else int(self.split.train_sizes(sites).max(initial=1))
+            episodes = training_episodes(self.split, sites, round_number, data.support, query)
+        batch = self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+        if minibatches is None:
+            return batch
+        order = training_order(self.split, sites, round_number, episodes, minibatches)
+        return replace(batch, order=torch.from_numpy(order).to(batch.device))
 
     def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
         """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""
@@ -180,19 +223,22 @@ def node_of(context: Context) -> Node:
 
     A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
     experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name. A deployed
-    node imports code of the user's own only from the packages that its config allows (`code`).
+    node imports code of the user's own only from the packages that its config allows (`code`), and without `data` it
+    reads nothing: the paths of an experiment are for the machine of the person who wrote it.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or a deployed node has none.
         FedmetaError: The experiment is not valid, or names code that this node does not allow.
     """
     experiment = _experiment(str(context.run_config["experiment"]))
     config = context.node_config
-    if "data" in config or "partition-id" not in config:
+    if is_deployed(config):
         allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
         refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
+    if is_deployed(config):
+        raise DataError('node config: data is missing: name the site\'s file, site="NAME" data="FILE"')
     return _partition_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
 
 

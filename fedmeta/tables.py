@@ -94,6 +94,16 @@ def groups(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(label, summary[key]) for key, label in named.items() if summary[key]["n"]]
 
 
+def with_diverged(group: Mapping[str, Any]) -> list[str]:
+    """Returns a phrase on a group's sites whose adaptation diverged, which means leave out; none where none did."""
+    count = group.get("diverged", 0)
+    if not count:
+        return []
+    mean = group.get("personalized_with_diverged")
+    shown = "not finite" if mean is None or not math.isfinite(mean) else number(mean)
+    return [f"{count} diverged and left out of the means (with them the personalized mean is {shown})"]
+
+
 def score_label(summary: Mapping[str, Any]) -> str:
     """Returns a run's score with its unit and which way is better, such as "snr (dB), higher is better"."""
     score = summary["score"]
@@ -107,14 +117,25 @@ def results_table(summary: Mapping[str, Any]) -> Cells:
     is_pooled = any(own["personalized"].get("pooled") is not None for _, own in found)
     headings = ["", "sites", "local-only", "global", "personalized", "std", "worst 10 %"]
     headings += ["pooled"] if is_pooled else []
+    rivals = [name for name in ("classical", "optimum") if any(name in own for _, own in found)]
+    headings += [{"classical": "classical (evaluations)"}.get(name, name) for name in rivals]
     rows = []
     for label, own in found:
         after = own["personalized"]
         scores = [own["local_only"]["mean"], own["global"]["mean"], after["mean"], after["std"], after["worst_decile"]]
         scores += [after.get("pooled")] if is_pooled else []
+        scores += [_rival(own.get(name)) for name in rivals]
         shares = [None if own.get(key) is None else Share(own[key]) for key in ("helped", "harmed", "beats_local")]
         rows.append((label, own["n"], *scores, *shares))
     return Cells((*headings, "helped", "harmed", "beats local-only"), rows)
+
+
+def _rival(found: Mapping[str, Any] | None) -> Cell:
+    """Returns the mean score of a problem's own baseline, with the evaluations that it took where they are known."""
+    if not found or found["mean"] is None:
+        return None
+    taken = found.get("evaluations")
+    return f"{number(found['mean'])} ({taken:.0f})" if taken else number(found["mean"])
 
 
 def metrics_table(summary: Mapping[str, Any]) -> Cells:

@@ -23,6 +23,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
 from fedmeta.models.attention import exact_attention
+from fedmeta.signing import check_signature, signed
 from fedmeta.targets import TargetScale
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
@@ -135,7 +136,7 @@ class SiteModel(nn.Module):
             "facts": json.dumps(facts),
         }
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        write_atomic(path, save(state, texts))
+        write_atomic(path, save(state, signed(texts, state)))
 
     @classmethod
     def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> SiteModel:
@@ -147,11 +148,12 @@ class SiteModel(nn.Module):
             remedy: How a person allows more code, for the message.
 
         Raises:
-            FedmetaError: It is not such a file, or asks for other code.
+            FedmetaError: It is not such a file, asks for other code, or lacks the signature that is asked for.
         """
         from fedmeta.build import learner_of
 
         texts, state = read_tensors(path, "site's model", FORMAT)
+        check_signature(str(path), texts, state)
         form = read_json(texts.get("form", ""), Form, f"{path}: not what rows and labels look like")
         experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)

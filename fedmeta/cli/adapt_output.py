@@ -15,6 +15,7 @@ from fedmeta.adapt.estimate import Report
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
+from fedmeta.signing import UNSIGNED
 from fedmeta.tables import number
 
 
@@ -46,6 +47,8 @@ def show(adapted: Adapted, written: Written) -> None:
         )
     console.print(table)
     console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
+    if start.signature != UNSIGNED:
+        console.print(f"start {start.signature}", highlight=False, markup=False)
     for warning in (*adapted.warnings, *([written.note] if written.note else [])):
         console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)
@@ -73,6 +76,6 @@ def show_solved(solved: Solved, written: Written) -> None:
 
 
 def _cells(estimate: Estimate, test: float | None, bold: bool) -> list[str]:
-    score = f"{estimate.score:.3f}"
-    cells = [f"[bold]{score}[/]" if bold else score, f"{estimate.low:.3f} to {estimate.high:.3f}"]
-    return [*cells, *([f"{test:.3f}"] if test is not None else [])]
+    score = number(estimate.score)
+    cells = [f"[bold]{score}[/]" if bold else score, f"{number(estimate.low)} to {number(estimate.high)}"]
+    return [*cells, *([number(test)] if test is not None else [])]

@@ -1,8 +1,11 @@
-"""Commands that look at sites and at finished runs: sites, adapt, report."""
+"""Commands that look at sites and at finished runs: sites, check, adapt, report, landscape."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +26,16 @@ def sites(
         str,
         typer.Option(metavar="CONFIG", help='Show what a node with this config would send: site="NAME" data="FILE".'),
     ] = "",
+    certs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="With --node-config: show how long certificates in a folder are valid."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:
     """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
 
-    With --node-config it shows, at a site and without sending anything, every message that the site's node would send.
+    With --node-config it shows, at a site and without sending anything, the site's policy and every message that its
+    node would send.
     """
     from fedmeta.cli import tables
     from fedmeta.data import load
@@ -35,8 +43,15 @@ def sites(
 
     experiment = load_experiment(file, overrides or [])
     if node_config:
-        from fedmeta.runtime.dry_run import dry_run, told
+        from fedmeta.runtime.dry_run import dry_run, granted, told
 
+        # Where the messages are for a program, what is for people goes beside them.
+        aside = sys.stderr if as_json else sys.stdout
+        print("policy of this site:", *(f"    {line}" for line in granted(node_config)), sep="\n", file=aside)
+        for folder in certs or []:
+            from fedmeta.certs import validities
+
+            print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
         print(told(dry_run(experiment, node_config), as_json))
         return
     frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
@@ -61,6 +76,14 @@ def check(
         print(f"not verified  {line}")
 
 
+class Use(StrEnum):
+    """Which model a site gets."""
+
+    ADVICE = "advice"
+    GLOBAL = "global"
+    PERSONAL = "personal"
+
+
 @app.command()
 def adapt(
     run: Annotated[
@@ -81,12 +104,19 @@ def adapt(
     test: Annotated[
         str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
     ] = "",
+    use: Annotated[
+        Use, typer.Option(help="The model to write: as advised, or the global or the personalized one.")
+    ] = Use.ADVICE,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
     code: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
         ),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public keys, one of which must have signed the start: signing.pub."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
@@ -96,8 +126,11 @@ def adapt(
     """
     from fedmeta.adapt import adaptation, locate, own_problem, writing
     from fedmeta.cli import adapt_output
+    from fedmeta.signing import VERIFY_KEY
     from fedmeta.trust import allow_code
 
+    if key:
+        os.environ[VERIFY_KEY] = str(key)
     writing.check_folder(out)
     start = locate.find_start(run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []))
     if not start.form.on_rows:
@@ -110,7 +143,7 @@ def adapt(
     if not data or site:
         raise FedmetaError("the run's data are rows: give the site's file with --data FILE, and no --site")
     with adapt_output.progress() as report:
-        adapted = adaptation.adapt(start, data, test, report)
+        adapted = adaptation.adapt(start, data, test, report, use.value)
     written = writing.write(adapted, out)
     adapt_output.show(adapted, written)
     if as_json:
@@ -139,3 +172,35 @@ def report(
 
     for path in write(runs, out, Path(Tracking().folder), uri or default_uri()):
         print(path)
+
+
+@app.command()
+def landscape(
+    run: Annotated[
+        str, typer.Argument(help="A run's folder, that folder's name, or its MLflow id.", show_default=False)
+    ],
+    sites: Annotated[int, typer.Option(min=1, help="How many training sites' tasks make the objective.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Lanczos steps from each random start.")] = 60,
+    probes: Annotated[int, typer.Option(min=1, help="Random starts.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Measures a run's meta-objective: its curvature by stochastic Lanczos quadrature, and how far sites agree.
+
+    The run's data must be readable here, as in simulation. Figures and a picture go to the run's folder and to MLflow.
+    """
+    from fedmeta.cli import landscape_output
+    from fedmeta.trust import allow_code
+
+    found = landscape_output.measure(
+        run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []), sites, steps, probes, out
+    )
+    if as_json:
+        print(json.dumps(found))
