@@ -1,4 +1,4 @@
-"""A new site joins: its rows are read, it adapts, and it is told what that is worth and what to use."""
+"""A new site joins: its rows are read, it adapts, and is shown what that is worth and what to use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Adapted:
     """What came of a site's rows.
 
     Attributes:
-        start: What the run handed on.
+        start: What the run exported.
         name: The site's name: its file's.
         source: Its file's name.
         rows: Its rows.
@@ -127,9 +127,9 @@ def adapt(
     """Adapts a run's model to a site's rows.
 
     Args:
-        start: What the run hands on.
+        start: What the run leaves.
         data: The site's file.
-        test: A file of further rows of the site, which only judge the result; "" where there is none.
+        test: A file of further rows of the site, which only score the result; "" where there is none.
         report: Takes progress.
         use: Which model the site gets: "advice", "global" or "personal" (see `estimate.judge`).
 

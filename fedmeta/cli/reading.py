@@ -43,7 +43,7 @@ def sites(
 
     experiment = load_experiment(file, overrides or [])
     if node_config:
-        from fedmeta.runtime.dry_run import dry_run, granted, told
+        from fedmeta.runtime.dry_run import dry_run, format_messages, granted
 
         # Where the messages are for a program, what is for people goes beside them.
         aside = sys.stderr if as_json else sys.stdout
@@ -52,7 +52,7 @@ def sites(
             from fedmeta.certs import validities
 
             print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
-        print(told(dry_run(experiment, node_config), as_json))
+        print(format_messages(dry_run(experiment, node_config), as_json))
         return
     frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
     if as_json:
