@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import wraps
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -31,6 +32,8 @@ from fedmeta.messages import (
 
 log = logging.getLogger("fedmeta.client")
 app = ClientApp()
+
+SUMS = ("count", "total", "square")
 
 CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
@@ -73,9 +76,14 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the feature sums of training sites."""
-    node = node_of(context)
-    total = node.sums(node.find(SumsRequest.unpack(content).names))
-    return SumsReply(total.count, total.total, total.square).pack()
+    node, request = node_of(context), SumsRequest.unpack(content)
+    here = node.find(request.names)
+    if not request.per_site:
+        whole = node.sums(here)
+        return SumsReply(whole.count, whole.total, whole.square).pack()
+    own = [node.sums(here[place : place + 1]) for place in range(len(here))]
+    stacked = (np.stack([getattr(each, key) for each in own]) for key in SUMS)
+    return SumsReply(*stacked).pack()
 
 
 @app.query("engine")

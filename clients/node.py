@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,7 +116,8 @@ class RowNode:
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
         if self.experiment.server.weighting == "examples":
-            return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
     def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ class TaskNode:
         """Returns what each site weighs in the mean."""
         if self.experiment.server.weighting == "examples":
             weights = [float(self.source.weight(self.names[site])) for site in sites.tolist()]
-            return torch.tensor(weights, dtype=torch.float64)
+            return torch.tensor(weights, dtype=torch.float64).clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
     def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:

@@ -46,6 +46,25 @@ class ServerOptimizer:
             for key, value in self._values.items():
                 value.copy_(meta_state[key])
 
+    def step_if_finite(self, gradient: Mapping[str, Tensor]) -> bool:
+        """Steps along a gradient, and undoes that where the meta-state or the memory has become infinite.
+
+        Returns:
+            Whether the step stands.
+        """
+        before, memory = self.meta_state, {name: value.clone() for name, value in self.state().items()}
+        self.step(gradient)
+        if self.finite:
+            return True
+        self.restore(before, memory)
+        return False
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers of the meta-state and of the memory are finite."""
+        every = (*self._values.values(), *self.state().values())
+        return all(bool(value.isfinite().all()) for value in every)
+
     @property
     def meta_state(self) -> dict[str, Tensor]:
         """A copy of the meta-state as it stands."""
