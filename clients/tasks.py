@@ -22,6 +22,7 @@ from fedmeta.messages import SitesReply
 from fedmeta.problems import TaskSource
 from fedmeta.problems.source import as_dtype, form_of
 from fedmeta.task import Batch, Task, stack_trees
+from fedmeta.text import first_bad_name
 
 Sites = NDArray[np.int64]
 
@@ -54,6 +55,8 @@ class TaskNode:
         names = sorted(str(name) for name in self._ask("sites"))
         if len(set(names)) < len(names):
             raise DataError("the task source names a site twice")
+        if bad := first_bad_name(names):
+            raise DataError(f"the site {bad}: rename it in the task source")
         return tuple(names)
 
     def describe(self) -> SitesReply:

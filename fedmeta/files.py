@@ -70,7 +70,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock on a file, which is created, until the end of the block; it ends with the process, however that dies.
+    """Holds a lock on a file, which is created, until the end of the block or of the process, however that dies.
 
     Args:
         path: The file.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.launch import (
     RESUME_VARIABLE,
+    LogWriter,
     announce,
     launcher_folder,
-    print_progress,
     reporter,
     tracked,
     write_result,
@@ -35,11 +34,12 @@ def main(grid: Grid, context: Context) -> None:
     folder = launcher_folder()
     if folder:
         announce(folder)
+    log = LogWriter()
     try:
         experiment, resume = _task(context)
-        outcome = training_loop.run(grid, experiment, reporter(folder) if folder else print_progress, resume)
+        outcome = training_loop.run(grid, experiment, reporter(folder) if folder else log.progress, resume)
     except FedmetaError as error:
-        print(f"fedmeta: {error}", file=sys.stderr, flush=True)
+        log.error(str(error))
         _hand_over(folder, {"error": str(error)})
         raise
     except BaseException as error:

@@ -2,8 +2,8 @@
 
 One reply of a thousand times the usual length stays for hundreds of rounds in the memory of an optimizer that keeps
 squares. So the norm of each reply's sum, divided by its weight, is compared with what is usual: the median over the
-replies accepted lately and those of the round. The bound is generous. It is no robust aggregator: it bounds what one reply
-does, and leaves honest replies as they are.
+replies accepted lately and those of the round. The bound is generous. It is no robust aggregator: it bounds what one
+reply does, and leaves honest replies as they are.
 """
 
 from __future__ import annotations
