@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedmeta.messages import TrainReply
 
@@ -21,6 +22,9 @@ WINDOW = 64
 
 FIRST = 10
 """From which reply on there is a bound."""
+
+FEWEST_TO_COMPARE = 3
+"""From how many figures on they are compared: of two, nothing says which one is usual."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,18 @@ def bound(replies: Sequence[TrainReply], norms: Sequence[float], factor: float, 
 
 def _scaled(reply: TrainReply, factor: float) -> TrainReply:
     return replace(reply, gradient={name: value.double() * factor for name, value in reply.gradient.items()})
+
+
+def outlying(values: NDArray[np.float64], factor: float) -> NDArray[np.bool_]:
+    """Returns which of some figures [sites] are larger than `factor` times the median size, which is 1 at least.
+
+    Args:
+        values: A figure of each site; NaN, for undefined, is not large.
+        factor: How many times.
+    """
+    sizes = np.abs(values)
+    known = sizes[~np.isnan(sizes)]
+    if len(known) < FEWEST_TO_COMPARE:
+        return np.zeros(len(values), dtype=bool)
+    large: NDArray[np.bool_] = sizes > factor * max(1.0, float(np.median(known)))
+    return large

@@ -55,6 +55,12 @@ WEIGHTLESS = "its weight is 0"
 UNDONE = "the step along the round's replies was not finite, and was undone"
 """Why a round changed nothing."""
 
+LOSS_EXCESS = 1e3
+"""How many times the usual a site's query loss may be to be in a round's mean."""
+
+FIGURE_EXCESS = 1e6
+"""How many times the usual a site's figure may be in an evaluation of several nodes."""
+
 ASKED_FOR_ENGINE = 3
 """How many nodes are asked which engine is fastest: of three, one cannot choose for all."""
 
@@ -66,6 +72,7 @@ class RoundLog:
     Attributes:
         failed: Site (or "node NUMBER") and the reason, for each that gave no usable answer.
         shortened: Site and by how much, for each whose reply was shortened (`server.influence`).
+        outlying: Site and why its query loss is not in the round's mean.
         undone: Whether the round's step was undone.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
@@ -73,6 +80,7 @@ class RoundLog:
 
     failed: dict[str, str] = field(default_factory=dict)
     shortened: dict[str, str] = field(default_factory=dict)
+    outlying: dict[str, str] = field(default_factory=dict)
     undone: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
@@ -220,9 +228,19 @@ class MetaGradientStrategy(Strategy):
             return None, None
         self.norms = norms
         self._packed = None
-        losses = [loss for reply in usable for loss in reply.query_loss[reply.finite].tolist()]
-        metrics = {"query_loss": float(np.mean(losses))} if losses else {}
+        metrics = self._mean_loss(usable)
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
+
+    def _mean_loss(self, replies: list[TrainReply]) -> dict[str, float]:
+        """Returns the mean query loss of the sites that count, without those that are far out of the ordinary."""
+        names = [name for reply in replies for name, finite in zip(reply.names, reply.finite, strict=True) if finite]
+        if not names:
+            return {}
+        losses = np.concatenate([reply.query_loss[reply.finite] for reply in replies])
+        far = influence.outlying(losses, LOSS_EXCESS)
+        why = f"its query loss is more than {LOSS_EXCESS:g} times the usual, and is not in the mean"
+        self.log.outlying = dict.fromkeys([names[place] for place in np.flatnonzero(far).tolist()], why)
+        return {"query_loss": float(np.mean(losses[~far]))}
 
     def _bounded(self, replies: list[TrainReply]) -> tuple[list[TrainReply], tuple[float, ...]]:
         """Bounds what each reply does (`server.influence`); returns those that count, and the norms to remember.
@@ -315,6 +333,7 @@ class MetaGradientStrategy(Strategy):
             self.log.failed.update({name: f"bad reply: {what}" for name, what in refused.items()})
             if len(refused) < len(reply.names):
                 usable.append(reply.without(refused) if refused else reply)
+        usable = self._without_outliers(usable)
         if not usable:
             self.evaluated = None
             return None
@@ -425,6 +444,22 @@ class MetaGradientStrategy(Strategy):
         problem = self.learner.problem
         low = 0.0 if isinstance(problem, Supervised) and problem.plain else -np.inf
         return {LOSS: (low, np.inf), **{metric.name: (metric.low, metric.high) for metric in problem.metrics}}
+
+    def _without_outliers(self, replies: list[EvaluateReply]) -> list[EvaluateReply]:
+        """Returns the replies of several nodes without sites whose figures are far out of the ordinary; names these."""
+        if len(replies) < influence.FEWEST_TO_COMPARE:
+            return replies
+        refused: dict[str, str] = {}
+        names = [name for reply in replies for name in reply.names]
+        for figure in replies[0].figures:
+            for column in range(self._columns):
+                values = np.concatenate([reply.figures[figure][:, column] for reply in replies])
+                for place in np.flatnonzero(influence.outlying(values, FIGURE_EXCESS)).tolist():
+                    why = f"bad reply: its {figure} is more than {FIGURE_EXCESS:g} times the usual"
+                    refused.setdefault(names[place], why)
+        self.log.failed.update(refused)
+        kept = (reply.without(refused) if refused.keys() & set(reply.names) else reply for reply in replies)
+        return [reply for reply in kept if reply.names]
 
     def _check_pooled(self, reply: EvaluateReply) -> None:
         """Checks that the pooled sums are of the groups asked for, and possible for their rows."""

@@ -291,6 +291,7 @@ class TrainingLoop:
             self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.journal.log_failures(number, strategy.log.failed)
             self.journal.log_failures(number, strategy.log.shortened, "shortened")
+            self.journal.log_failures(number, strategy.log.outlying, "query loss")
             if strategy.log.shortened or strategy.log.undone:
                 self._report_influence(number)
         if metrics is None or strategy.log.failed:

@@ -115,6 +115,9 @@ class SitesReply:
             raise MessageError(f"the shape of a row is not positive, or has more than {MOST_VALUES} values")
         classes, features = (tuple(read_list(schema, key, str)) for key in ("classes", "features"))
         tokens, form = read_scalar(schema, "tokens", bool), read_scalar(schema, "form", str)
+        regression = read_scalar(schema, "regression", bool)
+        if regression is bool(classes) and (regression or any((*rows["train_rows"], *rows["test_rows"]))):
+            raise MessageError("its labels are numbers and it has classes, or they are classes and it has none")
         symbols = {name for name in classes if tokens and len(name) == 1}
         for what, texts in {"site": names, "class": classes, "feature": features}.items():
             if len(set(texts)) < len(texts):
@@ -132,7 +135,7 @@ class SitesReply:
             classes=classes,
             features=features,
             shape=shape,
-            regression=read_scalar(schema, "regression", bool),
+            regression=regression,
             tokens=tokens,
             weights=weights,
             form=form,
