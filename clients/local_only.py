@@ -10,10 +10,11 @@ by less than a millionth of itself, at most 1 000 steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from clients.local_models import fit_rows
 from fedmeta.engines.loop import in_place
@@ -43,14 +44,60 @@ def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     if isinstance(problem, Supervised) and problem.plain and experiment.evaluation.local_baseline == "auto":
         return fit_rows(learner, start, batch, experiment)
     found = []
-    for site in range(batch.sites):
+    for site, own in enumerate(_solutions(learner, start, batch)):
         task = batch.task(site)
-        own = converge(learner, start, task.support)
         with torch.no_grad():
             found.append(stack_path([learner.evaluate(own, task.query)]))
         if OUTPUTS in found[-1]:
             found[-1][OUTPUTS] = in_place(found[-1][OUTPUTS], batch.query[2][site])
     return stack_path(found)
+
+
+def _solutions(learner: Learner, start: Parameters, batch: Batch) -> Iterator[Parameters]:
+    """Yields each site's solution: many sites at once where the solver and the objective allow it, else one by one."""
+    solver = learner.problem.solver
+    if solver.kind == DIFFERENTIABLE and solver.memoryless and batch.sites > 1:
+        try:
+            together = converge_together(learner, start, batch.support, batch.sites)
+        except (RuntimeError, ValueError, TypeError):
+            pass  # an objective that torch.vmap does not take
+        else:
+            yield from ({name: value[site] for name, value in together.items()} for site in range(batch.sites))
+            return
+    for site in range(batch.sites):
+        yield converge(learner, start, batch.task(site).support)
+
+
+def converge_together(learner: Learner, start: Parameters, support: Data, sites: int) -> Parameters:
+    """Returns what `converge` returns, for sites [sites, ...] at once; one that has settled stays where it is."""
+    problem = learner.problem
+    rates = dict.fromkeys(problem.moved, learner.inner_lr)
+
+    def step(moving: Parameters, data: Data) -> Parameters:
+        found = run_solver(problem, learner.inner, {**start, **moving}, data, lambda _: rates, 1)[-1]
+        return {name: found[name].detach() for name in moving}
+
+    steps, values = vmap(step), vmap(lambda moving, data: learner.inner({**start, **moving}, data))
+    own = {name: start[name].expand(sites, *start[name].shape) for name in problem.moved}
+    with torch.no_grad():
+        before = values(own, support)
+    active = torch.ones(sites, dtype=torch.bool, device=before.device)
+    for _ in range(MOST_STEPS):
+        moved = steps(own, support)
+        with torch.no_grad():
+            after = values(moved, support)
+        # A step that blows up is not taken, and ends its site's descent.
+        active = active & after.isfinite()
+        own = {name: torch.where(_like(active, value), value, own[name]) for name, value in moved.items()}
+        active = active & ((after - before).abs() > TOLERANCE * before.abs())
+        before = torch.where(active, after, before)
+        if not active.any():
+            break
+    return {name: own.get(name, value.expand(sites, *value.shape)) for name, value in start.items()}
+
+
+def _like(sites: Tensor, value: Tensor) -> Tensor:
+    return sites.reshape(-1, *[1] * (value.dim() - 1))
 
 
 def converge(learner: Learner, start: Parameters, data: Data) -> Parameters:

@@ -1,7 +1,7 @@
 """How the sites' replies become one gradient: their mean, or what a few false ones among them cannot drag far.
 
-The robust ones are Flower's own strategies, called with each site's own gradient where they expect its weights; they
-are indifferent to which. `f` is the assumed number of false replies, `n` that of all:
+A robust rule maps the sites' gradients, a matrix [sites, values], to one gradient [values]. `f` is the assumed number
+of false replies, `n` that of all:
 
 | name | what | source |
 |---|---|---|
@@ -14,27 +14,23 @@ are indifferent to which. `f` is the assumed number of false replies, `n` that o
 
 They all assume that honest sites resemble each other. Where sites differ, `mixing` (Allouah 2023) first replaces each
 gradient by the mean of the n - f nearest to it: what honest sites have in common stays, what divides them shrinks.
+
+`server.aggregator = "package.module:function"` names an own rule, such as `median` below: a function from that matrix,
+in float64 and in site order, to a gradient [values].
 """
 
 from __future__ import annotations
 
-import gc
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from torch import Tensor
 
+from fedmeta.build import load_code
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Server
-from fedmeta.messages import TRAIN, TrainReply
+from fedmeta.messages import TrainReply
 
 Gradient = dict[str, Tensor]
 
@@ -47,19 +43,64 @@ MIN_REPLIES: Mapping[str, tuple[str, Callable[[int], int]]] = {
     "bulyan": ("4f + 3", lambda f: 4 * f + 3),
     "norm-bound": ("2f + 1", lambda f: 2 * f + 1),
 }
-"""How many replies an aggregator needs to withstand f false ones, in words and as a function."""
+"""How many replies an aggregator needs to withstand f false ones, as text and as a function; an own one needs 1."""
 
-STRATEGIES: Mapping[str, Callable[[int, int], FedAvg]] = {
-    "median": lambda n, f: FedMedian(),
-    # It cuts int(beta * n) values at either end, and beta * n = f may come out a hair below f.
-    "trimmed-mean": lambda n, f: FedTrimmedAvg(beta=(f + 0.25) / n),
-    "krum": lambda n, f: Krum(num_malicious_nodes=f),
-    "multi-krum": lambda n, f: MultiKrum(num_malicious_nodes=f, num_nodes_to_select=n - f - 2),
-    "bulyan": lambda n, f: Bulyan(num_malicious_nodes=f),
-}
-"""Flower's strategy for n replies of which f may be false."""
 
-_MESSAGE: Any = Message
+# The rules
+
+
+def median(gradients: Tensor) -> Tensor:
+    """Returns the median of each coordinate [values] of gradients [sites, values]; of two middle ones the mean."""
+    ordered = gradients.sort(dim=0).values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def trimmed_mean(gradients: Tensor, false: int) -> Tensor:
+    """Returns each coordinate's mean without its `false` largest and smallest values."""
+    return gradients.sort(dim=0).values[false : len(gradients) - false].mean(0)
+
+
+def krum_scores(gradients: Tensor, false: int) -> Tensor:
+    """Returns each gradient's sum of squared distances to the n - f - 2 others nearest to it [sites]."""
+    # Distances by differences: those by inner products lose what lies close together far from 0.
+    distances = torch.cdist(gradients, gradients, compute_mode="donot_use_mm_for_euclid_dist").square()
+    distances.fill_diagonal_(math.inf)
+    return distances.sort(dim=1).values[:, : len(gradients) - false - 2].sum(1)
+
+
+def multi_krum(gradients: Tensor, false: int, chosen: int) -> Tensor:
+    """Returns the mean of the `chosen` gradients with the lowest scores; with one of them, Krum."""
+    return gradients[krum_scores(gradients, false).argsort(stable=True)[:chosen]].mean(0)
+
+
+def bulyan(gradients: Tensor, false: int) -> Tensor:
+    """Returns each coordinate's mean of the n - 4f values nearest its median, of the n - 2f best gradients by Krum."""
+    best = gradients[krum_scores(gradients, false).argsort(stable=True)[: len(gradients) - 2 * false]]
+    order = (best - median(best)).abs().argsort(dim=0, stable=True)[: len(best) - 2 * false]
+    return best.gather(0, order).mean(0)
+
+
+def norm_bounded_mean(gradients: Tensor, bound: float) -> Tensor:
+    """Returns the mean of gradients, of which those longer than `bound` times the median norm are shortened to it."""
+    norms = gradients.norm(dim=1)
+    longest = bound * median(norms[:, None])
+    factors = torch.where(norms > longest, longest / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
+    return (factors[:, None] * gradients).mean(0)
+
+
+def nearest_neighbor_mixing(gradients: Tensor, false: int) -> Tensor:
+    """Returns each gradient's mean with the n - f - 1 others that are nearest to it [sites, values].
+
+    Source: Allouah et al. 2023, "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", Algorithm 2.
+    """
+    sites = len(gradients)
+    distances = torch.cdist(gradients, gradients, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.topk(sites - false, largest=False).indices
+    shares = torch.zeros(sites, sites, dtype=gradients.dtype).scatter_(1, nearest, 1.0) / (sites - false)
+    return shares @ gradients
+
+
+# A round
 
 
 def aggregate_replies(replies: Sequence[TrainReply], settings: Server) -> Gradient | None:
@@ -71,18 +112,20 @@ def aggregate_replies(replies: Sequence[TrainReply], settings: Server) -> Gradie
 
     Returns:
         The gradient; None where too few sites gave a finite one for the aggregator to mean anything.
+
+    Raises:
+        FedmetaError: An own aggregator fails, or returns something else than one gradient.
     """
     if settings.aggregator == "mean":
         return weighted_mean(replies)
     sites = gradients_by_site(replies)
     false = num_byzantine(settings.byzantine, len(sites))
-    if len(sites) < MIN_REPLIES[settings.aggregator][1](false):
+    if len(sites) < max(1, _fewest(settings, false)):
         return None
+    matrix = torch.stack([torch.cat([value.reshape(-1) for value in site.values()]) for site in sites])
     if settings.mixing:
-        sites = nearest_neighbor_mixing(sites, false)
-    if settings.aggregator == "norm-bound":
-        return norm_bounded_mean(sites, settings.norm_bound)
-    return aggregate(STRATEGIES[settings.aggregator](len(sites), false), sites)
+        matrix = nearest_neighbor_mixing(matrix, false)
+    return _unflattened(_apply(settings, matrix, false), sites[0])
 
 
 def check(settings: Server, sites: int) -> None:
@@ -95,13 +138,15 @@ def check(settings: Server, sites: int) -> None:
     Raises:
         FedmetaError: It has not.
     """
+    if ":" in settings.aggregator:
+        load_code(settings.aggregator, "[server] aggregator")
     asked = min(settings.sites_per_round or sites, sites)
     false = num_byzantine(settings.byzantine, asked)
-    words, fewest = MIN_REPLIES[settings.aggregator]
-    if asked < fewest(false):
+    fewest = _fewest(settings, false)
+    if asked < fewest:
         raise FedmetaError(
-            f'[server] aggregator = "{settings.aggregator}": needs {words} = {fewest(false)} sites in a round to '
-            f"withstand f = {false} (byzantine = {settings.byzantine}), and a round has {asked}: "
+            f'[server] aggregator = "{settings.aggregator}": needs {MIN_REPLIES[settings.aggregator][0]} = {fewest} '
+            f"sites in a round to withstand f = {false} (byzantine = {settings.byzantine}), and a round has {asked}: "
             "raise sites_per_round or lower byzantine"
         )
 
@@ -138,69 +183,39 @@ def gradients_by_site(replies: Sequence[TrainReply]) -> list[Gradient]:
     return [found[name] for name in sorted(found)]
 
 
-def nearest_neighbor_mixing(sites: Sequence[Gradient], false: int) -> list[Gradient]:
-    """Returns each gradient's mean with the n - f - 1 others that are nearest to it (nearest-neighbour mixing).
-
-    Source: Allouah et al. 2023, "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", Algorithm 2.
-
-    Args:
-        sites: The n gradients.
-        false: f, how many of them may be false.
-    """
-    stacked = {key: torch.stack([site[key] for site in sites]) for key in sites[0]}
-    flat = torch.cat([value.reshape(len(sites), -1) for value in stacked.values()], 1)
-    nearest = torch.cdist(flat, flat).topk(len(sites) - false, largest=False).indices
-    shares = torch.zeros(len(sites), len(sites), dtype=flat.dtype).scatter_(1, nearest, 1.0)
-    shares /= len(sites) - false
-    means = {key: torch.tensordot(shares, value, dims=1) for key, value in stacked.items()}
-    return [{key: value[place] for key, value in means.items()} for place in range(len(sites))]
+def _fewest(settings: Server, false: int) -> int:
+    return MIN_REPLIES.get(settings.aggregator, MIN_REPLIES["mean"])[1](false)
 
 
-def norm_bounded_mean(sites: Sequence[Gradient], bound: float) -> Gradient:
-    """Returns the mean of gradients, of which those longer than `bound` times the median norm are shortened to it."""
-    norms = np.array([float(torch.stack([value.norm() for value in site.values()]).norm()) for site in sites])
-    longest = bound * float(np.median(norms))
-    factors = longest / np.maximum(norms, longest) if longest > 0 else np.zeros(len(sites))
-    bounded = {key: torch.zeros_like(value) for key, value in sites[0].items()}
-    for site, factor in zip(sites, factors.tolist(), strict=True):
-        for key, value in site.items():
-            bounded[key] += factor * value
-    return {key: value / len(sites) for key, value in bounded.items()}
+def _apply(settings: Server, gradients: Tensor, false: int) -> Tensor:
+    name, sites = settings.aggregator, len(gradients)
+    if ":" in name:
+        return _own(name, gradients)
+    rules: Mapping[str, Callable[[], Tensor]] = {
+        "median": lambda: median(gradients),
+        "trimmed-mean": lambda: trimmed_mean(gradients, false),
+        "krum": lambda: multi_krum(gradients, false, 1),
+        "multi-krum": lambda: multi_krum(gradients, false, sites - false - 2),
+        "bulyan": lambda: bulyan(gradients, false),
+        "norm-bound": lambda: norm_bounded_mean(gradients, settings.norm_bound),
+    }
+    return rules[name]()
 
 
-def aggregate(strategy: FedAvg, sites: Sequence[Gradient]) -> Gradient | None:
-    """Returns what one of Flower's strategies makes of the sites' gradients; None where it declines."""
-    with _quietly(), _few_objects():
-        arrays, _ = strategy.aggregate_train(0, [_message(site) for site in sites])
-    return dict(arrays.to_torch_state_dict()) if arrays is not None else None
-
-
-def _message(site: Gradient) -> Message:
-    """Returns a gradient as the reply that Flower's strategies expect: one record of arrays, and a weight of 1."""
-    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in site.items()})
-    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1.0})})
-    # Flower's signature for users leaves out `metadata`; without it a message asks for the identity of a SuperLink.
-    message: Message = _MESSAGE(content, metadata=Metadata(0, "", 0, 0, "", "", time.time(), 1.0, TRAIN))
-    return message
-
-
-@contextmanager
-def _few_objects() -> Iterator[None]:
-    """Hides what is in memory from the garbage collector: Flower calls it for every layer, a tenth of a second each."""
-    gc.freeze()
+def _own(name: str, gradients: Tensor) -> Tensor:
+    what = f'[server] aggregator = "{name}"'
     try:
-        yield
-    finally:
-        gc.unfreeze()
+        found = load_code(name, "[server] aggregator")(gradients)
+    except FedmetaError:
+        raise
+    except Exception as error:  # whatever a user's own code raises
+        raise FedmetaError(f"{what} failed on gradients of shape {tuple(gradients.shape)}: {error}") from error
+    if not isinstance(found, Tensor) or found.shape != gradients.shape[1:]:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise FedmetaError(f"{what} returned {shape} for gradients [sites, values] of shape {tuple(gradients.shape)}")
+    return found.detach().double()
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps Flower from logging each round how many results it was given: the round's own log says that."""
-    log = logging.getLogger("flwr")
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
+def _unflattened(flat: Tensor, like: Gradient) -> Gradient:
+    parts = torch.split(flat, [value.numel() for value in like.values()])
+    return {name: part.reshape(value.shape) for part, (name, value) in zip(parts, like.items(), strict=True)}

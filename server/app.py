@@ -37,7 +37,9 @@ def main(grid: Grid, context: Context) -> None:
     log = LogWriter()
     try:
         experiment, resume = _task(context)
-        outcome = training_loop.run(grid, experiment, reporter(folder) if folder else log.progress, resume)
+        report = reporter(folder) if folder else log.progress
+        # A launcher waits on this machine alone, where the simulated sites' data are too.
+        outcome = training_loop.run(grid, experiment, report, resume, data_here=bool(folder))
     except FedmetaError as error:
         log.error(str(error))
         _hand_over(folder, {"error": str(error)})

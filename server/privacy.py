@@ -165,6 +165,11 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
             f'[server] aggregator = "{server.aggregator}": must be "mean"',
             "the noise is measured for a sum",
         ),
+        (
+            server.sampling != "uniform",
+            f'[server] sampling = "{server.sampling}": must be "uniform"',
+            "the accountant counts on a draw that is independent for each site",
+        ),
         (server.admit, "[server] admit = true: must be false", "the accountant's number of sites is fixed"),
         (
             server.min_sites > 1,

@@ -56,7 +56,6 @@ class RunLogger:
         self.metrics: dict[int, dict[str, float]] = {}
         self.schedule: dict[str, Any] = dict(earlier.schedule) if earlier else {}
         self._earlier = earlier
-        self._has_rows = False
         self._missed = _missed_before(folder / FAILURES_FILE, earlier)
         _prepare(folder, experiment)
         self.tracker: Tracker | None = None
@@ -70,7 +69,6 @@ class RunLogger:
             FedmetaError: Tracking cannot be reached.
         """
         earlier = self._earlier
-        self._has_rows = bool(federation.shape)
         if self.experiment.tracking.uri != UNTRACKED:
             self.tracker = _start_tracker(self.experiment, federation, self.folder, earlier, self.scored_by[0])
             self.run_id = self.tracker.run_id
@@ -151,10 +149,8 @@ class RunLogger:
         if self.tracker:
             files = [self.folder / name for name in (SUMMARY, FAILURES_FILE, "experiment.toml")]
             artifacts = [checkpoint, *(file for file in files if file.exists())]
-            # MLflow serves models of rows; a problem's own solution has no such form.
             export = partial(export_meta_model, checkpoint, self.folder, code_of(self.experiment))
-            model = export if self._has_rows else None
-            self.tracker.finish(summary, sites, artifacts, model, self.experiment.tracking.model)
+            self.tracker.finish(summary, sites, artifacts, export, self.experiment.tracking.model)
         else:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
         (self.folder / UNFINISHED).unlink(missing_ok=True)

@@ -41,7 +41,7 @@ from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
-from server.sampling import sample_cohort, sites_to_evaluate
+from server.sampling import draw_cohort, sites_to_evaluate
 
 STATES = ("global", "personalized")
 """Before and after adaptation, as pooled sums name it."""
@@ -160,11 +160,11 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        training, server = self.federation.training, self.experiment.server
+        server = self.experiment.server
         if self.privacy:
-            cohort = self.privacy.sample(training)
+            cohort = self.privacy.sample(self.federation.training)
         else:
-            cohort = sample_cohort(training, server.sites_per_round, self.experiment.runtime.seed, server_round)
+            cohort = draw_cohort(self.federation, server, self.experiment.runtime.seed, server_round)
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
@@ -178,8 +178,7 @@ class MetaGradientStrategy(Strategy):
         """
         if self.engine != "auto" and self.budget:
             return None
-        size, seed = self.experiment.server.sites_per_round, self.experiment.runtime.seed
-        cohort = sample_cohort(self.federation.training, size, seed, 1)
+        cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
         homes = self.federation.node_ids[cohort]
         asked = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE][:ASKED_FOR_ENGINE]
         here = cohort[np.isin(homes, np.array(asked, dtype=np.uint64))]

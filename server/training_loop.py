@@ -21,6 +21,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.files import locked, remove_parts
 from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
+from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, Report
 from server import aggregation
 from server.evaluation import evaluate_all_sites
@@ -57,14 +58,17 @@ class Outcome:
     folder: Path
 
 
-def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None) -> Outcome:
+def run(
+    grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None, *, data_here: bool = False
+) -> Outcome:
     """Runs an experiment over the nodes of a grid.
 
     Args:
         grid: Flower's grid.
         experiment: The run's description.
         report: Takes progress.
-        resume: The folder of an unfinished run of this experiment to go on with.
+        resume: The folder of an unfinished run of this experiment to resume.
+        data_here: Whether this machine holds the sites' data, as in simulation; then a problem's pictures are drawn.
 
     Raises:
         FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
@@ -73,10 +77,13 @@ def run(grid: Grid, experiment: Experiment, report: Report, resume: Path | None 
     folder = resume or new_folder(experiment)
     make_run_folder(folder)
     with locked(folder / LOCK):
-        return _run(grid, experiment, report, folder, checkpoints.newest(folder)[0] if resume else None)
+        earlier = checkpoints.newest(folder)[0] if resume else None
+        return _run(grid, experiment, report, folder, earlier, data_here)
 
 
-def _run(grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None) -> Outcome:
+def _run(
+    grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None, data_here: bool
+) -> Outcome:
     try:
         remove_parts(folder)
         rounds = TrainingLoop(grid, experiment, report, folder, earlier)
@@ -87,7 +94,7 @@ def _run(grid: Grid, experiment: Experiment, report: Report, folder: Path, earli
     try:
         rounds.begin()
         rounds.train()
-        return rounds.finish()
+        return rounds.finish(data_here)
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         with defer_keyboard_interrupt():
             try:
@@ -200,7 +207,7 @@ class TrainingLoop:
                 self.save()
             self.tell()
 
-    def finish(self) -> Outcome:
+    def finish(self, data_here: bool) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
         if not self.finished:
             self._evaluate(last=True)
@@ -213,6 +220,9 @@ class TrainingLoop:
         )
         privacy = self.privacy.summary() if self.privacy else {}
         groups = self._summarize(self.evaluations[-1])
+        trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at
+        if data_here and has_picture(self.learner.problem) and not trial:
+            self._draw(sites[sites["round"] == self.round_number])
         held_out, totals = self.roll.federation.held_out, self.totals
         outcome: Outcome | None = None
         try:
@@ -226,6 +236,15 @@ class TrainingLoop:
                 raise  # else all is done, and there is nothing left to stop
         assert outcome is not None
         return outcome
+
+    def _draw(self, sites: pd.DataFrame) -> None:
+        """Draws what the problem shows of some sites; a finished training does not fail because of a picture."""
+        from fedmeta.pictures import write_pictures  # matplotlib takes a second to import
+
+        try:
+            write_pictures(self.experiment, self.learner, self.strategy.meta_state, sites, self.journal.folder)
+        except Exception as error:  # whatever a user's own code raises
+            self.tell(f"the problem's pictures could not be drawn: {error}")
 
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""

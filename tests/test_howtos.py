@@ -4,8 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import fedmeta
+from examples.own_aggregator import geometric_median
+from examples.own_forecast import write_recordings
+from examples.own_sampling import in_turn
+from examples.own_source import Recordings
 from tests.pages import ROOT, read, run
 
 HOWTOS = sorted((ROOT / "docs" / "howto").glob("*.md"))
@@ -36,7 +41,7 @@ def test_a_howto_works_line_by_line(path, tmp_path):
 def result_of(name, tmp_path, monkeypatch, *overrides):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    few = ["server.rounds=3", "evaluation.every=0", "tracking.uri=none", *overrides]
+    few = ["server.rounds=3", "evaluation.every=0", "evaluation.local_baseline=none", "tracking.uri=none", *overrides]
     return fedmeta.run(fedmeta.load_experiment(ROOT / "examples" / f"{name}.toml", few))
 
 
@@ -63,3 +68,53 @@ def test_the_example_data_are_understood(tmp_path, monkeypatch):
     assert summary["score"]["name"] == "rmse"
     assert summary["new_sites"]["n"] + summary["training_sites"]["n"] == 13
     assert json.dumps(summary["new_sites"]["personalized"]["mean"]) != "null"
+
+
+def test_the_example_metric_is_the_score_and_counts_two_classes(tmp_path, monkeypatch):
+    found = result_of("own_metric", tmp_path, monkeypatch).summary
+    assert found["score"] == {"name": "top2", "higher_is_better": True, "unit": ""}
+    metrics = found["new_sites"]["personalized"]["metrics"]
+    assert metrics["top2"]["mean"] >= metrics["accuracy"]["mean"]
+
+
+def test_the_example_solver_is_what_sites_adapt_by(tmp_path, monkeypatch):
+    result = result_of("own_solver", tmp_path, monkeypatch)
+    assert result.summary["new_sites"]["personalized"]["loss"] < result.summary["new_sites"]["global"]["loss"]
+
+
+def test_the_example_loss_passes_its_check_and_changes_what_is_learned(tmp_path, monkeypatch):
+    losses = {
+        growth: result_of("own_loss", tmp_path, monkeypatch, f"problem.growth={growth}").summary["new_sites"]
+        for growth in (1.0, 1.5)
+    }
+    plain = result_of("own_aggregator", tmp_path, monkeypatch, "server.aggregator=mean").summary["new_sites"]
+    assert losses[1.0]["global"]["loss"] == pytest.approx(plain["global"]["loss"], abs=1e-5)
+    assert losses[1.5]["global"]["loss"] != pytest.approx(plain["global"]["loss"], abs=1e-3)
+
+
+def test_the_example_source_keeps_test_windows_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    write_recordings(str(folder))
+    summary = result_of("own_source", tmp_path, monkeypatch).summary
+    assert summary["score"]["name"] == "r2"
+    assert summary["new_sites"]["personalized"]["mean"] > summary["new_sites"]["global"]["mean"]
+    source = Recordings(str(folder))
+    train, test = (source.task("probe-00", purpose, 0, 0) for purpose in ("train", "test"))
+    assert not set(map(tuple, train.support.tolist())) & set(map(tuple, test.query.tolist()))
+
+
+def test_the_example_cohorts_take_turns(tmp_path, monkeypatch):
+    sites = [f"site-{number}" for number in range(5)]
+    drawn = [in_turn(sites, [1] * 5, 2, number, np.random.default_rng(0)) for number in range(1, 6)]
+    assert sorted(site for cohort in drawn for site in cohort) == sorted(sites * 2)
+    plain = result_of("own_sampling", tmp_path, monkeypatch, "server.sampling=uniform", "server.sites_per_round=3")
+    own = result_of("own_sampling", tmp_path, monkeypatch, "server.sites_per_round=3")
+    assert own.summary["new_sites"]["global"]["loss"] != plain.summary["new_sites"]["global"]["loss"]
+
+
+def test_the_example_aggregator_withstands_a_false_gradient(tmp_path, monkeypatch):
+    gradients = torch.cat([torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.full((1, 4), 1e4)])
+    assert geometric_median(gradients).norm() < 2
+    assert result_of("own_aggregator", tmp_path, monkeypatch).summary["failures"] == 0

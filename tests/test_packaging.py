@@ -30,7 +30,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> 
     packages = {name.partition("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"fedmeta", "clients", "server"}
     suffixes = {Path(name).suffix for name in names if ".dist-info" not in name}
-    assert suffixes <= {".py", ".typed"}, suffixes
+    assert suffixes <= {".py", ".typed", ".j2"}, suffixes
     assert not [name for name in names if "test" in Path(name).name]
     sources = {
         str(path.relative_to(ROOT))

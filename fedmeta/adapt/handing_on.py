@@ -11,8 +11,10 @@ from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.tracking import model
 
 
-def export_meta_model(checkpoint_file: Path, folder: Path, code: Collection[str] = ()) -> Path:
+def export_meta_model(checkpoint_file: Path, folder: Path, code: Collection[str] = ()) -> Path | None:
     """Writes a run's start into its folder, and beside it the MLflow model made of it; returns the model's folder.
+
+    MLflow serves models of rows: where an own source's data are none, there is no such folder, and None is returned.
 
     Its input example is the mean of each feature over all training sites, which the server knows: no site's row.
 
@@ -27,6 +29,8 @@ def export_meta_model(checkpoint_file: Path, folder: Path, code: Collection[str]
     """
     start = MetaModel.of(checkpoint.read(checkpoint_file), code)
     start.write(folder / FILE)
+    if not start.form.on_rows:
+        return None
     whole, part = folder / model.FOLDER, folder / f"{model.FOLDER}.part"
     for earlier in (part, whole):
         shutil.rmtree(earlier, ignore_errors=True)

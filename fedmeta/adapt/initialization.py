@@ -27,7 +27,7 @@ from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server,
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
-from fedmeta.trust import BY_OPTION, refuse_foreign_code
+from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code
 
 FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
@@ -57,6 +57,11 @@ class Form:
     classes: tuple[str, ...]
     regression: bool
     tokens: bool
+
+    @property
+    def on_rows(self) -> bool:
+        """Whether data are rows; those of an own task source have no such form."""
+        return bool(self.shape)
 
     @property
     def outputs(self) -> int:
@@ -125,7 +130,7 @@ class MetaModel:
         Raises:
             FedmetaError: It asks for other code, or lacks the shape of rows, as those of early versions.
         """
-        if not checkpoint.shape:
+        if not checkpoint.shape and not checkpoint.form:
             raise FedmetaError(
                 f"run {checkpoint.run_id}: its checkpoint is of an early version of fedmeta and lacks what "
                 "rows look like; run the experiment again"
@@ -141,6 +146,8 @@ class MetaModel:
             raise FedmetaError(f"run {checkpoint.run_id}: how far its sites adapted is not a number") from None
         meta_state = dict(checkpoint.meta_state)
         mean, scale = (meta_state.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
+        if not form.on_rows:
+            mean, scale = torch.zeros(1), torch.ones(1)
         run = (checkpoint.run_id, checkpoint.round_number)
         found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished)
         check(found, f"run {checkpoint.run_id}")
@@ -219,8 +226,9 @@ def check(start: MetaModel, origin: str) -> None:
     Raises:
         FedmetaError: A number is out of range, or a tensor is missing, unknown, not finite or of another shape.
     """
-    form = start.form
-    check_form(form, origin)
+    form, own = start.form, bool(code_of(start.experiment))
+    if form.on_rows or not own:
+        check_form(form, origin)
     counts = {
         "steps": start.steps,
         "round_number": start.round_number,
@@ -230,8 +238,9 @@ def check(start: MetaModel, origin: str) -> None:
         raise FedmetaError(f"{origin}: impossible numbers of steps or rounds: {counts}")
     if not 0 < start.rate < float("inf"):
         raise FedmetaError(f"{origin}: the rate is {start.rate}, and must be a finite number greater than 0")
-    check_scaling(start.mean, start.scale, form, origin)
-    if any(":" in path for path in (start.experiment.model.name, start.experiment.learner.name)):
+    if form.on_rows:
+        check_scaling(start.mean, start.scale, form, origin)
+    if own:
         return  # the user's own code, which was allowed; what it builds may need real storage
     try:
         with torch.device("meta"):

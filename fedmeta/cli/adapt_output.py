@@ -13,7 +13,9 @@ from rich.table import Table
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.estimate import Report
 from fedmeta.adapt.intervals import LEVEL, Estimate
+from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
+from fedmeta.tables import number
 
 
 @contextmanager
@@ -47,6 +49,27 @@ def show(adapted: Adapted, written: Written) -> None:
     for warning in (*adapted.warnings, *([written.note] if written.note else [])):
         console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_solved(solved: Solved, written: Written) -> None:
+    """Shows an own problem's scores before and after adapting, and where the parameters lie."""
+    console = Console(stderr=True)
+    start = solved.start
+    steps = f"{solved.steps} inner step{'s' if solved.steps != 1 else ''}"
+    table = Table(
+        title=escape(f"{solved.name}: {steps} from {start.name} after {start.round_number} rounds"),
+        title_justify="left",
+    )
+    for heading in ("on the query", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "on the query" else "right")
+    for metric in solved.metrics:
+        values = (number(solved.scores[place][metric.name]) for place in (0, -1))
+        table.add_row(escape(metric.name + (f" ({metric.unit})" if metric.unit else "")), *values)
+    console.print(table)
+    console.print(f"[bold]{escape(solved.advice)}[/]", soft_wrap=True, highlight=False)
+    for warning in (*solved.warnings, *([written.note] if written.note else [])):
+        console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"files {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(estimate: Estimate, test: float | None, bold: bool) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmeta.cli.application import File, Overrides, app
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking, default_uri, load_experiment
 
 DEFAULT_STORE = f"MLFLOW_TRACKING_URI, or {Tracking().uri}"
@@ -68,8 +69,15 @@ def adapt(
             help="A run's folder or checkpoint, its MLflow id, or models:/NAME/VERSION.", show_default=False
         ),
     ],
-    data: Annotated[str, typer.Option(metavar="FILE", help="The site's labelled rows: .csv, .parquet or .npz.")],
     out: Annotated[Path, typer.Option(help="The folder to make for the site's model.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="The site's labelled rows (.csv, .parquet, .npz), or an own problem's file."),
+    ] = "",
+    site: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of an own problem: the site's name, or a site of its task source."),
+    ] = "",
     test: Annotated[
         str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
     ] = "",
@@ -84,14 +92,23 @@ def adapt(
 ) -> None:
     """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
 
-    Nothing leaves this machine.
+    Of an own problem: the site's adapted parameters, and its scores before and after. Nothing leaves this machine.
     """
-    from fedmeta.adapt import adaptation, locate, writing
+    from fedmeta.adapt import adaptation, locate, own_problem, writing
     from fedmeta.cli import adapt_output
     from fedmeta.trust import allow_code
 
     writing.check_folder(out)
     start = locate.find_start(run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []))
+    if not start.form.on_rows:
+        solved = own_problem.adapt_task(start, data, site)
+        written = own_problem.write(solved, out)
+        adapt_output.show_solved(solved, written)
+        if as_json:
+            print(json.dumps(solved.summary() | {"out": str(out), "files": written.files}))
+        return
+    if not data or site:
+        raise FedmetaError("the run's data are rows: give the site's file with --data FILE, and no --site")
     with adapt_output.progress() as report:
         adapted = adaptation.adapt(start, data, test, report)
     written = writing.write(adapted, out)

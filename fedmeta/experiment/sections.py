@@ -131,8 +131,14 @@ class Server(Section):
         description="Adam's and adamw's floor of a gradient's size; less turns rounding into steps (its unit)",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Pull of the parameters towards 0 (per round, times lr)")
-    aggregator: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound"] = Field(
-        default="mean", description="How the sites' replies are combined; all but mean bound what a few false ones do"
+    aggregator: (
+        Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound"] | FunctionPath
+    ) = Field(
+        default="mean",
+        description="How the sites' replies are combined; all built-in ones but mean bound what a few false ones do",
+    )
+    sampling: Literal["uniform"] | FunctionPath = Field(
+        default="uniform", description="Who takes part in a round, or a function that draws the cohort"
     )
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] | Annotated[int, Field(ge=1)] = Field(
         default=0.2,

@@ -168,6 +168,11 @@ class Problem(ABC):
         return names
 
 
+def has_picture(problem: Problem) -> bool:
+    """Returns whether a problem draws its solutions."""
+    return type(problem).picture is not Problem.picture
+
+
 def has_payload(problem: Problem) -> bool:
     """Returns whether a problem's sites send statistics of their own in place of a gradient."""
     return callable(getattr(problem, "payload", None))

@@ -99,7 +99,7 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
         report(Progress(0, experiment.server.rounds, note=note))
     grid = LocalGrid(app, experiment)
     node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
-    outcome = training_loop.run(grid, experiment, report, resume)
+    outcome = training_loop.run(grid, experiment, report, resume, data_here=True)
     return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
 
 

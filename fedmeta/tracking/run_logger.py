@@ -144,7 +144,7 @@ class Tracker:
         summary: Mapping[str, Any],
         sites: pd.DataFrame,
         artifacts: Sequence[Path] = (),
-        model: Callable[[], Path] | None = None,
+        model: Callable[[], Path | None] | None = None,
         registered: str = "",
     ) -> list[Event]:
         """Logs the results, the pictures and the artifacts, and ends the run. The store cannot make it raise.
@@ -153,7 +153,7 @@ class Tracker:
             summary: The run's JSON object.
             sites: Every evaluation with a row per site, distinguished by `round`; the last one is the result.
             artifacts: Further files and folders to upload, such as the checkpoint and the experiment file.
-            model: Writes the run's model in MLflow's form and returns its folder.
+            model: Writes the run's model in MLflow's form and returns its folder; None where it has no such form.
             registered: The name that the model is registered under; "" = none.
 
         Returns:
@@ -166,7 +166,7 @@ class Tracker:
         if not self._settings.parent:  # a trial's pictures and model take seconds, and are never looked at
             makers["pictures"] = lambda: self._pictures(summary, sites)
             if model:
-                makers["model"] = lambda: [Model(str(model().absolute()), registered)]
+                makers["model"] = lambda: [Model(str(made.absolute()), registered) for made in (model(),) if made]
         for name, make in makers.items():
             try:
                 self._queue.put(make())

@@ -74,12 +74,11 @@ def test_the_norm_bound_shortens_what_is_longer_than_the_median_norm() -> None:
 
 def test_mixing_replaces_each_gradient_by_the_mean_of_its_nearest() -> None:
     # n - f = 2: each with its nearest one. 0 and 2 find each other, 5 finds 2, -100 finds 0.
-    sites = [{"theta": torch.tensor([value, 0.0]), "alpha": torch.tensor(value)} for value in (0.0, 2.0, 5.0, -100.0)]
+    sites = torch.tensor([[value, 0.0] for value in (0.0, 2.0, 5.0, -100.0)])
     found = aggregation.nearest_neighbor_mixing(sites, 2)
-    assert [site["theta"].tolist() for site in found] == [[1.0, 0.0], [1.0, 0.0], [3.5, 0.0], [-50.0, 0.0]]
-    assert [float(site["alpha"]) for site in found] == [1.0, 1.0, 3.5, -50.0]
-    # With nobody false, all become the mean.
-    assert [float(site["alpha"]) for site in aggregation.nearest_neighbor_mixing(sites, 0)] == [-23.25] * 4
+    assert found.tolist() == [[1.0, 0.0], [1.0, 0.0], [3.5, 0.0], [-50.0, 0.0]]
+    # Where none is false, all become the mean.
+    assert aggregation.nearest_neighbor_mixing(sites, 0)[:, 0].tolist() == [-23.25] * 4
 
 
 def test_mixing_gives_krum_what_honest_sites_have_in_common() -> None:
@@ -203,6 +202,39 @@ def test_a_cohort_counts_and_not_the_population() -> None:
 )
 def test_a_share_of_false_sites_is_rounded_up(share: float | int, sites: int, false: int) -> None:
     assert aggregation.num_byzantine(share, sites) == false
+
+
+# ---------------------------------------------------------------- an own rule
+
+
+def geometric_median(gradients: Tensor) -> Tensor:
+    """Weiszfeld's iteration (RFA, Pillutla 2022)."""
+    found = gradients.mean(0)
+    for _ in range(200):
+        weights = 1 / (gradients - found).norm(dim=1).clamp(min=1e-9)
+        found = (weights[:, None] * gradients).sum(0) / weights.sum()
+    return found
+
+
+def of_another_shape(gradients: Tensor) -> Tensor:
+    return gradients
+
+
+def that_fails(gradients: Tensor) -> Tensor:
+    raise KeyError("oops")
+
+
+def test_an_own_rule_is_one_function() -> None:
+    values = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1e6, 0.5]]
+    found = combined("tests.server.test_aggregation:geometric_median", values)
+    assert np.abs(np.array(found)).max() < 2
+
+
+@pytest.mark.parametrize(("name", "words"), [("of_another_shape", "returned"), ("that_fails", "failed"), ("no", "no")])
+def test_an_own_rule_that_does_not_work_is_named(name: str, words: str) -> None:
+    with pytest.raises(FedmetaError, match=rf"\[server\] aggregator .*{name}.*{words}") as refused:
+        combined(f"tests.server.test_aggregation:{name}", [[1.0, 2.0], [3.0, 4.0]])
+    assert "\n" not in str(refused.value)
 
 
 # ---------------------------------------------------------------- in a round
