@@ -167,7 +167,7 @@ def test_a_kill_between_any_two_writes_loses_nothing_finished(tmp_path: Path, mo
             resume = checkpoint.find(folder / "runs", "auto", experiment.to_toml()) if saved else None
             outcome = train(experiment, resume)
         assert outcome.summary["rounds"] == 3
-        assert list(folder.rglob("*.part")) == []
+        assert list(outcome.folder.rglob("*.part")) == []
         lines = journal.read_text().splitlines()
         if resume:
             assert outcome.summary["privacy"]["rounds"] >= lines.count("released")
