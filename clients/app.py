@@ -153,7 +153,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
     learner = learner_for(node, request.classes)
-    keeps = learner.personal(meta_state) and not request.local_only
+    keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
 

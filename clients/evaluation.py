@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.local_only import solve_alone
+from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from fedmeta import engines
 from fedmeta.data import Standardisation
@@ -44,7 +44,7 @@ class Evaluator:
         steps: The number of inner steps.
         engine: The engine.
         budget: Bytes that the sites which are computed together may take.
-        local_only: Whether sites solve on their own, without the federation.
+        baseline: What is scored in place of adaptation, as in `RoundRequest`.
     """
 
     learner: Learner
@@ -52,14 +52,14 @@ class Evaluator:
     steps: int
     engine: str
     budget: int
-    local_only: bool = False
+    baseline: str = ""
 
     @classmethod
     def of(cls, learner: Learner, meta_state: Mapping[str, Tensor], request: RoundRequest) -> Evaluator:
         """Returns the evaluator that a request asks for."""
         budget = request.budget or engines.BUDGET
-        if request.local_only:
-            return cls(learner, meta_state, request.steps, request.engine, budget, local_only=True)
+        if request.baseline:
+            return cls(learner, meta_state, request.steps, request.engine, budget, request.baseline)
         learner, scaled = scale_inner_lr(learner, meta_state, request.rate)
         return cls(learner, scaled, learner.evaluation_steps(request.steps), request.engine, budget)
 
@@ -107,14 +107,18 @@ def evaluate_sites(
     """
     problem = evaluator.learner.problem
     names = dict.fromkeys((LOSS, *(metric.name for metric in problem.metrics)))
-    columns = 1 if evaluator.local_only else evaluator.steps + 1
+    columns = 1 if evaluator.baseline else evaluator.steps + 1
     figures = {name: np.full((len(here), columns), np.nan) for name in names}
     chosen = np.full(len(here), columns - 1, dtype=np.int64)
+    evaluations = np.zeros(len(here), dtype=np.int64)
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
-        if evaluator.local_only:
+        if evaluator.baseline == "local_only":
             found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
+        elif evaluator.baseline:
+            found, counts = own_baseline(evaluator.baseline, evaluator.learner, evaluator.meta_state, batch)
+            evaluations[group] = counts
         else:
             own = None
             if kept is not None:
@@ -143,7 +147,8 @@ def evaluate_sites(
         # A site's tasks, several with data.ways, stand one after another; it is scored by their mean.
         for name in figures:
             figures[name][group] = by_task[name].reshape(len(group), -1, columns).mean(axis=1)
-    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites))
+    counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
+    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
 
 
 def _on_predictions(

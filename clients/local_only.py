@@ -53,6 +53,40 @@ def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     return stack_path(found)
 
 
+def own_baseline(
+    kind: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
+) -> tuple[Figures, list[int]]:
+    """Returns each site's figures [sites, 1] by the problem's classical method or optimum, and its evaluations [sites].
+
+    Args:
+        kind: "classical", which is given the support data, or "optimum", an oracle that is given the query data.
+        learner: The run's learner.
+        meta_state: The run's initial meta-state.
+        batch: The sites' tasks.
+    """
+    problem = learner.problem
+    start = problem.constrain(learner.theta(meta_state))
+    figures, evaluations = [], []
+    for site in range(batch.sites):
+        task = batch.task(site)
+        with torch.no_grad():
+            if kind == "classical":
+                solved = problem.classical(start, task.support)
+                own, count = solved if solved is not None else (None, 0)
+            else:
+                own, count = problem.optimum(start, task.query), 0
+            if own is None:
+                found = {m.name: torch.tensor(math.nan) for m in problem.metrics}
+            else:
+                own = {**start, **own}
+                found = problem.evaluate(own, task.query)
+            if "loss" not in found:
+                found = {"loss": problem.outer(own, task.query) if own is not None else torch.tensor(math.nan), **found}
+        figures.append(stack_path([found]))
+        evaluations.append(int(count))
+    return stack_path(figures), evaluations
+
+
 def _solutions(learner: Learner, start: Parameters, batch: Batch) -> Iterator[Parameters]:
     """Yields each site's solution: many sites at once where the solver and the objective allow it, else one by one."""
     solver = learner.problem.solver

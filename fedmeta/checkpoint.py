@@ -50,6 +50,8 @@ class Evaluation:
         local: Each metric of what a site does alone [sites]; NaN or absent where that was not asked for.
         pooled: Sums over the test rows of a group of sites, by "GROUP/STATE/NAME" (`fedmeta.problems.pooled`).
         pooled_sites: How many sites each group's sums hold [groups].
+        baselines: Of the problem's own baselines, by "classical_NAME" and "optimum_NAME": each metric, the loss, and
+            the evaluations that they took [sites].
     """
 
     round_number: int
@@ -59,10 +61,11 @@ class Evaluation:
     local: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pooled: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
+    baselines: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Returns all of it but the round as arrays by name."""
-        groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled}
+        groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled, "baselines": self.baselines}
         parts = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         return {
             "sites": self.sites,
@@ -74,7 +77,7 @@ class Evaluation:
     @classmethod
     def of(cls, round_number: int, arrays: Mapping[str, NDArray[Any]]) -> Evaluation:
         """Returns the evaluation whose `arrays` these are."""
-        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}}
+        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}, "baselines": {}}
         for name, value in arrays.items():
             group, _, rest = name.partition("/")
             if rest:

@@ -47,7 +47,8 @@ def sites_frame(
         steps that the site takes), ungated_S (after all steps), local_S (what the site does alone; NaN where that was
         not asked for) and gain (how much better the personalized score is than the global one, in its unit); of each
         other metric M global_M, personalized_M and local_M; global_loss, personalized_loss; steps_taken; steps (the
-        list of scores by inner step).
+        list of scores by inner step). Where the problem has such baselines also classical_M, classical_evaluations and
+        optimum_M.
     """
     score, figures = metrics[0], evaluation.figures
     empty = np.asarray(test_rows) == 0
@@ -61,8 +62,13 @@ def sites_frame(
         if metric is score:
             columns[f"ungated_{metric.name}"] = values[:, -1]
         columns[f"local_{metric.name}"] = evaluation.local.get(metric.name, nothing)
+        for kind in ("classical", "optimum"):
+            if f"{kind}_{metric.name}" in evaluation.baselines:
+                columns[f"{kind}_{metric.name}"] = evaluation.baselines[f"{kind}_{metric.name}"]
         if metric is score:
             columns["gain"] = (values[last] - values[:, 0]) * score.sign
+    if "classical_evaluations" in evaluation.baselines:
+        columns["classical_evaluations"] = evaluation.baselines["classical_evaluations"]
     columns["global_loss"] = figures["loss"][:, 0]
     columns["personalized_loss"] = figures["loss"][last]
     return pd.DataFrame(
@@ -100,7 +106,8 @@ def summarize(
         Per group: n (sites that have a score), diverged (see `diverged`), global, personalized and local_only (see
         `summarize_scores`), helped and harmed (the shares of sites whose personalized score is strictly better, or
         worse, than the global one; a diverged site is harmed), beats_local (the share strictly better than what the
-        site does alone), the mean gain, the mean score "ungated" (all sites take all steps), and undefined: how many
+        site does alone), classical and optimum where the problem has them (as scores, classical with the mean number of
+        evaluations), the mean gain, the mean score "ungated" (all sites take all steps), and undefined: how many
         sites a metric is undefined at.
     """
     sums: dict[int, dict[str, dict[str, NDArray[np.float64]]]] = {}
@@ -140,6 +147,11 @@ def _summarize_group(
         if "histogram" in own and "auroc" in entry["metrics"]:
             entry["metrics"]["auroc"]["pooled_bound"] = auroc_bound(own["histogram"])
         summary["local_only" if state == "local" else state] = entry
+    for kind in ("classical", "optimum"):
+        if f"{kind}_{score.name}" in frame:
+            summary[kind] = summarize_scores(frame[f"{kind}_{score.name}"], score)
+            if kind == "classical":
+                summary[kind]["evaluations"] = _mean(frame["classical_evaluations"])
     everyone = frame[lost | frame.index.isin(scored.index)]
     gone = lost[everyone.index]
     summary["helped"] = _mean((everyone["gain"] > 0) & ~gone)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedmeta.checkpoint import Evaluation
 from fedmeta.learners import Learner
 from fedmeta.messages import LOSS, EvaluateReply, write_arrays
+from fedmeta.problems.problem import own_baselines
 from server.adaptation_schedule import Schedule, tune_adaptation
 from server.strategy import MetaGradientStrategy
 
@@ -32,7 +33,8 @@ def evaluate_all_sites(
         strategy: Holds the meta-state, and the federation that is asked.
         learner: What the run trains.
         round_number: The last finished round.
-        last: Whether the run ends with it: then sites adapt as far as the schedule has it, also solve alone, and send
+        last: Whether the run ends with it: then sites adapt as far as the schedule has it, also solve alone and by the
+            problem's own baselines, and send
             sums for pooled figures.
     """
     settings = strategy.experiment.evaluation
@@ -42,12 +44,20 @@ def evaluate_all_sites(
     if reply is None:
         return None
     local: dict[str, NDArray[np.float64]] = {}
+    baselines: dict[str, NDArray[np.float64]] = {}
     if last and settings.local_baseline != "none":
-        alone = ask(_start_arrays(strategy, learner), local_only=True)
+        alone = ask(_start_arrays(strategy, learner), baseline="local_only")
         if alone:
             local = _aligned(alone, reply.names)
+        for name in own_baselines(learner.problem):
+            other = ask(_start_arrays(strategy, learner), baseline=name)
+            if other:
+                found = _aligned(other, reply.names)
+                baselines |= {f"{name}_{key}": value for key, value in found.items()}
     sites = strategy.federation.indices(reply.names)
-    evaluation = Evaluation(round_number, sites, reply.figures, reply.chosen, local, reply.pooled, reply.pooled_sites)
+    evaluation = Evaluation(
+        round_number, sites, reply.figures, reply.chosen, local, reply.pooled, reply.pooled_sites, baselines
+    )
     return evaluation, schedule
 
 
@@ -55,7 +65,10 @@ def _aligned(alone: EvaluateReply, names: tuple[str, ...]) -> dict[str, NDArray[
     """Returns the figures of sites on their own in the order of `names`; NaN for one that did not answer."""
     places = {name: place for place, name in enumerate(alone.names)}
     order = np.array([places.get(name, -1) for name in names], dtype=np.int64)
-    return {key: np.where(order >= 0, values[order, -1], np.nan) for key, values in alone.figures.items()}
+    figures = {key: values[:, -1] for key, values in alone.figures.items()}
+    if alone.evaluations:
+        figures["evaluations"] = np.array(alone.evaluations, dtype=np.float64)
+    return {key: np.where(order >= 0, values[order], np.nan) for key, values in figures.items()}
 
 
 def _schedule(ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner) -> Schedule | None:

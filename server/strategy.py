@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -295,14 +295,14 @@ class MetaGradientStrategy(Strategy):
         Args:
             server_round: The last finished round.
             arrays: The meta-state.
-            config: How: steps, rate, gate, local_only as in `RoundRequest`; validation, true to ask only the sites that
+            config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites that
                 choose how far to adapt; and pool, true for sums over the test rows of new and of training sites.
             grid: Flower's grid.
         """
         self.log = RoundLog()
         how = dict(config)
         steps = how.get("steps")
-        self._columns = 1 + (steps if isinstance(steps, int) and not how.get("local_only") else 0)
+        self._columns = 1 + (steps if isinstance(steps, int) and not how.get("baseline") else 0)
         if how.pop("validation", False):
             sites = np.flatnonzero(self.federation.validation)
         else:
@@ -353,6 +353,7 @@ class MetaGradientStrategy(Strategy):
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
             pooled=pooled,
             pooled_sites=tuple(counts.tolist()),
+            evaluations=_counts(usable, order),
         )
         return MetricRecord({"sites": len(names)})
 
@@ -483,3 +484,11 @@ class MetaGradientStrategy(Strategy):
 
     def _record_failure(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))
+
+
+def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns the sites' evaluations in site order; nothing where one reply has none."""
+    if not all(reply.evaluations for reply in replies):
+        return ()
+    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    return tuple(every[order].tolist())

@@ -169,7 +169,7 @@ CONTRACT: dict[str, Form] = {
     },
     EVALUATE: {
         "sites": {"names": "str*3"},
-        "counts": {"columns": "int", "chosen": "int*3", "pooled_sites": "str*0"},
+        "counts": {"columns": "int", "chosen": "int*3", "pooled_sites": "str*0", "evaluations": "str*0"},
         "figures": {"loss": "float*9", "accuracy": "float*9", "ece": "float*9"},
         "pooled": {},
     },

@@ -66,9 +66,15 @@ def _other_metrics(summary: Mapping[str, Any]) -> list[str]:
     for label, own in groups(summary):
         parts = []
         for name, values in own["personalized"]["metrics"].items():
-            pooled = "" if values["pooled"] is None else f" (pooled {number(values['pooled'])})"
+            bound = f" ± {values['pooled_bound']:.1g}" if values.get("pooled_bound") else ""
+            pooled = "" if values["pooled"] is None else f" (pooled {number(values['pooled'])}{bound})"
             if name != summary["score"]["name"] or pooled:
                 parts.append(f"{name} {number(values['mean'])}{pooled}")
+        if classical := own.get("classical"):
+            taken = f" by {classical['evaluations']:.0f} evaluations" if classical["evaluations"] else ""
+            parts.append(f"classical method {number(classical['mean'])}{taken}")
+        if optimum := own.get("optimum"):
+            parts.append(f"optimum {number(optimum['mean'])}")
         parts += [f"{name} undefined at {count}" for name, count in own["undefined"].items()]
         lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines

@@ -32,6 +32,11 @@ class PrunerName(StrEnum):
     NONE = "none"
 
 
+COMPARED = ("local", "fedavg", "fedavg-ft", "maml")
+"""What `compare` compares unless told: a random start, one solution for all without and with adaptation, and a learned
+start; of an own problem also the average of the sites' own solutions, which is hard to beat there."""
+
+
 class RuntimeName(StrEnum):
     """Where a run may happen."""
 
@@ -73,7 +78,13 @@ def run(
 @app.command()
 def compare(
     file: File,
-    learners: Annotated[str, typer.Option(help="Which learners, separated by commas.")] = "local,fedavg,fedavg-ft,maml",
+    learners: Annotated[
+        str,
+        typer.Option(
+            help="Which learners, separated by commas.",
+            show_default=f"{','.join(COMPARED)}; and average for own problems",
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting at runtime.seed.")] = 3,
     tune: Annotated[
         int, typer.Option(min=0, metavar="N", help="Settings to try for each learner first, on validation sites.")
@@ -93,7 +104,8 @@ def compare(
     from fedmeta.search.compare import compare as compare_learners
 
     experiment = load_experiment(file, overrides or [])
-    names = [name.strip() for name in learners.split(",") if name.strip()]
+    usual = COMPARED if experiment.on_rows else (*COMPARED, "average")
+    names = [name.strip() for name in learners.split(",") if name.strip()] if learners else list(usual)
     with live.several(experiment, quiet=quiet) as report:
         found = compare_learners(experiment, names, seeds, tune=tune, runtime=runtime.value, report=report)
     if not quiet:

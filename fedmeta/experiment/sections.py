@@ -27,7 +27,7 @@ from fedmeta.experiment.validation import (
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
-    "imaml", "pfedme", "ditto", "fedrep", "fedper",
+    "imaml", "pfedme", "ditto", "fedrep", "fedper", "average",
 ]  # fmt: skip
 
 Hessian = Literal["exact", "free", "first-order"]
@@ -100,6 +100,9 @@ class Learner(OpenSection):
     local_lr: float = Field(default=0.3, gt=0, description="Learning rate of the local steps (per step)")
     hessian: Hessian = Field(
         default="exact", description="The second-order term of per-fedavg; free = by finite difference"
+    )
+    solve_steps: int = Field(
+        default=200, ge=1, description="Length of a site's way to its own solution, of average (steps)"
     )
     body_steps: int = Field(default=1, ge=0, description="Steps of fedrep's body after those of its head (steps)")
     annealing: float = Field(

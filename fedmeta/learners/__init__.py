@@ -8,6 +8,7 @@ from typing import Any
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners.anil import Anil
+from fedmeta.learners.average import Average
 from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
 from fedmeta.learners.imaml import Imaml
 from fedmeta.learners.learner import ALPHA, FROZEN, SET_BY_ROUND, THETA, Learner, MetaState, Metrics, trained
@@ -52,6 +53,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "ditto": Ditto,
     "fedrep": FedRep,
     "fedper": FedPer,
+    "average": Average,
 }
 """Every learner by its name in an experiment."""
 

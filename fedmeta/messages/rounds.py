@@ -30,14 +30,20 @@ from fedmeta.problems.metric import Metric
 Floats = NDArray[np.float64]
 
 TASK_KEYS = (
-    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "local_only", "engine", "budget", "per_site",
+    "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "baseline", "engine", "budget", "per_site",
     "groups",
 )  # fmt: skip
 LARGEST_LOSS = float(np.finfo(np.float32).max)
 """The largest loss that a site may have."""
 
+MOST_EVALUATIONS = 1 << 40
+"""The most evaluations of its objective that a site may report."""
+
 MOST_BUDGET = 1 << 36
 """The most that a node may offer to the sites which are computed together (bytes): a sixteenth of 1 TiB."""
+
+BASELINES = ("", "local_only", "classical", "optimum")
+"""What an evaluation may be of: adaptation (""), or what it is compared with."""
 
 LOSS = "loss"
 """The figure that every site sends: its outer objective."""
@@ -57,7 +63,8 @@ class RoundRequest:
         steps: The number of inner steps (`evaluate`).
         rate: What the inner rates are multiplied by (`evaluate`).
         gate: Whether each site chooses its number of steps on its support rows (`evaluate`).
-        local_only: Whether sites solve from the meta-state on their own, without the federation (`evaluate`).
+        baseline: What is scored in place of adaptation (`evaluate`), one of `BASELINES`: "" for adaptation itself,
+            "local_only" for what sites solve alone from the meta-state, or the problem's "classical" or "optimum".
         engine: The cohort engine, fixed for the run; "auto" leaves it to the node's rule.
         budget: Bytes that the sites which are computed together may take; 0 leaves it to the engine.
         per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
@@ -74,7 +81,7 @@ class RoundRequest:
     steps: int = 0
     rate: float = 1.0
     gate: bool = False
-    local_only: bool = False
+    baseline: str = ""
     engine: str = "auto"
     budget: int = 0
     per_site: bool = False
@@ -91,7 +98,7 @@ class RoundRequest:
             "steps": self.steps,
             "rate": self.rate,
             "gate": self.gate,
-            "local_only": self.local_only,
+            "baseline": self.baseline,
             "engine": self.engine,
             "budget": self.budget,
             "per_site": self.per_site,
@@ -114,12 +121,18 @@ class RoundRequest:
             steps=read_scalar(task, "steps", int),
             rate=read_scalar(task, "rate", float),
             gate=read_scalar(task, "gate", bool),
-            local_only=read_scalar(task, "local_only", bool),
+            baseline=_baseline(read_scalar(task, "baseline", str)),
             engine=read_scalar(task, "engine", str),
             budget=read_scalar(task, "budget", int),
             per_site=read_scalar(task, "per_site", bool),
             groups=tuple(read_list(task, "groups", int)),
         )
+
+
+def _baseline(name: str) -> str:
+    if name not in BASELINES:
+        raise MessageError(f'there is no baseline "{name[:40]}"')
+    return name
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,7 @@ class EvaluateReply:
         chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
         pooled: Sums over the sites of a group, before ("global") and after adaptation, by "GROUP/STATE/NAME".
         pooled_sites: How many sites each group's sums hold.
+        evaluations: How many evaluations of the objective a classical method took [sites]; empty for all else.
     """
 
     names: tuple[str, ...]
@@ -249,6 +263,7 @@ class EvaluateReply:
     chosen: NDArray[np.int64]
     pooled: Mapping[str, Floats] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
+    evaluations: tuple[int, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -261,6 +276,7 @@ class EvaluateReply:
             "columns": self.columns,
             "chosen": self.chosen.tolist(),
             "pooled_sites": list(self.pooled_sites),
+            "evaluations": list(self.evaluations),
         }
         figures: dict[str, Any] = {name: values.ravel().tolist() for name, values in self.figures.items()}
         pooled = {name: torch.from_numpy(np.asarray(value)) for name, value in self.pooled.items()}
@@ -286,7 +302,7 @@ class EvaluateReply:
         """
         only(content, "figures", "counts", "sites", "pooled")
         names = read_names(content)
-        counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites")
+        counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites", "evaluations")
         shape = (len(names), read_scalar(counts, "columns", int))
         if shape[1] < 1 or not names:
             raise MessageError("the figures are of no site or have no column")
@@ -308,7 +324,10 @@ class EvaluateReply:
         pooled_sites = tuple(read_list(counts, "pooled_sites", int))
         if any(not 0 <= count <= shape[0] for count in pooled_sites):
             raise MessageError("more sites are pooled than there are")
-        return cls(names, figures, chosen, pooled, pooled_sites)
+        evaluations = tuple(read_list(counts, "evaluations", int))
+        if len(evaluations) not in (0, len(names)) or any(not 0 <= count <= MOST_EVALUATIONS for count in evaluations):
+            raise MessageError("the evaluations are not a count for each site")
+        return cls(names, figures, chosen, pooled, pooled_sites, evaluations)
 
     def impossible(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, str]:
         """Returns the sites with a figure that cannot be, and what is wrong with it; NaN, for undefined, can be.
@@ -330,7 +349,9 @@ class EvaluateReply:
         """Returns the reply without some sites, and without the sums that those are part of."""
         kept = np.array([name not in sites for name in self.names], dtype=bool)
         names = tuple(name for name in self.names if name not in sites)
-        return EvaluateReply(names, {key: own[kept] for key, own in self.figures.items()}, self.chosen[kept])
+        figures = {key: own[kept] for key, own in self.figures.items()}
+        counts = tuple(count for count, is_kept in zip(self.evaluations, kept.tolist(), strict=False) if is_kept)
+        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts)
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:

@@ -95,6 +95,27 @@ class Problem(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has an implicit solver and no residual")
 
+    def classical(self, parameters: Parameters, data: Data) -> tuple[Parameters, int] | None:
+        """Returns what the field's own method makes of one site's data, or None: a rival, reported beside the scores.
+
+        Args:
+            parameters: The run's initial parameters, constrained.
+            data: The site's support data.
+
+        Returns:
+            Parameters as objectives see them, and how many evaluations of the objective they took.
+        """
+        return None
+
+    def optimum(self, parameters: Parameters, data: Data) -> Parameters | None:
+        """Returns the best parameters there are, or None: the known optimum, which no site can know by itself.
+
+        Args:
+            parameters: The run's initial parameters, constrained.
+            data: The site's query data, which otherwise only scores.
+        """
+        return None
+
     def picture(self, parameters: Parameters, data: Data) -> Any:
         """Returns an image [height, width] or [height, width, 3] of a solution, or None."""
         return None
@@ -171,6 +192,13 @@ class Problem(ABC):
 def has_picture(problem: Problem) -> bool:
     """Returns whether a problem draws its solutions."""
     return type(problem).picture is not Problem.picture
+
+
+def own_baselines(problem: Problem) -> tuple[str, ...]:
+    """Returns which of "classical" and "optimum" a problem has."""
+    return tuple(
+        name for name in ("classical", "optimum") if getattr(type(problem), name) is not getattr(Problem, name)
+    )
 
 
 def has_payload(problem: Problem) -> bool:

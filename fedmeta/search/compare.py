@@ -61,7 +61,7 @@ def compare(
     # The same command, or one with more learners, seeds or settings, finds here what was done before.
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:
-        variants = {name: experiment.with_overrides([f"learner.name={name}"]) for name in learners}
+        variants = {name: _variant(experiment, name) for name in learners}
         trials, left_out = dict[str, list[Trial]](), dict[str, str]()
         for place, (name, variant) in enumerate(list(variants.items()) if tune else ()):
 
@@ -86,6 +86,12 @@ def compare(
         if summary:
             publish(summary, comparison)
     return comparison
+
+
+def _variant(experiment: Experiment, name: str) -> Experiment:
+    """Returns the experiment with another learner; the average of the sites' solutions takes one round with all."""
+    one_round = ["server.rounds=1", "server.sites_per_round=0"] if name == "average" else []
+    return experiment.with_overrides([f"learner.name={name}", *one_round])
 
 
 def _run_all(

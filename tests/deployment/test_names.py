@@ -1,4 +1,4 @@
-"""A site's name belongs to its key, with real processes: SuperLink and SuperNodes over TLS, with node authentication."""
+"""A site's name belongs to its key: with real SuperLink and SuperNodes over TLS, and node authentication."""
 
 import json
 from contextlib import ExitStack
