@@ -104,7 +104,7 @@ def _size(value: Any) -> int:
             return _size("".join(value))
         return 8 * len(value) if kind in (int, float) else sum(map(_size, value))
     if isinstance(value, str | bytes):
-        return len(value.encode() if isinstance(value, str) else value)
+        return len(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
     return 1 if isinstance(value, bool) else 8
 
 

@@ -124,6 +124,10 @@ TABLE: dict[str, dict[tuple[str, str], dict[str, Change]]] = {
         ("sites", "names"): TEXT | becomes("abbey"),
         ("counts", "columns"): {"another type": of_other_type, **becomes(0, -1, 3, 2**62)},
         ("counts", "chosen"): {"another type": of_other_type, "empty": emptied, **becomes(-1, 2)},
+        ("counts", "evaluations"): {
+            "another type": of_other_type, "negative": lambda _: [-1], "too many": lambda _: [1, 1],
+            "too large": lambda _: [2**41],
+        },
         ("counts", "pooled_sites"): {"another type": of_other_type, **becomes(-1, 2)},
         ("figures", "loss"): {key: NOT_A_NUMBER[key] for key in ("infinite", "empty", "another type")} | becomes(-1.0)
         | {"times 1e30": TIMES["times 1e+30"]},
