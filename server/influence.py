@@ -44,8 +44,8 @@ class Bounded:
 
 def norm_of(reply: TrainReply) -> float:
     """Returns the norm of a reply's mean, its sum divided by its weight, over all entries in float64."""
-    squares = [value.double().square().sum() for value in reply.gradient.values()]
-    return float(torch.stack(squares).sum().sqrt()) / reply.weight
+    norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in reply.gradient.values()]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) / reply.weight
 
 
 def bound(replies: Sequence[TrainReply], norms: Sequence[float], factor: float, *, shorten: bool = True) -> Bounded:

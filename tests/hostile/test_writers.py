@@ -279,3 +279,33 @@ def test_ctrl_c_before_sites_are_there_leaves_no_folder(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(experiment)
     assert not Path(experiment.tracking.folder).exists()
+
+
+def test_ctrl_c_at_any_write_ends_with_a_checkpoint_that_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = train(digits(tmp_path / "unbroken", *EACH_ROUND))
+    stops = 0
+    for number in range(2, 40, 5):
+        experiment = digits(tmp_path / str(number), *EACH_ROUND)
+        pressed = []
+
+        def press(pressed: list[int] = pressed) -> None:
+            if not pressed:
+                pressed.append(1)
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            fails_at(patch, number, press)
+            try:
+                outcome = train(experiment)
+            except KeyboardInterrupt:
+                outcome = None
+        if outcome is None:
+            stops += 1
+            runs = Path(experiment.tracking.folder)
+            if not runs.exists() or not any(runs.iterdir()):
+                continue  # before anything was there to lose
+            outcome = train(experiment, only_folder(experiment))
+        assert all(torch.equal(value, unbroken.meta_state[name]) for name, value in outcome.meta_state.items())
+    assert stops > 3
