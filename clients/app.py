@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
-from clients.node import learner_for, node_of, split_meta_state
+from clients.node import Node, learner_for, node_of, split_meta_state
 from fedmeta import engines
 from fedmeta.allocation import tune_glibc_malloc
+from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
@@ -32,8 +34,6 @@ from fedmeta.messages import (
 
 log = logging.getLogger("fedmeta.client")
 app = ClientApp()
-
-SUMS = ("count", "total", "square")
 
 CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
@@ -75,15 +75,15 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @app.query("sums")
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
-    """Adds up the feature sums of training sites."""
+    """Adds up the features and targets of training sites, or each site's own."""
     node, request = node_of(context), SumsRequest.unpack(content)
     here = node.find(request.names)
+    parts = [here[place : place + 1] for place in range(len(here))] if request.per_site else [here]
+    every = [(node.sums(part), node.target_sums(part)) for part in parts]
+    own = [[value for sums in found for value in (sums.count, sums.total, sums.square)] for found in every]
     if not request.per_site:
-        whole = node.sums(here)
-        return SumsReply(whole.count, whole.total, whole.square).pack()
-    own = [node.sums(here[place : place + 1]) for place in range(len(here))]
-    stacked = (np.stack([getattr(each, key) for each in own]) for key in SUMS)
-    return SumsReply(*stacked).pack()
+        return SumsReply(*own[0]).pack()
+    return SumsReply(*(np.stack(values) for values in zip(*own, strict=True))).pack()
 
 
 @app.query("engine")
@@ -92,7 +92,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
     chosen, seconds = engines.trial(learner, meta_state, batch)
@@ -107,7 +107,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
@@ -151,11 +151,17 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     node, request = node_of(context), RoundRequest.unpack(content)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
-    meta_state, scale = split_meta_state(request.meta_state, node.experiment.runtime.device)
+    meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
+
+
+def _meta_state(node: Node, request: RoundRequest) -> tuple[dict[str, Tensor], Standardisation]:
+    """Returns the learned part of a request's meta-state, and its standardisation."""
+    log = node.experiment.target_kind == "log"
+    return split_meta_state(request.meta_state, node.experiment.runtime.device, log_targets=log)
 
 
 def memory_budget(gib: float, device: str = "cpu") -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,13 @@ from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
 from fedmeta.engines.step_selection import FOLDS, choose_steps
 from fedmeta.engines.weighted_sum import Figures
-from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.messages import LOSS, EvaluateReply, RoundRequest
 from fedmeta.models import Parameters
 from fedmeta.problems import RowMetric, Supervised
 from fedmeta.problems.pooled import Bins, Sums, sums_of
-from fedmeta.problems.row_metrics import Predictions, on_predictions, predictions_of
+from fedmeta.problems.row_metrics import Predictions, in_original_units, on_predictions, predictions_of
 from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
 
@@ -70,13 +70,7 @@ class Evaluator:
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
     def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site selects on its support rows.
-
-        Raises:
-            FedmetaError: The data are no rows, which folds could be made of.
-        """
-        if not self.learner.problem.on_rows:
-            raise FedmetaError("[evaluation] gate = true: an own problem's data have no folds; set it to false")
+        """Returns the number of steps [sites] that each site selects on its support rows."""
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):
@@ -102,7 +96,7 @@ def evaluate_sites(
         here: The sites, in the request's order.
         request: What was asked.
         evaluator: How to evaluate.
-        scale: The run's standardisation.
+        scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site kept of its own, where the learner has such.
     """
     problem = evaluator.learner.problem
@@ -128,13 +122,17 @@ def evaluate_sites(
             if request.gate and evaluator.steps:
                 picked = evaluator.select_steps(batch, own).cpu().numpy().reshape(len(group), -1)
                 chosen[group] = np.median(picked, axis=1)
-        outputs = found.pop(OUTPUTS, None)
+        outputs, y = found.pop(OUTPUTS, None), batch.query[1] if problem.on_rows else None
         taken = np.repeat(chosen[group], batch.sites // len(group))
+        if outputs is not None and y is not None and y.is_floating_point() and not scale.target.identity:
+            restored, outputs, y = in_original_units(outputs, y, batch.query[2], scale.target, problem.metrics)
+            found |= restored
         by_task = {name: value.double().cpu().numpy() for name, value in found.items()}
         if "accuracy" in by_task:
             by_task["accuracy"] = exact_accuracy(by_task["accuracy"], batch)
-        if isinstance(problem, Supervised) and outputs is not None:
-            sums = _on_predictions(problem, outputs.cpu().numpy(), batch, taken, by_task, bool(request.groups))
+        if isinstance(problem, Supervised) and outputs is not None and y is not None:
+            queries = y.cpu().numpy(), batch.query[2].cpu().numpy()
+            sums = _on_predictions(problem, outputs.cpu().numpy(), queries, taken, by_task, bool(request.groups))
             per_site = batch.sites // len(group)
             for place, parts in enumerate(sums):
                 site = int(group[place // per_site])
@@ -167,7 +165,7 @@ def _mark_diverged(figures: dict[str, Floats]) -> None:
 def _on_predictions(
     problem: Supervised,
     outputs: NDArray[np.floating],
-    batch: Batch,
+    queries: tuple[NDArray[Any], NDArray[Any]],
     taken: NDArray[np.int64],
     figures: dict[str, Floats],
     pool: bool,
@@ -177,7 +175,7 @@ def _on_predictions(
     Args:
         problem: The problem.
         outputs: The model's outputs [tasks, steps + 1, rows, outputs].
-        batch: The tasks.
+        queries: The tasks' labels [tasks, rows] (targets in their own units) and which rows are there.
         taken: The steps that each task's site takes [tasks].
         figures: The figures so far; metrics are computed at the first and the last taken step, the score at every one.
         pool: Whether pooled sums are wanted.
@@ -185,13 +183,13 @@ def _on_predictions(
     chosen = [m for m in problem.metrics if isinstance(m, RowMetric) and m.on_predictions is not None]
     columns = outputs.shape[1]
     for metric in chosen:
-        figures[metric.name] = np.full((batch.sites, columns), np.nan)
+        figures[metric.name] = np.full((len(outputs), columns), np.nan)
     sums: list[Sums] = []
     if not chosen and not pool:
         return sums
-    y, mask = (batch.query[k].cpu().numpy() for k in (1, 2))
+    y, mask = queries
     bins = Bins()
-    for task in range(batch.sites):
+    for task in range(len(outputs)):
         present = mask[task] > 0
         steps = {0, int(taken[task])}
         every = range(columns) if any(metric is problem.metrics[0] for metric in chosen) else sorted(steps)

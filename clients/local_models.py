@@ -72,7 +72,7 @@ def fit_rows(learner: Learner, start: Parameters, batch: Batch, experiment: Expe
 
 
 def _fit(batch: Batch, classes: int, seed: int) -> Tensor:
-    """Returns outputs [sites, rows, classes] (log probabilities) or [sites, rows, 1] on the sites' query rows."""
+    """Returns outputs [sites, rows, classes] (log probabilities) or [sites, rows, targets] on the sites' query rows."""
     (x, y, mask), other = (tuple(tensor.cpu() for tensor in rows) for rows in (batch.support, batch.query))
     rows, queries = _flat(x, other[0], mask)
     gram = rows @ rows.mT + INTERCEPT
@@ -163,19 +163,29 @@ def _normalized(log_probabilities: Tensor) -> Tensor:
 
 
 def _ridge(gram: Tensor, cross: Tensor, y: Tensor, present: Tensor, masks: Tensor, folds: Tensor) -> Tensor:
-    """Returns predictions [sites, rows, 1] of query rows under the penalty that cross-validation picks."""
+    """Returns predictions [sites, rows, targets] of query rows under the penalty that cross-validation picks.
+
+    Args:
+        gram: Inner products of support rows [sites, n, n].
+        cross: Those of query rows with them [sites, rows, n].
+        y: Targets [sites, n] or [sites, n, targets]; one penalty serves all of a site's.
+        present: 1 for each row that is there [sites, n].
+        masks: The rows that each fold trains on, and at last all [sites, folds + 1, n].
+        folds: The fold of each row [sites, n].
+    """
     penalties = torch.tensor(PENALTIES, dtype=torch.float64)[None, :, None, None, None]
-    y = y.reshape(*y.shape[:2], -1).mean(-1) if y.dim() > 2 else y
-    means = (masks * y[:, None]).sum(-1, keepdim=True) / masks.sum(-1, keepdim=True).clamp(min=1)
-    centered = masks * (y[:, None] - means)
+    y = y.reshape(*y.shape[:2], -1)
+    counts = masks.sum(-1)[..., None, None].clamp(min=1)
+    means = (masks[..., None] * y[:, None]).sum(2, keepdim=True) / counts  # [sites, folds + 1, 1, targets]
+    centered = masks[..., None] * (y[:, None] - means)
     system = masks[:, None, :, :, None] * gram[:, None, None] + penalties * torch.eye(gram.shape[-1]).double()
-    weights = torch.linalg.solve(system, centered[:, None, :, :, None].expand(*system.shape[:-1], 1))
-    fitted = (gram[:, None, None] @ weights)[..., 0] + means[:, None]
+    weights = torch.linalg.solve(system, centered[:, None].expand(*system.shape[:-1], y.shape[-1]))
+    fitted = gram[:, None, None] @ weights + means[:, None]
     held = torch.stack([folds == fold for fold in range(FOLDS)], 1)[:, None]
-    errors = (fitted - y[:, None, None]).square() * present[:, None, None]
+    errors = (fitted - y[:, None, None]).square().mean(-1) * present[:, None, None]
     best = (errors[:, :, :FOLDS] * held).sum((2, 3)).argmin(1)
     chosen = weights[torch.arange(len(best)), best, FOLDS]
-    predicted: Tensor = cross @ chosen + means[:, FOLDS, None]
+    predicted: Tensor = cross @ chosen + means[:, FOLDS]
     return predicted
 
 

@@ -32,6 +32,7 @@ from fedmeta.data import (
     load_site,
     split,
     standardised,
+    target_sums,
     train_sums,
     training_episodes,
     training_tasks,
@@ -41,6 +42,7 @@ from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
 from fedmeta.problems import TaskSource
+from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
 from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
 
@@ -87,6 +89,7 @@ class RowNode:
             shape=tuple(population.shape),
             regression=population.regression,
             tokens=population.tokens,
+            targets=population.target_names or tuple(f"y{number}" for number in range(population.targets)),
             weights=tuple(train_rows.astype(np.float64).tolist()),
         )
 
@@ -112,6 +115,13 @@ class RowNode:
     def sums(self, sites: Sites) -> FeatureSums:
         """Returns the feature sums over the sites' train rows."""
         return train_sums(self.split, sites, self.experiment.data.standardise)
+
+    def target_sums(self, sites: Sites) -> FeatureSums:
+        """Returns the sums of the targets over the sites' train rows; of no target for classes."""
+        try:
+            return target_sums(self.split, sites, self.experiment.target_kind)
+        except FedmetaError as error:
+            raise DataError(str(error)) from error
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
@@ -184,11 +194,19 @@ def node_of(context: Context) -> Node:
 
 def learner_for(node: Node, classes: tuple[str, ...]) -> Learner:
     """Returns the run's learner, for the run's class list (empty for regression)."""
-    return _learner(node.experiment, node.shape, classes)
+    targets = node.population.targets if isinstance(node, RowNode) else 0
+    return _learner(node.experiment, node.shape, classes, targets)
 
 
-def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dict[str, Tensor], Standardisation]:
+def split_meta_state(
+    meta_state: Mapping[str, Tensor], device: str, *, log_targets: bool = False
+) -> tuple[dict[str, Tensor], Standardisation]:
     """Returns the learned part of a meta-state, on a device, and its standardisation.
+
+    Args:
+        meta_state: The meta-state.
+        device: "cpu" or "cuda".
+        log_targets: Whether it is the logarithm of targets that is standardized.
 
     Raises:
         FedmetaError: The device is not there.
@@ -197,13 +215,19 @@ def split_meta_state(meta_state: Mapping[str, Tensor], device: str) -> tuple[dic
         raise FedmetaError('[runtime] device = "cuda": there is no CUDA device here; use "cpu"')
     learned = {name: v.to(device) for name, v in meta_state.items() if not name.startswith("standardisation.")}
     mean, scale = (meta_state[f"standardisation.{name}"].float().numpy() for name in ("mean", "scale"))
-    return learned, _standardisation(mean.shape, mean.tobytes(), scale.tobytes())
+    target = TargetScale.of(meta_state, log=log_targets)
+    numbers = (each.tobytes() for each in (mean, scale, target.mean, target.scale))
+    return learned, _standardisation(mean.shape, *numbers, target.log)
 
 
 @lru_cache(maxsize=4)
-def _standardisation(shape: tuple[int, ...], mean: bytes, scale: bytes) -> Standardisation:
+def _standardisation(
+    shape: tuple[int, ...], mean: bytes, scale: bytes, target_mean: bytes, target_scale: bytes, log: bool
+) -> Standardisation:
     """Returns the same object for the same numbers, which a run sends in every message."""
-    return Standardisation(*(np.frombuffer(each, np.float32).reshape(shape).copy() for each in (mean, scale)))
+    features = [np.frombuffer(each, np.float32).reshape(shape).copy() for each in (mean, scale)]
+    targets = [np.frombuffer(each, np.float64).copy() for each in (target_mean, target_scale)]
+    return Standardisation(features[0], features[1], TargetScale(targets[0], targets[1], log))
 
 
 @lru_cache(maxsize=4)
@@ -269,5 +293,5 @@ def _is_own_source(experiment: Experiment) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _learner(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...]) -> Learner:
-    return learner_of(experiment, shape, classes)
+def _learner(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int) -> Learner:
+    return learner_of(experiment, shape, classes, targets)

@@ -92,6 +92,10 @@ class TaskNode:
         """Returns sums of nothing: an own source's data are not standardised."""
         return FeatureSums(np.zeros(1), np.zeros(1), np.zeros(1))
 
+    def target_sums(self, sites: Sites) -> FeatureSums:
+        """Returns sums of no target."""
+        return FeatureSums(np.zeros(0), np.zeros(0), np.zeros(0))
+
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean."""
         if self.experiment.server.weighting == "examples":

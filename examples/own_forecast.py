@@ -23,7 +23,7 @@ class Forecast(fedmeta.Problem):
 
 
 def write_recordings(folder: str, sites: int = 12, samples: int = 400) -> None:
-    """Writes noisy oscillations, each site with a frequency of its own, as examples to run on."""
+    """Writes noisy oscillations, each site with its own frequency, as examples to run on."""
     random, times = np.random.default_rng(0), np.arange(samples)
     for site in range(sites):
         wave = np.sin(times * random.uniform(0.5, 0.9)) + 0.1 * random.normal(size=samples)

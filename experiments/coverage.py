@@ -8,7 +8,7 @@ person of experiments/har.toml with 40 rows, and writes experiments/results/cove
 
 A writer's other rows are 75 to 95, so that the accuracy on them is itself uncertain by 2 to 3 points: even an interval
 that is never wrong would miss some. Two figures are beside the raw one for that. `ideal` is what the raw figure would
-be if each row of the site were judged by the final model, independently (simulated from the spread of accuracies that
+be if each row of the site were scored by the final model, independently (simulated from the spread of accuracies that
 the test rows show). `at least` is the mean probability that the interval holds the true accuracy, given the test rows
 alone, under that spread; it leaves out what the interval's own rows say of the site, and so errs on the low side.
 """
@@ -45,7 +45,7 @@ SIMULATIONS = 200
 
 
 def trained(file: str, folder: Path, earlier: str) -> tuple[MetaModel, checkpoint.Checkpoint]:
-    """Returns what a run of an experiment hands on: of an earlier one's folder, or of a new one."""
+    """Returns what a run of an experiment leaves: of an earlier one's folder, or of a new one."""
     if earlier:
         found = checkpoint.newest(Path(earlier))[0]
     else:
@@ -114,7 +114,7 @@ def spread(right: NDArray[np.float64], tests: NDArray[np.float64]) -> tuple[floa
 
 
 def ideal(a: float, b: float, tests: NDArray[np.float64], rows: int) -> float:
-    """Returns the raw coverage of intervals from rows that are each judged by the final model, independently."""
+    """Returns the raw coverage of intervals from rows that are each scored by the final model, independently."""
     draw = np.random.default_rng(0)
     ends = [accuracy(np.array([right / rows]), np.array([rows])) for right in range(rows + 1)]
     low, high = np.array([end.low for end in ends]), np.array([end.high for end in ends])
@@ -203,7 +203,7 @@ def write(lines: list[str], seconds: float, person: dict[str, float]) -> None:
         *lines,
         "",
         "The accuracy on some 75 to 95 test rows is itself uncertain by two to three points, which counts against the",
-        "interval. *ideal* is what Clopper and Pearson's would cover were the rows judged independently by the final",
+        "interval. *ideal* is what Clopper and Pearson's would cover were the rows scored independently by the final",
         "model itself; *at least* bounds from below",
         f"how often the true accuracy is held. See `experiments/coverage.py`. {seconds:.0f} s.",
         "",

@@ -33,7 +33,7 @@ from server import training_loop
 HERE = Path(__file__).parent
 SHARE, STRENGTH = 0.2, -10.0
 AGGREGATORS = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-bound")
-CLEAN = "mean, nobody false"
+CLEAN = "mean, none false"
 
 
 class Attack:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 try:
                     found[name].append(accuracy(experiment, name != CLEAN))
                 except FedmetaError as error:
-                    # What the attack makes of a run may be a run that cannot go on.
+                    # What the attack makes of a run may be a run that cannot continue.
                     found[name].append((np.nan, np.nan))
                     print(name, seed, error, file=sys.stderr, flush=True)
                     continue

@@ -23,13 +23,14 @@ DEFAULT_OPTIMIZERS = {"gradient": ("adam", 0.003), "delta": ("sgd", 1.0), "nothi
 SUPERVISED = "supervised"
 
 
-def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...]) -> Learner:
+def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int = 1) -> Learner:
     """Builds the learner, and the problem that it solves, as an experiment describes them.
 
     Args:
         experiment: The run's description.
         shape: The shape of one row; empty where the data are no rows.
         classes: The run's class list; empty for regression and for data that are no rows.
+        targets: How many numbers a regression predicts for each row.
 
     Raises:
         FedmetaError: The learner, the problem or the model cannot be built from these settings.
@@ -38,7 +39,7 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[st
     own = settings_of(learner_class(section.name))
     settings = {key: value for key, value in section.model_dump(exclude={"name"}).items() if key in own}
     try:
-        return build(section.name, problem_of(experiment, shape, classes), **{**settings, **section.extra})
+        return build(section.name, problem_of(experiment, shape, classes, targets), **{**settings, **section.extra})
     except FedmetaError:
         raise
     except Exception as error:
@@ -47,7 +48,9 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[st
         raise FedmetaError(f'[learner] name = "{section.name}" cannot be built: {error}') from error
 
 
-def problem_of(experiment: Experiment, shape: tuple[int, ...] = (), classes: tuple[str, ...] = ()) -> Problem:
+def problem_of(
+    experiment: Experiment, shape: tuple[int, ...] = (), classes: tuple[str, ...] = (), targets: int = 1
+) -> Problem:
     """Builds the problem of an experiment.
 
     A subclass of `Supervised` is given the run's model; any other class or function those of `shape`, `classes` and
@@ -57,7 +60,7 @@ def problem_of(experiment: Experiment, shape: tuple[int, ...] = (), classes: tup
         FedmetaError: It cannot be built, or it is no problem.
     """
     evaluation, name = experiment.evaluation, experiment.problem.name
-    outputs = len(classes) or 1
+    outputs = len(classes) or max(1, targets)
     if name != SUPERVISED:
         factory = load_code(name, "[problem] name")
         if not (isinstance(factory, type) and issubclass(factory, Supervised)):
@@ -172,11 +175,11 @@ def smoke_test(experiment: Experiment) -> Learner:
     source = source_of(experiment)
     if isinstance(source, TaskSource):
         return validated_learner(experiment, (), ())
-    return validated_learner(experiment, tuple(source.shape), source.class_names, tokens=source.tokens)
+    return validated_learner(experiment, tuple(source.shape), source.class_names, source.targets, tokens=source.tokens)
 
 
 def validated_learner(
-    experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], *, tokens: bool = False
+    experiment: Experiment, shape: tuple[int, ...], classes: tuple[str, ...], targets: int = 1, *, tokens: bool = False
 ) -> Learner:
     """Builds the learner, and runs its model on two rows of zeros, to refuse what cannot work before a file exists.
 
@@ -184,14 +187,21 @@ def validated_learner(
         experiment: The run's description.
         shape: The shape of one row.
         classes: The class list; empty for regression and for data that are no rows.
+        targets: How many numbers a regression predicts for each row.
         tokens: Whether rows are codes of symbols.
 
     Raises:
         FedmetaError: The learner or the model cannot be built, or the model does not take such rows or returns
             something else than outputs for each.
     """
-    learner, name, outputs = learner_of(experiment, shape, classes), experiment.model.name, len(classes) or 1
+    learner, name = learner_of(experiment, shape, classes, targets), experiment.model.name
+    outputs = len(classes) or max(1, targets)
     if not isinstance(learner.problem, Supervised):
+        if experiment.evaluation.gate:
+            raise FedmetaError(
+                "[evaluation] gate = true: steps are selected on folds of rows, and an own problem's data have none; "
+                "set it to false"
+            )
         learner.init(experiment.runtime.seed)
         return learner
     if name == "char_lstm" and not tokens:
@@ -209,7 +219,11 @@ def validated_learner(
         raise FedmetaError(f'[model] name = "{name}" failed on rows of shape {shape}: {error}') from error
     if type(learner.problem) is not Supervised:
         return learner
-    fits = found.numel() == 2 if not classes else found.dim() == 2 and len(found) == 2 and found.shape[1] >= outputs
+    fits = (
+        found.numel() == 2 * outputs and len(found) == 2
+        if not classes
+        else found.dim() == 2 and len(found) == 2 and found.shape[1] >= outputs
+    )
     if not fits:
         raise FedmetaError(
             f'[model] name = "{name}" returned outputs of shape {tuple(found.shape)} for 2 rows: make it (2, {outputs})'

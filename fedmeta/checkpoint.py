@@ -27,7 +27,7 @@ from fedmeta.files import read_tensors, write_atomic
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
-    "norms",
+    "targets", "norms",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -88,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on from a round as if it had never stopped.
+    """All that a run needs to resume from a round as if it had never stopped.
 
     Attributes:
         experiment: The experiment as TOML.
@@ -115,6 +115,7 @@ class Checkpoint:
         weights: Each site's weight, as it was when it joined.
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
+        targets: What each target of a regression is called; empty for classes.
         norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
@@ -145,6 +146,7 @@ class Checkpoint:
     held_out: bool = True
     norms: tuple[float, ...] = ()
     finished: bool = False
+    targets: tuple[str, ...] = ()
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on."""
+"""What a run reports while it runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FailureThrottle:
 
     Args:
         see: Where all failures are on record.
-        times: After how many rounds with failures only new ones are told.
+        times: After how many rounds with failures only new ones are reported.
     """
 
     def __init__(self, see: str, times: int = 10) -> None:
@@ -62,7 +62,7 @@ class FailureThrottle:
         self.known: set[tuple[str, str]] = set()
 
     def filter(self, note: str, failed: Mapping[str, str]) -> str:
-        """Returns the note of a round in which something failed, or "" where that has been told often enough.
+        """Returns the note of a round in which something failed, or "" where that has been reported often enough.
 
         Args:
             note: What to tell.
@@ -74,7 +74,7 @@ class FailureThrottle:
         if news or self.rounds <= self.times:
             return note
         last = self.rounds == self.times + 1
-        return f"{note}; rounds that fail in the same way are not told any more, see {self.see}" if last else ""
+        return f"{note}; rounds that fail in the same way are not reported any more, see {self.see}" if last else ""
 
 
 class Pruned(KeyboardInterrupt):

@@ -75,7 +75,7 @@ def uniform(bits: Keys) -> NDArray[np.float64]:
 
 
 def generator(seed: int, purpose: str, round_number: int = 0, site: str = "") -> np.random.Generator:
-    """Returns a NumPy generator of its own for one (seed, purpose, round, site)."""
+    """Returns its own NumPy generator for one (seed, purpose, round, site)."""
     return np.random.default_rng(_hash(f"{seed}/{purpose}/{round_number}/{site}"))
 
 

@@ -1,4 +1,4 @@
-"""Tasks: what a site adapts on, and what judges it."""
+"""Tasks: what a site adapts on, and what scores it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -15,8 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import Checkpoint, Evaluation
-from fedmeta.data import FeatureSums, draw_new_sites, draw_validation_sites, order_classes, standardisation
-from fedmeta.data.sums import median_standardisation, statistic_shape
+from fedmeta.data import (
+    FeatureSums,
+    draw_new_sites,
+    draw_validation_sites,
+    order_classes,
+    standardisation,
+    target_scale,
+)
+from fedmeta.data.sums import median_sums, statistic_shape
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
@@ -29,14 +36,13 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
+from fedmeta.targets import TARGET_MEAN, TARGET_SCALE
 
 NO_NODE = 0
 """In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
 
 SITE_UNAVAILABLE = "it was not there, or refused, when the run was gone on with"
 """Why a site whose node is nobody does not answer."""
-
-SUMS = ("count", "total", "square")
 
 FEWEST_TO_COMPARE = 3
 """From how many nodes on their sums are compared: of two, nothing says which one is usual."""
@@ -70,6 +76,7 @@ class Federation:
         weights: What each site weighs in the mean with server.weighting = "examples"; fixed when it joined.
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
+        targets: What each target of a regression is called; empty for classes.
     """
 
     names: tuple[str, ...]
@@ -86,6 +93,7 @@ class Federation:
     weights: NDArray[np.float64]
     form: str = ""
     held_out: bool = True
+    targets: tuple[str, ...] = ()
 
     @property
     def new_sites(self) -> tuple[str, ...]:
@@ -163,12 +171,11 @@ def ask_standardisation(
     refused = dict.fromkeys(shares.get(NO_NODE, ()), SITE_UNAVAILABLE)
     for node, content in answers.items():
         names = shares[node]
-        rows = federation.train_rows[federation.indices(names)]
         try:
             if isinstance(content, str):
                 raise MessageError(content)
             reply = SumsReply.unpack(content)
-            _check_sums(reply, shape, federation.shape, rows, per_site=robust)
+            _check_sums(reply, shape, federation, names, per_site=robust)
         except MessageError as error:
             refused.update(dict.fromkeys(names, f"no feature sums: {error}"))
             continue
@@ -179,40 +186,62 @@ def ask_standardisation(
     if usable < max(1, min(experiment.server.min_sites, len(federation.training))):
         site, reason = next(iter(refused.items()))
         raise FedmetaError(f"{usable} sites sent usable feature sums; {site}: {reason}")
+    replies = [reply for _, reply in parts]
+    scale = standardisation(_combined(replies, "", robust=robust))
+    found = {
+        "standardisation.mean": torch.from_numpy(scale.mean),
+        "standardisation.scale": torch.from_numpy(scale.scale),
+    }
+    if not federation.regression:
+        if experiment.data.target in ("standardise", "log"):
+            raise FedmetaError(
+                f'[data] target = "{experiment.data.target}": the labels are classes, and it is for numbers; '
+                "leave it out"
+            )
+        return found, refused
+    target = target_scale(_combined(replies, "target_", robust=robust), experiment.target_kind)
+    found |= {TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
+    return found, refused
+
+
+def _combined(replies: Sequence[SumsReply], prefix: str, *, robust: bool) -> FeatureSums:
+    """Returns sums that mean and scale are made of: the total over all rows, or by medians over sites."""
+    names = [f"{prefix}{key}" for key in ("count", "total", "square")]
     if robust:
-        stacked = (np.concatenate([getattr(reply, key) for _, reply in parts]) for key in SUMS)
-        scale = median_standardisation(FeatureSums(*stacked))
-    else:
-        total = FeatureSums(*(np.zeros(shape) for _ in range(3)))
-        for _, reply in parts:
-            total = total + FeatureSums(reply.count, reply.total, reply.square)
-        scale = standardisation(total)
-    entries = {"standardisation.mean": scale.mean, "standardisation.scale": scale.scale}
-    return {name: torch.from_numpy(value) for name, value in entries.items()}, refused
+        return median_sums(
+            FeatureSums(*(np.concatenate([getattr(reply, name) for reply in replies]) for name in names))
+        )
+    return reduce(FeatureSums.__add__, [FeatureSums(*(getattr(reply, name) for name in names)) for reply in replies])
 
 
 def _check_sums(
-    reply: SumsReply, shape: tuple[int, ...], row: tuple[int, ...], rows: NDArray[np.int64], *, per_site: bool
+    reply: SumsReply, shape: tuple[int, ...], federation: Federation, names: tuple[str, ...], *, per_site: bool
 ) -> None:
     """Checks that sums have the shape of the run's, and that no more values were counted than the rows have.
 
     Args:
         reply: The sums.
-        shape: The shape of one site's sums.
-        row: The shape of a row.
-        rows: The train rows of the sites asked, as they announced them.
+        shape: The shape of one site's sums of features.
+        federation: The sites, with their train rows as they announced them.
+        names: The sites asked.
         per_site: Whether each site's own sums were asked for.
 
     Raises:
         MessageError: They do not fit.
     """
-    expected = (len(rows), *shape) if per_site else shape
-    if reply.count.shape != expected:
-        raise MessageError(f"the sums have shape {reply.count.shape} and not {expected}")
-    values = np.prod(row, dtype=np.float64) / np.prod(shape, dtype=np.float64)
-    most = rows.reshape(-1, *[1] * len(shape)) if per_site else rows.sum()
-    if (reply.count > most * values).any():
-        raise MessageError("more values were counted than its rows have")
+    rows = federation.train_rows[federation.indices(names)]
+    sites = (len(rows),) if per_site else ()
+    targets = (len(federation.targets),)
+    values = np.prod(federation.shape, dtype=np.float64) / np.prod(shape, dtype=np.float64)
+    for what, count, own, each in (
+        ("features", reply.count, shape, values),
+        ("targets", reply.target_count, targets, 1.0),
+    ):
+        if count.shape != (*sites, *own):
+            raise MessageError(f"the sums of {what} have shape {count.shape} and not {(*sites, *own)}")
+        most = rows.reshape(-1, *[1] * len(own)) if per_site else rows.sum()
+        if (count > most * each).any():
+            raise MessageError(f"more values of {what} were counted than its rows have")
 
 
 def _without_outliers(
@@ -224,15 +253,17 @@ def _without_outliers(
     """
     if len(parts) < FEWEST_TO_COMPARE:
         return parts
-    sizes = [np.sqrt(reply.square / np.maximum(reply.count, 1.0)) for _, reply in parts]
-    usual = np.median(np.stack(sizes), axis=0)
-    kept = []
-    for part, size in zip(parts, sizes, strict=True):
-        if ((usual > 0) & (size > OUTLIER * usual)).any():
-            refused.update(dict.fromkeys(part[0], f"a feature is more than {OUTLIER:g} times as large as elsewhere"))
-        else:
-            kept.append(part)
-    return kept
+    for what in ("", "target_"):
+        sizes = [
+            np.sqrt(getattr(reply, f"{what}square") / np.maximum(getattr(reply, f"{what}count"), 1.0))
+            for _, reply in parts
+        ]
+        usual = np.median(np.stack(sizes), axis=0)
+        for (names, _), size in zip(parts, sizes, strict=True):
+            if ((usual > 0) & (size > OUTLIER * usual)).any():
+                why = f"a {'target' if what else 'feature'} is more than {OUTLIER:g} times as large as elsewhere"
+                refused.update(dict.fromkeys(names, why))
+    return [part for part in parts if not set(part[0]) & refused.keys()]
 
 
 def build_federation(
@@ -261,6 +292,7 @@ def build_federation(
         empty.astype(float),
         first.form,
         all(reply.held_out for reply in replies.values()),
+        first.targets,
     )
     if earlier and earlier.train_rows:
         federation = add_sites(federation, {NO_NODE: _as_they_joined(earlier)}, as_new=False)
@@ -296,6 +328,7 @@ def _as_they_joined(earlier: Checkpoint) -> SitesReply:
         weights=earlier.weights,
         form=earlier.form,
         held_out=earlier.held_out,
+        targets=earlier.targets,
     )
 
 

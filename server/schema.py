@@ -39,6 +39,10 @@ class Schema(Protocol):
         """Whether features are integer codes."""
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """What each target of a regression is called; empty for classes."""
+
+    @property
     def form(self) -> str:
         """A digest of the form of an own source's tasks; empty for rows."""
 
@@ -104,6 +108,9 @@ def difference(reply: Schema, federation: Schema) -> str:
     if reply.regression != federation.regression:
         kinds = ("classes", "numbers")
         return f"its labels are {kinds[reply.regression]}, the federation's {kinds[federation.regression]}"
+    if reply.targets != federation.targets:
+        found, wanted = (", ".join(names[:5]) or "none" for names in (reply.targets, federation.targets))
+        return f"its targets are {found}, the federation's {wanted}"
     if set(reply.features) != set(federation.features):
         extra = sorted(set(reply.features) - set(federation.features))
         lacking = sorted(set(federation.features) - set(reply.features))
@@ -121,4 +128,4 @@ def difference(reply: Schema, federation: Schema) -> str:
 
 
 def _form(reply: SitesReply) -> tuple[object, ...]:
-    return (reply.features, reply.shape, reply.regression, reply.tokens, reply.form)
+    return (reply.features, reply.shape, reply.regression, reply.targets, reply.tokens, reply.form)

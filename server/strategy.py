@@ -479,7 +479,8 @@ class MetaGradientStrategy(Strategy):
         for (group, _), found in sums.items():
             rows = float(self.federation.test_rows[self.federation.indices(of_group[int(group)])].sum())
             rows = np.inf if self.experiment.data.ways else rows  # few-shot tasks draw rows more than once
-            if problem := pooled_impossible(found, self.learner.problem.metrics, len(self.federation.classes), rows):
+            classes, targets = len(self.federation.classes), len(self.federation.targets)
+            if problem := pooled_impossible(found, self.learner.problem.metrics, classes, targets, rows):
                 raise MessageError(f"its pooled sums are not possible: {problem}")
 
     def _record_failure(self, node: int, reason: str) -> None:

@@ -122,7 +122,7 @@ class TrainingLoop:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
         self.learner = learner = validated_learner(
-            experiment, federation.shape, federation.classes, tokens=federation.tokens
+            experiment, federation.shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
@@ -264,6 +264,7 @@ class TrainingLoop:
             train_rows=tuple(federation.train_rows.tolist()),
             test_rows=tuple(federation.test_rows.tolist()),
             regression=federation.regression,
+            targets=federation.targets,
             tokens=federation.tokens,
             weights=tuple(federation.weights.tolist()),
             form=federation.form,

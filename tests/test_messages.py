@@ -49,6 +49,8 @@ SITES = SitesReply(
     form="ab01",
 )
 SUMS = SumsReply(np.array([2.0, 3.0]), np.array([1e9, -3.5]), np.array([1e18, 4.5]))
+NEGATIVE = "a count or a sum of squares is negative"
+TARGETS = SumsReply(*(np.array([each]) for each in (2.0, 3.0, 5.0, 2.0, -7.0, 25.0)))
 REQUEST = RoundRequest(
     meta_state={**GRADIENT, "standardisation.mean": torch.zeros(2)},
     round_number=7,
@@ -78,6 +80,7 @@ PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
     (SITES, SitesReply.unpack),
     (SumsRequest(("abbey", "zion")), SumsRequest.unpack),
     (SUMS, SumsReply.unpack),
+    (TARGETS, SumsReply.unpack),
     (REQUEST, RoundRequest.unpack),
     (TRAINED, lambda content: TrainReply.unpack(content, GRADIENT)),
     (EVALUATED, EvaluateReply.unpack),
@@ -152,10 +155,13 @@ CONTRACT: dict[str, Form] = {
     QUERY_SITES: {
         "sites": {"names": "str*40"},
         "schema": {"classes": "str*10", "features": "str*0", "shape": "int*2", "regression": "bool", "tokens": "bool"}
-        | {"form": "str", "held_out": "bool"},
+        | {"form": "str", "held_out": "bool", "targets": "str*0"},
         "sizes": {"train_rows": "int*40", "test_rows": "int*40", "weights": "float*40"},
     },
-    QUERY_SUMS: {"sums": {"count": "float64(1, 1)", "total": "float64(1, 1)", "square": "float64(1, 1)"}},
+    QUERY_SUMS: {
+        "sums": dict.fromkeys(("count", "total", "square"), "float64(1, 1)")
+        | {f"target_{name}": "float64(0,)" for name in ("count", "total", "square")}
+    },
     QUERY_ENGINE: {"choice": {"engine": "str", "budget": "int"}, "seconds": {}},
     TRAIN: {
         "sites": {"names": "str*3"},
@@ -361,13 +367,25 @@ WRONG = [
     (
         "SumsReply",
         changed(SUMS, "sums", "count", Array(np.array([-1.0, 2]))),
-        "a count or a sum of squares is negative",
+        NEGATIVE,
     ),
     ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0, 1e300]))), "a sum is of larger numbers than"),
     ("SumsReply", changed(SUMS, "sums", "square", Array(np.array([1e18, 1e300]))), "a sum is of larger numbers than"),
     ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1e9, 5e6]))), "a sum of squares is smaller than the"),
     ("SumsReply", changed(SUMS, "sums", "count", Array(np.array([2.0, 0.0]))), "a sum is of larger numbers than"),
     ("SumsReply", changed(SUMS, "sums", "count", Array(np.array([2.5, 3.0]))), "a count is not a whole number"),
+    ("SumsReply", changed(SUMS, "sums", "target_square", Array(np.array([-1.0]))), "the sums are not of one shape"),
+    ("SumsReply", changed(TARGETS, "sums", "target_square", Array(np.array([-1.0]))), NEGATIVE),
+    (
+        "SumsReply",
+        changed(TARGETS, "sums", "target_total", Array(np.array([np.inf]))),
+        "the sums are not finite float64",
+    ),
+    (
+        "SumsReply",
+        changed(TARGETS, "sums", "target_total", Array(np.array([1e300]))),
+        "a sum is of larger numbers than",
+    ),
     (
         "TrainReply",
         changed(TRAINED, "gradient", "alpha", Array(np.float32([1, 2]))),

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.page --sites 1000
 
-Runs MAML on that many made-up sites, tracked in a store of its own, opens the run's page of charts and the experiment's
+Runs MAML on that many made-up sites, tracked in its own store, opens the run's page of charts and the experiment's
 page several times, and prints the medians in seconds and how many charts of single sites there are. Needs Chromium.
 """
 

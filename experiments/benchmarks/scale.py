@@ -105,7 +105,7 @@ def run_here(case: Case, threads: int) -> dict[str, Any]:
 
 
 def run_apart(case: Case, threads: int) -> dict[str, Any]:
-    """Runs a case in a process of its own."""
+    """Runs a case in its own process."""
     command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

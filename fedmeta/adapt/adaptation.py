@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedmeta.adapt.estimate import NestedCVResult, Report, ignore_progress, judge
 from fedmeta.adapt.initialization import MetaModel
@@ -115,7 +114,8 @@ def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_p
     start = replace(start, form=replace(start.form, classes=rows.classes))
     apart = read_rows(start, test, rows.classes) if test else None
     bare = SiteModel.of(start, start.learner.theta(start.state))
-    x, y = _prepared(bare, rows)
+    x, y = bare.prepare(rows.x), start.target.standardize(rows.y)
+    y = y.to(x.dtype) if start.form.regression else y
     found = judge(start, x, y, report)
     model = SiteModel.of(start, found.parameters)
     tested = None
@@ -123,14 +123,10 @@ def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_p
         chosen = found.parameters if found.steps else start.learner.adapt(start.state, (x, y), found.chosen)
         tested = _test(bare, SiteModel.of(start, chosen), apart)
     path = Path(data)
-    warnings = tuple(_warnings(start, rows))
+    notes = (*rows.notes, *(apart.notes if apart else ()))
+    warnings = (*_warnings(start, rows), *notes)
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return Adapted(start, path.stem, path.name, rows, found, model, tested, warnings, date)
-
-
-def _prepared(model: SiteModel, rows: SiteRows) -> tuple[Tensor, Tensor]:
-    x = model.prepare(rows.x)
-    return x, rows.y.to(x.dtype) if model.form.regression else rows.y
 
 
 def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:
@@ -138,10 +134,9 @@ def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:
 
 
 def _score(model: SiteModel, rows: SiteRows) -> float:
-    x, y = _prepared(model, rows)
     with torch.no_grad():
-        outputs = model.network(x)
-    return float(score(outputs, y, torch.ones(len(y), dtype=outputs.dtype)))
+        outputs = model(rows.x)
+    return float(score(outputs, rows.y, torch.ones(len(rows), dtype=outputs.dtype)))
 
 
 def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:

@@ -12,7 +12,7 @@ by a model that neither adapted nor chose on it, and that had nearly as many row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from fedmeta.engines.step_selection import FOLDS, choose_steps
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
+from fedmeta.problems.row_metrics import BUILT_IN, in_original_units
+from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.randomness import row_draws, site_keys
+from fedmeta.targets import TargetScale
 from fedmeta.task import Batch, Rows, Task, stack
 
 Report = Callable[[int, int], None]
@@ -84,7 +87,7 @@ def judge(start: MetaModel, x: Tensor, y: Tensor, report: Report = ignore_progre
     Args:
         start: What the run hands on.
         x: Standardised features [n, *shape].
-        y: Codes of classes or numbers [n].
+        y: Codes of classes [n], or targets in standard units [n] or [n, targets].
         report: Takes progress.
     """
     learner, state = start.learner, start.state
@@ -118,6 +121,7 @@ class _Desk:
         y: Codes of classes or numbers [n].
         most: The most inner steps that may be chosen.
         blocks: Whether neighbouring rows resemble each other, so that a fold is a run of neighbours.
+        target: What targets of a regression are standardized by.
     """
 
     learner: Learner
@@ -126,13 +130,14 @@ class _Desk:
     y: Tensor
     most: int
     blocks: bool
+    target: TargetScale = field(default_factory=TargetScale)
 
     @classmethod
     def of(cls, start: MetaModel, x: Tensor, y: Tensor) -> _Desk:
         learner, blocks = start.learner, start.experiment.data.split == "blocks"
         order = torch.from_numpy(np.arange(len(y)) if blocks else _spread(y, start.experiment.runtime.seed))
         most = learner.evaluation_steps(LONGEST * max(start.steps, learner.inner_steps))
-        return cls(learner, start.state, x[order], y[order], most, blocks)
+        return cls(learner, start.state, x[order], y[order], most, blocks, start.target)
 
     def parts(self) -> NDArray[np.int64]:
         """Returns in which part each row is set aside [n]."""
@@ -156,14 +161,22 @@ class _Desk:
         return steps
 
     def set_aside(self, parts: NDArray[np.int64], steps: list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns each part's score [parts] before and after adapting on all other parts, by their own steps."""
+        """Returns each part's score [parts] before and after adapting on all other parts, by their own steps.
+
+        Of a regression the RMSE in the targets' own units.
+        """
         rows = self.x, self.y, torch.ones(len(self.y), dtype=self._kind)
         tasks = [_task(rows, torch.from_numpy(parts == part)) for part in range(len(steps))]
         scores = np.empty((len(tasks), self.most + 1))
         together = max(1, GROUP_VALUES // (len(self.y) * max(1, self.x[0].numel())))
         for start in range(0, len(tasks), together):
             group = slice(start, start + together)
-            scores[group] = self._evaluate(stack(tasks[group]))[self.score].double().numpy()
+            batch = stack(tasks[group])
+            found = self._evaluate(batch)
+            if self.score == "rmse":
+                outputs, (_, y, mask) = found[OUTPUTS], batch.query
+                found = in_original_units(outputs, y, mask, self.target, [BUILT_IN["rmse"]])[0]
+            scores[group] = found[self.score].double().numpy()
         return scores[:, 0], scores[np.arange(len(steps)), steps]
 
     def _evaluate(self, folds: Batch) -> Figures:
@@ -173,7 +186,8 @@ class _Desk:
         """Returns x [sets, length, *shape], y and mask [sets, length] of sets of rows."""
         index = torch.from_numpy(np.stack([np.pad(own, (0, length - len(own))) for own in sets]))
         present = torch.from_numpy(np.stack([np.arange(length) < len(own) for own in sets]))
-        return self.x[index], self.y[index] * present, present.to(self._kind)
+        y = self.y[index] * present.reshape(*present.shape, *[1] * (self.y.dim() - 1))
+        return self.x[index], y, present.to(self._kind)
 
     @property
     def score(self) -> str:

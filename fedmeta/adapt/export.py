@@ -20,7 +20,7 @@ FILE = "model.onnx"
 NEEDED = ("onnx", "onnxruntime")
 OPSET = 17
 LARGEST_DIFFERENCE = 1e-5
-"""How far the outputs of the two may be apart: absolutely, or for numbers above 1 relatively."""
+"""How far the outputs of the two may be apart: absolutely, or above 1 (a target's deviation) relatively."""
 
 
 def missing_packages() -> list[str]:
@@ -60,7 +60,7 @@ def export(model: SiteModel, x: Tensor, path: Path) -> float:
     except Exception as error:  # Whatever an exporter meets in a user's own model.
         raise FedmetaError(f"the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     _describe(path, model)
-    difference = _difference(outputs_of(path, x.numpy()), model(x).detach().numpy())
+    difference = _difference(outputs_of(path, x.numpy()), model(x).detach().numpy(), _unit(model))
     if not difference <= LARGEST_DIFFERENCE:
         path.unlink()
         raise FedmetaError(f"the model's ONNX form gives other outputs than torch, by {difference:.1e}: it is left out")
@@ -87,5 +87,12 @@ def _describe(path: Path, model: SiteModel) -> None:
     onnx.save(loaded, str(path))
 
 
-def _difference(one: NDArray[Any], other: NDArray[Any]) -> float:
-    return float((np.abs(one - other) / np.maximum(1.0, np.abs(other))).max(initial=0.0))
+def _unit(model: SiteModel) -> NDArray[Any]:
+    """Returns above which size outputs differ relatively: 1 for probabilities, a target's standard deviation."""
+    if not model.form.regression:
+        return np.ones(1)
+    return np.full(1, np.finfo(float).tiny) if model.log else model.target_scale.numpy()
+
+
+def _difference(one: NDArray[Any], other: NDArray[Any], unit: NDArray[Any]) -> float:
+    return float((np.abs(one - other) / np.maximum(unit, np.abs(other))).max(initial=0.0))

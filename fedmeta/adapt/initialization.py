@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +27,7 @@ from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server,
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
+from fedmeta.targets import TARGET_MEAN, TARGET_SCALE, TargetScale
 from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code
 
 FILE = "meta_model.safetensors"
@@ -50,6 +51,7 @@ class Form:
         classes: The classes by code; empty for regression.
         regression: Whether labels are numbers.
         tokens: Whether features are codes of symbols.
+        targets: What each target of a regression is called; empty for classes.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +59,7 @@ class Form:
     classes: tuple[str, ...]
     regression: bool
     tokens: bool
+    targets: tuple[str, ...] = ()
 
     @property
     def on_rows(self) -> bool:
@@ -66,7 +69,7 @@ class Form:
     @property
     def outputs(self) -> int:
         """The width of the model's output."""
-        return 1 if self.regression else len(self.classes)
+        return max(1, len(self.targets)) if self.regression else len(self.classes)
 
     @property
     def named(self) -> bool:
@@ -102,6 +105,7 @@ class MetaModel:
         meta_state: The meta-state, without standardisation.
         mean: What is subtracted from features, to be broadcast over a row.
         scale: What they are then divided by.
+        target: What targets of a regression are standardized by.
         form: What rows and labels look like.
         steps: The inner steps after which the run scored sites.
         rate: What the inner rates were multiplied by there.
@@ -118,6 +122,7 @@ class MetaModel:
     steps: int
     rate: float
     finished: bool = True
+    target: TargetScale = field(default_factory=TargetScale)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
@@ -138,7 +143,14 @@ class MetaModel:
         experiment = Experiment.from_toml(checkpoint.experiment, f"run {checkpoint.run_id}")
         handed_on = _without_surroundings(experiment)
         refuse_foreign_code(handed_on, f"run {checkpoint.run_id}", code)
-        form = Form(checkpoint.shape, checkpoint.features, checkpoint.classes, checkpoint.regression, checkpoint.tokens)
+        form = Form(
+            checkpoint.shape,
+            checkpoint.features,
+            checkpoint.classes,
+            checkpoint.regression,
+            checkpoint.tokens,
+            checkpoint.targets,
+        )
         try:
             steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
             rate = float(checkpoint.schedule.get("rate", 1.0))
@@ -148,15 +160,16 @@ class MetaModel:
         mean, scale = (meta_state.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         if not form.on_rows:
             mean, scale = torch.zeros(1), torch.ones(1)
+        target = _pop_target(meta_state, experiment)
         run = (checkpoint.run_id, checkpoint.round_number)
-        found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished)
+        found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished, target)
         check(found, f"run {checkpoint.run_id}")
         return found
 
     @cached_property
     def learner(self) -> Learner:
         """The run's learner, with the inner rate that the run chose."""
-        learner = learner_of(self.experiment, self.form.shape, self.form.classes)
+        learner = learner_of(self.experiment, self.form.shape, self.form.classes, self.form.outputs)
         return scale_inner_lr(learner, {}, self.rate)[0]
 
     @cached_property
@@ -187,7 +200,7 @@ class MetaModel:
 
     def write(self, path: Path) -> None:
         """Writes the start as one file, atomically; raises `OSError` where the disk does not take it."""
-        header = Header(**{field.name: getattr(self, field.name) for field in fields(Header)})
+        header = Header(**{each.name: getattr(self, each.name) for each in fields(Header)})
         texts = {"format": FORMAT, "experiment": self.experiment.to_toml(), "header": json.dumps(asdict(header))}
         write_atomic(path, save(self._tensors(), texts))
 
@@ -208,13 +221,17 @@ class MetaModel:
         experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
-        facts = {field.name: getattr(header, field.name) for field in fields(Header)}
-        found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, **facts)
+        target = _pop_target(tensors, experiment)
+        facts = {each.name: getattr(header, each.name) for each in fields(Header)}
+        found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, target=target, **facts)
         check(found, str(path))
         return found
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {**self.meta_state, MEAN: self.mean, SCALE: self.scale}
+        if self.form.regression and self.form.on_rows:
+            own = (self.target.mean, self.target.scale)
+            tensors |= dict(zip((TARGET_MEAN, TARGET_SCALE), map(torch.from_numpy, own), strict=True))
         return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
@@ -240,11 +257,12 @@ def check(start: MetaModel, origin: str) -> None:
         raise FedmetaError(f"{origin}: the rate is {start.rate}, and must be a finite number greater than 0")
     if form.on_rows:
         check_scaling(start.mean, start.scale, form, origin)
+        check_target(start.target, form, origin)
     if own:
         return  # the user's own code, which was allowed; what it builds may need real storage
     try:
         with torch.device("meta"):
-            expected = learner_of(start.experiment, form.shape, form.classes).init(0)
+            expected = learner_of(start.experiment, form.shape, form.classes, form.outputs).init(0)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise FedmetaError(f"{origin}: its model cannot be built: {str(error).splitlines()[0]}") from None
     check_tensors(start.meta_state, expected, origin)
@@ -256,6 +274,8 @@ def check_form(form: Form, origin: str) -> None:
     named = not form.features or len(form.shape) != 1 or len(form.features) == size
     if not (form.shape and min(form.shape) > 0 and size <= LARGEST_ROW and named):
         raise FedmetaError(f"{origin}: rows of shape {list(form.shape)[:8]} with {len(form.features)} names cannot be")
+    if len(set(form.targets)) < len(form.targets) or (form.targets and not form.regression):
+        raise FedmetaError(f"{origin}: {len(form.targets)} names of targets, or one of them twice, cannot be")
     if bool(form.classes) == form.regression or len(set(form.classes)) < len(form.classes):
         kind = "regression" if form.regression else "classification"
         raise FedmetaError(f"{origin}: {kind} with {len(form.classes)} class names, or one of them twice, cannot be")
@@ -268,6 +288,22 @@ def check_scaling(mean: Tensor, scale: Tensor, form: Form, origin: str) -> None:
         fits = fits and all(own in (1, size) for own, size in zip(value.shape[::-1], form.shape[::-1], strict=False))
         if not fits or not value.isfinite().all() or (name == SCALE and not (value > 0).all()):
             raise FedmetaError(f"{origin}: {name} is not what rows of shape {list(form.shape)} need")
+
+
+def check_target(target: TargetScale, form: Form, origin: str) -> None:
+    """Checks the standardization of targets; raises `FedmetaError` where it cannot be undone."""
+    for name, value in ((TARGET_MEAN, target.mean), (TARGET_SCALE, target.scale)):
+        fits = value.shape in ((1,), (form.outputs if form.regression else 1,))
+        if not fits or not np.isfinite(value).all() or (name == TARGET_SCALE and not (value > 0).all()):
+            raise FedmetaError(f"{origin}: {name} is not what {form.outputs} targets need")
+
+
+def _pop_target(tensors: dict[str, Tensor], experiment: Experiment) -> TargetScale:
+    """Takes the standardization of targets out of a meta-state; the identity where it holds none."""
+    target = TargetScale.of(tensors, log=experiment.target_kind == "log")
+    for name in (TARGET_MEAN, TARGET_SCALE):
+        tensors.pop(name, None)
+    return target
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:

@@ -40,7 +40,7 @@ def accuracy(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float
     Args:
         scores: Each part's accuracy.
         rows: Each part's rows.
-        excess: How many times the variance is that of rows judged independently (`shared_excess`); the interval is that
+        excess: How many times the variance is that of rows scored independently (`shared_excess`); the interval is that
             of so many times fewer rows.
     """
     n, share = int(rows.sum()), float(scores @ rows / rows.sum())
@@ -61,7 +61,7 @@ def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1
     Args:
         scores: Each part's RMSE.
         rows: Each part's rows.
-        excess: How many times the variance is that of rows judged independently.
+        excess: How many times the variance is that of rows scored independently.
     """
     n, parts, squares = int(rows.sum()), len(rows), scores**2
     mean = float(squares @ rows / n)
@@ -76,7 +76,7 @@ def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1
 def shared_excess(rows: NDArray[np.int64]) -> float:
     """Returns how many times the variance of a cross-validated score is that of as many independent rows.
 
-    The parts [parts] judge models that were trained on nearly the same rows: 1 + parts * test rows / training rows, the
+    The parts [parts] score models that were trained on nearly the same rows: 1 + parts * test rows / training rows, the
     correction of Nadeau and Bengio (Machine Learning 52:239, 2003). 1 where nothing was trained.
     """
     total, own = int(rows.sum()), float(rows.mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedmeta.adapt.initialization import Form, MetaModel, check_form, check_scaling, check_tensors
+from fedmeta.adapt.initialization import Form, MetaModel, check_form, check_scaling, check_target, check_tensors
+from fedmeta.adapt.rows import raw_rows
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
+from fedmeta.targets import TargetScale
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
 FILE = "model.safetensors"
@@ -33,24 +37,34 @@ class SiteModel(nn.Module):
         mean: What is subtracted from features, to be broadcast over a row.
         scale: What they are then divided by.
         form: What rows and labels look like.
+        target: What targets of a regression are standardized by.
     """
 
     mean: Tensor
     scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
 
-    def __init__(self, network: nn.Module, mean: Tensor, scale: Tensor, form: Form) -> None:
+    def __init__(
+        self, network: nn.Module, mean: Tensor, scale: Tensor, form: Form, target: TargetScale | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.form = form
         self.register_buffer("mean", mean.clone())
         self.register_buffer("scale", scale.clone())
+        self.log = bool(target and target.log)
+        if form.regression:
+            own = target or TargetScale()
+            self.register_buffer("target_mean", torch.from_numpy(own.mean.copy()))
+            self.register_buffer("target_scale", torch.from_numpy(own.scale.copy()))
         self.eval()
 
     @classmethod
     def of(cls, start: MetaModel, parameters: Parameters) -> SiteModel:
         """Returns the model of a site that has these parameters."""
         network = copy.deepcopy(start.learner.network.module)
-        model = cls(network, start.mean, start.scale, start.form)
+        model = cls(network, start.mean, start.scale, start.form, start.target)
         own = {name: value.detach().clone() for name, value in parameters.items()}
         model.network.load_state_dict(own, strict=False)
         return model
@@ -68,15 +82,46 @@ class SiteModel(nn.Module):
         return torch.where(torch.isnan(x), torch.zeros_like(x), x).to(kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the classes' probabilities [n, classes], or for regression numbers [n], of raw rows [n, *shape]."""
-        outputs: Tensor = self.network(self.prepare(x))
-        return outputs.reshape(-1) if self.form.regression else outputs.softmax(-1)
+        """Returns the classes' probabilities [n, classes] of raw rows [n, *shape].
 
-    def predict(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Returns class names (text) or numbers [n] for raw rows [n, *shape]."""
+        For regression numbers [n], or of several targets [n, targets], float64 and in the targets' own units.
+        """
+        outputs: Tensor = self.network(self.prepare(x))
+        if not self.form.regression:
+            return outputs.softmax(-1)
+        # As `TargetScale.restore`, in what an exporter can trace.
+        own = outputs.double() * self.target_scale + self.target_mean
+        own = own.exp() if self.log else own
+        return own.reshape(-1) if self.form.outputs == 1 else own.reshape(-1, self.form.outputs)
+
+    def predict(self, x: Any) -> NDArray[Any]:
+        """Returns class names (text) or numbers [n] for raw rows; of several targets [n, targets].
+
+        Args:
+            x: A frame with the run's columns, in any order, or an array [n, *shape]; NaN where a value is missing.
+
+        Raises:
+            FedmetaError: A column is missing, a value is not a number, or rows have another shape.
+        """
+        return said(self._outputs(x), self.form)
+
+    def predict_proba(self, x: Any) -> NDArray[Any]:
+        """Returns the probability of each class [n, classes] for raw rows, in the order of `form.classes`.
+
+        Raises:
+            FedmetaError: The model predicts numbers; or as for `predict`.
+        """
+        if self.form.regression:
+            raise FedmetaError("the model predicts numbers, and these have no probabilities: use predict")
+        return self._outputs(x).double().numpy()
+
+    def _outputs(self, x: Any) -> Tensor:
+        rows, notes = raw_rows(x, self.form)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
         with torch.no_grad():
-            outputs = self(torch.from_numpy(np.ascontiguousarray(x)).to(self.form.dtype))
-        return said(outputs, self.form)
+            outputs: Tensor = self(torch.from_numpy(np.ascontiguousarray(rows)))
+        return outputs
 
     def write(self, path: Path, start: MetaModel, facts: Mapping[str, Any]) -> None:
         """Writes the model's state, how it is built, and facts about it into one file, atomically."""
@@ -110,9 +155,16 @@ class SiteModel(nn.Module):
         check_form(form, str(path))
         mean, scale = (state.get(name, torch.empty(0)) for name in ("mean", "scale"))
         check_scaling(mean, scale, form, str(path))
+        if form.regression:
+            # A model of an early version was trained in the targets' own units.
+            state = {"target_mean": torch.zeros(1).double(), "target_scale": torch.ones(1).double(), **state}
+        entries = {f"standardisation.{name}": value for name, value in state.items() if name.startswith("target_")}
+        target = TargetScale.of(entries, log=experiment.target_kind == "log")
+        check_target(target, form, str(path))
 
         def built() -> SiteModel:
-            return cls(learner_of(experiment, form.shape, form.classes).network.module, mean, scale, form)
+            learner = learner_of(experiment, form.shape, form.classes, form.outputs)
+            return cls(learner.network.module, mean, scale, form, target)
 
         if not any(":" in name for name in (experiment.model.name, experiment.learner.name)):
             # Without storage first: a few bytes may describe a model of any size.
@@ -124,7 +176,7 @@ class SiteModel(nn.Module):
 
 
 def said(outputs: Tensor, form: Form) -> NDArray[Any]:
-    """Returns class names (text) or numbers [n] for a model's outputs [n, classes] or [n]."""
+    """Returns class names (text) or numbers for a model's outputs [n, classes], [n] or [n, targets]."""
     if form.regression:
         numbers: NDArray[Any] = outputs.double().numpy()
         return numbers

@@ -1,17 +1,28 @@
-"""A new site's rows, read from its own file and held against the form that the run's rows had."""
+"""Rows that a model is given, in a file, a frame or an array, held against the form that the run's rows had.
+
+Columns go by their names: their order does not matter, a missing one is refused, others are left out with a note.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.data import class_codes, load_site
+from fedmeta.data.arrays import plain
+from fedmeta.data.npz_file import npz_path, read_arrays
 from fedmeta.data.population import Population
+from fedmeta.data.table_file import column_names, read_features
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment import Data
 
 NAMED = 5
 """How many columns or classes an error names."""
@@ -22,13 +33,15 @@ class SiteRows(NamedTuple):
 
     Attributes:
         x: Raw features [n, *shape] in the order of the run's, NaN where one is missing.
-        y: Codes into the run's classes, or numbers [n].
+        y: Codes into the run's classes [n], or targets in their own units [n] or, of several, [n, targets].
         classes: The classes that the codes stand for; a few-shot site's own.
+        notes: What of the file was left out, a sentence each.
     """
 
     x: Tensor
     y: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -50,8 +63,11 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
     form, data = start.form, start.experiment.data
     task = "regression" if form.regression else "classification"
     # A file of one site has no tasks drawn from it, and integers may be numbers to be approached.
-    population = load_site(data.model_copy(update={"task": task, "ways": None}), path)
-    order = _column_order(path, population, form)
+    plainly = data.model_copy(update={"task": task, "ways": None})
+    notes = _check_table(path, plainly, form, labels=data.label_names)
+    population = load_site(plainly, path, only=form.features if form.named else None)
+    order, others = _column_order(path, population, form)
+    notes = notes or others
     rows = population.rows(population.all_sites).rows
     x = population.features(rows)
     if form.tokens and x.is_floating_point():
@@ -61,7 +77,9 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
         x = x[:, torch.from_numpy(order)]
     labels = population.labels(rows)
     if form.regression:
-        return SiteRows(x, torch.from_numpy(labels).to(torch.float64), ())
+        if population.targets != form.outputs:
+            raise FedmetaError(f"{path}: its rows have {population.targets} targets, the run's {form.outputs}")
+        return SiteRows(x, torch.from_numpy(labels).to(torch.float64), (), notes)
     known = classes or (_own_classes(path, population, form) if data.ways else form.classes)
     codes = class_codes(population.class_names, known)
     unknown = [population.class_names[code] for code in np.unique(labels) if codes[code] < 0]
@@ -70,33 +88,127 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
             f"{path}: {_listed(unknown)} {'is no class' if len(unknown) == 1 else 'are no classes'} of the run, whose "
             f"classes are {_listed(known, 20)}{nearest(unknown[0], known)}"
         )
-    return SiteRows(x, torch.from_numpy(codes[labels]), known)
+    return SiteRows(x, torch.from_numpy(codes[labels]), known, notes)
 
 
-def _column_order(path: str, population: Population, form: Form) -> np.ndarray | None:
-    """Returns where in the file each of the run's features is; None where rows are no vectors.
+def read_inputs(form: Form, data: Data, path: str) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Reads rows to predict for: a file as for `read_rows`, which needs no labels.
+
+    Args:
+        form: What rows look like.
+        data: The run's description of its data.
+        path: A `.csv`, `.parquet` or `.npz` file.
+
+    Returns:
+        Raw rows [n, *shape], and notes on what was left out.
 
     Raises:
-        FedmetaError: The file has other features.
+        FedmetaError: The file cannot be read, or its columns or shape are not the run's; says which.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        notes = _check_table(path, data, form, labels=data.label_names)
+        columns = read_features(Path(path).expanduser(), data, form.features)
+        return raw_rows(columns, form, path)[0], notes
+    arrays = read_arrays(npz_path(path), ("x",), ())
+    x, names = plain(arrays["x"]), arrays.get("feature_names")
+    if form.named and names is not None and x.ndim == 2 and x.shape[1] == names.size:
+        return raw_rows(pd.DataFrame(x, columns=names.reshape(-1).astype(str)), form, path)
+    return raw_rows(x, form, path)
+
+
+def raw_rows(given: Any, form: Form, origin: str = "the input") -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Returns raw rows [n, *shape] in the run's type, NaN where a value is missing, and notes on what was left out.
+
+    Args:
+        given: A frame or a mapping with the run's columns in any order, of numbers or truth values; or an array
+            [n, *shape] in the run's order.
+        form: What rows look like.
+        origin: What it is, for messages.
+
+    Raises:
+        FedmetaError: A column is missing or there twice, a value is not a number, or rows have another shape.
+    """
+    notes: tuple[str, ...] = ()
+    if isinstance(given, Mapping) or getattr(getattr(given, "dtype", None), "names", None):
+        given = pd.DataFrame(given)
+    if isinstance(given, pd.DataFrame) and form.named:
+        frame = given.set_axis([str(name).strip() for name in given.columns], axis=1)
+        notes = _check_names(origin, list(frame.columns), form)
+        columns = [_numbers(frame[name], f'{origin}: column "{name}"') for name in form.features]
+        rows = np.stack(columns, 1)
+    else:
+        rows = np.asarray(given.to_numpy() if isinstance(given, pd.DataFrame) else given)
+        if rows.dtype.kind not in "biuf":
+            flat = pd.Series(rows.reshape(-1), dtype=object)
+            rows = _numbers(flat, f"{origin}: its values, counted through all rows,").reshape(rows.shape)
+    if tuple(rows.shape[1:]) != form.shape or not rows.ndim:
+        raise FedmetaError(f"{origin}: its rows have shape {tuple(rows.shape[1:])}, the run's {form.shape}")
+    if form.tokens and rows.dtype.kind == "f" and not (rows == np.round(rows)).all():
+        raise FedmetaError(f"{origin}: its features are numbers with fractions; the run's are codes of symbols")
+    if np.isinf(rows).any():
+        where = np.argwhere(np.isinf(rows))[0]
+        name = f'column "{form.features[where[1]]}"' if form.named else f"value {tuple(where[1:].tolist())}"
+        raise FedmetaError(f"{origin}: row {where[0]} (from 0), {name} is infinite: correct it, or leave it missing")
+    return rows.astype(torch.empty(0, dtype=form.dtype).numpy().dtype), notes
+
+
+def _numbers(column: pd.Series, place: str) -> NDArray[np.float64]:
+    """Returns a column as numbers, NaN where one is missing; raises `FedmetaError` at the first that is none."""
+    if column.dtype.kind in "biuf":
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = pd.to_numeric(column, errors="coerce") if column.dtype.kind not in "mM" else column.isna()
+    wrong = column.notna() if column.dtype.kind in "mM" else numbers.isna() & column.notna()
+    if wrong.any():
+        row = int(np.argmax(wrong.to_numpy()))
+        raise FedmetaError(f'{place} row {row} (from 0) is "{str(column.iloc[row])[:40]}", not a number')
+    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _check_table(path: str, data: Data, form: Form, labels: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note on the columns that a table has besides the run's; raises `FedmetaError` where one is missing."""
+    if Path(path).suffix.lower() == ".npz" or not form.named or not Path(path).expanduser().is_file():
+        return ()
+    names = column_names(Path(path).expanduser(), data)
+    return _check_names(path, [name for name in names if name not in labels], form)
+
+
+def _check_names(origin: str, names: list[str], form: Form) -> tuple[str, ...]:
+    """Returns a note on columns that are not the run's; raises `FedmetaError` where one is missing or there twice."""
+    own, wanted = set(names), set(form.features)
+    lacking = [name for name in form.features if name not in own]
+    foreign = [name for name in names if name not in wanted]
+    if lacking:
+        told = f" and has {_listed(foreign)} besides" if foreign else ""
+        raise FedmetaError(
+            f"{origin} lacks {_listed(lacking)}{told}: it needs the columns that the run was trained on"
+            f"{nearest(lacking[0], foreign)}"
+        )
+    twice = [name for name in form.features if names.count(name) > 1] if len(own) < len(names) else []
+    if twice:
+        raise FedmetaError(f"{origin} has {_listed(twice)} more than once: leave one of them out")
+    return (f"{origin}: {_listed(foreign)} had no part in the run, and was left out.",) if foreign else ()
+
+
+def _column_order(path: str, population: Population, form: Form) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Returns where in the file each of the run's features is, None where rows are no vectors; and notes.
+
+    Raises:
+        FedmetaError: The file lacks a feature, or its rows have another shape.
     """
     if len(form.shape) != 1 or len(population.shape) != 1:
         if tuple(population.shape) != form.shape:
             raise FedmetaError(f"{path}: its rows have shape {tuple(population.shape)}, the run's {form.shape}")
-        return None
+        return None, ()
     own, wanted = list(population.feature_names), list(form.features)
-    if sorted(own) == sorted(wanted):
-        # Of columns that share a name, the order among them is the file's.
-        order = np.empty(len(wanted), dtype=np.int64)
-        order[np.argsort(np.array(wanted), kind="stable")] = np.argsort(np.array(own), kind="stable")
-        return order
-    lacking = [name for name in wanted if name not in set(own)]
-    foreign = [name for name in own if name not in set(wanted)]
-    told = [f"lacks {_listed(lacking)}"] if lacking else []
-    told += [f"has {_listed(foreign)} besides"] if foreign else []
-    if not told:
-        told = [f"has {len(own)} columns, of which some share a name; the run's rows have {len(wanted)}"]
-    hint = nearest(lacking[0], foreign) if lacking else ""
-    raise FedmetaError(f"{path} {' and '.join(told)}: it needs the columns that the run was trained on{hint}")
+    if form.named:
+        notes = _check_names(path, own, form)
+        return np.array([own.index(name) for name in wanted], dtype=np.int64), notes
+    if sorted(own) != sorted(wanted):
+        raise FedmetaError(f"{path}: its columns are not those of the run, of which some share a name")
+    # Of columns that share a name, the order among them is the file's.
+    order = np.empty(len(wanted), dtype=np.int64)
+    order[np.argsort(np.array(wanted), kind="stable")] = np.argsort(np.array(own), kind="stable")
+    return order, ()
 
 
 def _own_classes(path: str, population: Population, form: Form) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Named as `loader_module` in the model's `MLmodel`; nothing is unpickled, and MLf
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedmeta.adapt.initialization import FILE as START_FILE
 from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.adapt.model import FILE as MODEL_FILE
 from fedmeta.adapt.model import SiteModel
+from fedmeta.adapt.rows import raw_rows
 from fedmeta.data import class_codes
 from fedmeta.errors import FedmetaError
 from fedmeta.trust import BY_VARIABLE, code_allowed_here
@@ -46,9 +48,13 @@ class ModelServer:
     def __init__(self, model: SiteModel) -> None:
         self.model = model
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> NDArray[Any]:
-        """Returns class names or numbers [n] for raw rows."""
-        return self.model.predict(raw_rows(model_input, self.model.form))
+    def get_raw_model(self) -> SiteModel:
+        """Returns the model itself, for `mlflow.pyfunc.load_model(...).get_raw_model().predict_proba(rows)`."""
+        return self.model
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Returns class names or numbers [n] for raw rows; with the parameter `probabilities` a frame of these."""
+        return _predicted(self.model, _noted(model_input, self.model.form), params)
 
 
 class StartServer:
@@ -61,28 +67,32 @@ class StartServer:
         self.start = start
         self.model = SiteModel.of(start, start.learner.theta(start.state))
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> NDArray[Any]:
+    def get_raw_model(self) -> SiteModel:
+        """Returns the global model."""
+        return self.model
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Returns class names or numbers [n] for raw rows.
 
         Args:
             model_input: A frame with the run's columns, in any order, or an array [n, *shape].
             params: `support_x`, the JSON of a list of labelled rows, each a list of values or an object by column,
                 null where one is missing; `support_y`, the JSON of their labels; `steps`, inner steps, -1 to have them
-                chosen by cross-validation.
+                chosen by cross-validation; `probabilities`, true for a frame of the classes' probabilities.
 
         Raises:
             FedmetaError: The input or the support is not of the run's form.
         """
         own = params or {}
-        x = raw_rows(model_input, self.start.form)
+        x = _noted(model_input, self.start.form)
         if not own.get("support_x") and not own.get("support_y"):
-            return self.model.predict(x)
+            return _predicted(self.model, x, own)
         support_x, support_y = self._support(str(own.get("support_x", "")), str(own.get("support_y", "")))
         steps = int(own.get("steps", CHOOSE))
         if steps < 0:
             steps = choose(self.start, support_x, support_y)
         parameters = self.start.learner.adapt(self.start.state, (support_x, support_y), steps)
-        return SiteModel.of(self.start, parameters).predict(x)
+        return _predicted(SiteModel.of(self.start, parameters), x, own)
 
     def _support(self, x: str, y: str) -> tuple[torch.Tensor, torch.Tensor]:
         form = self.start.form
@@ -90,10 +100,10 @@ class StartServer:
         if len(rows) != len(labels):
             raise FedmetaError(f"support_x has {len(rows)} rows, support_y {len(labels)} labels: give each row one")
         named = all(isinstance(row, dict) for row in rows)
-        raw = raw_rows(pd.DataFrame(rows) if named else np.array(rows, dtype=float), form)
+        raw = _noted(pd.DataFrame(rows) if named else _array(rows), form)
         prepared = self.model.prepare(torch.from_numpy(raw).to(form.dtype))
         if form.regression:
-            return prepared, torch.tensor([float(label) for label in labels], dtype=prepared.dtype)
+            return prepared, self.start.target.standardize(_targets(labels, form)).to(prepared.dtype)
         codes = class_codes([str(label) for label in labels], form.classes)
         if (codes < 0).any():
             wrong = labels[int(np.argmax(codes < 0))]
@@ -101,21 +111,40 @@ class StartServer:
         return prepared, torch.from_numpy(codes)
 
 
-def raw_rows(model_input: Any, form: Form) -> NDArray[Any]:
-    """Returns raw rows [n, *shape] of a frame with the run's columns, or of an array.
+def _predicted(model: SiteModel, x: NDArray[Any], params: Mapping[str, Any] | None) -> Any:
+    """Returns predictions for raw rows: class names or numbers, or with `probabilities` a frame with a class each."""
+    if not (params or {}).get("probabilities"):
+        return model.predict(x)
+    return pd.DataFrame(model.predict_proba(x), columns=list(model.form.classes))
 
-    Raises:
-        FedmetaError: A column is missing, or rows have another shape.
-    """
-    if isinstance(model_input, pd.DataFrame) and form.named:
-        lacking = [name for name in form.features if name not in model_input.columns]
-        if lacking:
-            raise FedmetaError(f"the input lacks the columns {', '.join(lacking[:5])}")
-        model_input = model_input[list(form.features)].to_numpy(dtype=np.float64, na_value=np.nan)
-    rows = np.asarray(model_input)
-    if tuple(rows.shape[1:]) != form.shape:
-        raise FedmetaError(f"the input's rows have shape {tuple(rows.shape[1:])}, the run's {form.shape}")
-    return rows.astype(torch.empty(0, dtype=form.dtype).numpy().dtype)
+
+def _array(rows: list[Any]) -> NDArray[Any]:
+    """Returns rows of numbers as an array; raises `FedmetaError` where they are not of one shape."""
+    try:
+        return np.array(rows, dtype=float)
+    except (TypeError, ValueError):
+        raise FedmetaError("support_x: each row must be a list of as many numbers, null where one is missing") from None
+
+
+def _targets(labels: list[Any], form: Form) -> torch.Tensor:
+    """Returns targets [n] or [n, targets] in float64; raises `FedmetaError` where they are not what the run's are."""
+    try:
+        y = torch.tensor(labels, dtype=torch.float64)
+    except (TypeError, ValueError):
+        y = torch.full((1,), torch.nan)
+    wanted = (len(labels),) if form.outputs == 1 else (len(labels), form.outputs)
+    if y.shape != wanted or not y.isfinite().all():
+        what = "a finite number" if form.outputs == 1 else f"a list of {form.outputs} finite numbers"
+        raise FedmetaError(f"support_y: each entry must be {what}")
+    return y
+
+
+def _noted(model_input: Any, form: Form) -> NDArray[Any]:
+    """Returns raw rows (`rows.raw_rows`), with a warning of what was left out."""
+    rows, notes = raw_rows(model_input, form)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return rows
 
 
 def _listed(name: str, text: str) -> list[Any]:

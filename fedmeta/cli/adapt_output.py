@@ -1,4 +1,4 @@
-"""What people see of an adaptation: progress while it goes on, then the table, the advice and the files. On stderr."""
+"""What people see of an adaptation: progress while it runs, then the table, the advice and the files. On stderr."""
 
 from __future__ import annotations
 

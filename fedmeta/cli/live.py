@@ -1,4 +1,4 @@
-"""Watching a run: a live view on stderr, two lines that stay where they are; nothing but notes where nobody watches."""
+"""Watching a run: a live view on stderr, two lines that stay in place; only notes without a terminal."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def trials(config: SearchConfig, *, quiet: bool = False) -> Iterator[Callable[[S
                 best = f"best {result.best.score:.3f}, {describe(result.best.settings)}"
                 view.update(task, completed=finished, best=best)
             if finished == config.total:
-                shown.close()  # what follows has a view of its own
+                shown.close()  # what follows has its own view
 
         yield update
 

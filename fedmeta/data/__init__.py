@@ -7,7 +7,7 @@ episodes = training_episodes(rows, population.find(cohort), round_number, suppor
 batch = gather(population, episodes, standardisation, class_codes(population.class_names, run_classes))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from fedmeta.data.gram import GramCache, gram_matrices
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
-from fedmeta.data.sums import FeatureSums, Standardisation, feature_sums, standardisation, train_sums
+from fedmeta.data.sums import (
+    FeatureSums,
+    Standardisation,
+    feature_sums,
+    standardisation,
+    target_scale,
+    target_sums,
+    train_sums,
+)
 from fedmeta.data.synthetic import SyntheticPopulation
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
@@ -49,17 +57,19 @@ def load(data: Data) -> Population:
     return few_shot(population, data) if data.ways else population
 
 
-def load_site(data: Data, path: str, name: str = "") -> Population:
+def load_site(data: Data, path: str, name: str = "", only: Sequence[str] | None = None) -> Population:
     """Returns the population of a deployed node: one site that holds all rows of one file of its own.
 
     Args:
         data: What a file's columns mean; its `source` and `path` do not matter.
         path: An `.npz`, `.csv` or `.parquet` file (`.data` and `.txt` too where `data.columns` are given).
         name: The site's name; the file's where empty.
+        only: The columns of a table that are features; None for all but the label.
     """
-    npz = Path(path).suffix.lower() == ".npz"
-    loader = "fedmeta.data.npz:load_npz_site" if npz else "fedmeta.data.tables:load_table_site"
-    population: Population = _function(loader)(data, path, name)
+    if Path(path).suffix.lower() == ".npz":
+        population: Population = _function("fedmeta.data.npz:load_npz_site")(data, path, name)
+    else:
+        population = _function("fedmeta.data.tables:load_table_site")(data, path, name, only)
     _check_names(population, path)
     return few_shot(population, data) if data.ways else population
 
@@ -114,6 +124,8 @@ __all__ = [
     "split",
     "standardisation",
     "standardised",
+    "target_scale",
+    "target_sums",
     "train_sums",
     "training_episodes",
     "training_tasks",

@@ -12,7 +12,7 @@ from fedmeta.data.ragged import IntArray, group_rows
 from fedmeta.errors import FedmetaError
 
 CellPlace = Callable[[int, int], str]
-"""Says in words where a cell is, given its row and its feature (counted through a row's array in C order)."""
+"""Describes where a cell is, given its row and its feature (counted through a row's array in C order)."""
 
 
 class FeatureFacts(NamedTuple):
@@ -80,6 +80,7 @@ def build_population(
         class_names=labels.class_names,
         feature_names=feature_names,
         missing=facts.missing,
+        target_names=labels.target_names,
     )
 
 

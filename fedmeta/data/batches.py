@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.data.episodes import Episodes, Padded, beside
@@ -35,9 +36,9 @@ def gather(
     """Returns a cohort's episodes as one batch of tensors on the processor.
 
     Features are standardised and missing ones imputed (tokens stay as they are, int64). Labels are int64 codes into
-    the run's class list, or of type `dtype` for regression. A row whose label is not in that list has mask 0 and
-    label 0 where it would be learned from, and mask 1 and label -1 where it is scored. Padding is 0 throughout.
-    In training a site's support and query rows lie one after the other in one array.
+    the run's class list, or for regression targets in standard units, of type `dtype`. A row whose label is not in that
+    list has mask 0 and label 0 where it would be learned from, and mask 1 and label -1 where it is scored. Padding is 0
+    throughout. In training a site's support and query rows lie one after the other in one array.
 
     Args:
         population: Whose rows.
@@ -61,7 +62,7 @@ def gather(
 def standardised(
     population: Population, standardisation: Standardisation, dtype: torch.dtype
 ) -> tuple[Population, Standardisation]:
-    """Returns a population whose rows need no more than to be gathered, and `AS_IS`, where it is in memory and small.
+    """Returns a population whose features need no more than to be gathered, where it is in memory and small.
 
     Else the two as they are: of a file that is mapped no rows are read but a cohort's. Pixels are standardised after a
     task has turned them: not for tasks that do.
@@ -76,7 +77,7 @@ def standardised(
     if isinstance(population.x, np.memmap) or population.x.size * dtype.itemsize > AT_ONCE:
         return population, standardisation
     x = _prepared(population, torch.from_numpy(population.x.copy()), standardisation, dtype)
-    return replace(population, x=x.numpy(), missing=False), AS_IS
+    return replace(population, x=x.numpy(), missing=False), replace(AS_IS, target=standardisation.target)
 
 
 def gather_rows(
@@ -108,7 +109,9 @@ def gather_rows(
     x = flat.view(sites, length, *population.shape)
     labels = population.labels(padded.rows) if padded.labels is None else padded.labels
     if population.regression:
-        y = torch.from_numpy(np.where(padded.mask, labels, 0.0)).to(dtype)
+        own: NDArray[np.float64] = standardisation.target.standardize(np.asarray(labels, dtype=np.float64))
+        there = padded.mask if own.ndim == 2 else padded.mask[..., None]
+        y = torch.from_numpy(np.where(there, own, 0.0)).to(dtype)
         return x, y, torch.from_numpy(padded.mask).to(dtype)
     known = codes[labels]
     mask = padded.mask if scored else padded.mask & (known >= 0)

@@ -1,4 +1,4 @@
-"""Which rows of a site adapt it and which judge it: drawn for a whole cohort at once.
+"""Which rows of a site adapt it and which score it: drawn for a whole cohort at once.
 
 A site's draw depends on the seed, the round, the site's name and its own rows: not on the cohort, nor on its order,
 nor on which other sites the node hosts.
@@ -33,11 +33,11 @@ class Padded(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """The rows that a cohort's sites adapt on, and the rows that judge them.
+    """The rows that a cohort's sites adapt on, and the rows that score them.
 
     Attributes:
         support: What each site adapts on.
-        query: What judges the adapted model: train rows in training, test rows at evaluation.
+        query: What scores the adapted model: train rows in training, test rows at evaluation.
         scored: Whether `query` are test rows, so that a row whose label is not in the run's class list counts as
             wrong; in training it counts for nothing.
     """
@@ -48,7 +48,7 @@ class Episodes(NamedTuple):
 
 
 def training_episodes(split: Split, sites: IntArray, round_number: int, support: int, query: int) -> Episodes:
-    """Returns a cohort's support and query rows of one round, drawn anew from each site's train rows.
+    """Returns a cohort's support and query rows of one round, drawn again from each site's train rows.
 
     The rows of a site are put into one order in which every stretch has its classes in proportion, as nearly as whole
     rows allow (at random for regression). Support takes from its front, at most `support` rows and all but one of the
@@ -59,7 +59,7 @@ def training_episodes(split: Split, sites: IntArray, round_number: int, support:
         sites: The cohort, as site numbers.
         round_number: The round.
         support: Rows that a site adapts on.
-        query: Rows that judge it.
+        query: Rows that score it.
     """
     order = _drawn_order(split, sites, "episode", round_number)
     supports = np.minimum(support, order.sizes - 1)

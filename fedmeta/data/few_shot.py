@@ -1,4 +1,4 @@
-"""Few-shot tasks: N classes of a site's own, numbered anew, and k rows of each to adapt on (Vinyals et al. 2016).
+"""Few-shot tasks: N classes of a site's own, renumbered, and k rows of each to adapt on (Vinyals et al. 2016).
 
 Such a population's labels tell a site's classes apart and mean nothing elsewhere; what a model learns is a task's own
 numbering, the classes "way 0" to "way N-1". A task depends on the seed, the round, the site's name and its own rows.
@@ -25,13 +25,13 @@ def few_shot(population: Population, data: Data) -> Population:
     """Returns a population from whose sites tasks of `data.ways` classes are drawn: sites with fewer are left out.
 
     Raises:
-        FedmetaError: Rows have no classes that a task could number anew, no site has enough, or images to be turned
+        FedmetaError: Rows have no classes that a task could renumber, no site has enough, or images to be turned
             are not square.
     """
     ways = data.ways or 0
     if not isinstance(population, ArrayPopulation) or population.regression or population.tokens:
         raise FedmetaError(
-            f"data.ways = {ways}: few-shot tasks number a site's own classes anew, and the labels of this data set "
+            f"data.ways = {ways}: few-shot tasks renumber a site's own classes, and the labels of this data set "
             "are not such classes: leave it out"
         )
     if data.rotations:
@@ -52,14 +52,14 @@ def few_shot(population: Population, data: Data) -> Population:
 
 
 def training_tasks(split: Split, sites: IntArray, round_number: int, data: Data) -> Episodes:
-    """Returns one task of each site of a cohort, drawn anew each round from its train rows.
+    """Returns one task of each site of a cohort, drawn again each round from its train rows.
 
     Args:
         split: The population, which of its rows train, and the run's seed.
         sites: The cohort, as site numbers.
         round_number: The round.
         data: `ways`, classes of a task (fewer where a site has fewer of two train rows); `shots`, rows of each to
-            adapt on (of a class with no more than that, all but one); `query`, rows that judge it, as many of each
+            adapt on (of a class with no more than that, all but one); `query`, rows that score it, as many of each
             class as go into it, one at the least; `rotations`, whether a class turned by a quarter, a half or three
             quarters of a circle is another one (Santoro et al. 2016).
     """
@@ -78,7 +78,7 @@ def training_tasks(split: Split, sites: IntArray, round_number: int, data: Data)
 
 
 def evaluation_tasks(split: Split, sites: IntArray, tasks: int, data: Data) -> Episodes:
-    """Returns the tasks that judge sites, the same at every evaluation: those of the first site, of the second, ...
+    """Returns the tasks that score sites, the same at every evaluation: those of the first site, of the second, ...
 
     A task adapts on `data.shots` train rows of each of its classes, and all test rows of these classes judge it.
 

@@ -56,7 +56,7 @@ def load_huggingface(data: Data) -> ArrayPopulation:
     with _quiet(), _explained(data.path):
         partitioner = _partitioner(data)
     rows = partitioner.dataset.with_format("numpy")
-    labels = _whole(rows, data.label, "data.label", data.path)
+    labels = _whole(rows, data.label_names[0], "data.label", data.path)
     if data.dirichlet is None:
         _whole(rows, data.site_key, "data.site_key", data.path)
     with _quiet(), _explained(data.path):
@@ -65,7 +65,7 @@ def load_huggingface(data: Data) -> ArrayPopulation:
     for site, share in enumerate(shares):
         owners[np.asarray(share, dtype=np.int64)] = site
     features = _features(rows, data)
-    kind = rows.features[data.label]
+    kind = rows.features[data.label_names[0]]
 
     def cell(row: int, column: int) -> str:
         return _place(data.path, row, features.names[column] if features.names else f"pixel {column}")
@@ -75,10 +75,12 @@ def load_huggingface(data: Data) -> ArrayPopulation:
         features.x,
         encode_labels(
             labels,
-            lambda row: _place(data.path, row, data.label),
+            lambda row: _place(data.path, row, data.label_names[0]),
             data.task,
             data.binarise,
             kind.names if isinstance(kind, datasets.ClassLabel) and data.binarise is None else None,
+            data.target,
+            data.label_names,
         ),
         owners,
         _site_names(partitioner, len(shares)),
@@ -94,7 +96,7 @@ def _partitioner(data: Data) -> Any:
         partitioner = NaturalIdPartitioner(partition_by=data.site_key)
     else:
         partitioner = DirichletPartitioner(
-            data.sites, data.label, data.dirichlet, min_partition_size=0, self_balancing=False, seed=_SEED
+            data.sites, data.label_names[0], data.dirichlet, min_partition_size=0, self_balancing=False, seed=_SEED
         )
     folder = Path(data.path).expanduser()
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
@@ -130,7 +132,7 @@ def _site_names(partitioner: Any, sites: int) -> list[str]:
 
 def _features(rows: Any, data: Data) -> _Features:
     """Returns the feature columns side by side, or the one column of images or arrays."""
-    others = [name for name in rows.column_names if name not in (_ROW, data.label, data.site_key)]
+    others = [name for name in rows.column_names if name not in (_ROW, data.label_names[0], data.site_key)]
     columns = list(data.columns) or others
     if not columns:
         raise FedmetaError(f"{data.path}: there is no feature column beside label and site")

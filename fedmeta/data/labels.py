@@ -10,19 +10,21 @@ from fedmeta.data.population import order_classes
 from fedmeta.errors import FedmetaError, nearest
 
 Place = Callable[[int], str]
-"""Says in words where the label of a row is: file, line or index, column."""
+"""Describes where the label of a row is: file, line or index, column."""
 
 
 class Labels(NamedTuple):
     """Labels of rows.
 
     Attributes:
-        y: int64 codes into `class_names`, or float64 targets [rows].
+        y: int64 codes into `class_names`, or float64 targets [rows] or, of several, [rows, targets].
         class_names: The label of each code; empty for regression.
+        target_names: What each target is called; empty for classes.
     """
 
     y: NDArray[Any]
     class_names: tuple[str, ...]
+    target_names: tuple[str, ...] = ()
 
 
 def encode_labels(
@@ -31,20 +33,29 @@ def encode_labels(
     task: str = "auto",
     binarise: float | None = None,
     class_names: Sequence[str] | None = None,
+    target: str = "auto",
+    names: Sequence[str] = ("y",),
 ) -> Labels:
     """Returns labels as codes or targets.
 
     Args:
-        values: The labels as read [rows]: integers, floating point or text.
+        values: The labels as read [rows]: integers, floating point or text; of several targets [rows, targets].
         place: Says where a label is, for errors.
         task: "classification", "regression", or "auto": regression where `values` are floating point and no class names
             are given.
         binarise: Where given, labels above it are class "1", others class "0".
         class_names: Where given, the class that each integer label stands for, or all that text labels may be.
+        target: How targets of a regression are standardized (`data.target`).
+        names: What targets are called.
 
     Raises:
         FedmetaError: A label is missing, or is not what the task or the class names ask for.
     """
+    if values.ndim > 1:
+        if task == "classification" or binarise is not None or class_names is not None:
+            raise FedmetaError(f"{place(0)} is {values.shape[1]} labels: rows of classes have one label each")
+        columns = [_targets(values[:, column], place, target) for column in range(values.shape[1])]
+        return Labels(np.stack(columns, 1), (), tuple(names))
     if values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.dtype.kind == "f":
@@ -54,7 +65,12 @@ def encode_labels(
             raise FedmetaError("data.binarise makes two classes, but data.task is regression: leave one of them out")
         return Labels((_numbers(values, place, "data.binarise") > binarise).astype(np.int64), ("0", "1"))
     if task == "regression" or (task == "auto" and values.dtype.kind == "f" and class_names is None):
-        return Labels(_numbers(values, place, 'data.task = "regression"'), ())
+        return Labels(_targets(values, place, target), (), tuple(names))
+    if target in ("standardise", "log"):
+        raise FedmetaError(
+            f'data.target = "{target}" is for labels that are numbers, and these are classes: set data.task = '
+            '"regression", or leave data.target out'
+        )
     if values.dtype.kind == "f":
         _refuse(values != np.round(values), values, place, "classes are whole numbers or text")
         values = values.astype(np.int64)
@@ -80,6 +96,14 @@ def _named(values: NDArray[Any], place: Place, names: tuple[str, ...]) -> Labels
         row = int(np.argmax(codes < 0))
         raise FedmetaError(f'{place(row)} is "{values[row]}", not in class_names{nearest(str(values[row]), names)}')
     return Labels(codes, names)
+
+
+def _targets(values: NDArray[Any], place: Place, target: str) -> NDArray[np.float64]:
+    """Returns labels as targets; refuses what has no logarithm where that is to be learned."""
+    numbers = _numbers(values, place, 'data.task = "regression"')
+    if target == "log":
+        _refuse(numbers <= 0, values, place, 'data.target = "log" needs numbers above 0')
+    return numbers
 
 
 def _numbers(values: NDArray[Any], place: Place, needed_by: str) -> NDArray[np.float64]:

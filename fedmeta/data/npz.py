@@ -19,8 +19,9 @@ def load_npz(data: Data) -> ArrayPopulation:
     """Returns the population of the file `data.path`.
 
     Arrays: `x` [rows, ...] numbers, NaN = missing; `y` [rows] integers, text or (regression) floating point;
-    `data.site_key` [rows] integers or text; optionally `site_names` (for integer sites), `class_names` (for integer
-    or text labels), `feature_names` [features] and `time` [rows], the order within a site.
+    of several targets [rows, targets]; `data.site_key` [rows] integers or text; optionally `site_names`
+    (for integer sites), `class_names` (for integer or text labels), `target_names` [targets], `feature_names`
+    [features] and `time` [rows], the order within a site.
 
     Raises:
         FedmetaError: The file, an array, a label or a feature is not as it should be.
@@ -89,6 +90,8 @@ def _population(
         data.task,
         data.binarise,
         _texts(path, arrays, "class_names"),
+        data.target,
+        _target_names(path, arrays),
     )
     time = arrays.get("time")
     if time is not None and (time.ndim != 1 or time.dtype.kind not in "iufM" or bool((time != time).any())):
@@ -99,11 +102,24 @@ def _population(
 def _labels(path: Path, y: NDArray[Any]) -> NDArray[Any]:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim != 1 or y.dtype.kind not in "biufUS":
+    several = y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind == "f"
+    if not several and (y.ndim != 1 or y.dtype.kind not in "biufUS"):
         raise FedmetaError(
-            f'{path}: array "y" has shape {y.shape} and type {y.dtype}: it must hold one number or text per row'
+            f'{path}: array "y" has shape {y.shape} and type {y.dtype}: it must hold one number or text per row, or '
+            "of several targets one floating-point number each"
         )
     return _decoded(y)
+
+
+def _target_names(path: Path, arrays: dict[str, NDArray[Any]]) -> list[str]:
+    """Returns what targets are called; raises `FedmetaError` where the file names fewer or more than there are."""
+    y, names = arrays["y"], _texts(path, arrays, "target_names")
+    count = y.shape[1] if y.ndim == 2 else 1
+    if names is None:
+        return [f"y{number}" for number in range(count)] if count > 1 else ["y"]
+    if len(names) != count:
+        raise FedmetaError(f'{path}: array "target_names" has {len(names)} names, but "y" has {count} targets')
+    return names
 
 
 def _site_names(path: Path, key: str, arrays: dict[str, NDArray[Any]]) -> _Sites:

@@ -17,6 +17,9 @@ from fedmeta.files import free_memory
 MAP_FROM = 1 << 26
 """Bytes from which an array that lies uncompressed in its file is mapped rather than read."""
 
+NAMES = ("class_names", "feature_names", "target_names")
+"""Arrays that are read wherever a file has them."""
+
 _BROKEN = (
     OSError,
     EOFError,
@@ -50,7 +53,7 @@ def read_arrays(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> dic
     Args:
         path: The file.
         needed: Arrays with one entry per row; `time` is another where the file has it.
-        wanted: Arrays that are read where the file has them, besides `class_names` and `feature_names`.
+        wanted: Arrays that are read where the file has them, besides `NAMES`.
 
     Raises:
         FedmetaError: The file is no npz, lacks a needed array, holds a pickled one, or their lengths differ.
@@ -68,7 +71,7 @@ def read_arrays(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> dic
         if name not in there:
             raise FedmetaError(f'{path}: no array "{name}"; it holds {", ".join(there)}{nearest(name, there)}')
     by_row = [*needed, *(name for name in ("time",) if name in there)]
-    names = [name for name in (*wanted, "class_names", "feature_names") if name in there]
+    names = [name for name in (*wanted, *NAMES) if name in there]
     arrays = {name: _read(path, name) for name in [*by_row, *names]}
     for name in by_row:
         if not arrays[name].ndim:
@@ -124,7 +127,7 @@ def _mapped(path: Path, member: str) -> NDArray[Any] | None:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size < MAP_FROM:
             return None
-        # The local header repeats the name and has extra fields of its own length, so that the offset of the
+        # The local header repeats the name and has extra fields of another length, so that the offset of the
         # content is known from it alone (PKWARE's APPNOTE, 4.3.7).
         file.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), dtype="<u2").tolist()

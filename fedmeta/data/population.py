@@ -28,6 +28,7 @@ class Population(ABC):
     Attributes:
         names: The sites' names, sorted. For a population that is not stored, made on demand.
         class_names: The label that each code stands for; empty for regression.
+        target_names: What each target of a regression is called; empty for classes.
         feature_names: The features' names where a row is a vector; empty for images.
         missing: Whether a feature may be missing (NaN).
         tokens: Whether features are codes of symbols, to be embedded: never standardised, int64 in batches.
@@ -36,6 +37,7 @@ class Population(ABC):
 
     names: Sequence[str]
     class_names: tuple[str, ...]
+    target_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...]
     missing: bool
     tokens: bool
@@ -49,6 +51,11 @@ class Population(ABC):
     def regression(self) -> bool:
         """Whether labels are numbers to be approached rather than classes."""
         return not self.class_names
+
+    @property
+    def targets(self) -> int:
+        """How many numbers are predicted for each row; 0 for classes."""
+        return max(1, len(self.target_names)) if self.regression else 0
 
     @property
     def all_sites(self) -> IntArray:
@@ -84,6 +91,8 @@ class Population(ABC):
     def labels(self, rows: IntArray) -> NDArray[Any]:
         """Returns the labels of rows, in the shape of `rows`: int64 codes into `class_names`, or float64 targets.
 
+        Of several targets each row has them along a last axis.
+
         Of rows that few-shot tasks are drawn from: codes that tell a site's own classes apart.
         """
 
@@ -103,13 +112,14 @@ class ArrayPopulation(Population):
 
     Attributes:
         x: Features [rows, *shape] in the file's own type; NaN = missing.
-        y: Labels [rows]: int64 codes into `class_names`, or float64.
+        y: Labels [rows]: int64 codes into `class_names`, or float64; of several targets [rows, targets].
         names: The sites' names, sorted.
         sites: The rows of each site in the site's own order: by time where known, else as in the file.
         class_names: The label of each code; empty for regression.
         feature_names: The features' names where a row is a vector.
         missing: Whether any feature is NaN.
         tokens: Whether features are codes of symbols.
+        target_names: What each target is called; empty for classes.
     """
 
     x: NDArray[Any]
@@ -121,6 +131,12 @@ class ArrayPopulation(Population):
     missing: bool = False
     tokens: bool = False
     exchangeable: bool = False
+    target_names: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> int:
+        """How many numbers are predicted for each row; 0 for classes."""
+        return (self.y.shape[1] if self.y.ndim > 1 else 1) if self.regression else 0
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ square for every thousandfold of additions; a column whose standard deviation is
 can therefore not be told from a constant one, and its scale is set so that values stay of the size of 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.splits import Split
 from fedmeta.errors import FedmetaError
+from fedmeta.targets import TargetKind, TargetScale
 
 Floats = NDArray[np.float64]
 
@@ -58,10 +59,12 @@ class Standardisation:
     Attributes:
         mean: float32, to be broadcast over a row.
         scale: The same; the standard deviation, or 1 for constant and never observed features.
+        target: What regression targets are standardized by.
     """
 
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
+    target: TargetScale = field(default_factory=TargetScale)
 
     @property
     def identity(self) -> bool:
@@ -139,8 +142,47 @@ def _chunk_sums(population: Population, rows: IntArray, axes: tuple[int, ...]) -
     return FeatureSums(np.full(total.shape, x.numel() / total.size) - missing, total, square)
 
 
+def target_sums(split: Split, sites: IntArray, kind: TargetKind) -> FeatureSums:
+    """Returns the sums of the targets, or of their logarithms, over the train rows of some sites [targets].
+
+    Args:
+        split: The population and which of its rows train.
+        sites: Site numbers; training sites.
+        kind: How targets are standardized; the sums are 0 with "none", and of no target for classes.
+
+    Raises:
+        FedmetaError: A target whose logarithm is wanted is not above 0.
+    """
+    population = split.population
+    nothing = np.zeros(population.targets)
+    if kind == "none" or not population.regression:
+        return FeatureSums(nothing, nothing, nothing)
+    y = population.labels(split.train_rows(sites).rows).reshape(-1, population.targets).astype(np.float64)
+    if kind == "log":
+        if (y <= 0).any():
+            raise FedmetaError(
+                f'[data] target = "log": a target is {y[y <= 0][0]:g}, and only numbers above 0 have a logarithm: '
+                'correct it, or set it to "standardise"'
+            )
+        y = np.log(y)
+    return FeatureSums(nothing + len(y), y.sum(0), np.square(y).sum(0))
+
+
+def target_scale(sums: FeatureSums, kind: TargetKind) -> TargetScale:
+    """Returns mean and scale of targets from the sums over all training sites, as `standardisation` of features."""
+    if not sums.count.any():
+        return TargetScale(np.zeros(sums.count.shape), np.ones(sums.count.shape))
+    return TargetScale(*_mean_and_scale(sums), log=kind == "log")
+
+
 def standardisation(sums: FeatureSums) -> Standardisation:
-    """Returns mean and scale from the sums over all training sites.
+    """Returns mean and scale of features from the sums over all training sites."""
+    mean, scale = _mean_and_scale(sums)
+    return Standardisation(mean.astype(np.float32), scale.astype(np.float32))
+
+
+def _mean_and_scale(sums: FeatureSums) -> tuple[Floats, Floats]:
+    """Returns mean and scale from sums.
 
     The scale is the population's standard deviation. Where that is below a millionth of the mean it is lost in the
     rounding of the sums: the column counts as constant, and its scale is 1, or a millionth of its mean if that is more.
@@ -150,12 +192,11 @@ def standardisation(sums: FeatureSums) -> Standardisation:
     deviation = np.sqrt(np.maximum(sums.square / observed - mean**2, 0.0))
     smallest = _SMALLEST_SPREAD * np.abs(mean)
     told_apart = deviation > np.maximum(smallest, np.finfo(np.float32).tiny)
-    scale = np.where(told_apart, deviation, np.maximum(1.0, smallest))
-    return Standardisation(mean.astype(np.float32), scale.astype(np.float32))
+    return mean, np.where(told_apart, deviation, np.maximum(1.0, smallest))
 
 
-def median_standardisation(sites: FeatureSums) -> Standardisation:
-    """Returns mean and scale from medians over sites, which a few false sites cannot move beyond those of honest ones.
+def median_sums(sites: FeatureSums) -> FeatureSums:
+    """Returns sums of one value with medians over sites as mean and variance, which a few false sites cannot move far.
 
     The mean is the median of the sites' means. The variance is the median of the variances within sites plus that
     between sites, by the median distance of their means from it (which is 1 / 1.4826 standard deviations of a normal
@@ -173,5 +214,7 @@ def median_standardisation(sites: FeatureSums) -> Standardisation:
     within[:, unseen] = 0.0
     middle: Floats = np.nanmedian(means, axis=0)
     between = 1.4826 * np.nanmedian(np.abs(means - middle), axis=0)
-    variance: Floats = np.nanmedian(within, axis=0) + between**2
-    return standardisation(FeatureSums(np.ones_like(middle), middle, middle**2 + variance))
+    variance = np.nanmedian(within, axis=0) + between**2
+    counted: Floats = np.asarray(seen.any(axis=0), dtype=np.float64)
+    square: Floats = np.asarray(middle**2 + variance, dtype=np.float64)
+    return FeatureSums(counted, middle, square)

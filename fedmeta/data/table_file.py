@@ -24,6 +24,9 @@ MOST_COLUMNS = 50_000
 LONGEST_LABEL = 1_000
 """A longer label is refused: all labels take as much memory as the longest (characters)."""
 
+_INDEX = r"__index_level_\d+__"
+"""What pandas writes of an index without a name: row numbers, which are no feature."""
+
 NAMED = 20
 """How many names an error lists."""
 
@@ -36,7 +39,7 @@ class Table(NamedTuple):
         header: Whether its first line names the columns.
         columns: The names of its features.
         x: Features [rows, columns], NaN = missing.
-        labels: Labels [rows]: numbers, or text where not every one is a number.
+        labels: Labels [rows]: numbers, or text where not every one is a number; of several targets [rows, targets].
     """
 
     path: Path
@@ -46,27 +49,62 @@ class Table(NamedTuple):
     labels: NDArray[Any]
 
 
-def read_table(path: Path, data: Data) -> Table:
-    """Returns the content of a CSV or Parquet file; raises `FedmetaError` naming file, line, column and value."""
+def column_names(path: Path, data: Data) -> list[str]:
+    """Returns the names of a file's columns, the label's among them; raises `FedmetaError` where it cannot be read."""
+    if not _is_parquet(path):
+        return list(data.columns) or _named(path)
+    try:
+        names = [str(name) for name in pq.read_schema(path).names]
+    except (pa.ArrowException, OSError) as error:
+        raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+    return [name for name in names if not re.fullmatch(_INDEX, name)]
+
+
+def read_features(path: Path, data: Data, names: Sequence[str]) -> pd.DataFrame:
+    """Returns columns of a CSV or Parquet file that needs no label, as numbers; raises `FedmetaError` at what is none.
+
+    Args:
+        path: The file.
+        data: What its texts mean.
+        names: The columns.
+    """
+    parquet = _is_parquet(path)
+    frame = _read_parquet(path) if parquet else _read_csv(path, data)
+    table = Table(path, not data.columns and not parquet, list(names), np.empty(0), np.empty(0))
+    return pd.DataFrame({name: _feature(table, frame[name], name) for name in names})
+
+
+def read_table(path: Path, data: Data, only: Sequence[str] | None = None) -> Table:
+    """Returns the content of a CSV or Parquet file; raises `FedmetaError` naming file, line, column and value.
+
+    Args:
+        path: The file.
+        data: What its columns mean.
+        only: The columns that are features; None for all but the label.
+    """
     parquet = _is_parquet(path)
     frame = _read_parquet(path) if parquet else _read_csv(path, data)
     names = [str(name) for name in frame.columns]
-    if data.label not in names and len(names) == 1 and not parquet:
+    absent = [name for name in data.label_names if name not in names]
+    if absent and len(names) == 1 and not parquet:
         raise FedmetaError(f"{path}: its first line is one cell, {names[0]!r}: cells must have commas between them")
-    if data.label not in names:
+    if absent:
         raise FedmetaError(
-            f'{path}: no label column "{data.label}" (data.label); its columns are {listed(names)}'
-            f"{nearest(data.label, names)}"
+            f'{path}: no label column "{absent[0]}" (data.label); its columns are {listed(names)}'
+            f"{nearest(absent[0], names)}"
         )
-    if len(names) < 2:
+    if len(names) <= len(data.label_names):
         raise FedmetaError(f"{path}: there is no feature column beside the label")
     if not len(frame):
         raise FedmetaError(f"{path}: there are no rows")
-    features = [name for name in names if name != data.label]
+    features = [name for name in names if name not in data.label_names and (only is None or name in set(only))]
     columns = [features[place] for place in feature_order(features, data.columns)]
     table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
     arrays = [_feature(table, frame[name], name) for name in columns]
-    labels = _labels(table, frame[data.label], data.label)
+    found = [_labels(table, frame[name], name) for name in data.label_names]
+    if len(found) > 1:
+        _check_numbers(table, found, data.label_names)
+    labels = found[0] if len(found) == 1 else np.stack([each.astype(np.float64) for each in found], 1)
     return table._replace(x=np.stack(arrays, axis=1), labels=labels)
 
 
@@ -102,7 +140,7 @@ def _read_csv(path: Path, data: Data) -> pd.DataFrame:
                 header=None if data.columns else 0,
                 names=names,
                 index_col=False,
-                dtype={data.label: str},
+                dtype=dict.fromkeys(data.label_names, str),
                 keep_default_na=False,
                 na_values=list(data.missing),
                 skipinitialspace=True,
@@ -123,6 +161,20 @@ def _read_csv(path: Path, data: Data) -> pd.DataFrame:
     if data.columns and len(frame) and list(frame.iloc[0].astype(str).str.strip()) == names:
         raise FedmetaError(f"{path}: its first line names the columns: leave data.columns empty")
     return frame
+
+
+def _named(path: Path) -> list[str]:
+    """Returns the names in the first line of a CSV file; raises `FedmetaError` where it has none."""
+    try:
+        return _header(path)
+    except pd.errors.EmptyDataError:
+        raise FedmetaError(f"{path}: the file is empty") from None
+    except UnicodeDecodeError as error:
+        raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except csv.Error:
+        raise FedmetaError(f"{path}: a cell of its first line is longer than any name") from None
+    except OSError as error:
+        raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _header(path: Path) -> list[str]:
@@ -150,8 +202,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         if size > free // 2:
             raise FedmetaError(f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer")
         whole = pq.read_table(path)
-        # What pandas writes of an index without a name: row numbers, which are no feature.
-        index = [name for name in whole.column_names if re.fullmatch(r"__index_level_\d+__", name)]
+        index = [name for name in whole.column_names if re.fullmatch(_INDEX, name)]
         frame: pd.DataFrame = whole.drop_columns(index).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
@@ -191,6 +242,15 @@ def _labels(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
         return _numpy(pd.to_numeric(column))
     except (ValueError, TypeError):
         return column.astype(str).str.strip().to_numpy(dtype=str)
+
+
+def _check_numbers(table: Table, found: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
+    """Checks that several targets are numbers; raises `FedmetaError` at the first that is none."""
+    for values, name in zip(found, names, strict=True):
+        if values.dtype.kind not in "biuf":
+            wrong = pd.to_numeric(pd.Series(values), errors="coerce").isna().to_numpy()
+            row = int(np.argmax(wrong))
+            raise FedmetaError(f'{place(table, row, name)} is "{values[row]!s:.40}": targets must be numbers')
 
 
 def _numpy(column: "pd.Series[Any]") -> NDArray[Any]:

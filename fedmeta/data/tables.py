@@ -24,8 +24,8 @@ def load_tables(data: Data) -> ArrayPopulation:
 
     With `data.columns` the files have no header line, these are the names of their columns in order, and `.data` and
     `.txt` files with commas are read too. All files have the same columns, in any order. Column `data.label` is the
-    label, every other column a feature: a number, or missing (empty, or one of `data.missing`). A single file in
-    place of the folder is one site's own.
+    label (or several columns, the targets of a regression), every other column a feature: a number, or missing
+    (empty, or one of `data.missing`). A single file in place of the folder is one site's own.
 
     Raises:
         FedmetaError: A file, column or cell is not as it should be; the error names it.
@@ -37,10 +37,17 @@ def load_tables(data: Data) -> ArrayPopulation:
     return _population(str(folder), [read_table(file, data) for file in files], [file.stem for file in files], data)
 
 
-def load_table_site(data: Data, path: str, name: str) -> ArrayPopulation:
-    """Returns the population whose one site holds all rows of a file, called `name`, or as the file where empty."""
+def load_table_site(data: Data, path: str, name: str, only: Sequence[str] | None = None) -> ArrayPopulation:
+    """Returns the population whose one site holds all rows of a file, called `name`, or as the file where empty.
+
+    Args:
+        data: What a file's columns mean.
+        path: The file.
+        name: The site's name.
+        only: The columns that are features; None for all but the label.
+    """
     file = _existing(path)
-    return _population(path, [read_table(file, data)], [name or file.stem], data)
+    return _population(path, [read_table(file, data, only)], [name or file.stem], data)
 
 
 def _existing(path: str) -> Path:
@@ -81,7 +88,12 @@ def _population(origin: str, tables: Sequence[Table], names: list[str], data: Da
         return place(tables[number], row - int(starts[number]), column)
 
     labels = encode_labels(
-        _joined_labels([table.labels for table in tables]), lambda row: cell(row, data.label), data.task, data.binarise
+        _joined_labels([table.labels for table in tables]),
+        lambda row: cell(row, ", ".join(data.label_names)),
+        data.task,
+        data.binarise,
+        target=data.target,
+        names=data.label_names,
     )
     return build_population(
         origin,

@@ -51,7 +51,7 @@ def meta_gradients(
         rounded: Whether to return the sum in the meta-state's types; else it stays in float64 where parts were added
             up, and where one part was all, in the type in which that was computed.
         clip_norm: The longest gradient of one site, over all entries of the meta-state; longer ones are shortened
-            before they are added up; 0 = any length. Costs up to half more in the low-rank form, which tells norms
+            before they are added up; 0 = any length. Costs up to half more in the low-rank form, which computes norms
             without
             any site's gradient; elsewhere, and with learned inner rates, several times as much.
         per_site: Whether to return each site's own gradient in place of the sum.
@@ -97,7 +97,7 @@ def evaluate(
     Args:
         learner: The learner.
         meta_state: The meta-state.
-        tasks: One task per site (support: the rows to adapt on; query: the rows that judge), or one padded `Batch`.
+        tasks: One task per site (support: the rows to adapt on; query: the rows that score), or one padded `Batch`.
         engine: As for `meta_gradients`.
         steps: Inner steps; None for the learner's own number. A learner that does not adapt takes none.
         chunk: As for `meta_gradients`.

@@ -72,7 +72,7 @@ def train_personal(
 def evaluate_personal(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int, personal: Parameters
 ) -> Figures:
-    """Returns the scores of sites that go on from their personal parts [sites, ...]."""
+    """Returns the scores of sites that continue from their personal parts [sites, ...]."""
 
     def site(support: Any, query: Any, own: Parameters) -> Figures:
         path = learner.adaptation_path(meta_state, support, steps, own)

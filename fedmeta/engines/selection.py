@@ -68,7 +68,7 @@ def choose_engine_by_site(
 ) -> str:
     """Returns the engine that computes each site's own gradient, or clips them, where `engine` computes their sum.
 
-    The low-rank form has sums alone, clipped ones where it can tell norms (`fedmeta.engines.lowrank.ghost_clipping`);
+    The low-rank form has sums alone, clipped ones where it has norms (`fedmeta.engines.lowrank.ghost_clipping`);
     elsewhere one of the
     others stands for it, several times slower.
     """

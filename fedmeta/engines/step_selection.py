@@ -1,17 +1,17 @@
 """Do no harm: each site chooses on its support rows alone how many inner steps to take, zero included.
 
 Cross-validation: a site's support rows are dealt to ten folds, each a stretch of them, and since they come in a
-stratified order each fold has the classes in proportion; the site adapts on all folds but one and is judged on that
+stratified order each fold has the classes in proportion; the site adapts on all folds but one and is scored on that
 one, after every number of steps. It takes the usual number, unless not adapting gets fewer rows wrong and costs less by
-more than one and a quarter standard errors: of two choices that cannot be told apart, the one that holds for everyone
+more than one and a quarter standard errors: of two choices that hardly differ, the one that holds for everyone
 is the better guess (in the spirit of Breiman et al. 1984, section 3.4.3). A number in between must beat both without a
 doubt, by several standard errors, as where the last steps diverge: there are many of them to be lucky, and they leave
 no site as it was. What a number of steps costs is the share of rows it gets wrong plus its mean loss, capped: on few
 rows a loss alone is carried away by one confident mistake, and a share of errors alone takes steps of several points.
 For regression it is the mean squared error.
 
-A row judges only where other folds hold its class too: of a class that a site has one row of, leaving that row out
-leaves nothing to learn from. Where no row can judge, as in one-shot tasks, the usual number it is.
+A row counts only where other folds hold its class too: of a class that a site has one row of, leaving that row out
+leaves nothing to learn from. Where no row counts, as in one-shot tasks, the usual number it is.
 
 The rule was chosen on draws of new sites (heart, digits, the writers) that no results page shows, and on made-up sites
 that adapting hurts. There it lost no learner more than .3 points and won back 41 to 79 % of what adapting cost. Five

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from fedmeta.experiment.validation import Conflicts, Count, FunctionPath, OpenSection, Share, Texts
+from fedmeta.experiment.validation import Conflicts, Count, FunctionPath, Name, OpenSection, Share, Texts
 
 SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "huggingface", "synthetic"]
 
@@ -24,8 +24,9 @@ class Data(OpenSection):
         description="Kind of data set, or a function that returns a fedmeta.TaskSource or a population of rows",
     )
     path: str = Field(default="", description="File or folder of the data; relative to the working directory")
-    label: str = Field(
-        default="label", min_length=1, description="Name of the label column, in tables and Hugging Face data sets"
+    label: Name | Texts = Field(
+        default="label",
+        description="Name of the label column, in tables and Hugging Face data sets; a list = several targets (tables)",
     )
     site_key: str = Field(
         default="site", min_length=1, description="Array (npz) or column (huggingface) that holds each row's site"
@@ -51,6 +52,10 @@ class Data(OpenSection):
     standardise: Literal["auto", "features", "image", "none"] = Field(
         default="auto",
         description="What gets mean 0 and variance 1: each feature or the whole image; auto = by the data's shape",
+    )
+    target: Literal["auto", "standardise", "log", "none"] = Field(
+        default="auto",
+        description="How numbers as labels are scaled for learning; auto = standardise, with an own problem none",
     )
     new_sites: Share | Count | Texts = Field(
         default=0.2, description="Sites that never train, drawn or named (share of sites, count of sites, or names)"
@@ -101,10 +106,21 @@ class Data(OpenSection):
         description="How far synthetic sites differ; 0 = all alike (standard deviations of the common weights)",
     )
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The label columns: one, or a column for each of several targets."""
+        return (self.label,) if isinstance(self.label, str) else self.label
+
     def conflicts(self) -> Conflicts:
         """Yields further keys of a built-in source, a path that is missing, and rotations without few-shot tasks."""
         yield from super().conflicts()
         if self.source not in MADE_SOURCES and ":" not in self.source and not self.path:
             yield "path", f'must name the data where source = "{self.source}"'
+        if not self.label_names or "" in self.label_names or len(set(self.label_names)) < len(self.label_names):
+            yield "label", "must name a column, or several different ones"
+        if len(self.label_names) > 1 and (self.task == "classification" or self.binarise is not None):
+            yield "label", "must be one column: several are targets of a regression"
+        if len(self.label_names) > 1 and self.source == "huggingface":
+            yield "label", 'must be one column where source = "huggingface"'
         if self.rotations and self.ways is None:
             yield "rotations", "must be false without data.ways: turned images are classes of few-shot tasks"

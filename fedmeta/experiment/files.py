@@ -26,6 +26,7 @@ from fedmeta.experiment.sections import (
 )
 from fedmeta.experiment.tracking_uri import default_uri, keep_user_info, without_user_info
 from fedmeta.experiment.validation import Scalar, Section, describe_type, from_text, on_one_line, report, to_param
+from fedmeta.targets import TargetKind
 
 Table = dict[str, Any]
 
@@ -151,6 +152,13 @@ class Experiment(Section):
         """Returns what decides which sites there are and what they hold: the rest is as it is by default."""
         own = ":" in self.problem.name or ":" in self.data.source
         return type(self)(data=self.data, problem=self.problem if own else Problem())
+
+    @property
+    def target_kind(self) -> TargetKind:
+        """What targets of a regression are standardized by: an own loss may need them as they are."""
+        if self.data.target != "auto":
+            return self.data.target
+        return "none" if ":" in self.problem.name else "standardise"
 
     @property
     def on_rows(self) -> bool:

@@ -189,7 +189,7 @@ class Evaluation(Section):
     every: int = Field(default=10, ge=0, description="Interval between evaluations; 0 = only at the end (rounds)")
     metrics: Annotated[Texts, Code()] = Field(
         default=(),
-        description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse and mae",
+        description="Metrics of every site: names or import paths; empty = accuracy and ece, or rmse, mae and r2",
     )
     score: Annotated[str, Code()] = Field(default="", description="Headline metric; empty = the first of the metrics")
     local_baseline: Literal["auto", "network", "none"] = Field(

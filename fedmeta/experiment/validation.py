@@ -74,7 +74,19 @@ def from_text(text: str, annotation: Any = Scalar) -> object:
     value = table["value"]
     if len(table) > 1 or not isinstance(value, str | int | float | list):
         return text
-    return text if annotation is str and not isinstance(value, str) else value
+    return text if _is_text(annotation) and not isinstance(value, str | list) else value
+
+
+def _is_text(annotation: Any) -> bool:
+    """Returns whether a key takes a text, or one or several, so that a number is the text of its digits."""
+    kinds = {_bare(each) for each in get_args(annotation)} if get_origin(annotation) in (Union, UnionType) else set()
+    return annotation is str or kinds == {str, tuple}
+
+
+def _bare(annotation: Any) -> Any:
+    """Returns a type without its marks and arguments."""
+    origin = get_origin(annotation)
+    return _bare(get_args(annotation)[0]) if origin is Annotated else origin or annotation
 
 
 # ---------------------------------------------------------------- types of keys
@@ -122,6 +134,7 @@ Widths = Annotated[
     TextFormat('whole numbers of at least 1 with commas between, at most 256, such as "64,64"'),
 ]
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
+Name = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]

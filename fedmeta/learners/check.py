@@ -206,7 +206,7 @@ def _derivative(
 ) -> None:
     """Compares a directional derivative with a central finite difference, where the message is a gradient."""
     if has_payload(learner.problem):
-        found.skipped.append("derivative: the problem sends statistics of its own")
+        found.skipped.append("derivative: the problem sends its own statistics")
         return
     if straight_through:
         found.skipped.append('derivative: runtime.check = "straight-through" lets it differ')

@@ -70,5 +70,5 @@ class MamlPlusPlus(Maml):
 
 
 def layer_of(name: str) -> str:
-    """Returns the layer that a parameter belongs to; a parameter of the model itself is a layer of its own."""
+    """Returns the layer that a parameter belongs to; a parameter of the model itself is its own layer."""
     return name.rpartition(".")[0] or name

@@ -3,7 +3,7 @@
 `query.sites`: a node replies with its sites' names, numbers of train and test rows and weights, the labels that occur
     there, the feature names and the shape of a row; for own problems a digest of the form of their data.
 `query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
-    feature over those sites' train rows, added up.
+    feature, and of each target of a regression, over those sites' train rows, added up.
 `query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
     that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
 `train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies

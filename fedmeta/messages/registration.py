@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -36,9 +36,16 @@ LONGEST_FORM = 200
 SLACK = 1e-9
 """How far rounding may carry a sum of many values beyond what is possible (share of it)."""
 
-PLURALS = {"site": "sites", "class": "classes", "feature": "features"}
+PLURALS = {"site": "sites", "class": "classes", "feature": "features", "target": "targets"}
 
-SCHEMA = ("classes", "features", "shape", "regression", "tokens", "form", "held_out")
+SUMS = ("count", "total", "square", "target_count", "target_total", "target_square")
+
+
+def _nothing() -> Floats:
+    return np.zeros(0)
+
+
+SCHEMA = ("classes", "features", "shape", "regression", "targets", "tokens", "form", "held_out")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class SitesReply:
         weights: What each site weighs in the mean with server.weighting = "examples"; fixed here for the run.
         form: A digest of the form of a task of an own source, which must be equal at all sites; empty for rows.
         held_out: Whether support and query are different data at these sites.
+        targets: What each target of a regression is called; empty for classes and for data that are no rows.
     """
 
     names: tuple[str, ...]
@@ -70,6 +78,7 @@ class SitesReply:
     weights: tuple[float, ...] = ()
     form: str = ""
     held_out: bool = True
+    targets: tuple[str, ...] = ()
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
@@ -81,6 +90,7 @@ class SitesReply:
             "tokens": self.tokens,
             "form": self.form,
             "held_out": self.held_out,
+            "targets": list(self.targets),
         }
         sizes: dict[str, Any] = {
             "train_rows": list(self.train_rows),
@@ -114,12 +124,13 @@ class SitesReply:
         if min(shape, default=1) < 1 or prod(shape) > MOST_VALUES:
             raise MessageError(f"the shape of a row is not positive, or has more than {MOST_VALUES} values")
         classes, features = (tuple(read_list(schema, key, str)) for key in ("classes", "features"))
+        targets = tuple(read_list(schema, "targets", str))
         tokens, form = read_scalar(schema, "tokens", bool), read_scalar(schema, "form", str)
         regression = read_scalar(schema, "regression", bool)
         if regression is bool(classes) and (regression or any((*rows["train_rows"], *rows["test_rows"]))):
             raise MessageError("its labels are numbers and it has classes, or they are classes and it has none")
         symbols = {name for name in classes if tokens and len(name) == 1}
-        for what, texts in {"site": names, "class": classes, "feature": features}.items():
+        for what, texts in {"site": names, "class": classes, "feature": features, "target": targets}.items():
             if len(set(texts)) < len(texts):
                 raise MessageError(f"two {PLURALS[what]} have the same name")
             if bad := first_bad_name(text for text in texts if text not in symbols):
@@ -140,6 +151,7 @@ class SitesReply:
             weights=weights,
             form=form,
             held_out=read_scalar(schema, "held_out", bool),
+            targets=targets,
         )
 
 
@@ -169,18 +181,29 @@ class SumsRequest:
 
 @dataclass(frozen=True)
 class SumsReply:
-    """Feature sums over the train rows of the sites asked for, missing values left out; float64, all of one shape.
+    """Sums over the train rows of the sites asked for, missing values left out; float64.
 
-    Where the request asked so (`per_site`), each site's own, along a leading axis [sites, ...].
+    Attributes:
+        count: How many values of each feature were observed.
+        total: Their sum.
+        square: The sum of their squares.
+        target_count: The same of each target of a regression [targets], or of its logarithm; empty for classes.
+        target_total: Their sum.
+        target_square: The sum of their squares.
+
+    Where the request asked so (`per_site`), each array has a leading axis [sites, ...], with each site's own.
     """
 
     count: Floats
     total: Floats
     square: Floats
+    target_count: Floats = field(default_factory=_nothing)
+    target_total: Floats = field(default_factory=_nothing)
+    target_square: Floats = field(default_factory=_nothing)
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
-        sums = {"count": self.count, "total": self.total, "square": self.square}
+        sums = {name: getattr(self, name) for name in SUMS}
         return RecordDict({"sums": write_arrays({name: torch.from_numpy(value) for name, value in sums.items()})})
 
     @classmethod
@@ -188,14 +211,10 @@ class SumsReply:
         """Reads a reply; raises `MessageError` where it is not one."""
         only(content, "sums")
         sums = {name: value.numpy() for name, value in read_arrays(content, "sums").items()}
-        only(sums, "count", "total", "square")
-        if len({value.shape for value in sums.values()}) != 1:
-            raise MessageError("the sums are not of one shape")
-        if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in sums.values()):
-            raise MessageError("the sums are not finite float64 numbers")
-        if (sums["count"] < 0).any() or (sums["square"] < 0).any():
-            raise MessageError("a count or a sum of squares is negative")
-        _check_possible(**sums)
+        only(sums, *SUMS)
+        for prefix in ("", "target_"):
+            count, total, square = (sums[f"{prefix}{name}"] for name in ("count", "total", "square"))
+            _check_possible(count, total, square)
         return cls(**sums)
 
 
@@ -205,6 +224,13 @@ def _check_possible(count: Floats, total: Floats, square: Floats) -> None:
     Of n values the sum is at most n times the largest number, and the sum of squares lies between total^2 / n (Cauchy
     and Schwarz) and n times its square.
     """
+    every = (count, total, square)
+    if len({value.shape for value in every}) != 1:
+        raise MessageError("the sums are not of one shape")
+    if not all(value.dtype == np.float64 and np.isfinite(value).all() for value in every):
+        raise MessageError("the sums are not finite float64 numbers")
+    if (count < 0).any() or (square < 0).any():
+        raise MessageError("a count or a sum of squares is negative")
     largest = float(np.finfo(np.float32).max)
     # The slack is for the rounding of sums of many values.
     if (np.abs(total) > count * largest * (1 + SLACK)).any() or (square > count * largest**2 * (1 + SLACK)).any():

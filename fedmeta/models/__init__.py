@@ -25,7 +25,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "conv4": conv4,
     "char_lstm": char_lstm,
 }
-"""Every named model: a function of (shape of a row, outputs) and keys of its own."""
+"""Every named model: a function of (shape of a row, outputs) and its own keys."""
 
 
 def build(name: str, shape: Shape, outputs: int, **settings: Any) -> nn.Module:

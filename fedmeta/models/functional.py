@@ -23,7 +23,7 @@ class FunctionalModel:
 
     Args:
         model: A module, or a function without arguments that makes one. A function is called again under the seed
-            by `init`, so that initial values of its own are kept; a module's layers are re-drawn by their
+            by `init`, so that its own initial values are kept; a module's layers are re-drawn by their
             `reset_parameters`, and parameters that no layer draws stay as they are.
 
     Raises:

@@ -65,9 +65,11 @@ def sums_of(found: Predictions, rows: int, metrics: Sequence[Metric], bins: Bins
         bins: The bins of log odds.
     """
     if not found.classes:
-        error = found.outputs - found.y
-        values = (len(found.y), found.y.sum(), (found.y**2).sum(), (error**2).sum(), np.abs(error).sum())
-        return {"regression": np.array(values, dtype=np.float64)}
+        y = found.y.reshape(len(found.y), -1)
+        error = found.outputs.reshape(y.shape) - y
+        count = np.full(y.shape[1], float(len(y)))
+        values = (count, y.sum(0), (y**2).sum(0), (error**2).sum(0), np.abs(error).sum(0))
+        return {"regression": np.stack(values, axis=-1).astype(np.float64)}
     n, classes, predicted = len(found.y), found.classes, found.predicted
     confusion = np.zeros((classes, classes))
     np.add.at(confusion, (found.y, predicted), 1.0)
@@ -98,16 +100,29 @@ def sums_of(found: Predictions, rows: int, metrics: Sequence[Metric], bins: Bins
     return sums
 
 
-def impossible(sums: Mapping[str, Floats], metrics: Sequence[Metric], classes: int, rows: float) -> str:
+def _regression_impossible(sums: Floats, rows: float) -> str:
+    """Returns why no predictions of one target have these sums [5], or "" where some may."""
+    n, total, square, squared_error, absolute_error = (float(value) for value in sums)
+    slack = 1e-6 * max(1.0, n)
+    if not 0 <= n <= rows + slack:
+        return "they are of more rows than there are"
+    if square * (1 + 1e-6) + slack < total**2 / max(n, 1.0) or min(square, squared_error, absolute_error) < 0:
+        return "a sum of squares or of errors is too small"
+    most = math.sqrt(squared_error * n)
+    return "the errors do not fit their squares" if absolute_error > most * (1 + 1e-6) + slack else ""
+
+
+def impossible(sums: Mapping[str, Floats], metrics: Sequence[Metric], classes: int, targets: int, rows: float) -> str:
     """Returns why no predictions have these sums, or "" where some may.
 
     Args:
         sums: What some sites added up, of one group before or after adaptation; finite numbers.
         metrics: What is to be pooled.
         classes: How many classes the run has; 0 for regression.
+        targets: How many targets a regression has.
         rows: The most test rows that these sites have; infinite where that is not known.
     """
-    shapes: dict[str, tuple[int, ...]] = {"regression": (5,)}
+    shapes: dict[str, tuple[int, ...]] = {"regression": (max(1, targets), 5)}
     if classes:
         shapes = {"rows": (2,), "confusion": (classes, classes), "losses": (2,), "calibration": (CALIBRATION_BINS, 2)}
         if {metric.name for metric in metrics} & set(CURVES):
@@ -115,14 +130,8 @@ def impossible(sums: Mapping[str, Floats], metrics: Sequence[Metric], classes: i
     if {name: value.shape for name, value in sums.items()} != shapes:
         return "they have other names or shapes than they should"
     if not classes:
-        n, total, square, squared_error, absolute_error = (float(value) for value in sums["regression"])
-        slack = 1e-6 * max(1.0, n)
-        if not 0 <= n <= rows + slack:
-            return "they are of more rows than there are"
-        if square * (1 + 1e-6) + slack < total**2 / max(n, 1.0) or min(square, squared_error, absolute_error) < 0:
-            return "a sum of squares or of errors is too small"
-        most = math.sqrt(squared_error * n)
-        return "the errors do not fit their squares" if absolute_error > most * (1 + 1e-6) + slack else ""
+        found = (_regression_impossible(own, rows) for own in sums["regression"])
+        return next((problem for problem in found if problem), "")
     every, n = (float(value) for value in sums["rows"])
     slack = 1e-6 * max(1.0, n)
     if not 0 <= n <= every <= rows + slack:
@@ -163,17 +172,19 @@ def _share(counts: Floats) -> Floats:
 
 def _one(name: str, sums: Mapping[str, Floats], positive: int) -> float | None:
     if "regression" in sums:
-        n, total, square, squared_error, absolute_error = (float(value) for value in sums["regression"])
-        if not n:
+        count, total, square, squared_error, absolute_error = sums["regression"].reshape(-1, 5).T
+        if not count.all():
             return math.nan
-        spread = square - total**2 / n
-        known = {
-            "rmse": math.sqrt(squared_error / n),
-            "mae": absolute_error / n,
-            "r2": 1 - squared_error / spread if spread > 0 else math.nan,
-            "nll": 0.5 * (math.log(2 * math.pi) + math.log(max(squared_error / n, 1e-12)) + 1),
-        }
-        return known.get(name)
+        spread = square - total**2 / count
+        # As a site's own figures: an error is averaged over targets, and R2 and nll are.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = {
+                "rmse": np.sqrt((squared_error / count).mean()),
+                "mae": (absolute_error / count).mean(),
+                "r2": np.where(spread > 0, 1 - squared_error / spread, np.nan).mean(),
+                "nll": 0.5 * (np.log(2 * np.pi) + np.log(np.maximum(squared_error / count, 1e-300)) + 1).mean(),
+            }
+        return float(values[name]) if name in values else None
     rows, n = (float(value) for value in sums["rows"])
     if not n:
         return math.nan

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import vmap
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.problems.metric import Metric
-from fedmeta.problems.rows import calibration_error, loss, masked_mean, row_losses, score
+from fedmeta.problems.rows import calibration_error, loss, masked_mean, score
+from fedmeta.targets import TargetScale
 
 Floats = NDArray[np.float64]
 
@@ -38,9 +40,9 @@ class Predictions:
     """A site's predictions, as scikit-learn takes them.
 
     Attributes:
-        y: True class codes [n], or targets.
+        y: True class codes [n], or targets [n] or, of several, [n, targets].
         probabilities: [n, classes] in float64; for regression empty.
-        outputs: The model's outputs [n] for regression.
+        outputs: The model's outputs for regression, in the shape of `y`.
         classes: The number of classes; 0 for regression.
         positive: The code of the positive class.
     """
@@ -91,8 +93,10 @@ def _mae(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 
 def _gaussian_nll(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    variance = masked_mean(row_losses(outputs, y), mask)
-    return 0.5 * (math.log(2 * math.pi) + variance.clamp(min=1e-12).log() + 1)
+    # Of errors that are normal with their own variance; of several targets the mean over them.
+    errors = (outputs.reshape(y.shape) - y).square().reshape(len(y), -1)
+    variance = (errors * mask[:, None]).sum(0) / mask.sum().clamp(min=1)
+    return 0.5 * (math.log(2 * math.pi) + variance.clamp(min=torch.finfo(variance.dtype).tiny).log() + 1).mean()
 
 
 def _by_class(compute: Callable[..., float], prediction: bool) -> OnPredictions:
@@ -180,7 +184,7 @@ BUILT_IN: dict[str, RowMetric] = {
 }
 """Every built-in metric on rows by its name."""
 
-DEFAULTS = {False: ("accuracy", "ece"), True: ("rmse", "mae")}
+DEFAULTS = {False: ("accuracy", "ece"), True: ("rmse", "mae", "r2")}
 """The metrics of classification and of regression where an experiment names none."""
 
 
@@ -239,6 +243,32 @@ def predictions_of(outputs: NDArray[Any], y: NDArray[Any], positive: int) -> Pre
     shifted = np.exp(logits - logits.max(1, keepdims=True, initial=-math.inf)) if len(logits) else logits
     probabilities = shifted / shifted.sum(1, keepdims=True)
     return Predictions(y[known], probabilities, np.empty(0), outputs.shape[-1], positive)
+
+
+def in_original_units(
+    outputs: Tensor, y: Tensor, mask: Tensor, target: TargetScale, metrics: Sequence[Metric]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Returns the metrics of a regression that torch computes [sites, steps], in the targets' own units and float64.
+
+    Args:
+        outputs: A model's outputs, in standard units [sites, steps, n, targets].
+        y: Targets, in standard units [sites, n] or [sites, n, targets].
+        mask: 1 for each row [sites, n].
+        target: What targets were standardized by.
+        metrics: The run's metrics.
+
+    Returns:
+        The metrics, and outputs and targets in their own units.
+    """
+    outputs, y, mask = target.restore(outputs.double()), target.restore(y.double()), mask.double()
+    # Padding is 0 and so that of no target; where it is not finite it would make every sum so.
+    outputs = torch.where(mask[:, None, :, None] > 0, outputs, 0.0)
+    y = torch.where(mask.reshape(*mask.shape, *[1] * (y.dim() - 2)) > 0, y, 0.0)
+    found = {}
+    for each in metrics:
+        if isinstance(each, RowMetric) and each.on_tensors is not None:
+            found[each.name] = vmap(vmap(each.on_tensors, (0, None, None)))(outputs, y, mask)
+    return found, outputs, y
 
 
 def on_predictions(metric: RowMetric, found: Predictions) -> float:

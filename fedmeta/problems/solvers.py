@@ -167,6 +167,71 @@ class ClosedForm(Solver):
 
 
 @dataclass(frozen=True)
+class OptimalityCriteria(Solver):
+    """Optimality criteria for a cost that falls with each variable, whose sum is fixed (Bendsoe and Sigmund 2003).
+
+    x <- clip(x (-s / lambda)^damping),  lambda such that the sum of x stays as it is
+
+    with s = `problem.sensitivity(parameters, data)`, the cost's derivative by each variable as if the sum were free,
+    often filtered so that it is no gradient. The rate is the longest move of a variable in a step. The steps are
+    differentiable, lambda by the implicit function theorem: what is differentiated is the map that the solver is. The
+    start is `constrain`ed first, which must leave allowed variables as they are (a projection).
+
+    Attributes:
+        damping: The exponent.
+        lowest: The least value of a variable.
+        highest: The greatest.
+    """
+
+    damping: float = 0.5
+    lowest: float = 1e-3
+    highest: float = 1.0
+
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the path of `steps` steps."""
+        if not hasattr(problem, "sensitivity"):
+            raise FedmetaError(
+                "the solver OptimalityCriteria needs the problem's sensitivity(parameters, data): the derivative of "
+                "the cost by each variable that moves"
+            )
+        path = [parameters]
+        for _ in range(steps):
+            own = problem.constrain(path[-1])
+            found = getattr(problem, "sensitivity")(own, data)  # noqa: B009
+            shapes = {name: own[name].shape for name in rates}
+            x = torch.cat([own[name].reshape(-1) for name in shapes])
+            benefit = torch.cat([-found[name].reshape(-1) for name in shapes])
+            moves = torch.cat(
+                [torch.as_tensor(rates[n], dtype=x.dtype).expand(shape).reshape(-1) for n, shape in shapes.items()]
+            )
+            parts = torch.split(self._step(x, benefit, moves), [shape.numel() for shape in shapes.values()])
+            path.append({**own, **{n: v.reshape(shapes[n]) for n, v in zip(shapes, parts, strict=True)}})
+        return path
+
+    def _step(self, x: Tensor, benefit: Tensor, moves: Tensor) -> Tensor:
+        least = benefit.detach().max() * 1e-15
+        grown = x * benefit.clamp(min=least) ** self.damping
+        low, high = (x - moves).clamp(min=self.lowest), (x + moves).clamp(max=self.highest)
+
+        def at(multiplier: Tensor) -> Tensor:
+            return torch.minimum(torch.maximum(grown * multiplier, low), high)
+
+        # A root in log of multiplier = lambda^-damping, by bisection; it is monotonic.
+        total, rough = x.detach().sum(), grown.detach()
+        bottom = torch.log(low.detach().min() / rough.max())
+        top = torch.log(high.detach().max() / rough.min())
+        for _ in range(60):
+            middle = (bottom + top) / 2
+            beyond = torch.minimum(torch.maximum(rough * middle.exp(), low.detach()), high.detach()).sum() > total
+            bottom, top = torch.where(beyond, bottom, middle), torch.where(beyond, middle, top)
+        root = ((bottom + top) / 2).exp()
+        # One Newton step from the root changes no value and carries its derivative.
+        free = (rough * root > low.detach()) & (rough * root < high.detach())
+        slope = (rough * free).sum()
+        return at(root - torch.where(slope > 0, (at(root).sum() - x.sum()) / torch.where(slope > 0, slope, 1.0), 0.0))
+
+
+@dataclass(frozen=True)
 class CrossEntropy(Solver):
     """The cross-entropy method (Rubinstein 1999): sample, keep the elite, fit a normal distribution. A black box.
 

@@ -29,7 +29,7 @@ class Supervised(Problem):
 
     Args:
         model: A torch module, or a function that makes one (called again under the seed by `init`).
-        metrics: What sites are scored by, the score first; None for accuracy and ece, or rmse and mae for regression.
+        metrics: What sites are scored by, the score first; None for accuracy and ece, or rmse, mae and r2.
         positive: The code of the class that one-sided metrics are about.
         with_outputs: Whether evaluations hold the model's outputs, for metrics that scikit-learn computes.
     """

@@ -1,4 +1,4 @@
-"""One page about a run or a comparison, to hand on: HTML that opens without a network, and Markdown beside it."""
+"""One page about a run or a comparison, to share: HTML that opens without a network, and Markdown beside it."""
 
 from fedmeta.report.writing import write
 

@@ -44,7 +44,7 @@ def run(
         experiment: The run's description.
         runtime: "local" (server and sites in this process), "ray" (Flower's simulation) or "deployment" (a federation
             whose SuperLink the environment names; see `fedmeta.runtime.deployment`).
-        resume: A run of this experiment to go on with: its folder, that folder's name, its MLflow id, or "auto" for the
+        resume: A run of this experiment to resume: its folder, that folder's name, its MLflow id, or "auto" for the
             newest unfinished one; None starts a new one.
         report: Takes progress.
 
@@ -72,14 +72,14 @@ def run(
     return RUNTIMES[runtime](experiment, folder, report)
 
 
-def _check_same(told: Experiment, stored: Experiment, folder: Path) -> None:
-    """Checks that a run to go on with is of the experiment that the user told; where it is tracked may differ."""
+def _check_same(given: Experiment, stored: Experiment, folder: Path) -> None:
+    """Checks that a run to resume is of the experiment that the user gave; where it is tracked may differ."""
     known = stored.params()
-    for key, value in told.params().items():
+    for key, value in given.params().items():
         if value != known.get(key) and not key.startswith("tracking."):
             raise FedmetaError(
                 f"--resume {folder.name}: a run of another experiment, with {key} = {known.get(key)} and not {value}; "
-                f"it goes on with {folder / 'experiment.toml'}"
+                f"it resumes with {folder / 'experiment.toml'}"
             )
 
 
@@ -98,7 +98,7 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
     for note in check_own_code(experiment):
         report(Progress(0, experiment.server.rounds, note=note))
     grid = LocalGrid(app, experiment)
-    node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
+    node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
     outcome = training_loop.run(grid, experiment, report, resume, data_here=True)
     return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from clients.app import app
 from clients.node import RowNode, learner_for, node_of
 from fedmeta.build import smoke_test
-from fedmeta.data import order_classes, standardisation
+from fedmeta.data import order_classes, standardisation, target_scale
 from fedmeta.experiment import Experiment
 from fedmeta.learners.check import MOST_PARAMETERS, Checked, check
 from fedmeta.runtime.local import LocalGrid
@@ -25,8 +27,10 @@ def check_experiment(experiment: Experiment) -> Checked:
     node = node_of(LocalGrid(app, experiment).context)
     sites = np.unique(np.linspace(0, len(node.hosted) - 1, SITES).astype(np.int64))
     classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
-    scale = standardisation(node.sums(node.hosted[sites]))
-    batch = node.training_batch(node.hosted[sites], 1, scale, classes)
+    here = node.hosted[sites]
+    target = target_scale(node.target_sums(here), experiment.target_kind)
+    scale = replace(standardisation(node.sums(here)), target=target)
+    batch = node.training_batch(here, 1, scale, classes)
     tasks = [batch.task(site) for site in range(batch.sites)]
     straight_through = experiment.runtime.check == "straight-through"
     return check(learner_for(node, classes), tasks, experiment.runtime.seed, straight_through)

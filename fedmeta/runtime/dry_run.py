@@ -71,10 +71,10 @@ def dry_run(experiment: Experiment, node_config: str) -> list[Reply]:
             # All of these have a node send the same; this one takes a single reply.
             alone = alone.with_overrides(["server.aggregator=median", "server.byzantine=0.0"])
         grid = _RecordingGrid(app, alone)
-        # Personal parameters stay at the site, and those of a rehearsal are none.
+        # Personal parameters stay at the site, and those of a dry run are none.
         grid.context.node_config.clear()
         grid.context.node_config.update({**config, "state": f"{folder}/state"})
-        node_of(grid.context)  # whatever is wrong with the data is said in full here, where nobody else is listening
+        node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
         from server import training_loop
 
         training_loop.run(grid, alone, ignore_progress)

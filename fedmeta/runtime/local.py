@@ -83,5 +83,5 @@ class LocalGrid(Grid):
         return [self._client(self._pending.pop(name), self.context) for name in message_ids if name in self._pending]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Returns the node's replies. There is nobody to wait for, so that `timeout` has no effect."""
+        """Returns the node's replies. There is no other process to wait for, so that `timeout` has no effect."""
         return self.pull_messages(self.push_messages(messages))

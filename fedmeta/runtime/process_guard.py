@@ -1,6 +1,6 @@
 """Runs a command and, when stdin closes, ends whatever came of it: `python -I process_guard.py COMMAND [ARGUMENT]...`.
 
-Flower's SuperLink and Ray start processes in sessions of their own, which outlive whoever started them. This process
+Flower's SuperLink and Ray start processes in sessions of their own, which outlive their launcher. This process
 holds the read end of a pipe to the launcher: however that ends, by Ctrl-C or killed, the pipe closes, and everything
 that descends from the command is ended, by process id. On Linux orphans come back to this process as their reaper, so
 that none is overlooked. It runs by its path and needs the standard library alone, and so starts at once.

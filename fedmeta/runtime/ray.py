@@ -65,11 +65,11 @@ _STOP_S = 60.0
 
 
 def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[dict[str, Any], Path]:
-    """Runs an experiment on Flower's simulation, with a SuperLink of its own that is gone afterwards.
+    """Runs an experiment on Flower's simulation, with its own SuperLink that is gone afterwards.
 
     Args:
         experiment: The run's description, with absolute paths.
-        resume: The folder of an unfinished run to go on with.
+        resume: The folder of an unfinished run to resume.
         report: Takes progress.
 
     Returns:
@@ -79,7 +79,7 @@ def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[di
         FedmetaError: The data or the experiment is not usable, or the run failed; the message says where its log is.
         KeyboardInterrupt: The user stopped it; a checkpoint has been written where training had begun.
     """
-    # Whatever is wrong with the data is said in full here, where nobody else is listening.
+    # Errors in the data are reported in full here, since they are the user's own.
     source = source_of(experiment)
     sites = len(source.sites()) if isinstance(source, TaskSource) else len(source)
     nodes = min(experiment.runtime.nodes, sites)

@@ -55,7 +55,7 @@ def write_app(folder: Path) -> Path:
 
 
 def write_run_config(path: Path, experiment: str, resume: str = "") -> Path:
-    """Writes the run config: the experiment's TOML under its one key, and which run of the server's to go on with."""
+    """Writes the run config: the experiment's TOML under its one key, and which run of the server's to resume."""
     path.write_text(f"experiment = {to_text(experiment)}\nresume = {to_text(resume)}\n", encoding="utf-8")
     return path
 
@@ -95,7 +95,7 @@ def keep(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[
         raise FedmetaError(f'{command[0]} is not installed: pip install "flwr[simulation]"')
     keeper = [sys.executable, "-I", str(Path(__file__).with_name("process_guard.py")), program, *command[1:]]
     with log.open("ab") as file:
-        # A session of its own, so that Ctrl-C comes to this process alone and the run can end in order.
+        # Its own session, so that Ctrl-C comes to this process alone and the run can end in order.
         process = subprocess.Popen(
             keeper, stdin=subprocess.PIPE, stdout=file, stderr=file, env=dict(env), start_new_session=True
         )
@@ -136,7 +136,7 @@ def superlink(home: Path, env: Mapping[str, str], log: Path) -> Iterator[subproc
 
 
 def free_port() -> int:
-    """Returns a port of this machine that nobody listens on."""
+    """Returns a port of this machine that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

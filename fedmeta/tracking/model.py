@@ -30,6 +30,9 @@ SUPPORT: Mapping[str, tuple[str, Any]] = {
 }
 """The parameters of a prediction that make a run's model a site's own: their types and what they are if left out."""
 
+PROBABILITIES: Mapping[str, tuple[str, Any]] = {"probabilities": ("boolean", False)}
+"""The parameter that asks for the classes' probabilities in place of their names."""
+
 
 def save(
     folder: Path, data: Path, example: NDArray[Any], columns: tuple[str, ...], *, regression: bool, adapts: bool
@@ -48,19 +51,23 @@ def save(
         os.environ.setdefault(key, value)
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     shown: Any = pd.DataFrame(example, columns=list(columns)) if columns else example
-    inputs: list[Any] = [ColSpec("double", name) for name in columns]
-    inputs = inputs or [TensorSpec(example.dtype, (-1, *example.shape[1:]))]
+    # Of any type: MLflow refuses whole numbers and truth values for "double". What is no number is refused by the
+    # model, as is an array of another shape, for which MLflow would want the very type too.
+    of_any_type: Any = AnyType
+    inputs = Schema([ColSpec(of_any_type(), name) for name in columns]) if columns else None
     outputs: list[Any] = [ColSpec("double" if regression else "string")]
-    params = ParamSchema([ParamSpec(name, kind, usual) for name, (kind, usual) in SUPPORT.items()])
+    known = {**(SUPPORT if adapts else {}), **({} if regression else PROBABILITIES)}
+    params = ParamSchema([ParamSpec(name, kind, usual) for name, (kind, usual) in known.items()])
     mlflow.pyfunc.save_model(
         str(folder),
         loader_module=LOADER,
         data_path=str(data),
-        signature=ModelSignature(Schema(inputs), Schema(outputs), **({"params": params} if adapts else {})),
+        signature=ModelSignature(inputs, Schema(outputs), **({"params": params} if known else {})),
         input_example=shown,
         # Given, since MLflow would otherwise load the model in another process to see what it imports.
         pip_requirements=[f"fedmeta=={__version__}"],

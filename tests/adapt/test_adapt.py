@@ -1,6 +1,7 @@
 """A site that joins after the run: from the command line to the model in its folder."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fedmeta.adapt.initialization import FILE as START
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.locate import find_start
 from fedmeta.adapt.model import FILE, SiteModel
-from fedmeta.adapt.rows import read_rows
+from fedmeta.adapt.rows import raw_rows, read_inputs, read_rows
 from fedmeta.adapt.serving import _load_pyfunc
 from fedmeta.cli.main import app
 from fedmeta.errors import FedmetaError
@@ -118,7 +119,7 @@ def test_columns_may_come_in_any_order(tables: Path, tmp_path: Path) -> None:
     ("columns", "labels", "message"),
     [
         (("age", "dosis", "weight"), ["ill", "well"], 'lacks "dose" and has "dosis" besides'),
-        (("age", "dose", "weight", "patient"), ["ill", "well"], 'has "patient" besides'),
+        (("age", "dose", "patient"), ["ill", "well"], 'lacks "weight" and has "patient" besides'),
         (COLUMNS, ["ill", "healthy"], '"healthy" is no class of the run, whose classes are "ill", "well"'),
     ],
 )
@@ -272,3 +273,103 @@ def test_a_run_that_chose_how_far_to_adapt_hands_that_on(tmp_path: Path) -> None
     plain = {name: value for name, value in start.meta_state.items() if name.startswith("alpha.")}
     assert plain
     assert all(torch.equal(start.state[name], value * chosen["rate"]) for name, value in plain.items())
+
+
+def inputs(start: MetaModel, x: Any) -> dict[str, Any]:
+    """Ways to give the same rows."""
+    import pandas as pd
+
+    frame = pd.DataFrame(x, columns=list(start.form.features))
+    return {
+        "array": x,
+        "frame": frame,
+        "another order": frame[list(reversed(frame.columns))],
+        "columns besides": frame.assign(ward="north", **{"admission date": pd.Timestamp("2020-01-01")}),
+        "names with spaces": frame.rename(columns={"age": " age "}),
+        "objects": frame.astype(object).where(frame.notna(), None),
+        "mapping": {name: frame[name].to_numpy() for name in frame},
+    }
+
+
+def test_rows_are_taken_by_the_names_of_their_columns(tables: Path, tmp_path: Path) -> None:
+    """Every way to give rows, to torch, the served model and the served start, gives the same predictions."""
+    start = MetaModel.read(tables / START)
+    folder = writing.write(adaptation.adapt(start, str(site(tmp_path))), tmp_path / "out").folder
+    model, servers = SiteModel.read(folder / FILE), (_load_pyfunc(str(folder)), _load_pyfunc(str(tables)))
+    x = rows(9, 30, 3.0, missing=0.2)[0]
+    # Whole numbers and truth values are numbers.
+    x_there = np.nan_to_num(x)
+    plain = np.stack([x_there[:, 0].round().astype(int), x[:, 1] > 0.2, x_there[:, 2].round().astype(int)], 1)
+    for numbers_ in (x, plain):
+        wanted, probabilities = model.predict(numbers_.astype(float)), model.predict_proba(numbers_.astype(float))
+        assert np.allclose(probabilities.sum(1), 1)
+        assert [start.form.classes[code] for code in probabilities.argmax(1)] == wanted.tolist()
+        global_ = servers[1].predict(numbers_.astype(float)).tolist()
+        for name, given in inputs(start, numbers_).items():
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                assert model.predict(given).tolist() == wanted.tolist(), name
+                assert servers[0].predict(given).tolist() == wanted.tolist(), name
+                assert servers[1].predict(given).tolist() == global_, name
+            assert len(noted) == (3 if name == "columns besides" else 0), name
+            assert all('"ward", "admission date"' in str(each.message) for each in noted)
+        served = servers[0].predict(numbers_.astype(float), {"probabilities": True})
+        assert list(served.columns) == list(start.form.classes)
+        assert np.allclose(served.to_numpy(), probabilities)
+        assert servers[0].get_raw_model().predict(numbers_.astype(float)).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.drop(columns="dose").assign(dosis=1.0), 'lacks "dose" and has "dosis" besides.*did you'),
+        (lambda frame: frame.assign(dose="high"), r'column "dose" row 0 \(from 0\) is "high", not a number'),
+        (lambda frame: frame.assign(dose=np.inf), r'row 0 \(from 0\), column "dose" is infinite'),
+        (lambda frame: frame.set_axis(["age", "dose", "age"], axis=1), 'lacks "weight"'),
+        (lambda frame: frame.assign(more=1.0).set_axis(["age", "dose", "weight", "age"], axis=1), "more than once"),
+        (lambda frame: frame.to_numpy()[:, :2], r"rows have shape \(2,\), the run's \(3,\)"),
+        (lambda frame: frame["age"].to_numpy(), r"rows have shape \(\), the run's \(3,\)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_by_name(tables: Path, change: Any, message: str) -> None:
+    import pandas as pd
+
+    start = MetaModel.read(tables / START)
+    frame = pd.DataFrame(rows(9, 5, 3.0)[0], columns=list(start.form.features))
+    model = SiteModel.of(start, start.learner.theta(start.state))
+    for predict in (model.predict, model.predict_proba, _load_pyfunc(str(tables)).predict):
+        with pytest.raises(FedmetaError, match=message):
+            predict(change(frame))
+
+
+def test_other_columns_of_a_file_are_left_out_with_a_note(tables: Path, tmp_path: Path) -> None:
+    """Texts and dates too, which could not be features."""
+    x, score = rows(3, 30, 3.0)
+    start = MetaModel.read(tables / START)
+    bare = read_rows(start, str(write_csv(tmp_path / "a.csv", x, said(score))))
+    wide = np.concatenate([np.full((30, 1), "P. Smith"), x.astype(object)], 1)
+    path = write_csv(tmp_path / "b.csv", wide, said(score), ("name", *COLUMNS))
+    found = read_rows(start, str(path))
+    assert torch.equal(found.x, bare.x)
+    assert len(found.notes) == 1
+    assert '"name" had no part in the run' in found.notes[0]
+    assert found.notes[0] in adaptation.adapt(start, str(path)).warnings
+    assert bare.notes == ()
+
+
+def test_rows_to_predict_need_no_label(tables: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    start = MetaModel.read(tables / START)
+    x = rows(4, 12, 3.0, missing=0.1)[0]
+    frame = pd.DataFrame(x, columns=list(COLUMNS))
+    frame[["weight", "age", "dose"]].assign(note="x").to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    np.savez(tmp_path / "rows.npz", x=x[:, ::-1], feature_names=np.array(COLUMNS[::-1]))
+    for name in ("rows.csv", "rows.parquet", "rows.npz"):
+        found, notes = read_inputs(start.form, start.experiment.data, str(tmp_path / name))
+        assert np.array_equal(found, raw_rows(x, start.form)[0], equal_nan=True), name
+        assert bool(notes) == (name == "rows.csv")
+    frame.drop(columns="dose").to_csv(tmp_path / "less.csv", index=False)
+    with pytest.raises(FedmetaError, match=r'less\.csv lacks "dose"'):
+        read_inputs(start.form, start.experiment.data, str(tmp_path / "less.csv"))

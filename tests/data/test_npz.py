@@ -196,7 +196,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "x is complex": ({"x": LARGE * 1j}, {}, r'array "x" has type complex128'),
     "x is one value": ({"x": 3.0}, {}, r'array "x" is a single value'),
     "x without features": ({"x": np.zeros((12, 0))}, {}, r"its rows are empty"),
-    "y of two columns": ({"y": np.zeros((12, 2))}, {}, r'array "y" has shape \(12, 2\)'),
+    "y of two columns": ({"y": np.zeros((12, 2), int)}, {}, r'array "y" has shape \(12, 2\)'),
     "y missing": ({"y": with_value(np.nan)[:, 2]}, {}, r'"y", row 6 \(from 0\), site "site-09" is nan'),
     "y infinite": ({"y": with_value(np.inf)[:, 2]}, {}, r'"y", row 6 \(from 0\), site "site-09" is inf'),
     "y a fraction": (

@@ -40,7 +40,8 @@ def test_features_by_numpy(x: Any, chunk: int) -> None:
     np.testing.assert_array_equal(found.count, (~np.isnan(x)).sum(0))
     np.testing.assert_allclose(found.total, np.nansum(wide, 0), atol=1e-9)
     np.testing.assert_allclose(found.square, np.nansum(wide**2, 0), atol=1e-9)
-    for column, (mean, scale) in enumerate(zip(*vars(standardisation(found)).values(), strict=True)):
+    scaling = standardisation(found)
+    for column, (mean, scale) in enumerate(zip(scaling.mean, scaling.scale, strict=True)):
         own = wide[~np.isnan(wide[:, column]), column]
         assert mean == pytest.approx(own.mean() if len(own) else 0, abs=1e-4)
         deviation = own.std() if len(own) else 0

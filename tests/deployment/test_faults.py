@@ -310,7 +310,7 @@ def test_a_server_that_is_killed_and_restarted_and_a_deployed_run_that_is_gone_o
         fedmeta.run(experiment, runtime="deployment", report=lambda progress: over.append(progress.round_number))
     assert re.fullmatch(
         r"run \d+ failed \(in MLflow \w+\): its server ended without a word; see: fedmeta flower log \d+; "
-        r"to go on: --resume \w+",
+        r"to resume: --resume \w+",
         str(refusal.value),
     )
     (folder,) = (tmp_path / "runs").iterdir()
@@ -442,7 +442,7 @@ def test_a_store_whose_disk_is_full_costs_no_round_and_gets_it_all_later(
     result = fedmeta.run(experiment, report=report)
     assert result.summary["rounds"] == 80
     assert (result.folder / "unsent.jsonl").is_file()
-    assert "does not answer (database or disk is full); the run goes on" in capsys.readouterr().err
+    assert "does not answer (database or disk is full); the run continues" in capsys.readouterr().err
     (small_disk / "ballast").unlink()
     sent = command("sync", str(result.folder))
     assert sent.returncode == 0, sent.stderr

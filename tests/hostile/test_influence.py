@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.build import learner_of
-from fedmeta.data.sums import FeatureSums, median_standardisation, standardisation
+from fedmeta.data.sums import FeatureSums, median_sums, standardisation
 from fedmeta.messages import EngineReply, TrainReply
 from fedmeta.progress import Progress, ignore_progress
 from server import training_loop
@@ -278,19 +278,19 @@ def test_robust_statistics_are_near_the_usual_ones_and_false_sites_do_not_move_t
     lies = [(np.full(3, 40.0), np.full(3, 40.0 * 1e6), np.full(3, 40.0 * 1e13))] * 4
     plain = standardisation(FeatureSums(*(np.sum(part, axis=0) for part in zip(*own, strict=True))))
     for sums in (own, own + lies):
-        found = median_standardisation(FeatureSums(*(np.stack(part) for part in zip(*sums, strict=True))))
+        found = standardisation(median_sums(FeatureSums(*(np.stack(part) for part in zip(*sums, strict=True)))))
         np.testing.assert_allclose(found.mean, plain.mean, atol=1.0)
         np.testing.assert_allclose(found.scale, plain.scale, rtol=0.4)
 
 
 def test_robust_statistics_of_what_is_constant_or_was_never_seen() -> None:
     count, total, square = np.array([[4.0, 4, 0]] * 5), np.array([[8.0, 0, 0]] * 5), np.array([[16.0, 0, 0]] * 5)
-    found = median_standardisation(FeatureSums(count, total, square))
+    found = standardisation(median_sums(FeatureSums(count, total, square)))
     assert found.mean.tolist() == [2.0, 0.0, 0.0]
     assert found.scale.tolist() == [1.0, 1.0, 1.0]
     # Constant within sites and different between them: the distance between sites is the spread.
     total, square = np.arange(5.0)[:, None] * 4e3, (np.arange(5.0)[:, None] * 1e3) ** 2 * 4
-    found = median_standardisation(FeatureSums(np.full((5, 1), 4.0), total, square))
+    found = standardisation(median_sums(FeatureSums(np.full((5, 1), 4.0), total, square)))
     assert found.mean.tolist() == [2000.0]
     assert found.scale.tolist() == [pytest.approx(1482.6)]
 

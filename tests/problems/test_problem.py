@@ -1,8 +1,10 @@
 """Own problems: exact derivatives, every learner, refusals."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.learners import LEARNERS, build, trained
 from fedmeta.learners.check import check
 from fedmeta.problems import Clipped, CrossEntropy, Momentum, Solver, Supervised
+from fedmeta.progress import ignore_progress
+from fedmeta.search.compare import compare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -239,7 +243,7 @@ def test_check_refuses_a_model_whose_rows_mix():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
     monkeypatch.chdir(tmp_path)
 
     def experiment(*settings: str) -> fedmeta.Experiment:
@@ -303,3 +307,36 @@ def test_frozen_parameters_and_buffers_are_seeded_and_travel():
         assert found.keys() == trained(one).keys()
         assert all(torch.allclose(value, results[0][name], atol=1e-6) for name, value in found.items())
     assert isinstance(one["frozen.matrix"], Tensor)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["server.aggregator=median", "server.byzantine=1"],
+        ["server.aggregator=krum", "server.byzantine=1", "server.sites_per_round=0"],
+        ["privacy.clip_norm=1", "privacy.noise_multiplier=0.5"],
+        ["evaluation.schedule=auto", "evaluation.validation_sites=2"],
+        ["server.weighting=examples"],
+        ["learner.name=meta-sgd", "server.optimizer=momentum"],
+        ["model.dtype=float64"],
+    ],
+    ids=" ".join,
+)
+def test_what_works_for_rows_works_for_an_own_problem(own, settings):
+    summary = fedmeta.run(own("server.rounds=3", *settings)).summary
+    assert summary["failures"] == 0
+    assert math.isfinite(summary["new_sites"]["personalized"]["mean"])
+
+
+def test_step_selection_by_folds_of_rows_is_refused_by_name(own):
+    with pytest.raises(FedmetaError, match=r"gate = true.*folds of rows"):
+        fedmeta.run(own("server.rounds=1", "evaluation.gate=true"))
+
+
+def test_several_learners_are_ranked_by_the_own_score(own, tmp_path):
+    found = compare(own("server.rounds=3"), ["fedavg-ft", "maml", "average"], 2, report=lambda *_: ignore_progress)
+    assert found.score.name == "coherence"
+    assert found.score.higher_is_better
+    means = found.table["personalized"].to_numpy()
+    assert (np.diff(means) <= 0).all()  # best first, of scores that are negative
+    assert (means < 0).all()

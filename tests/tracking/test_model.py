@@ -121,6 +121,21 @@ def test_a_store_without_models_keeps_them_as_artifacts(finished: tuple[str, fed
     assert "model/MLmodel" in [file.path for file in client.list_artifacts(other.info.run_id, "model")]
 
 
+def test_any_numbers_are_taken_by_name(finished: tuple[str, fedmeta.Result, MetaModel], loaded: Any) -> None:
+    """Whole numbers and truth values, in any order, with columns besides; a missing column is refused by name."""
+    _, _, start = finished
+    whole = pd.DataFrame({"weight": [70000, 65000], "dose": [True, False], "age": [50, 61]})
+    assert whole.dtypes.map(str).tolist() == ["int64", "bool", "int64"]
+    wanted = loaded.predict(whole.astype(float)[list(start.form.features)]).tolist()
+    assert loaded.predict(whole).tolist() == wanted
+    assert loaded.predict(whole.assign(ward="north")).tolist() == wanted
+    probabilities = loaded.predict(whole, params={"probabilities": True})
+    assert [probabilities.columns[code] for code in probabilities.to_numpy().argmax(1)] == wanted
+    with pytest.raises(MlflowException, match=r"missing inputs .*dose"):
+        loaded.predict(whole.drop(columns="dose"))
+    assert [column.name for column in loaded.metadata.signature.inputs.inputs] == list(start.form.features)
+
+
 @pytest.mark.slow
 def test_mlflow_serves_it(finished: tuple[str, fedmeta.Result, MetaModel], tmp_path: Path) -> None:
     _, result, start = finished

@@ -1,7 +1,7 @@
 """A computation on tensors, recorded as straight-line code and run_captured on other numbers of the same shapes.
 
 What a cohort computes is the same in every round: the numbers change, and not the operations. A module, an inner loop
-and automatic differentiation decide on them anew each time, which for small layers takes longer than the operations
+and automatic differentiation decide on them again each time, which for small layers takes longer than the operations
 themselves. The recording is the list of torch's operations that they came to, differentiation included, without what
 repeats or adds zeros. A replay runs the same kernels on the same layouts, so that it gives the same bits; that is
 checked before one is used, and what cannot be recorded, such as random numbers, is computed as ever.

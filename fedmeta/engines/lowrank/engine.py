@@ -122,7 +122,7 @@ def _finite_sum(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Returns the weighted sum over the sites whose loss and gradient are finite, all losses, and which sites are.
 
-    A sum that is not finite tells that some site is to blame: those with such losses are left out first, then halves
+    A sum that is not finite shows that some site is to blame: those with such losses are left out first, then halves
     are tried, until each is alone.
     """
     gradient, losses = _replayed_sum(learner, meta_state, batch, weights)

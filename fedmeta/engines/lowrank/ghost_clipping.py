@@ -158,7 +158,7 @@ def _pieces(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
 def _squares(inputs: Tensor, errors: Tensor) -> Tensor:
     """Returns |A^T G|^2 [sites], by the pairs of rows or by the product itself, whichever is smaller.
 
-    In float64: pairs of rows may cancel, and a norm told too small would let a site send more than it may.
+    In float64: pairs of rows may cancel, and a norm that is too small would let a site send more than it may.
     """
     rows, width, outputs = inputs.shape[1], inputs.shape[2], errors.shape[2]
     inputs, errors = inputs.double(), errors.double()

@@ -162,7 +162,7 @@ def _size(node: fx.Node) -> tuple[int, Any]:
 
 
 def _noted(node: fx.Node) -> bool:
-    """Whether it is noted where the line's result lies; of several results each has a line of its own."""
+    """Whether it is noted where the line's result lies; of several results each has its own line."""
     return "memory" in node.meta
 
 
