@@ -88,6 +88,7 @@ def becomes(*values: Any) -> dict[str, Change]:
 
 
 COUNT = {"another type": of_other_type, "empty": emptied, **becomes(-1, 2**63), "times 1e30": TIMES["times 1e+30"]}
+OF_NO_TARGET = {"another type": of_other_type, "of a target": lambda _: Array(np.ones(1))}
 POOLED = NOT_A_NUMBER | TIMES | becomes(-1.0)
 
 TABLE: dict[str, dict[tuple[str, str], dict[str, Change]]] = {
@@ -102,12 +103,16 @@ TABLE: dict[str, dict[tuple[str, str], dict[str, Change]]] = {
         ("schema", "regression"): {"another type": of_other_type, "the other one": lambda value: not value},
         ("schema", "tokens"): {"another type": of_other_type, "the other one": lambda value: not value},
         ("schema", "form"): {"another type": of_other_type, "made up": lambda _: "ab01", "long": lambda _: "x" * 999},
+        ("schema", "targets"): {"another type": of_other_type, "of numbers": lambda _: ["age"]},
         ("schema", "held_out"): {"another type": of_other_type},
     },
     QUERY_SUMS: {
         ("sums", "count"): NOT_A_NUMBER | TIMES | becomes(-1.0, 0.5, 9.0),
         ("sums", "total"): NOT_A_NUMBER | TIMES | {"plus 5e6": lambda value: each(value, lambda one: one + 5e6)},
         ("sums", "square"): NOT_A_NUMBER | becomes(-1.0, 0.0, 1e300, 1.7e308) | {"times 1e30": TIMES["times 1e+30"]},
+        ("sums", "target_count"): OF_NO_TARGET,
+        ("sums", "target_total"): OF_NO_TARGET,
+        ("sums", "target_square"): OF_NO_TARGET,
     },
     QUERY_ENGINE: {
         ("choice", "engine"): {"another type": of_other_type, "empty": emptied, "made up": lambda value: "spam"},
