@@ -43,7 +43,7 @@ ui: $(READY)
 
 # BENCH takes the options of experiments/benchmarks/run.py.
 bench: $(READY)
-	$(BIN)/python experiments/benchmarks/run.py $(BENCH)
+	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912 $(BIN)/python experiments/benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,9 +16,9 @@ from torch import Tensor
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
-from clients.node import Node, learner_for, node_of, split_meta_state
+from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
+from clients.policy import Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
-from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.errors import FedmetaError
@@ -39,6 +39,7 @@ CODES: dict[type[BaseException], str] = {
     DataError: "bad-data",
     UnknownSiteError: "unknown-site",
     StorageError: "bad-storage",
+    PolicyError: "beyond-policy",
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
     MemoryError: "out-of-memory",
@@ -76,8 +77,10 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the features and targets of training sites, or each site's own."""
-    node, request = node_of(context), SumsRequest.unpack(content)
+    node, policy, request = node_of(context), policy_of(context.node_config), SumsRequest.unpack(content)
     here = node.find(request.names)
+    if policy and isinstance(node, RowNode):
+        policy.check_sums(node.split.train_sizes(here))
     parts = [here[place : place + 1] for place in range(len(here))] if request.per_site else [here]
     every = [(node.sums(part), node.target_sums(part)) for part in parts]
     own = [[value for sums in found for value in (sums.count, sums.total, sums.square)] for found in every]
@@ -91,10 +94,13 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    if policy:
+        policy.check_rows(batch, test=False)
     chosen, seconds = engines.trial(learner, meta_state, batch)
     runtime = node.experiment.runtime
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
@@ -105,11 +111,14 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
     batch = node.training_batch(here, request.round_number, scale, request.classes)
+    if policy:
+        policy.check_rows(batch, test=False)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     if learner.personal(meta_state):
         kept = LocalStateStore.of(context, node.experiment, request)
@@ -134,12 +143,14 @@ def train(content: RecordDict, context: Context) -> RecordDict:
             rounded=request.per_site,
             clip_norm=clip_norm,
             per_site=request.per_site,
+            check=node.experiment.runtime.check,
         )
+    query_loss = metrics["query_loss"].cpu().numpy()
     return TrainReply(
         gradient=gradient,
         weight=weight,
         names=request.names,
-        query_loss=metrics["query_loss"].cpu().numpy(),
+        query_loss=policy.figures(query_loss) if policy else query_loss,
         finite=metrics["finite"].cpu().numpy().astype(bool),
     ).pack()
 
@@ -149,13 +160,24 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
     node, request = node_of(context), RoundRequest.unpack(content)
+    policy = _granted(node, context, request, evaluation=True)
     _use_machine(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
-    return evaluate_sites(node, here, request, Evaluator.of(learner, meta_state, request), scale, kept).pack()
+    evaluator = Evaluator.of(learner, meta_state, request)
+    return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+
+
+def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:
+    """Returns the site's policy, None in simulation, once a request was held against it and counted."""
+    policy = policy_of(context.node_config)
+    if policy:
+        policy.check_steps(node.experiment, request)
+        count_request(policy, context, request.run, evaluation=evaluation)
+    return policy
 
 
 def _meta_state(node: Node, request: RoundRequest) -> tuple[dict[str, Tensor], Standardisation]:
@@ -178,6 +200,5 @@ def memory_budget(gib: float, device: str = "cpu") -> int:
 
 
 def _use_machine(threads: int) -> None:
-    tune_glibc_malloc()
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
+from clients.policy import ROUNDED, Policy
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
@@ -88,6 +89,7 @@ def evaluate_sites(
     evaluator: Evaluator,
     scale: Standardisation,
     kept: Sequence[Parameters | None] | None,
+    policy: Policy | None = None,
 ) -> EvaluateReply:
     """Returns the figures of the sites `here`, in groups that bound padding and memory.
 
@@ -98,6 +100,10 @@ def evaluate_sites(
         evaluator: How to evaluate.
         scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site kept of its own, where the learner has such.
+        policy: What the site grants; None in simulation.
+
+    Raises:
+        PolicyError: A site has fewer rows than its policy answers for.
     """
     problem = evaluator.learner.problem
     names = dict.fromkeys((LOSS, *(metric.name for metric in problem.metrics)))
@@ -108,6 +114,8 @@ def evaluate_sites(
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
     for group, batch in node.evaluation_batches(here, scale, request.classes):
+        if policy:
+            policy.check_rows(batch, test=True)
         if evaluator.baseline == "local_only":
             found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
         elif evaluator.baseline:
@@ -146,6 +154,9 @@ def evaluate_sites(
         for name in figures:
             figures[name][group] = by_task[name].reshape(len(group), -1, columns).mean(axis=1)
     _mark_diverged(figures)
+    if policy and policy.metrics == ROUNDED:
+        figures = {name: policy.figures(values) for name, values in figures.items()}
+        pooled, pooled_sites = {}, [0] * len(pooled_sites)
     counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
     return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
 

@@ -49,8 +49,14 @@ class LocalStateStore:
 
     @classmethod
     def of(cls, context: Context, experiment: Experiment, request: RoundRequest) -> LocalStateStore:
-        """Returns the shelf that a request is about."""
+        """Returns the store that a request is about.
+
+        Raises:
+            StorageError: A deployed node names no folder: an experiment's paths are not for a site's disk.
+        """
         state = context.node_config.get("state")
+        if not state and "partition-id" not in context.node_config:
+            raise StorageError("node config: state is missing: this learner keeps a part of the model at the site")
         folder = (
             Path(str(state)) / request.run if state else Path(experiment.tracking.folder) / request.run / "personal"
         )
@@ -87,7 +93,7 @@ def write(
     """Keeps a site's personal part of a round, and removes what no resume can ask for any more.
 
     Args:
-        folder: The shelf's folder.
+        folder: The store's folder.
         site: The site's name.
         round_number: The round in which it was trained.
         personal: The personal part.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.errors import DataError, UnknownSiteError
+from clients.policy import is_deployed
 from clients.tasks import TaskNode
 from fedmeta.build import dtype_of, learner_of, load_code, source_of
 from fedmeta.data import (
@@ -41,6 +42,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
@@ -137,7 +139,12 @@ class RowNode:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
             episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes)
+        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+
+    def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
+        """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""
+        names = self.population.names_of(sites)
+        return noise_keys(self.experiment.runtime.seed, round_number, names).repeat_interleave(tasks)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str]
@@ -153,7 +160,7 @@ class RowNode:
                 episodes = evaluation_tasks(self.split, sites[group], tasks, data)
             else:
                 episodes = evaluation_episodes(self.split, sites[group], data.support)
-            yield group, self._gather(episodes, scale, classes)
+            yield group, self._gather(episodes, scale, classes).with_noise(self._noise(sites[group], 0, tasks))
 
     def _gather(self, episodes: Episodes, scale: Standardisation, classes: Sequence[str]) -> Batch:
         codes = class_codes(self.population.class_names, classes)
@@ -176,19 +183,22 @@ def node_of(context: Context) -> Node:
 
     A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
     experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name. A deployed
-    node imports code of the user's own only from the packages that its config allows (`code`).
+    node imports code of the user's own only from the packages that its config allows (`code`), and without `data` it
+    reads nothing: the paths of an experiment are for the machine of the person who wrote it.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or a deployed node has none.
         FedmetaError: The experiment is not valid, or names code that this node does not allow.
     """
     experiment = _experiment(str(context.run_config["experiment"]))
     config = context.node_config
-    if "data" in config or "partition-id" not in config:
+    if is_deployed(config):
         allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
         refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
+    if is_deployed(config):
+        raise DataError('node config: data is missing: name the site\'s file, site="NAME" data="FILE"')
     return _partition_node(experiment, int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
 
 
@@ -232,7 +242,7 @@ def _standardisation(
 
 @lru_cache(maxsize=4)
 def _experiment(text: str) -> Experiment:
-    return Experiment.from_toml(text, origin="run config: experiment")
+    return Experiment.from_toml(text, origin="run config: experiment").without_weights()
 
 
 def invalidate_stale_caches(data: Data) -> None:

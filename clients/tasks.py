@@ -19,6 +19,7 @@ from fedmeta.data import FeatureSums, Standardisation
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import SitesReply
+from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.problems.source import as_dtype, form_of
 from fedmeta.task import Batch, Task, stack_trees
@@ -105,7 +106,7 @@ class TaskNode:
 
     def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
         """Returns the tasks of some sites in a round."""
-        return self._stack([self._task(self.names[site], "train", round_number) for site in sites.tolist()])
+        return self._stack(sites, "train", round_number)
 
     def evaluation_batches(
         self, sites: Sites, scale: Standardisation, classes: Sequence[str], purpose: str = "test"
@@ -113,10 +114,13 @@ class TaskNode:
         """Yields positions in `sites` and their batch."""
         for start in range(0, len(sites), SITES_AT_ONCE):
             group = np.arange(start, min(start + SITES_AT_ONCE, len(sites)))
-            yield group, self._stack([self._task(self.names[site], purpose, 0) for site in sites[group].tolist()])
+            yield group, self._stack(sites[group], purpose, 0)
 
-    def _stack(self, tasks: list[Task]) -> Batch:
-        return stack_trees(tasks).to(self.experiment.runtime.device)
+    def _stack(self, sites: Sites, purpose: str, round_number: int) -> Batch:
+        names = [self.names[site] for site in sites.tolist()]
+        batch = stack_trees([self._task(name, purpose, round_number) for name in names])
+        keys = noise_keys(self.experiment.runtime.seed, round_number, names)
+        return batch.to(self.experiment.runtime.device).with_noise(keys)
 
     def _task(self, name: str, purpose: str, round_number: int) -> Task:
         found = self._ask("task", name, purpose, round_number, self.experiment.runtime.seed)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fedmeta.versions import __version__
 
 if TYPE_CHECKING:
-    from fedmeta import engines, learners, problems
+    from fedmeta import engines, learners, noise, problems
     from fedmeta.engines import meta_gradients
     from fedmeta.experiment import Experiment, load_experiment
+    from fedmeta.noise import noise_key
     from fedmeta.problems import Metric, Problem, Solver, TaskSource, implicit
     from fedmeta.runtime import Result, run
     from fedmeta.task import Task, rows_mask
@@ -34,6 +35,8 @@ __all__ = [
     "learners",
     "load_experiment",
     "meta_gradients",
+    "noise",
+    "noise_key",
     "problems",
     "rows_mask",
     "run",
@@ -43,6 +46,7 @@ _HOMES = {
     "Experiment": "fedmeta.experiment",
     "load_experiment": "fedmeta.experiment",
     "meta_gradients": "fedmeta.engines",
+    "noise_key": "fedmeta.noise",
     "Metric": "fedmeta.problems",
     "Problem": "fedmeta.problems",
     "Solver": "fedmeta.problems",

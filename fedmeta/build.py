@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from fedmeta import models
 from fedmeta.data import Population, load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
+from fedmeta.importing import first_line, load_object
 from fedmeta.learners import Learner, build, learner_class, settings_of
 from fedmeta.problems import Problem, Supervised, TaskSource, choose_metrics
 
@@ -45,7 +45,7 @@ def learner_of(experiment: Experiment, shape: tuple[int, ...], classes: tuple[st
     except Exception as error:
         if ":" not in section.name:
             raise
-        raise FedmetaError(f'[learner] name = "{section.name}" cannot be built: {error}') from error
+        raise FedmetaError(f'[learner] name = "{section.name}" cannot be built: {first_line(error)}') from error
 
 
 def problem_of(
@@ -72,8 +72,10 @@ def problem_of(
 
     def model() -> nn.Module:
         section = experiment.model
-        keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude={"name", "dtype"})
-        return models.build(section.name, shape, outputs, **keys).to(dtype_of(experiment))
+        not_its_own = {"name", "dtype", "freeze", "weights"}
+        keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude=not_its_own)
+        module = models.build(section.name, shape, outputs, freeze=section.freeze, weights=section.weights, **keys)
+        return module.to(dtype_of(experiment))
 
     settings: dict[str, Any] = {
         "metrics": choose_metrics(evaluation.metrics, evaluation.score, regression=not classes),
@@ -133,11 +135,7 @@ def load_code(path: str, key: str) -> Callable[..., Any]:
     Raises:
         FedmetaError: It cannot be imported, or is nothing that can be called.
     """
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs a user's own code
-        raise FedmetaError(f'{key} = "{path}" cannot be imported: {error}') from error
+    found = load_object(path, key)
     if not callable(found):
         raise FedmetaError(f'{key} = "{path}" is neither a class nor a function')
     function: Callable[..., Any] = found
@@ -151,7 +149,7 @@ def _call(factory: Callable[..., Any], key: str, path: str, keys: dict[str, Any]
         raise
     except Exception as error:  # whatever a user's own code raises
         given = ", ".join(f"{name}={value!r}" for name, value in keys.items())[:200]
-        raise FedmetaError(f'{key} = "{path}" failed when called with ({given}): {error}') from error
+        raise FedmetaError(f'{key} = "{path}" failed when called with ({given}): {first_line(error)}') from error
 
 
 def _asked(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -1,28 +1,40 @@
-"""Asks a process of Flower's whether it is well: `python -m fedmeta.health [HOST:PORT]`; exit code 0 = yes.
+"""Checks whether a service answers over HTTP: `python -m fedmeta.health URL [CA]`; exit code 0 = it does.
 
-The process was started with `--health-server-address HOST:PORT`, which speaks gRPC's health protocol.
+Flower's SuperLink and SuperNode answer at `/health`, in every version that serves HTTP. The certificate is checked
+against the authority's file CA; without CA against the system's.
 """
 
 from __future__ import annotations
 
+import ssl
 import sys
+import urllib.error
+import urllib.request
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-DEFAULT = "127.0.0.1:9095"
-ANSWERS_S = 3.0
+ANSWERS_S = 5.0
+BROKEN = 500
+"""From this status on, an answer reports that the service cannot do its work."""
 
 
-def serving(address: str) -> bool:
-    """Returns whether a health server answers at an address, and that its service is well."""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=ANSWERS_S)
-        except grpc.RpcError:
-            return False
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+def serving(url: str, authority: str | None = None) -> bool:
+    """Returns whether a service answers without a server error, under a name that its certificate holds.
+
+    A refusal counts as an answer: the gate refuses whatever shows no certificate.
+    """
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=authority)),
+    )
+    try:
+        opener.open(url, timeout=ANSWERS_S).close()
+    except urllib.error.HTTPError as error:
+        return error.code < BROKEN
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(0 if serving(sys.argv[1] if len(sys.argv) > 1 else DEFAULT) else 1)
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m fedmeta.health URL [CA]")
+    sys.exit(0 if serving(*sys.argv[1:]) else 1)

@@ -1,134 +1,152 @@
 """Flower's SuperExec, with torch imported once: `python -P -m fedmeta.prefork_superexec`, options as flower-superexec.
 
-Flower starts a process for every message that a site gets, and each imports torch: seconds, for a round that computes
-for milliseconds. Here a process imports the libraries once, before anything else runs in it, and waits. A message gets
-a copy of it, by fork, which does what Flower's `flwr-clientapp` does: the submitted code is imported anew by each copy,
-and never by the process that waits. Where that is lost, each message gets a process of Flower's own again.
+`flower-superexec` starts the command `flwr-clientapp` for every message that a site gets, and each such process imports
+torch: seconds, for a round that computes for milliseconds. Here one process imports the libraries first and waits at a
+socket; the SuperExec is started with a folder in front of its PATH whose `flwr-clientapp` asks that process for a copy
+of it, by fork, which then runs Flower's own command. The submitted code is imported by each copy, and never by the
+process that waits. Where that process is lost, Flower's command is started as usual.
+
+Only Flower's commands are used: their names, their options, and the entry points that its package declares.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import import_module
-from typing import Any
+from importlib.metadata import entry_points
+from pathlib import Path
 
-LIBRARIES = (
-    "flwr.supernode.runtime.run_clientapp",
-    "torch",
-    "torch._dynamo",  # which torch imports with the first vmap, for longer than itself
-    "httpcore",
-    "pandas",
-    "pydantic",
-    "safetensors.torch",
-)
+SUPEREXEC, CLIENTAPP = "flower-superexec", "flwr-clientapp"
+LIBRARIES = ("torch", "torch.func", "numpy", "pandas", "pydantic", "safetensors.torch", "flwr.app", "flwr.clientapp")
 """What a site's app imports that is not the submitted code."""
 ANSWERS_S = 120.0
-"""How long a fork may take (seconds); the first one waits for the imports."""
+"""How long a copy may take (seconds); the first one waits for the imports."""
 LONGEST = 1 << 16
-"""How long a task may be as JSON (bytes)."""
+"""How long a command may be as JSON (bytes)."""
+
+CLIENT = Path(__file__).with_name("prefork_client")
+"""The folder with the program that asks for a copy, or becomes Flower's command where it gets none."""
 
 
 def main() -> None:
     """Starts the process that waits, and becomes the SuperExec."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Before anything is imported that might start a thread: a fork has the one that forks and no other.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    superexec, clientapp = (shutil.which(command, path=path) for command in (SUPEREXEC, CLIENTAPP))
+    if superexec is None or clientapp is None:
+        sys.exit(f"fedmeta: {SUPEREXEC} or {CLIENTAPP} is not installed: pip install flwr")
+    if not os.access(CLIENT / CLIENTAPP, os.X_OK):
+        sys.exit(f"fedmeta: {CLIENT / CLIENTAPP} is not executable: chmod +x it, or use {SUPEREXEC} itself")
+    folder = Path(tempfile.mkdtemp(prefix="fedmeta-"))
+    listener = listen(folder / "copies")
+    # The SuperExec's end of this pipe closes with it.
+    watched, ours = os.pipe()
+    # Before anything is imported that might start a thread: a fork has the thread that forks and no other.
     if os.fork() == 0:
-        ours.close()
-        serve(theirs)
+        os.close(ours)
+        serve(listener, watched, run_clientapp, folder)
         return
-    theirs.close()
-    ours.settimeout(ANSWERS_S)
-    run_superexec_with_prefork(ours)
+    os.close(watched)
+    listener.close()
+    os.set_inheritable(ours, True)
+    os.execve(superexec, [SUPEREXEC, *sys.argv[1:]], {**os.environ, **client_environment(folder / "copies", clientapp)})
 
 
-def serve(requests: socket.socket) -> None:
+def listen(address: Path) -> socket.socket:
+    """Returns a socket at an address that this user alone reaches."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(address))
+    listener.listen(64)
+    return listener
+
+
+def client_environment(address: Path, command: str) -> dict[str, str]:
+    """Returns the variables under which `flwr-clientapp` asks at an address, and becomes a command without answer."""
+    return {
+        "PATH": os.pathsep.join([str(CLIENT), os.environ.get("PATH", os.defpath)]),
+        "FEDMETA_PREFORK_SOCKET": str(address),
+        "FEDMETA_PREFORK_SECONDS": str(ANSWERS_S),
+        "FEDMETA_PREFORK_COMMAND": command,
+    }
+
+
+def serve(
+    listener: socket.socket, watched: int, run: Callable[[Sequence[str]], None], folder: Path | None = None
+) -> None:
     """Imports the libraries, and then forks for every request; returns in each copy, when its work is done.
 
     Args:
-        requests: Takes a message's task as JSON, and gives one byte back once there is a copy for it. Its other end is
-            the SuperExec's: when that ends, so does this process.
+        listener: Takes a command's arguments as JSON; one byte is sent back once there is a copy for them.
+        watched: A pipe whose other end is the SuperExec's: when that ends, so does this process.
+        run: What a copy does with the arguments.
+        folder: Removed at the end.
     """
     # The copies import the packages that were submitted, not those that are installed here.
     for name in [name for name in sys.modules if name.partition(".")[0] == __package__]:
         del sys.modules[name]
     for name in LIBRARIES:
-        with suppress(ImportError):  # the message that needs it says so
+        with suppress(ImportError):  # the message that needs it reports it
             import_module(name)
-    # Ended copies are nobody's to wait for; Ctrl-C is the SuperExec's to see.
+    _first_transform()
+    _flowers_command()
+    # Nothing waits for ended copies; Ctrl-C is for the SuperExec.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while request := requests.recv(LONGEST):
-        if os.fork() == 0:
-            requests.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            return run_task(json.loads(request))
-        requests.send(b"1")
+    while True:
+        ready, _, _ = select.select([listener.fileno(), watched], [], [])
+        if watched in ready:
+            break
+        asked, _ = listener.accept()
+        with asked:
+            asked.settimeout(1.0)
+            try:
+                arguments = json.loads(asked.recv(LONGEST))
+            except (OSError, ValueError):
+                continue
+            if os.fork() == 0:
+                listener.close()
+                os.close(watched)
+                asked.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                return run(arguments)
+            with suppress(OSError):
+                asked.send(b"1")
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def run_task(task: dict[str, Any]) -> None:
-    """Does what `flwr-clientapp` does: gets the message from the node, lets the submitted app answer, gives it back."""
+def _first_transform() -> None:
+    """Has torch import what it leaves to the first `vmap`, which takes longer than torch itself."""
+    with suppress(ImportError):
+        import torch
+
+        torch.func.vmap(torch.neg)(torch.zeros(1))
+
+
+def run_clientapp(arguments: Sequence[str]) -> None:
+    """Runs Flower's command: it gets a message from the node, has the submitted app reply, and gives the reply back."""
     import numpy as np
-    from flwr.supercore.tls import validate_and_resolve_root_certificates
-    from flwr.supernode.runtime.run_clientapp import run_clientapp
 
-    np.random.seed()  # noqa: NPY002  (whoever draws from NumPy's common generator: copies must not draw alike)
-    run_clientapp(
-        runtime_api_address=task["runtime_api_address"],
-        token=task["token"],
-        insecure=task["insecure"],
-        certificates=validate_and_resolve_root_certificates(task["root_certificates_path"], task["insecure"]),
-        parent_pid=task["parent_pid"],
-        runtime_dependency_install=task["runtime_dependency_install"],
-    )
+    np.random.seed()  # noqa: NPY002  (copies must not draw alike from NumPy's common generator)
+    sys.argv = [CLIENTAPP, *arguments]
+    _flowers_command()()
 
 
-def run_superexec_with_prefork(waiting: socket.socket) -> None:
-    """Runs `flower-superexec`, whose executor asks the process that waits."""
-    from flwr.supercore.cli import flower_superexec
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec import run_superexec
-    from flwr.supercore.superexec.executor import ExecutionSpec, Executor, LaunchResult, SubprocessExecutor
-
-    class PreforkExecutor(SubprocessExecutor):
-        """Flower's own, except for a site's messages."""
-
-        def launch(self, spec: ExecutionSpec) -> LaunchResult:
-            """Has a copy made for a site's message; starts a process for everything else."""
-            if spec.task_type is TaskType.CLIENT_APP and not spec.suppress_output and asked(waiting, asdict(spec)):
-                return LaunchResult.accepted()
-            return super().launch(spec)
-
-    # Flower has no option for an executor of one's own.
-    names = vars(run_superexec)
-    flowers: Callable[..., Executor] = names["get_executor"]
-
-    def chosen(*args: Any, **options: Any) -> Executor:
-        executor = flowers(*args, **options)
-        return PreforkExecutor() if type(executor) is SubprocessExecutor else executor
-
-    names["get_executor"] = chosen
-    flower_superexec()
-
-
-def asked(waiting: socket.socket, task: dict[str, Any]) -> bool:
-    """Returns whether the process that waits made a copy for a task. One that did not is not asked again."""
-    try:
-        waiting.send(json.dumps(task).encode())
-        if waiting.recv(1) == b"1":
-            return True
-    except OSError:
-        pass
-    waiting.close()
-    return False
+def _flowers_command() -> Callable[[], None]:
+    """Returns what Flower declares as its command."""
+    (command,) = entry_points(group="console_scripts", name=CLIENTAPP)
+    loaded: Callable[[], None] = command.load()
+    return loaded
 
 
 if __name__ == "__main__":

@@ -107,14 +107,25 @@ def results_table(summary: Mapping[str, Any]) -> Cells:
     is_pooled = any(own["personalized"].get("pooled") is not None for _, own in found)
     headings = ["", "sites", "local-only", "global", "personalized", "std", "worst 10 %"]
     headings += ["pooled"] if is_pooled else []
+    rivals = [name for name in ("classical", "optimum") if any(name in own for _, own in found)]
+    headings += [{"classical": "classical (evaluations)"}.get(name, name) for name in rivals]
     rows = []
     for label, own in found:
         after = own["personalized"]
         scores = [own["local_only"]["mean"], own["global"]["mean"], after["mean"], after["std"], after["worst_decile"]]
         scores += [after.get("pooled")] if is_pooled else []
+        scores += [_rival(own.get(name)) for name in rivals]
         shares = [None if own.get(key) is None else Share(own[key]) for key in ("helped", "harmed", "beats_local")]
         rows.append((label, own["n"], *scores, *shares))
     return Cells((*headings, "helped", "harmed", "beats local-only"), rows)
+
+
+def _rival(found: Mapping[str, Any] | None) -> Cell:
+    """Returns the mean score of a problem's own baseline, with the evaluations that it took where they are known."""
+    if not found or found["mean"] is None:
+        return None
+    taken = found.get("evaluations")
+    return f"{number(found['mean'])} ({taken:.0f})" if taken else number(found["mean"])
 
 
 def metrics_table(summary: Mapping[str, Any]) -> Cells:

@@ -37,11 +37,13 @@ class Batch:
         query: The same with its own n.
         pairs: The Gram matrix x x^T of each site's rows, support before query, [sites, N, N] with N the rows of both;
             None where it is not known beforehand.
+        noise: The key of each site's noise in this round [sites], int64 (`fedmeta.noise`); None for 0 at all.
     """
 
     support: Rows
     query: Rows
     pairs: Tensor | None = None
+    noise: Tensor | None = None
 
     def __iter__(self) -> Iterator[Rows]:
         """Yields the support rows and the query rows."""
@@ -67,6 +69,14 @@ class Batch:
         pairs = None if self.pairs is None else self.pairs.to(device)
         return replace(self.map(lambda rows: tuple(tensor.to(device) for tensor in rows)), pairs=pairs)
 
+    def with_noise(self, keys: Tensor | None) -> "Batch":
+        """Returns the batch with the keys of its sites' noise [sites]."""
+        return self if keys is None else replace(self, noise=keys)
+
+    def noise_keys(self) -> Tensor:
+        """Returns the keys of its sites' noise [sites]."""
+        return torch.zeros(self.sites, dtype=torch.int64) if self.noise is None else self.noise
+
     def chunk(self, start: int, stop: int) -> "Batch":
         """Returns the sites `start` to `stop` (exclusive) as views."""
         return self.take(slice(start, stop))
@@ -74,11 +84,12 @@ class Batch:
     def take(self, sites: slice | Tensor) -> "Batch":
         """Returns some sites: as views of a slice, as copies for numbers."""
         pairs = None if self.pairs is None else self.pairs[sites]
-        return replace(self.map(lambda rows: tuple(tensor[sites] for tensor in rows)), pairs=pairs)
+        noise = None if self.noise is None else self.noise[_on_cpu(sites)]
+        return replace(self.map(lambda rows: tuple(tensor[sites] for tensor in rows)), pairs=pairs, noise=noise)
 
     def map(self, change: Callable[[Rows], Rows]) -> "Batch":
         """Returns a batch of changed support and query rows, of which no `pairs` are known."""
-        return Batch(change(self.support), change(self.query))
+        return Batch(change(self.support), change(self.query), noise=self.noise)
 
 
 class TreeBatch(Batch):
@@ -108,11 +119,12 @@ class TreeBatch(Batch):
 
     def take(self, sites: slice | Tensor) -> "Batch":
         """Returns some sites: as views of a slice, as copies for numbers."""
-        return self.map(lambda part: tree_map(lambda leaf: leaf[sites], part))
+        noise = None if self.noise is None else self.noise[_on_cpu(sites)]
+        return replace(self.map(lambda part: tree_map(lambda leaf: leaf[sites], part)), noise=noise)
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """Returns a batch of changed support and query."""
-        return TreeBatch(change(self.support), change(self.query))
+        return TreeBatch(change(self.support), change(self.query), noise=self.noise)
 
 
 def stack_trees(tasks: Sequence[Task]) -> TreeBatch:
@@ -157,6 +169,10 @@ def stack(tasks: Sequence[Task]) -> Batch:
     both = [torch.cat(pair, 1) for pair in zip(*parts, strict=True)]
     first = parts[0][0].shape[1]
     return Batch(tuple(tensor[:, :first] for tensor in both), tuple(tensor[:, first:] for tensor in both))
+
+
+def _on_cpu(sites: slice | Tensor) -> slice | Tensor:
+    return sites.cpu() if isinstance(sites, Tensor) else sites
 
 
 def _unpad(rows: Rows, site: int) -> Rows:

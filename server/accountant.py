@@ -1,10 +1,13 @@
-"""What a private run has spent: epsilon after some rounds, by Flower's accountant.
+"""What a private run has spent: epsilon after some rounds, by privacy loss distributions.
 
 A round is one Poisson-sampled Gaussian mechanism: each training site takes part with the probability
 `sites_per_round / sites`, independently; its clipped gradient adds at most `clip_norm` to the sum; the sum gets normal
-noise of standard deviation `noise_multiplier * clip_norm`. Two federations are neighbours where one has one site more
-than the other. Rounds compose by their Renyi divergences (Mironov, Talwar and Zhang 2019), which Flower's
-`RdpAccountant` takes from Google's dp-accounting.
+noise of standard deviation `noise_multiplier * clip_norm`. Two federations are neighbors where one has one site more
+than the other. Rounds compose by the distribution of their privacy loss (Koskela, Jälkö and Honkela 2020; Doroshenko et
+al. 2022), which Google's dp-accounting computes. Its error is one-sided: epsilon is never too small, and on the grid of
+`INTERVAL` at most 0.002 too large up to an epsilon of 20 (tests/server/test_privacy.py compares with a grid 20 times as
+fine, and without sampling with the exact value of Balle and Wang 2018). For 20 of 100 sites a round, noise 2.0, delta
+1e-5 and 100 rounds epsilon is 5.02; by Renyi divergences it was 5.56.
 """
 
 from __future__ import annotations
@@ -12,14 +15,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-
-from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
+from typing import Any
 
 from fedmeta.errors import FedmetaError
 
-ORDERS = (*map(float, range(2, 33)), 40.0, 48.0, 64.0, 96.0, 128.0, 256.0)
-"""The Renyi orders among which the accountant takes the best: its own ones, fractions among them, take thirty times
-longer, and every round asks. Fewer orders can only make epsilon larger: by less than 0.01 up to an epsilon of 10."""
+INTERVAL = 2e-3
+"""The grid of privacy losses; a finer one takes longer, and every round asks."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,21 @@ class Accountant:
 
 @lru_cache(maxsize=1024)
 def _epsilon(terms: Accountant, rounds: int) -> float:
-    # It says of orders that do not converge that it leaves them out, which can make epsilon larger and not smaller.
+    loss = _loss_of_a_round(terms.expected / terms.sites, terms.noise_multiplier, INTERVAL)
+    return float(loss.self_compose(rounds).get_epsilon_for_delta(terms.delta))
+
+
+@lru_cache(maxsize=8)
+def _loss_of_a_round(share: float, noise_multiplier: float, interval: float) -> Any:
+    """Returns the distribution of one round's privacy loss, for sites added and sites removed."""
+    # Its log reports tails that it cuts, which it counts in delta.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.POISSON
     try:
-        accountant = RdpAccountant(PrivacyConfig(terms.delta, terms.sites, relation, sampling), ORDERS)
+        from dp_accounting.pld import privacy_loss_distribution
     except ImportError as error:
         raise FedmetaError(
             f'[privacy] noise_multiplier: the accountant needs a package ({error}): pip install "fedmeta[dp]"'
         ) from None
-    accountant.compose(GaussianPrivacyEvent(terms.noise_multiplier, terms.expected, terms.sites), rounds)
-    return accountant.get_epsilon(terms.delta)
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=interval, sampling_prob=share
+    )

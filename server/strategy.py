@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import KEPT
+from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
@@ -175,29 +176,40 @@ class MetaGradientStrategy(Strategy):
         Returns:
             The choice and its figures; None where the experiment names an engine and a budget, or where most do not
             agree: every node then follows its own rule.
+
+        Raises:
+            FedmetaError: Every node of the cohort reports that it cannot compute it.
         """
         if self.engine != "auto" and self.budget:
             return None
         cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
         homes = self.federation.node_ids[cohort]
-        asked = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE][:ASKED_FOR_ENGINE]
-        here = cohort[np.isin(homes, np.array(asked, dtype=np.uint64))]
-        messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
-        answers: list[EngineReply] = []
-        for node, content in self._valid_replies(
-            grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
-        ):
-            try:
-                answers.append(EngineReply.unpack(content))
-            except MessageError as error:
-                self._record_failure(node, f"bad reply: {error}")
-        for answer in answers:
-            alike = sorted((other for other in answers if other.engine == answer.engine), key=lambda one: one.budget)
-            if 2 * len(alike) > len(asked):
-                self.engine = answer.engine if self.engine == "auto" else self.engine
-                self.budget = self.budget or alike[(len(alike) - 1) // 2].budget
-                return EngineReply(self.engine, self.budget, answer.seconds)
-        return None
+        nodes = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE]
+        for first in range(0, len(nodes), ASKED_FOR_ENGINE):
+            asked = nodes[first : first + ASKED_FOR_ENGINE]
+            self.log = RoundLog()
+            here = cohort[np.isin(homes, np.array(asked, dtype=np.uint64))]
+            messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
+            answers: list[EngineReply] = []
+            for node, content in self._valid_replies(
+                grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+            ):
+                try:
+                    answers.append(EngineReply.unpack(content))
+                except MessageError as error:
+                    self._record_failure(node, f"bad reply: {error}")
+            for answer in answers:
+                alike = sorted((each for each in answers if each.engine == answer.engine), key=lambda each: each.budget)
+                if 2 * len(alike) > len(asked):
+                    self.engine = answer.engine if self.engine == "auto" else self.engine
+                    self.budget = self.budget or alike[(len(alike) - 1) // 2].budget
+                    return EngineReply(self.engine, self.budget, answer.seconds)
+            codes = {reason.partition(":")[0] for reason in self.log.failed.values()}
+            if answers or not codes or not codes <= FAILURES.keys():
+                return None
+        raise FedmetaError(
+            f"no node can compute the first cohort: {self.log.reasons()}; the nodes' logs have the cause"
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

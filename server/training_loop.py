@@ -71,7 +71,7 @@ def run(
         data_here: Whether this machine holds the sites' data, as in simulation; then a problem's pictures are drawn.
 
     Raises:
-        FedmetaError: The run cannot start, or none of ten rounds had a usable reply.
+        FedmetaError: The run cannot start, or none of ten rounds, or of all of a shorter run's, had a usable reply.
         KeyboardInterrupt, SystemExit: The user stopped it; a checkpoint has been written.
     """
     folder = resume or new_folder(experiment)
@@ -152,6 +152,7 @@ class TrainingLoop:
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
         self.idle = 0
+        self.useful = bool(self.round_number)
         self.failure_throttle = FailureThrottle(see=FAILURES_FILE)
         self.influence_throttle = FailureThrottle(see=FAILURES_FILE)
         self.machine = Machine()
@@ -300,6 +301,7 @@ class TrainingLoop:
             # A private round steps also where nobody answered, for who was asked is not to be seen.
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.idle = self.idle + 1 if idle else 0
+            self.useful = self.useful or not idle
             seconds = time.perf_counter() - started
             self._count(seconds)
             figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
@@ -318,10 +320,8 @@ class TrainingLoop:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
             if note := self.failure_throttle.filter(what, strategy.log.failed):
                 self.tell(note)
-        if self.idle == MAX_EMPTY_ROUNDS:
-            raise FedmetaError(
-                f"none of {MAX_EMPTY_ROUNDS} rounds had a usable reply: {strategy.log.reasons(advise=True)}"
-            )
+        if self.idle == MAX_EMPTY_ROUNDS or (number == self.last and not self.useful):
+            raise FedmetaError(f"none of {self.idle} rounds had a usable reply: {strategy.log.reasons(advise=True)}")
 
     def _report_influence(self, number: int) -> None:
         """Keeps a checkpoint from before a round whose replies were out of the ordinary, and reports them."""

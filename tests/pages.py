@@ -42,10 +42,11 @@ def run(page: Page, folder: Path, replaced: dict[str, str] | None = None) -> lis
 
     Args:
         page: The page.
-        folder: Where; gets the examples.
+        folder: Where; gets the examples and docker/.
         replaced: Texts in the commands to be replaced, such as ports.
     """
-    shutil.copytree(ROOT / "examples", folder / "examples", dirs_exist_ok=True)
+    for name in ("examples", "docker"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     script = f"\necho '{NEXT}'\n".join(commands for commands, _ in page.commands)
     for old, new in (replaced or {}).items():
         assert old in script

@@ -3,6 +3,7 @@
 import pytest
 
 from fedmeta.runtime.superlink import free_port
+from tests.deployment.proxies import MISSING, NGINX
 from tests.pages import ROOT, missing, read, run
 
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -26,9 +27,10 @@ def test_a_new_site_comes_to_its_own_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(NGINX is None, reason=MISSING)
 def test_an_operator_comes_to_a_federation_of_processes(tmp_path):
-    ports = {port: str(free_port()) for port in ("8000", "8443", "9095", "9101")}
-    ports["port=$((port + 1))"] = f'port=$(python -c "{FREE}")'
+    ports = {port: str(free_port()) for port in ("8000", "8443", "9101", "9201")}
+    ports["port=$((port + 1)) way=$((way + 1))"] = f'port=$(python -c "{FREE}") way=$(python -c "{FREE}")'
     follow("operator", tmp_path, ports)
 
 

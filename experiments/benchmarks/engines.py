@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clients.app import memory_budget
 from fedmeta import models
-from fedmeta.allocation import tune_glibc_malloc
 from fedmeta.engines import fits, meta_gradients, trial
 from fedmeta.engines.lowrank.capture import WARMUP_CALLS
 from fedmeta.learners import Learner, build
@@ -252,7 +251,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write every run's time")
     options = parser.parse_args()
-    tune_glibc_malloc()
     torch.set_num_threads(options.threads)
     peak = matmul_peak(options.device)
     results = []

@@ -23,10 +23,11 @@ from torch import Tensor
 from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Evaluation, Experiment, Privacy, Runtime, Server, Tracking
+from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
+from fedmeta.signing import UNSIGNED, check_signature, signed
 from fedmeta.targets import TARGET_MEAN, TARGET_SCALE, TargetScale
 from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code
 
@@ -99,7 +100,7 @@ class MetaModel:
     """What a finished run hands to a new site.
 
     Attributes:
-        experiment: The run's description without what concerns the run alone: server, tracking, machine, data path.
+        experiment: The run's description without what concerns the run alone: server, tracking, machine, paths.
         run_id: The run's MLflow id, or its own where it was not tracked.
         round_number: How many rounds it was trained.
         meta_state: The meta-state, without standardisation.
@@ -110,6 +111,7 @@ class MetaModel:
         steps: The inner steps after which the run scored sites.
         rate: What the inner rates were multiplied by there.
         finished: Whether the run had ended.
+        signature: What is known of the signature of the file that it was read from.
     """
 
     experiment: Experiment
@@ -123,6 +125,7 @@ class MetaModel:
     rate: float
     finished: bool = True
     target: TargetScale = field(default_factory=TargetScale)
+    signature: str = UNSIGNED
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
@@ -199,10 +202,16 @@ class MetaModel:
         return row.astype(np.float64 if self.form.dtype == torch.float64 else np.float32)
 
     def write(self, path: Path) -> None:
-        """Writes the start as one file, atomically; raises `OSError` where the disk does not take it."""
+        """Writes the start as one file, atomically, signed where the environment names a key.
+
+        Raises:
+            OSError: The disk does not take it.
+            FedmetaError: The key cannot be read.
+        """
         header = Header(**{each.name: getattr(self, each.name) for each in fields(Header)})
         texts = {"format": FORMAT, "experiment": self.experiment.to_toml(), "header": json.dumps(asdict(header))}
-        write_atomic(path, save(self._tensors(), texts))
+        tensors = self._tensors()
+        write_atomic(path, save(tensors, signed(texts, tensors)))
 
     @classmethod
     def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> MetaModel:
@@ -214,15 +223,16 @@ class MetaModel:
             remedy: How a person allows more code, for the message.
 
         Raises:
-            FedmetaError: It is not such a file, or asks for other code.
+            FedmetaError: It is not such a file, asks for other code, or lacks the signature that is asked for.
         """
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
+        signature = check_signature(str(path), texts, tensors)
         header = read_json(texts.get("header", ""), Header, f"{path}: its header is not that of a start for new sites")
         experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         target = _pop_target(tensors, experiment)
-        facts = {each.name: getattr(header, each.name) for each in fields(Header)}
+        facts = {each.name: getattr(header, each.name) for each in fields(Header)} | {"signature": signature}
         found = cls(experiment=experiment, meta_state=tensors, mean=mean, scale=scale, target=target, **facts)
         check(found, str(path))
         return found
@@ -328,10 +338,10 @@ def _without_surroundings(experiment: Experiment) -> Experiment:
     return experiment.model_copy(
         update={
             "data": data.model_copy(update={"path": Path(data.path).name, "new_sites": new_sites}),
+            "model": experiment.without_weights().model,
             "server": Server(),
             "evaluation": Evaluation(),
             "tracking": Tracking(),
             "runtime": Runtime(seed=experiment.runtime.seed),
-            "privacy": Privacy(),
         }
     )

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from fedmeta import checkpoint
 from fedmeta.adapt.initialization import FILE, MetaModel
 from fedmeta.errors import FedmetaError
+from fedmeta.signing import refuse_checkpoint
 from fedmeta.tracking import mlflow_client
 from fedmeta.tracking.mlflow_client import sqlite_file
 
@@ -41,6 +42,7 @@ def find_start(run: str, root: Path, uri: str, code: Collection[str] = ()) -> Me
             if path.is_dir() or (root / run).is_dir():
                 raise FedmetaError(f"{run}: neither a run's folder nor a model's ({error})") from None
         else:
+            refuse_checkpoint(run)
             return MetaModel.of(found, code)
     return _stored(run, root, uri, code)
 
@@ -55,7 +57,10 @@ def read_start(path: Path, code: Collection[str] = ()) -> MetaModel:
     Raises:
         FedmetaError: It is neither, or asks for other code.
     """
-    return MetaModel.read(path, code) if path.name == FILE else MetaModel.of(checkpoint.read(path), code)
+    if path.name == FILE:
+        return MetaModel.read(path, code)
+    refuse_checkpoint(str(path))
+    return MetaModel.of(checkpoint.read(path), code)
 
 
 def _stored(run: str, root: Path, uri: str, code: Collection[str]) -> MetaModel:

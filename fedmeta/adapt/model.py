@@ -22,6 +22,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
+from fedmeta.models.attention import exact_attention
+from fedmeta.signing import check_signature, signed
 from fedmeta.targets import TargetScale
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
 
@@ -66,7 +68,8 @@ class SiteModel(nn.Module):
         network = copy.deepcopy(start.learner.network.module)
         model = cls(network, start.mean, start.scale, start.form, start.target)
         own = {name: value.detach().clone() for name, value in parameters.items()}
-        model.network.load_state_dict(own, strict=False)
+        unknown = model.network.load_state_dict(own, strict=False).unexpected_keys
+        assert not unknown, f"the model has no {unknown}"
         return model
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -86,7 +89,8 @@ class SiteModel(nn.Module):
 
         For regression numbers [n], or of several targets [n, targets], float64 and in the targets' own units.
         """
-        outputs: Tensor = self.network(self.prepare(x))
+        with exact_attention():  # as in training
+            outputs: Tensor = self.network(self.prepare(x))
         if not self.form.regression:
             return outputs.softmax(-1)
         # As `TargetScale.restore`, in what an exporter can trace.
@@ -132,7 +136,7 @@ class SiteModel(nn.Module):
             "facts": json.dumps(facts),
         }
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        write_atomic(path, save(state, texts))
+        write_atomic(path, save(state, signed(texts, state)))
 
     @classmethod
     def read(cls, path: Path, code: Collection[str] = (), *, remedy: str = BY_OPTION) -> SiteModel:
@@ -144,11 +148,12 @@ class SiteModel(nn.Module):
             remedy: How a person allows more code, for the message.
 
         Raises:
-            FedmetaError: It is not such a file, or asks for other code.
+            FedmetaError: It is not such a file, asks for other code, or lacks the signature that is asked for.
         """
         from fedmeta.build import learner_of
 
         texts, state = read_tensors(path, "site's model", FORMAT)
+        check_signature(str(path), texts, state)
         form = read_json(texts.get("form", ""), Form, f"{path}: not what rows and labels look like")
         experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)

@@ -20,6 +20,7 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
         ("learner", f"{start.name}, inner rate {start.learner.inner_lr:g}"),
         ("network", model.name + (f", layers {model.hidden}" if model.name in ("mlp", "char_lstm") else "")),
         ("digest of the start", start.digest),
+        ("signature of the start", start.signature),
         ("inner steps taken", f"{found.steps} (chosen by cross-validation on the rows)"),
         ("made", adapted.date),
         ("labels", "numbers" if start.form.regression else ", ".join(adapted.rows.classes)),
@@ -34,6 +35,12 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
         "change.",
         "",
     ]
+    if start.experiment.privacy.noise_multiplier:
+        lines += [
+            "The start was trained with noise for site-level privacy; epsilon in the run's summary covers the sites "
+            "that trained it. It does not cover this model: what this site's rows changed was made without noise.",
+            "",
+        ]
     lines += [f"- {warning}" for warning in adapted.warnings] + [""] * bool(adapted.warnings)
     return "\n".join([*lines, "## How to use it", "", *_use(adapted, files)]) + "\n"
 

@@ -29,6 +29,7 @@ from fedmeta.pictures import before_and_after
 from fedmeta.problems import Metric, TaskSource
 from fedmeta.problems.problem import Parameters, has_picture
 from fedmeta.problems.source import as_dtype
+from fedmeta.signing import signed
 from fedmeta.tables import Cell, markdown_table, number, plain
 from fedmeta.task import Task
 from fedmeta.tracking.plots import write as write_figure
@@ -217,7 +218,7 @@ def _fill(folder: Path, solved: Solved) -> str:
         "experiment": start.experiment.to_toml(),
         "adapted": json.dumps(solved.summary()),
     }
-    (folder / FILE).write_bytes(save(solved.parameters, texts))
+    (folder / FILE).write_bytes(save(solved.parameters, signed(texts, solved.parameters)))
     if has_picture(start.learner.problem):
         score = solved.metrics[0].name
         scores = (solved.scores[0][score], solved.scores[-1][score])

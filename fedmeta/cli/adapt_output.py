@@ -15,6 +15,7 @@ from fedmeta.adapt.estimate import Report
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
+from fedmeta.signing import UNSIGNED
 from fedmeta.tables import number
 
 
@@ -46,6 +47,8 @@ def show(adapted: Adapted, written: Written) -> None:
         )
     console.print(table)
     console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
+    if start.signature != UNSIGNED:
+        console.print(f"start {start.signature}", highlight=False, markup=False)
     for warning in (*adapted.warnings, *([written.note] if written.note else [])):
         console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model {written.folder}: {', '.join(written.files)}", highlight=False, markup=False, soft_wrap=True)

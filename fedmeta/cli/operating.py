@@ -59,13 +59,34 @@ def certs(
         list[str] | None, typer.Option(metavar="NAME", help="A site to make keys for; may be repeated.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there; never the authority.")] = False,
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="New certificates for all that are in the folder (or each --site); keys stay."),
+    ] = False,
+    revoke: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A site whose certificates are taken back; may be repeated."),
+    ] = None,
 ) -> None:
-    """Makes a federation's own authority, the server's certificate and each site's keys; or adds to them."""
-    from fedmeta.certs import make_certs
+    """Makes a federation's own authority, the server's certificate and each site's keys; adds, renews and revokes.
+
+    Without an option but --out it lists how many days each certificate is still valid.
+    """
+    from fedmeta.certs import make_certs, validities
+    from fedmeta.certs import revoke as take_back
 
     servers = [name.strip() for names in server or [] for name in names.split(",")]
-    for path in make_certs(out, servers, site or [], force=force):
-        print(path)
+    if revoke:
+        for path in take_back(out, revoke):
+            print(path)
+        names = ", ".join(revoke)
+        print(f"the gate must have this file; then unregister the node of {names}: fedmeta flower supernode list")
+    elif servers or site or renew or not out.is_dir():
+        for path in make_certs(out, servers, site or [], force=force, renew=renew):
+            print(path)
+        return
+    for found in validities(out):
+        print(found.text)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

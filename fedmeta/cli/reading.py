@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +25,16 @@ def sites(
         str,
         typer.Option(metavar="CONFIG", help='Show what a node with this config would send: site="NAME" data="FILE".'),
     ] = "",
+    certs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="With --node-config: show how long certificates in a folder are valid."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:
     """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
 
-    With --node-config it shows, at a site and without sending anything, every message that the site's node would send.
+    With --node-config it shows, at a site and without sending anything, the site's policy and every message that its
+    node would send.
     """
     from fedmeta.cli import tables
     from fedmeta.data import load
@@ -35,8 +42,15 @@ def sites(
 
     experiment = load_experiment(file, overrides or [])
     if node_config:
-        from fedmeta.runtime.dry_run import dry_run, told
+        from fedmeta.runtime.dry_run import dry_run, granted, told
 
+        # Where the messages are for a program, what is for people goes beside them.
+        aside = sys.stderr if as_json else sys.stdout
+        print("policy of this site:", *(f"    {line}" for line in granted(node_config)), sep="\n", file=aside)
+        for folder in certs or []:
+            from fedmeta.certs import validities
+
+            print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
         print(told(dry_run(experiment, node_config), as_json))
         return
     frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
@@ -88,6 +102,10 @@ def adapt(
             metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
         ),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public keys, one of which must have signed the start: signing.pub."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Adapts a finished run to a new site's rows: its model, an honest estimate, and advice whether to use it.
@@ -96,8 +114,11 @@ def adapt(
     """
     from fedmeta.adapt import adaptation, locate, own_problem, writing
     from fedmeta.cli import adapt_output
+    from fedmeta.signing import VERIFY_KEY
     from fedmeta.trust import allow_code
 
+    if key:
+        os.environ[VERIFY_KEY] = str(key)
     writing.check_folder(out)
     start = locate.find_start(run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []))
     if not start.form.on_rows:

@@ -84,6 +84,8 @@ def comparison(found: Comparison) -> None:
     """Shows several learners, best for new sites first, and the verdict."""
     console = Console(stderr=True)
     console.print(f"[bold]{escape(found.verdict)}[/]", soft_wrap=True, highlight=False)
+    if found.privacy:
+        console.print(escape(found.privacy), soft_wrap=True, highlight=False)
     score = found.score
     caption = (
         f"{score.name}{f' ({score.unit})' if score.unit else ''} of {compared_kind(found.sites)} sites, "

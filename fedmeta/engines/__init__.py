@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedmeta.engines import vmap
 from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
+from fedmeta.engines.rows import check_derivatives, check_labels, check_rows, check_tasks
 from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_site, run, trial
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
+from fedmeta.models.attention import exact_attention
 from fedmeta.task import Batch, Task, stack, stack_trees
 
 __all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "meta_gradients", "trial"]
@@ -35,6 +37,7 @@ def meta_gradients(
     rounded: bool = True,
     clip_norm: float = 0.0,
     per_site: bool = False,
+    check: str = "auto",
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Computes the weighted sum of many sites' meta-gradients.
 
@@ -42,9 +45,8 @@ def meta_gradients(
         learner: The learner.
         meta_state: The meta-state.
         tasks: One task per site, in site order; or the same as one padded `Batch`.
-        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; "lowrank" stands for the better
-        of the
-            others where it does not fit (`fits` says why).
+        engine: "auto" or a key of `ENGINES`. All give the same up to the last bits; one that does not compute this
+            learner and model gives way to another (`fits` has the reason).
         weights: The weight of each site [sites]; None for 1 each.
         chunk: The number of sites that are computed together; None for as many as the budget holds.
         budget: Bytes that the sites which are computed together may take, by prediction.
@@ -55,6 +57,8 @@ def meta_gradients(
             without
             any site's gradient; elsewhere, and with learned inner rates, several times as much.
         per_site: Whether to return each site's own gradient in place of the sum.
+        check: As `runtime.check` of an experiment: "auto" compares derivatives of own models, problems and learners
+            once with a finite difference; "straight-through" and "off" let them differ on purpose.
 
     Returns:
         The weighted sum (the meta-state's keys, its parts summed in float64 in site order), or with
@@ -63,13 +67,16 @@ def meta_gradients(
         finite has neither a share in the sum nor in the weight.
 
     Raises:
-        FedmetaError: There is no such engine, or the weights are not one number of at least 0 for each site.
+        FedmetaError: There is no such engine, the weights are not one number of at least 0 for each site, tasks and
+            model do not fit each other, the model is no function of its rows, or the learner fails.
     """
     template = learner.message_template(meta_state)
     own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
     if len(own):
         batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
         name = _engine(engine, learner, meta_state, batch)
+        if check == "auto":
+            check_derivatives(learner, meta_state, batch)
         if clip_norm or per_site:
             name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
         own = own.to(batch.device)
@@ -116,7 +123,7 @@ def evaluate(
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     parts, places = [], []
     for sites, part in chunks(batch, size):
-        with sdpa_kernel(SDPBackend.MATH):
+        with exact_attention():
             parts.append(ENGINES[name].evaluate(learner, meta_state, part, taken))
         places.append(sites)
     order = torch.cat(places).argsort()
@@ -124,8 +131,15 @@ def evaluate(
 
 
 def stack_tasks(learner: Learner, tasks: Sequence[Task]) -> Batch:
-    """Returns tasks as one batch: rows padded to one length, the trees of an own problem stacked."""
-    return stack(tasks) if learner.problem.on_rows else stack_trees(tasks)
+    """Returns tasks as one batch: rows padded to one length, the trees of an own problem stacked.
+
+    Raises:
+        FedmetaError: They are no such tasks, or differ in form.
+    """
+    if not learner.problem.on_rows:
+        return stack_trees(tasks)
+    check_tasks(tasks)
+    return stack(tasks)
 
 
 def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
@@ -136,9 +150,13 @@ def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
 
 
 def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:
-    """Returns the engine that a name stands for here; "lowrank" gives way to another where it does not fit."""
+    """Returns the engine that a name stands for here, once the model is known to be a function of the rows."""
     if name not in (*ENGINES, "auto"):
         raise FedmetaError(f'no engine "{name}"{nearest(name, ENGINES)} (known: auto, {", ".join(ENGINES)})')
+    check_rows(learner, meta_state, batch)
+    check_labels(learner, batch)
+    if name == "vmap" and vmap.fits(learner, batch, meta_state):
+        return "loop"
     if name == "auto" or (name == "lowrank" and fits(learner, batch, meta_state)):
         return choose_engine(learner, batch, meta_state)
     return name

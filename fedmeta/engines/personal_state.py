@@ -5,16 +5,23 @@ A personal part is a dictionary of tensors by the module's own names; here each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
-from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures, stack_path
+from fedmeta.engines.rows import check_labels, check_rows
+from fedmeta.engines.vmap import fits
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, by_site, join_figures, stack_path
+from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
+from fedmeta.learners.message import asked, checked
 from fedmeta.models import Parameters
+from fedmeta.models.attention import exact_attention
+from fedmeta.noise import at_site
 from fedmeta.task import Batch, Task
 
 CHUNK_BYTES = 1 << 29
@@ -47,18 +54,27 @@ def train_personal(
         `fedmeta.engines.meta_gradients` does; and the new personal parts stacked; that of a site whose share was not
         finite is the old one.
     """
+    template = learner.message_template(meta_state)
 
-    def site(support: Any, query: Any, own: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
-        return learner.train(meta_state, Task(support, query), own)
+    def site(
+        support: Any, query: Any, own: Parameters, key: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
+        with at_site(key):
+            sent = asked(learner, "train", learner.train, meta_state, Task(support, query), own)
+        if not isinstance(sent, tuple) or len(sent) != 3 or not isinstance(sent[2], Mapping):
+            raise FedmetaError(
+                f"learner {type(learner).__name__}: train must return (gradient, figures, personal part)"
+            )
+        return (*checked(learner, sent[:2], template), dict(sent[2]))
 
     total = WeightedSum.empty(meta_state, clip_norm, per_site)
     kept: list[Parameters] = []
-    size = _together(learner, batch)
+    size, over_sites = _ready(learner, meta_state, batch)
     for start in range(0, batch.sites, size):
         part, stop = batch.chunk(start, start + size), start + size
         old = {name: value[start:stop] for name, value in personal.items()}
-        gradients, metrics, new = vmap(site)(part.support, part.query, old)
-        finite = torch.stack([value.flatten(1).isfinite().all(1) for value in new.values()]).all(0)
+        gradients, metrics, new = over_sites(site, part, old)
+        finite = torch.stack([by_site(value).isfinite().all(1) for value in new.values()]).all(0)
         # A personal part that ran away counts like a gradient that did: the site has no share in this round.
         first = next(iter(gradients))
         gradients[first] = torch.where(_like(finite, gradients[first]), gradients[first], torch.nan)
@@ -74,16 +90,17 @@ def evaluate_personal(
 ) -> Figures:
     """Returns the scores of sites that continue from their personal parts [sites, ...]."""
 
-    def site(support: Any, query: Any, own: Parameters) -> Figures:
-        path = learner.adaptation_path(meta_state, support, steps, own)
-        return stack_path(learner.evaluate(parameters, query) for parameters in path)
+    def site(support: Any, query: Any, own: Parameters, key: Tensor) -> Figures:
+        with at_site(key):
+            path = asked(learner, "adaptation_path", learner.adaptation_path, meta_state, support, steps, own)
+        return stack_path(asked(learner, "evaluate", learner.evaluate, parameters, query) for parameters in path)
 
     parts = []
-    size = _together(learner, batch)
+    size, over_sites = _ready(learner, meta_state, batch)
     for start in range(0, batch.sites, size):
         part = batch.chunk(start, start + size)
         own = {name: value[start : start + size] for name, value in personal.items()}
-        parts.append({name: value.detach() for name, value in vmap(site)(part.support, part.query, own).items()})
+        parts.append({name: value.detach() for name, value in over_sites(site, part, own).items()})
     return join_figures(parts)
 
 
@@ -91,6 +108,31 @@ def stack_personal(learner: Learner, meta_state: Mapping[str, Tensor], kept: lis
     """Returns the sites' personal parts stacked; a site that kept none begins with the learner's own."""
     start = learner.personal(meta_state)
     return {name: torch.stack([(own or start)[name].to(first) for own in kept]) for name, first in start.items()}
+
+
+def _ready(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
+) -> tuple[int, Callable[[Callable[..., Any], Batch, Parameters], Any]]:
+    """Returns how many sites to compute together, and how, once model and labels have been checked."""
+    check_rows(learner, meta_state, batch)
+    check_labels(learner, batch)
+    batched = fits(learner, batch, meta_state) is None
+    return _together(learner, batch), _batched if batched else _one_by_one
+
+
+def _batched(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
+    with exact_attention():
+        return vmap(site)(batch.support, batch.query, own, batch.noise_keys())
+
+
+def _one_by_one(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
+    """Returns what `vmap` would, for models and learners that it does not take; padding stays, masked."""
+    keys, every = batch.noise_keys(), []
+    for k in range(batch.sites):
+        parts = (tree_map(lambda leaf: leaf[k], part) for part in (batch.support, batch.query))  # noqa: B023
+        with exact_attention():
+            every.append(site(*parts, {name: value[k] for name, value in own.items()}, keys[k]))
+    return tree_map(lambda *leaves: torch.stack(leaves), *every)
 
 
 def _together(learner: Learner, batch: Batch) -> int:

@@ -8,22 +8,21 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedmeta.engines import loop, lowrank, vmap
 from fedmeta.engines.lowrank import ghost_clipping
 from fedmeta.engines.lowrank.capture import capture_immediately
-from fedmeta.engines.lowrank.ops import UnsupportedModelError
-from fedmeta.engines.lowrank.trace import ROWS_MIX
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
+from fedmeta.engines.misfit import UnsupportedModelError
+from fedmeta.engines.rows import check_labels, check_rows
 from fedmeta.engines.weighted_sum import Figures, WeightedSum
 from fedmeta.learners import Learner
-from fedmeta.problems.solvers import DIFFERENTIABLE
+from fedmeta.models.attention import exact_attention
 from fedmeta.task import Batch
 
 TRIAL_SITES = 16
 TRIAL_RUNS = 3
-HOPELESS = 2.0
+MUCH_SLOWER = 2.0
 """An engine that takes so many times as long as the best is not tried again."""
 
 
@@ -49,18 +48,20 @@ BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites, "lowrank": ghost_clip
 
 
 def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
-    """Returns the engine that "auto" stands for: "lowrank" where it fits, else "loop" or "vmap".
+    """Returns the engine that "auto" stands for: "lowrank" where it fits, else "vmap" where that does, else "loop".
 
-    Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop;
-    and where rows mix, as in normalisation over a batch, only the loop leaves padding out.
+    Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop.
 
     Args:
         learner: The learner.
         batch: Tasks like those to come.
         meta_state: The meta-state; None for a new one.
     """
-    reason = lowrank.fits(learner, batch, meta_state)
-    return "lowrank" if reason is None else _without_span(learner, reason)
+    return (
+        "lowrank"
+        if lowrank.fits(learner, batch, meta_state) is None
+        else _other_than_lowrank(learner, batch, meta_state)
+    )
 
 
 def choose_engine_by_site(
@@ -74,15 +75,14 @@ def choose_engine_by_site(
     """
     if engine != "lowrank" or (not per_site and ghost_clipping.fits(learner, batch, meta_state)):
         return engine
-    return _without_span(learner, lowrank.fits(learner, batch, meta_state))
+    return _other_than_lowrank(learner, batch, meta_state)
 
 
-def _without_span(learner: Learner, reason: str | None) -> str:
-    if not learner.problem.on_rows:
-        return "vmap" if learner.problem.solver.kind == DIFFERENTIABLE else "loop"
+def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None) -> str:
     loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
-    looped = any(isinstance(layer, loops) for layer in learner.network.module.modules())
-    return "loop" if looped or reason == ROWS_MIX else "vmap"
+    if learner.problem.on_rows and any(isinstance(layer, loops) for layer in learner.network.module.modules()):
+        return "loop"
+    return "vmap" if vmap.fits(learner, batch, meta_state) is None else "loop"
 
 
 def unsure(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
@@ -101,34 +101,24 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     Where the rule is sure, its choice is returned untimed and without figures. A choice that was timed may come out
     otherwise the next time, and another engine changes the last bits: call this before round 1, and keep its choice.
     """
+    check_rows(learner, meta_state, batch)
+    check_labels(learner, batch)
     if not unsure(learner, batch, meta_state):
         return choose_engine(learner, batch, meta_state), {}
     few = batch.chunk(0, TRIAL_SITES)
-    reason = lowrank.fits(learner, batch, meta_state)
-    refused = set() if reason is None else {"lowrank", "vmap"} if reason == ROWS_MIX else {"lowrank"}
-    if learner.problem.solver.kind != DIFFERENTIABLE:
-        refused = {"lowrank", "vmap"}
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES if name not in refused}
-    running = list(seconds)
+    fitting = {"lowrank": lowrank.fits, "vmap": vmap.fits}
+    running = [name for name in ENGINES if name not in fitting or fitting[name](learner, batch, meta_state) is None]
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(TRIAL_RUNS):
         for name in running:
-            try:
-                if not seconds[name]:
-                    _evaluate_once(name, learner, meta_state, few)
-                    if name == "lowrank":
-                        # All rounds of a run but its first few are replays, a third quicker for some models.
-                        with capture_immediately():
-                            _seconds(name, learner, meta_state, few)
-                seconds[name].append(_seconds(name, learner, meta_state, few))
-            except RuntimeError:
-                # Operations without a batching rule make vmap raise, some only where nothing is differentiated;
-                # what the loop raises is an error of the model.
-                if name == "loop":
-                    raise
-                del seconds[name]
+            if not seconds[name] and name == "lowrank":
+                # All rounds of a run but its first few are replays, a third quicker for some models.
+                with capture_immediately():
+                    _seconds(name, learner, meta_state, few)
+            seconds[name].append(_seconds(name, learner, meta_state, few))
         # What took long once need not be waited for again.
         best = min(min(times) for times in seconds.values())
-        running = [name for name, times in seconds.items() if min(times) < HOPELESS * best]
+        running = [name for name, times in seconds.items() if min(times) < MUCH_SLOWER * best]
     figures = {name: min(times) for name, times in seconds.items()}
     return min(figures, key=figures.__getitem__), figures
 
@@ -151,8 +141,7 @@ def run(
     total: WeightedSum | None = None  # large weights take long to fill with zeros
     places: list[Tensor] = []
     size = chunk or chunk_sites(learner, meta_state, batch, engine, budget)
-    # Fused attention has no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with exact_attention():
         for sites, part in chunks(batch, size):
             if clip_norm or per_site:
                 total = total or WeightedSum.empty(learner.message_template(meta_state), clip_norm, per_site)
@@ -180,12 +169,6 @@ def _in_site_order(total: WeightedSum, places: Sequence[Tensor]) -> Tensor:
         figures = {name: values[order] for name, values in figures.items()}
     total.metrics = {name: [values] for name, values in figures.items()}
     return order
-
-
-def _evaluate_once(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> None:
-    """Evaluates one site: some models can be trained by an engine and not be evaluated."""
-    with sdpa_kernel(SDPBackend.MATH):
-        ENGINES[engine].evaluate(learner, meta_state, batch.chunk(0, 1), learner.evaluation_steps())
 
 
 def _seconds(engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> float:

@@ -65,8 +65,8 @@ class WeightedSum:
 
     def add(self, gradients: Mapping[str, Tensor], weights: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds the gradients [sites, ...] of some sites under their weights [sites]."""
-        figures = [*gradients.values(), *(metrics[name].unsqueeze(1) for name in ("query_loss",) if name in metrics)]
-        finite = torch.stack([values.flatten(1).isfinite().all(1) for values in figures]).all(0)
+        figures = [*gradients.values(), *(metrics[name] for name in ("query_loss",) if name in metrics)]
+        finite = torch.stack([by_site(values).isfinite().all(1) for values in figures]).all(0)
         own = torch.where(finite, weights, 0.0).double()
         clean = gradients
         if not bool(finite.all()):
@@ -102,9 +102,14 @@ def clip_factors(gradients: Mapping[str, Tensor], clip_norm: float) -> Tensor:
 
     The norm is that of all entries together, in float64; a gradient of zeros stays one.
     """
-    squares = [value.flatten(1).double().square().sum(1) for value in gradients.values()]
+    squares = [by_site(value).double().square().sum(1) for value in gradients.values()]
     norms = torch.stack(squares).sum(0).sqrt()
     return clip_norm / norms.clamp(min=clip_norm)
+
+
+def by_site(values: Tensor) -> Tensor:
+    """Returns values [sites, ...] as [sites, numbers]; a scalar of each site is one number."""
+    return values.unsqueeze(-1).flatten(1)
 
 
 def _like(sites: Tensor, values: Tensor) -> Tensor:

@@ -101,8 +101,16 @@ class Experiment(Section):
         return tomli_w.dumps(self._table())
 
     def for_sites(self) -> str:
-        """Returns what a site needs to know, as TOML: everything but [tracking]."""
-        return tomli_w.dumps({name: keys for name, keys in self._table().items() if name != "tracking"})
+        """Returns what a site needs to know, as TOML: everything but [tracking] and the file of first weights.
+
+        What that file holds comes with the meta-state.
+        """
+        table = self.without_weights()._table()
+        return tomli_w.dumps({name: keys for name, keys in table.items() if name != "tracking"})
+
+    def without_weights(self) -> Self:
+        """Returns this experiment where a meta-state is at hand: without the file that its first one was read from."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"weights": ""})})
 
     def params(self) -> dict[str, Scalar]:
         """Returns the experiment flat, `section.key` to a scalar; lists as TOML text and None as "none"."""
@@ -139,7 +147,10 @@ class Experiment(Section):
         if data.path and not named:
             data = data.model_copy(update={"path": _absolute(data.path)})
         moved = {"folder": _absolute(tracking.folder), "uri": _absolute_uri(tracking.uri)}
-        return self.model_copy(update={"data": data, "tracking": tracking.model_copy(update=moved)})
+        model = self.model
+        if model.weights:
+            model = model.model_copy(update={"weights": _absolute(model.weights)})
+        return self.model_copy(update={"data": data, "model": model, "tracking": tracking.model_copy(update=moved)})
 
     def with_user_info_kept(self) -> Self:
         """Returns this experiment without the user and password of its store, which move into the environment."""

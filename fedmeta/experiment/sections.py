@@ -60,6 +60,13 @@ class Model(OpenSection):
     symbols: int = Field(
         default=0, ge=0, description="Alphabet of the rows of char_lstm; 0 = as many as classes (symbols)"
     )
+    freeze: Texts = Field(
+        default=(),
+        description='Parameters that travel and are never trained: names or patterns, such as "body.*"',
+    )
+    weights: str = Field(
+        default="", description="safetensors file to start from, read where the run starts; empty = drawn by the seed"
+    )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )

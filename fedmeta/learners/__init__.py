@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import fields
 from typing import Any
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.importing import load_object
 from fedmeta.learners.anil import Anil
 from fedmeta.learners.average import Average
 from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
@@ -75,6 +75,8 @@ def build(name: str, model_or_problem: Any, **settings: Any) -> Learner:
     for key in settings:
         if key not in known:
             raise FedmetaError(f'learner "{name}" has no key "{key}"{nearest(key, known)} (it has: {", ".join(known)})')
+    if missing := getattr(kind, "__abstractmethods__", None):
+        raise FedmetaError(f'[learner] name = "{name}" defines no {", ".join(sorted(missing))}, which a learner needs')
     return kind(model_or_problem, **settings)
 
 
@@ -88,11 +90,7 @@ def learner_class(name: str) -> type[Learner]:
         return LEARNERS[name]
     if ":" not in name:
         raise FedmetaError(f'no learner "{name}"{nearest(name, LEARNERS)} (known: {", ".join(LEARNERS)})')
-    module_name, _, attribute = name.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # importing runs a user's own code
-        raise FedmetaError(f'[learner] name = "{name}" cannot be imported: {error}') from error
+    kind = load_object(name, "[learner] name")
     if not (isinstance(kind, type) and issubclass(kind, Learner)):
         raise FedmetaError(f'[learner] name = "{name}" is not a subclass of fedmeta.learners.Learner')
     return kind

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from fedmeta import experiment
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import estimator
 from fedmeta.models import FunctionalModel, Parameters
+from fedmeta.noise import in_objective
 from fedmeta.problems.problem import Data, Problem, has_payload
 from fedmeta.problems.solvers import BLACK_BOX, DIFFERENTIABLE, run_solver
 from fedmeta.problems.supervised import Supervised
@@ -64,10 +66,11 @@ class Learner(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
             object.__setattr__(self, "problem", Supervised(self.problem))
+        _check_settings(self)
         if self.inner_steps < 0:
             raise FedmetaError(f"learner.inner_steps = {self.inner_steps}: it must be at least 0")
-        if not 0 < self.inner_lr < float("inf"):
-            raise FedmetaError(f"learner.inner_lr = {self.inner_lr}: it must be a finite number greater than 0")
+        if not self.inner_lr > 0:
+            raise FedmetaError(f"learner.inner_lr = {self.inner_lr}: it must be greater than 0")
         kind, solver = self.problem.solver.kind, type(self.problem.solver).__name__
         if kind == BLACK_BOX and self.differentiates and not has_payload(self.problem):
             raise FedmetaError(
@@ -119,15 +122,18 @@ class Learner(ABC):
 
     def inner(self, parameters: Parameters, data: Data) -> Tensor:
         """Returns the problem's inner objective of constrained parameters."""
-        return self.problem.inner(self.problem.constrain(parameters), data)
+        with in_objective("inner"):
+            return self.problem.inner(self.problem.constrain(parameters), data)
 
     def outer(self, parameters: Parameters, data: Data) -> Tensor:
         """Returns the problem's outer objective of constrained parameters."""
-        return self.problem.outer(self.problem.constrain(parameters), data)
+        with in_objective("outer"):
+            return self.problem.outer(self.problem.constrain(parameters), data)
 
     def all_data(self, parameters: Parameters, task: Task) -> Tensor:
         """Returns the problem's objective on all of a task's data, of constrained parameters."""
-        return self.problem.all_data(self.problem.constrain(parameters), *task)
+        with in_objective("all_data"):
+            return self.problem.all_data(self.problem.constrain(parameters), *task)
 
     def evaluate(self, parameters: Parameters, data: Data) -> dict[str, Tensor]:
         """Returns "loss", the outer objective, and every metric of constrained parameters, each a scalar."""
@@ -224,6 +230,27 @@ class Learner(ABC):
         """
         gradient, metrics = self.meta_gradient(meta_state, task)
         return gradient, metrics, personal
+
+
+def _check_settings(learner: Learner) -> None:
+    """Checks that each key of a learner has a value of its default's type, and that numbers are finite.
+
+    Raises:
+        FedmetaError: One has not; names it.
+    """
+    for each in fields(learner):
+        value, usual = getattr(learner, each.name), each.default
+        if isinstance(usual, bool) or not isinstance(usual, int | float | str):
+            continue
+        what = {int: "a whole number", float: "a finite number", str: "a text"}[type(usual)]
+        if isinstance(usual, str):
+            fits = isinstance(value, str)
+        elif isinstance(usual, int):
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not fits:
+            raise FedmetaError(f"learner.{each.name} = {value!r}: it must be {what}")
 
 
 def key_of(meta_state: MetaState, name: str) -> str:

@@ -19,6 +19,7 @@ from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.inner import add_scaled, inner_product
 from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, by
 from fedmeta.models import Parameters
+from fedmeta.noise import at_step
 from fedmeta.task import Task
 
 HESSIANS: tuple[str, ...] = get_args(experiment.Hessian)
@@ -62,8 +63,9 @@ class PerFedAvg(Learner):
         own = {name: theta[name] for name in self.problem.trained}
         fixed = {name: value for name, value in theta.items() if name not in own}
         losses = []
-        for _ in range(self.local_steps):
-            gradient, query_loss = self.local_gradient(own, fixed, task)
+        for step in range(self.local_steps):
+            with at_step(step):
+                gradient, query_loss = self.local_gradient(own, fixed, task)
             own = add_scaled(own, -self.local_lr, gradient)
             losses.append(query_loss)
         return displacement(meta_state, own), {"query_loss": losses[0]}

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmeta.learners.fedavg import displacement
 from fedmeta.learners.imaml import ProximalLearner
 from fedmeta.learners.learner import DEFAULTS, MetaState, Metrics
+from fedmeta.noise import at_step
 from fedmeta.task import Task
 
 
@@ -38,8 +39,9 @@ class PFedMe(ProximalLearner):
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
         """Returns theta - w after the local steps, and the query loss of the last proximal solution."""
         w = phi = self.theta(meta_state)
-        for _ in range(self.local_steps):
-            phi = self.proximal_path(w, meta_state, partial(self.all_data, task=task), self.inner_steps)[-1]
+        for step in range(self.local_steps):
+            with at_step(step):
+                phi = self.proximal_path(w, meta_state, partial(self.all_data, task=task), self.inner_steps)[-1]
             moved = {name: w[name] - self.local_lr * self.lam * (w[name] - phi[name]) for name in self.problem.moved}
             w = {**w, **moved}
         return displacement(meta_state, w), {"query_loss": self.outer(phi, task.query)}

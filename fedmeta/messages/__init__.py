@@ -58,6 +58,7 @@ FAILURES = {
     "bad-data": "the site's data could not be read; its own log names the file and the cell",
     "bad-message": "the node could not read the message",
     "bad-storage": "the site could not write to its disk what stays with it; its own log says why",
+    "beyond-policy": "the site's policy does not grant what was asked; its own log says which limit it is",
     "unknown-site": "the node does not host a site that it was asked for",
     "out-of-memory": "the node ran out of memory",
     "internal": "the node failed for another reason; its own log has the traceback",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -42,6 +43,8 @@ MOST_EVALUATIONS = 1 << 40
 MOST_BUDGET = 1 << 36
 """The most that a node may offer to the sites which are computed together (bytes): a sixteenth of 1 TiB."""
 
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""One part of a path and no more: a site makes a folder of this name."""
 BASELINES = ("", "local_only", "classical", "optimum")
 """What an evaluation may be of: adaptation (""), or what it is compared with."""
 
@@ -111,12 +114,15 @@ class RoundRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
         task = read_record(content, "task", ConfigRecord, *TASK_KEYS)
+        run = read_scalar(task, "run", str)
+        if not RUN_NAME.fullmatch(run):
+            raise MessageError("the run's name is not the name of a folder")
         return cls(
             meta_state=read_arrays(content, "meta_state"),
             round_number=read_scalar(task, "round", int),
             classes=tuple(read_list(task, "classes", str)),
             names=read_names(content),
-            run=read_scalar(task, "run", str),
+            run=run,
             saved_rounds=tuple(read_list(task, "saved_rounds", int)),
             steps=read_scalar(task, "steps", int),
             rate=read_scalar(task, "rate", float),

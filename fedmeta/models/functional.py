@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.importing import first_line
+from fedmeta.models.attention import attends, exact_attention
+from fedmeta.noise import of_rows
 from fedmeta.randomness import torch_seed
 
 Parameters = dict[str, Tensor]
@@ -28,20 +32,23 @@ class FunctionalModel:
 
     Raises:
         FedmetaError: The module keeps running batch statistics (see `refuse_running_statistics`), it has no trainable
-            parameter, or one whose size is still open.
+            parameter, or one that is complex or whose size is still open.
     """
 
     def __init__(self, model: nn.Module | Callable[[], nn.Module]) -> None:
         self._make: Callable[[], nn.Module] | None = None if isinstance(model, nn.Module) else model
         self.module: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         refuse_running_statistics(self.module)
+        refuse_complex(self.module)
         for name, value in self.module.named_parameters():
             if isinstance(value, UninitializedParameter):
                 raise FedmetaError(
                     f"model parameter {name!r} has no size yet: give its layer's width instead of Lazy..."
                 )
-        # Dropout would need a key per site, step and round; in evaluation mode a model is a function of its inputs.
+        # Torch's own dropout draws without a key; in evaluation mode a model is a function of its inputs.
         self.module.eval()
+        _keep_every_buffer(self.module)
+        self.attends = attends(self.module)
         self.names = tuple(name for name, value in self.module.named_parameters() if value.requires_grad)
         self.frozen = tuple(name for name, _ in _everything(self.module) if name not in self.names)
         if not self.names:
@@ -83,7 +90,12 @@ class FunctionalModel:
         return names
 
     def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
-        """Returns the outputs [n, outputs] for inputs [n, *shape], in the parameters' floating-point type."""
+        """Returns the outputs [n, outputs] for inputs [n, *shape], in the parameters' floating-point type.
+
+        Raises:
+            FedmetaError: The model fails, does not return one tensor, or writes into its input, which are the site's
+                rows.
+        """
         dtype = parameters[self.names[0]].dtype
         if x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
@@ -93,11 +105,21 @@ class FunctionalModel:
             wanted = dtype if own.is_floating_point() else own.dtype
             if name not in self.names and (own.dtype != wanted or own.device != x.device):
                 state[name] = own.to(x.device, wanted)
-        outputs: Any = functional_call(self.module, state, (x,))
+        name, before = type(self.module).__name__, x._version
+        try:
+            with of_rows(x), exact_attention() if self.attends else nullcontext():
+                outputs: Any = functional_call(self.module, state, (x,))
+        except (FedmetaError, torch.OutOfMemoryError):
+            raise
+        except MISTAKES as error:
+            left = any(word in str(error) for word in ("data pointer", "numpy()"))
+            hint = "; numpy and .item() leave torch, where derivatives end: take torch's functions" if left else ""
+            place = f"model {name} failed on rows of shape {tuple(x.shape[1:])}"
+            raise FedmetaError(f"{place}: {first_line(error)}{hint}") from error
         if not isinstance(outputs, Tensor):
-            raise FedmetaError(
-                f"model {type(self.module).__name__} returned {type(outputs).__name__}; it must return one tensor"
-            )
+            raise FedmetaError(f"model {name} returned {type(outputs).__name__}; it must return one tensor")
+        if x._version != before:
+            raise FedmetaError(f"model {name} writes into its input: let its forward begin with x = x.clone()")
         return outputs
 
 
@@ -106,6 +128,18 @@ def _everything(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
 
+
+MISTAKES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    NameError,
+)
+"""What a user's own code raises where it is wrong; MemoryError and what engines raise themselves are none of these."""
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -125,6 +159,41 @@ def refuse_running_statistics(module: nn.Module) -> None:
                 f"model layer {name or 'model'!r} ({type(layer).__name__}) {what}, which leak test rows and cannot be "
                 "adapted by gradients: use GroupNorm or LayerNorm"
             )
+
+
+def refuse_complex(module: nn.Module) -> None:
+    """Checks that parameters and buffers are real.
+
+    Raises:
+        FedmetaError: One is complex: a change of type would drop its imaginary part, and so would a sum of gradients.
+    """
+    for name, value in _everything(module):
+        if value.is_complex():
+            raise FedmetaError(
+                f"model parameter or buffer {name!r} is complex: keep its real and imaginary parts as two real ones, "
+                "and combine them by torch.complex in forward"
+            )
+
+
+def silent_dropout(module: nn.Module) -> list[str]:
+    """Returns the layers whose dropout is off here, in training too: torch's own draws without a key."""
+    found = []
+    for name, layer in module.named_modules():
+        shares = [getattr(layer, key, 0.0) for key in ("p", "dropout")]
+        if any(isinstance(share, float) and share > 0 for share in shares) and (
+            isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or "Dropout" in type(layer).__name__
+        ):
+            found.append(f"{name or 'model'} ({type(layer).__name__})")
+    return found
+
+
+def _keep_every_buffer(module: nn.Module) -> None:
+    """Makes every buffer a part of the module's state: outputs depend on those too that it would leave out."""
+    kept = module.state_dict().keys()
+    for prefix, layer in module.named_modules():
+        for name, value in list(layer.named_buffers(recurse=False)):
+            if (f"{prefix}.{name}" if prefix else name) not in kept:
+                layer.register_buffer(name, value)
 
 
 def _redraw(module: nn.Module) -> nn.Module:

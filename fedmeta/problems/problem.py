@@ -10,7 +10,7 @@ arithmetic and Fourier transforms are allowed inside objectives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -152,6 +152,11 @@ class Problem(ABC):
         if not [key for key in trained if key not in self.shared]:
             raise FedmetaError(f"problem {name}: every parameter is shared or frozen; the inner loop moves none")
         return {key: value.shape for key, value in found.items()}
+
+    @cached_property
+    def known(self) -> dict[Hashable, Any]:
+        """What was found out about the problem once, such as which engines compute it."""
+        return {}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ one class. A row of a class that the run does not know counts as wrong for accur
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedmeta.errors import FedmetaError, nearest
+from fedmeta.importing import load_object
 from fedmeta.problems.metric import Metric
 from fedmeta.problems.rows import calibration_error, loss, masked_mean, score
 from fedmeta.targets import TargetScale
@@ -221,11 +221,7 @@ def _metric(name: str) -> RowMetric:
         raise FedmetaError(
             f'[evaluation] metrics: no metric "{name}"{nearest(name, BUILT_IN)} (known: {", ".join(BUILT_IN)})'
         )
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs a user's own code
-        raise FedmetaError(f'[evaluation] metrics: "{name}" cannot be imported: {error}') from error
+    found = load_object(name, "[evaluation] metrics")
     if not isinstance(found, RowMetric) or (found.on_tensors is None) == (found.on_predictions is None):
         raise FedmetaError(
             f'[evaluation] metrics: "{name}" is not a fedmeta.problems.RowMetric with either on_tensors or '

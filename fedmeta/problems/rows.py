@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedmeta.errors import FedmetaError
+
 BINS = 10
 
 
@@ -19,23 +21,67 @@ def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
 
     Cross-entropy where y [n] holds classes, of any type of whole numbers (a row of an unseen class, -1, must be masked
     out by the caller), squared error, averaged over a row's targets, where y [n] or [n, targets] is floating point.
+
+    Raises:
+        FedmetaError: Outputs and labels do not fit each other.
     """
+    check_shapes(outputs, y)
     if y.is_floating_point():
         errors = (outputs.reshape(y.shape) - y).square()
         return errors if y.dim() == 1 else errors.flatten(1).mean(1)
-    return functional.cross_entropy(outputs, y.long().clamp(min=0), reduction="none")
+    try:
+        return functional.cross_entropy(outputs, y.long().clamp(min=0), reduction="none")
+    except IndexError:
+        raise FedmetaError(beyond(int(y.max()), outputs.shape[-1])) from None
 
 
 def row_errors(outputs: Tensor, y: Tensor) -> Tensor:
     """Returns the derivative of each row's loss (`row_losses`) with respect to its outputs, in their shape.
 
     In closed form: softmax minus one-hot, or twice the error over the number of targets; differentiable once more.
+
+    Raises:
+        FedmetaError: Outputs and labels do not fit each other.
     """
+    check_shapes(outputs, y)
     if y.is_floating_point():
         errors = 2 * (outputs.reshape(y.shape) - y)
         return (errors if y.dim() == 1 else errors / y[0].numel()).reshape(outputs.shape)
     own = y.clamp(min=0).unsqueeze(-1) == torch.arange(outputs.shape[-1], device=y.device)
     return outputs.softmax(-1) - own.to(outputs.dtype)
+
+
+def check_shapes(outputs: Tensor, y: Tensor) -> None:
+    """Checks that there are outputs [n, classes] for classes y [n], or as many numbers as floating-point y [n, ...].
+
+    Raises:
+        FedmetaError: There are not.
+    """
+    shapes = f"outputs of shape {tuple(outputs.shape)}, labels of shape {tuple(y.shape)}"
+    if y.is_floating_point():
+        if outputs.shape[:1] != y.shape[:1] or outputs.numel() != y.numel():
+            raise FedmetaError(f"{shapes}: a regression needs as many outputs for each row as it has targets")
+        return
+    if y.dim() != 1:
+        raise FedmetaError(
+            f"{shapes}: labels of whole numbers are classes, one for each row: make y [n] (y[:, 0] of one column), "
+            "take floating-point y for a regression, or give a fedmeta.problems.Supervised of your own another loss"
+        )
+    if outputs.dim() != 2 or len(outputs) != len(y):
+        raise FedmetaError(f"{shapes}: the model must return outputs [{len(y)}, classes], one row for each row of x")
+    if outputs.shape[1] == 1:
+        raise FedmetaError(
+            f"{shapes}: one output for labels that are classes: give the model an output for each class, 2 for two, or "
+            "take floating-point y for a regression"
+        )
+
+
+def beyond(label: int, classes: int) -> str:
+    """Returns what is wrong with a label that the model has no output for."""
+    return (
+        f"label {label} is beyond the model's {classes} outputs, which are for classes 0 to {classes - 1}: number "
+        "classes from 0, or give the model more outputs"
+    )
 
 
 def loss(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:

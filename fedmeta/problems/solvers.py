@@ -18,6 +18,7 @@ from torch.func import grad, jacrev, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fedmeta.errors import FedmetaError
+from fedmeta.noise import at_step
 from fedmeta.problems.problem import Data, Parameters, Problem
 
 Objective = Callable[[Parameters], Tensor]
@@ -73,7 +74,9 @@ class _FirstOrder(Solver):
         path, memory = [parameters], None
         for step in range(steps):
             own = path[-1]
-            found, memory = self.direction(gradient(lambda p: problem.inner(p, data), own, rates), memory, step)
+            with at_step(step):
+                slope = gradient(lambda p: problem.inner(p, data), own, rates)
+            found, memory = self.direction(slope, memory, step)
             path.append({name: v - rates[name] * found[name] if name in rates else v for name, v in own.items()})
         return path
 
@@ -320,7 +323,8 @@ def run_solver(
     if solver.memoryless:
         path = [start]
         for step in range(steps):
-            path.append(solver.solve(view, path[-1], data, 1, rates(step))[-1])
+            with at_step(step):
+                path.append(solver.solve(view, path[-1], data, 1, rates(step))[-1])
         return path
     own = rates(0)
     if any(other is not own and dict(other) != dict(own) for other in map(rates, range(1, steps)) if _plain(other)):

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from clients.app import app
 from clients.node import node_of
+from clients.policy import counted, policy_of
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import payload_bytes
@@ -94,6 +95,17 @@ def read_node_config(text: str) -> dict[str, bool | int | float | str]:
         return tomllib.loads("\n".join(pairs))
     except tomllib.TOMLDecodeError as error:
         raise FedmetaError(f'--node-config "{text}": {error}') from None
+
+
+def granted(node_config: str) -> list[str]:
+    """Returns the policy that a node with this config would have, as lines for people.
+
+    Raises:
+        FedmetaError: The config, or the policy beside the data, is not as it should be.
+    """
+    config = read_node_config(node_config)
+    policy = policy_of(config)
+    return policy.lines(counted(config)) if policy else []
 
 
 def told(replies: Sequence[Reply], as_json: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedmeta.build import site_names, smoke_test
@@ -15,6 +16,7 @@ from fedmeta.runtime import Result
 from fedmeta.search.comparison import Comparison, build_table
 from fedmeta.search.comparison_report import comparison_run, publish, write
 from fedmeta.search.optimize import open_study, optimize
+from fedmeta.search.privacy_spent import privacy_spent
 from fedmeta.search.runs import ProgressOf, run_or_load
 from fedmeta.search.space import default_space
 from fedmeta.search.study import SearchConfig
@@ -62,7 +64,7 @@ def compare(
     folder = Path(experiment.tracking.folder) / f"compare-{experiment.identity(6)}{'-tuned' if tune else ''}"
     with comparison_run(experiment, learners, seeds, folder, runtime) as summary:
         variants = {name: _variant(experiment, name) for name in learners}
-        trials, left_out = dict[str, list[Trial]](), dict[str, str]()
+        trials, left_out, searched = dict[str, list[Trial]](), dict[str, str](), list[Path]()
         for place, (name, variant) in enumerate(list(variants.items()) if tune else ()):
 
             def progress(title: str, number: int, earlier: int = place * tune) -> Report:
@@ -71,6 +73,7 @@ def compare(
             config = SearchConfig(
                 variant, default_space(variant), tune, "qmc", "none", variant.runtime.seed, runtime=runtime
             )
+            searched.append(config.folder)
             try:
                 with open_study(config) as study:
                     found = optimize(config, study, summary.run_id if summary else "", progress=progress)
@@ -82,6 +85,8 @@ def compare(
         results = _run_all(variants, seeds, folder, runtime, report, left_out)
         compared = [name for name in learners if name not in left_out]
         comparison = build_table(results, compared, folder, experiment.runtime.seed, trials, left_out)
+        spent = privacy_spent(experiment, [*searched, *(result.folder for result in results)])
+        comparison = replace(comparison, privacy=spent)
         write(comparison, folder)
         if summary:
             publish(summary, comparison)

@@ -40,6 +40,7 @@ class Comparison:
         folder: Where it is kept, and resumed from when it is interrupted.
         trials: Every setting that was tried for each learner, the best one first; empty where nothing was tuned.
         left_out: The learners that failed, and why.
+        privacy: What all runs and trials have spent together, where they add noise.
     """
 
     runs: pd.DataFrame
@@ -51,6 +52,7 @@ class Comparison:
     folder: Path
     trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    privacy: str = ""
 
 
 def build_table(

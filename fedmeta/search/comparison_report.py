@@ -51,6 +51,8 @@ def markdown(comparison: Comparison) -> str:
     lines = [comparison.verdict, "", *table, "", note]
     for learner, reason in comparison.left_out.items():
         lines += ["", f"{learner} is left out: {reason}."]
+    if comparison.privacy:
+        lines += ["", comparison.privacy]
     return "\n".join([*lines, *_settings(comparison)]) + "\n"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from optuna import Study
 
 from fedmeta.search.comparison import interval, significance
+from fedmeta.search.privacy_spent import privacy_spent
 from fedmeta.search.results import StudyResult
 from fedmeta.search.space import describe, short, shown
 from fedmeta.search.study import SearchConfig, load_study
@@ -32,16 +33,18 @@ MAX_ROWS = 12
 def verdict(result: StudyResult) -> str:
     """Returns in a sentence or two what was found, and what it is worth."""
     best, baseline = result.best, result.baseline
+    spent = privacy_spent(result.config.experiment, [result.config.folder])
+    privacy = f" {spent}" if spent else ""
     text = f"Best of {len(result.trials)} trials by {result.config.sampler}: {describe(best.settings)}"
     text += f" ({result.score.name} {number(best.score)} on validation sites"
     if best.untuned:
-        return f"{text}): the experiment's own settings; no trial did better."
+        return f"{text}): the experiment's own settings; no trial did better.{privacy}"
     text += f"; {number(baseline.score)} with the experiment's own)." if baseline else ")."
     if final := result.final:
         gain, low, high = final.difference
         text += f" On new sites {number(final.best)} against {number(final.baseline)}: {significance(low, high)}, "
         text += f"{interval(gain, low, high)}, {final.seeds} seed{'s' if final.seeds > 1 else ''}."
-    return text
+    return text + privacy
 
 
 def markdown(result: StudyResult) -> str:

@@ -25,6 +25,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment.tracking_uri import PASSWORD, USER, keep_user_info, with_user_info, without_user_info
 from fedmeta.problems.metric import Metric
 from fedmeta.tracking import experiment_view
+from fedmeta.tracking.store_version import refuse_other_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient, MlflowException
@@ -73,12 +74,13 @@ def checked_uri(uri: str) -> str:
         neither messages nor what is stored can hold them.
 
     Raises:
-        FedmetaError: The address is malformed, its folder cannot be written, its file is no SQLite database, or its
-            server cannot be reached.
+        FedmetaError: The address is malformed, its folder cannot be written, its file is no SQLite database, its server
+            cannot be reached, or its tables are of another version of MLflow.
     """
     file = sqlite_file(uri)
     if file is not None:
         _check_sqlite(uri, file)
+        refuse_other_version(f"{SQLITE}{file}", f"{SQLITE}{file}", file)
         return f"{SQLITE}{file}"
     uri = keep_user_info(uri)
     try:
@@ -98,6 +100,8 @@ def checked_uri(uri: str) -> str:
         except OSError as error:
             place = f"{host}:{port or PORTS[dialect]}"
             raise _unusable(uri, f"nothing answers at {place} ({error.strerror or error})") from error
+    if dialect in DATABASE_PORTS:
+        refuse_other_version(uri, with_user_info(uri))
     return uri
 
 

@@ -109,6 +109,8 @@ def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
         axes.fill_between(steps, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
         for edge in (low, high):
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
+    for name, value, style in _rivals(latest(sites), score):
+        axes.axhline(value, color=INK, linestyle=style, linewidth=1.0, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     set_titles(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score.label)
     return finish(figure, axes)
@@ -231,6 +233,24 @@ def _band(ranked: pd.DataFrame, score: Metric) -> Figure:
 
 def _by_kind(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     return ((kind, part) for kind in COLOURS if len(part := sites[sites["kind"] == kind]))
+
+
+def _rivals(sites: pd.DataFrame, score: Metric) -> Iterator[tuple[str, float, LineStyle]]:
+    """Yields the mean score of what adapting is compared with: local-only, a classical method, the optimum."""
+    new = sites[sites["kind"] == "new"]
+    own = new if len(new) else sites
+    named: tuple[tuple[str, str, LineStyle], ...] = (
+        ("local", "local-only", ":"),
+        ("classical", "classical method", "--"),
+        ("optimum", "optimum", "-"),
+    )
+    for column, name, style in named:
+        values = own.get(f"{column}_{score.name}", pd.Series(dtype=float)).to_numpy(dtype=np.float64)
+        values = values[np.isfinite(values)]
+        if len(values):
+            taken = own.get(f"{column}_evaluations")
+            counted = f", {float(taken.mean()):.0f} evaluations" if taken is not None else ""
+            yield f"{name}{counted}", float(values.mean()), style
 
 
 def _by_step(steps: pd.Series) -> NDArray[np.float64]:

@@ -187,7 +187,7 @@ def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
     reply = ask(grid, TRAIN, RoundRequest(state, 1, said.classes, said.names, "a-run").pack())
     assert_only_a_code(reply, "bad-storage")
     assert "Traceback" not in caplog.text
-    assert "round-000001.safetensors: cannot be written: Not a directory" in caplog.text
+    assert "requests.json: requests cannot be counted: File exists" in caplog.text
 
 
 def test_a_site_of_another_node_is_not_known(tmp_path: Path) -> None:

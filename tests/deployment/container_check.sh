@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks the default compose file, once it is up: a run of MAML over five hospitals' containers gives the same
-# meta-state as one process does; a hospital that is killed in a round is named, and the run goes on; strangers are
-# refused; what runs submitted code reaches nothing but its node.
+# meta-state as one process does; a hospital that is killed in a round is named, and the run continues; clients without
+# the federation's certificates and keys are refused; 200 idle clients cost the gate little memory and a round little time;
+# certificates are renewed while a run is on; a revoked site is out; what runs submitted code reaches its node alone.
 #
 # Runs where `podman` finds the containers of compose project $P, made from $IMAGE, in the project's folder. Services
 # wait for their keys and data, which are made here. ROUNDS sets the length of the first run.
@@ -28,7 +29,7 @@ mkdir -p "$CERTS" "$DATA" "$WORK/local"
 mounts=(-v "$DATA:/data"); [ ! -e "$HEART/heart.npz" ] || mounts+=(-v "$HEART:/heart:ro")
 tool "${mounts[@]}" "$IMAGE" python - /data /heart/heart.npz <tests/deployment/cut_hospitals.py
 names=(); for site in "${SITES[@]}" intruder; do names+=(--site "$site"); done
-tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --server superlink,gate "${names[@]}" >/dev/null
+tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --server fl.example.org "${names[@]}" >/dev/null
 chown -R 10001:10001 "$CERTS" "$WORK/local"; chmod 711 "$WORK"
 say "keys and files are made"
 
@@ -67,6 +68,10 @@ done
 for pid in "${registered[@]}"; do wait "$pid" || { cat "$WORK"/hospital-*.log; die "a key was not registered"; }; done
 say "five keys are registered"
 within 60 podman healthcheck run "${P}_mlflow_1" || die "MLflow is not well"
+# Its first answer starts what it left to that, and takes long on a busy machine.
+within 60 server python -c "import urllib.request
+urllib.request.urlopen('http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1', timeout=60)" ||
+    die "MLflow does not answer"
 server sh -c 'cat >/tmp/heart.toml' <"$WORK/heart.toml"
 wait "$LOCAL" || { cat "$WORK/local.log"; die "the local run failed"; }
 say "MLflow is well, and the local run is done"
@@ -80,7 +85,7 @@ tar -C "$WORK" -c local | server tar -C /tmp -x
 server python - /tmp/deployed.json /tmp/local.json http://mlflow:5000 "${SITES[@]}" <tests/deployment/compare_runs.py ||
     die "the deployed run is not the local one"
 podman logs "${P}_hospital-a-app_1" >"$WORK/app.log" 2>&1
-! grep "Start .flwr-clientapp" "$WORK/app.log" || die "a hospital's app started a process where a copy would have done"
+! grep "no copy of a process could be had" "$WORK/app.log" || die "a hospital's app started a process where a copy would have done"
 say "it is the local run, and MLflow has every site"
 
 # A run that loses a hospital, and strangers meanwhile. A reply is given up after twice the time that a round took.
@@ -91,19 +96,22 @@ before=$(second_rounds)
 server fedmeta run /tmp/heart.toml --runtime deployment --json --set server.rounds=2 \
     --set server.round_timeout=$((2 * round_s + 5)) \
     >"$WORK/killed.json" 2>"$WORK/killed.log" & RUN=$!
-stranger() { # NAME WORDS...: a SuperNode beside hospital-a's that must not get in
-    local name=$1; shift
-    timeout 90 podman run --rm --name "${P}_$name" --network "${P}_hospital-a-out" --tmpfs /tmp \
+stranger() { # NAME NETWORK SUPERLINK WORDS...: a SuperNode beside hospital-a's that must not get in
+    local name=$1 network=$2 superlink=$3; shift 3
+    timeout 90 podman run --rm --name "${P}_$name" --network "${P}_$network" --tmpfs /tmp \
         -v "$CERTS/sites/intruder:/certs:ro" -v "$DATA/$name:/data:ro" "$IMAGE" \
-        flower-supernode --superlink gate:8443 --max-retries 2 --node-config "site=\"$name\" data=\"/data/$name.csv\"" \
+        flower-supernode --superlink "$superlink" --max-retries 2 --node-config "site=\"$name\" data=\"/data/$name.csv\"" \
         "$@" >"$WORK/$name.log" 2>&1
 }
-stranger intruder --root-certificates /certs/public/ca.crt --auth-supernode-private-key /certs/node.key & KEY=$!
-stranger eavesdropper --insecure & PLAIN=$!
+# Through hospital-a's egress a certificate is shown, and the key is not registered; at the gate itself none is shown.
+KEYED=(--root-certificates /certs/public/ca.crt --auth-supernode-private-key /certs/node.key)
+stranger intruder hospital-a-way hospital-a-egress:8443 "${KEYED[@]}" & KEY=$!
+stranger eavesdropper hospital-a-out gate:8443 --insecure & PLAIN=$!
+stranger uncertified hospital-a-out gate:8443 "${KEYED[@]}" & BARE=$!
 reaches() { podman exec "${P}_hospital-a-app_1" python -c \
     "import socket; socket.create_connection(('$1', $2), timeout=3)" >/dev/null 2>&1; }
 reaches hospital-a-node 9094 || die "a hospital's app does not reach its node"
-for host in gate:8443 superlink:8000 mlflow:5000 hospital-b-node:9094; do
+for host in gate:8443 hospital-a-egress:8443 superlink:8000 mlflow:5000 hospital-b-node:9094; do
     ! reaches "${host%:*}" "${host#*:}" || die "what runs submitted code at a hospital reaches $host"
 done
 [ "$(podman exec "${P}_hospital-a-app_1" ls /data)" = hospital-a.csv ] || die "a hospital sees more than its own file"
@@ -119,7 +127,8 @@ say "hospital-c is killed in round 2"
 refused() { ! wait "$1" && grep -q "Failed to initialize the connection" "$2" && ! grep -q "SuperNode ID" "$2"; }
 refused "$KEY" "$WORK/intruder.log" || { cat "$WORK/intruder.log"; die "an unregistered key was not refused"; }
 refused "$PLAIN" "$WORK/eavesdropper.log" || { cat "$WORK/eavesdropper.log"; die "plain text was not refused"; }
-say "an unregistered key and a plain-text client are refused"
+refused "$BARE" "$WORK/uncertified.log" || { cat "$WORK/uncertified.log"; die "a client without certificate was not refused"; }
+say "an unregistered key, a plain-text client and one without certificate are refused"
 wait "$RUN" || { cat "$WORK/killed.log"; die "the run did not survive a hospital's end"; }
 grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "nobody says who failed"; }
 [ "$(last 's["rounds"]' "$WORK/killed.json")" = 2 ] || die "the second run is too short"
@@ -130,3 +139,55 @@ path = MlflowClient('http://mlflow:5000').download_artifacts(sys.argv[1], 'failu
     { cat "$WORK/missed.log"; die "MLflow does not give what the run missed"; }
 grep -q hospital-c "$WORK/failures.json" || { cat "$WORK/failures.json"; die "MLflow does not name who was lost"; }
 say "the run finished without hospital-c and named it"
+
+
+# 200 clients that connect to the gate and stay silent, half of them after the first bytes of a handshake, while a run is
+# on; each comes back when the gate ends its connection. And meanwhile certificates are renewed.
+cat >"$WORK/flood.py" <<X
+import socket, sys, time
+until, held = time.monotonic() + float(sys.argv[1]), {}
+while time.monotonic() < until:
+    for number in range(200):
+        try:
+            if number not in held:
+                held[number] = socket.create_connection(("gate", 8443), timeout=5)
+                held[number].setblocking(False)
+                if number % 2:
+                    held[number].sendall(bytes([22, 3, 1, 2, 0, 1]))
+            elif not held[number].recv(1):
+                raise OSError
+        except BlockingIOError:
+            pass
+        except OSError:
+            held.pop(number, None)
+    time.sleep(0.2)
+print(len(held), flush=True)
+X
+memory() { podman exec "${P}_gate_1" python -c "import os; print(sum(int(open(f'/proc/{p}/statm').read().split()[1]) * 4
+    for p in os.listdir('/proc') if p.isdigit() and b'nginx' in open(f'/proc/{p}/cmdline', 'rb').read()))"; }
+serial() { tool -v "$CERTS:/certs:ro" "$IMAGE" openssl x509 -noout -serial -in "/certs/$1"; }
+podman start "${P}_hospital-c-node_1" >/dev/null
+quiet_s=$(last 'round(s["wall_s"] / (s["rounds"] + 1), 2)' "$WORK/deployed.json")
+quiet_kb=$(memory) old=$(serial server/tls.crt)
+podman run --rm --name "${P}_flood" --network "${P}_hospital-b-out" -v "$WORK/flood.py:/flood.py:ro" \
+    --entrypoint "" "$IMAGE" python /flood.py 60 >"$WORK/flood.log" 2>&1 & FLOOD=$!
+server fedmeta run /tmp/heart.toml --runtime deployment --json >"$WORK/flooded.json" 2>"$WORK/flooded.log" & RUN=$!
+sleep 15
+flood_kb=$(memory)
+tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --renew >/dev/null; chown -R 10001:10001 "$CERTS"
+renewed() { [ "$(podman exec "${P}_serverapp_1" python -c "import socket, ssl
+c = ssl.create_default_context(cafile='/certs/ca.crt'); c.check_hostname = False
+s = c.wrap_socket(socket.create_connection(('gate', 8443), 5)); print('serial=' + s.getpeercert()['serialNumber'])")" != "$old" ]; }
+within 60 renewed || die "the gate does not show the renewed certificate"
+wait "$RUN" || { cat "$WORK/flooded.log"; podman logs "${P}_gate_1" 2>&1 | tail -20; die "flood and renewal ended the run"; }
+wait "$FLOOD" || { cat "$WORK/flood.log"; die "the flood did not end"; }
+flood_s=$(last 'round(s["wall_s"] / (s["rounds"] + 1), 2)' "$WORK/flooded.json")
+say "200 idle clients ($(tail -1 "$WORK/flood.log") held at the end) cost the gate $((flood_kb - quiet_kb)) KB;" \
+    "a round took $flood_s s with them and $quiet_s s without; certificates were renewed meanwhile"
+[ $((flood_kb - quiet_kb)) -lt 102400 ] || die "the flood costs 100 MB or more"
+tool "$IMAGE" python -c "import sys; sys.exit($flood_s - $quiet_s > 1)" || die "the flood delays a round by over a second"
+
+tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --revoke hospital-e >/dev/null; chown -R 10001:10001 "$CERTS"
+out() { podman logs "${P}_hospital-e-node_1" 2>&1 | tail -40 | grep -q "Failed to initialize the connection"; }
+within 90 out || { podman logs --tail 20 "${P}_hospital-e-node_1"; die "a revoked site still gets in"; }
+say "a revoked site is out"

@@ -1,4 +1,4 @@
-"""Cuts five hospitals' files, and two more sites', out of the heart data: cut_hospitals.py OUT [heart.npz].
+"""Cuts five hospitals' files, and three more sites', out of the heart data: cut_hospitals.py OUT [heart.npz].
 
 Each file has its columns in an order of its own. Without the data, made-up rows of the same form take their place.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 HOSPITALS = tuple(f"hospital-{letter}" for letter in "abcde")
-OTHERS = ("intruder", "eavesdropper")
+OTHERS = ("intruder", "eavesdropper", "uncertified")
 
 
 def heart(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, list[np.ndarray]]:

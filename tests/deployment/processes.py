@@ -1,4 +1,7 @@
-"""A federation of plain processes on this machine: SuperLink and gate with TLS, and a SuperNode beside each file."""
+"""A federation of plain processes on this machine: SuperLink, gate and egresses with TLS, a SuperNode beside each file.
+
+Where nginx is not installed, nodes call the SuperLink itself.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from ssl import create_default_context
 import numpy as np
 import pytest
 
+from clients.policy import FILE as POLICY
 from fedmeta.certs import make_certs
 from fedmeta.runtime import deployment
 from fedmeta.runtime.superlink import environment, free_port, keep
+from tests.deployment.proxies import HERE, NGINX, proxy
 
-HERE = "127.0.0.1"
 STARTS_S = 60.0
 FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
 INTRUDER = "intruder"
@@ -35,12 +39,16 @@ class Federation:
     Attributes:
         certs: The folder of keys and certificates.
         gate: The port that sites reach.
+        ways: The port of each site's egress.
         env: The environment of its processes.
+        nodes: The process of each site's SuperNode.
     """
 
     certs: Path
     gate: int
+    ways: Mapping[str, int]
     env: Mapping[str, str]
+    nodes: dict[str, subprocess.Popen[bytes]]
 
     def node(self, site: str, file: Path) -> list[str]:
         """Returns the command of a site's SuperNode."""
@@ -57,14 +65,15 @@ class Federation:
     def plain(self, site: str, file: Path) -> list[str]:
         """Returns the command of a SuperNode, without what secures it."""
         return [
-            "flower-supernode", "--superlink", f"{HERE}:{self.gate}", "--port", str(free_port()),
+            "flower-supernode", "--superlink", f"{HERE}:{self.ways.get(site, self.gate)}", "--port", str(free_port()),
             "--node-config", f'site="{site}" data="{file}"',
         ]  # fmt: skip
 
 
 def write_sites(folder: Path, sites: int = 3, rows: int = 24) -> dict[str, Path]:
-    """Writes one CSV per site; each has the same columns in an order of its own."""
+    """Writes one CSV per site, each with the same columns in its order, and a policy that grants tasks of few rows."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / POLICY).write_text("min_support = 1\nmin_query = 1\nmin_test = 1\n")
     random = np.random.default_rng(5)
     columns = ["age", "chol", "label", "pressure"]
     files = {}
@@ -86,21 +95,24 @@ def federation(work: Path, files: Mapping[str, Path]) -> Iterator[Federation]:
     certs = work / "certs"
     make_certs(certs, [HERE], [*files, INTRUDER])
     tls = [part for option, file in _TLS.items() for part in (option, str(certs / "server" / file))]
-    port, gate = free_port(), free_port()
-    running = Federation(certs, gate, environment(work / "home", FAST))
+    port = free_port()
+    gate = free_port() if NGINX else port
+    ways = {site: free_port() if NGINX else port for site in (*files, INTRUDER)}
+    running = Federation(certs, gate, ways, environment(work / "home", FAST), {})
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         command = ["flower-superlink", *tls, "--enable-supernode-auth", "--database", str(work / "state.db")]
         command += ["--host", HERE, "--port", str(port), "--disable-runtime-dependency-installation"]
         link = stack.enter_context(keep(command, running.env, work / "superlink.log"))
-        command = [sys.executable, "-m", "fedmeta.gate", *tls, "--superlink", f"{HERE}:{port}", "--host", HERE]
-        command += ["--port", str(gate), "--health-server-address", f"{HERE}:{free_port()}"]
-        stack.enter_context(keep(command, running.env, work / "gate.log"))
         _await_health(port, certs / "ca.crt", link)
+        if NGINX:
+            stack.enter_context(proxy("gate.conf", certs / "server", gate, port, work))
+            for site, way in ways.items():
+                stack.enter_context(proxy("egress.conf", certs / "sites" / site, way, gate, work))
         patch.setenv(deployment.SUPERLINK, f"{HERE}:{port}")
         patch.setenv(deployment.ROOT_CERTIFICATES, str(certs / "ca.crt"))
         register([certs / "sites" / site / "node.pub" for site in files])
         for site, file in files.items():
-            stack.enter_context(keep(running.node(site, file), running.env, work / f"{site}.log"))
+            running.nodes[site] = stack.enter_context(keep(running.node(site, file), running.env, work / f"{site}.log"))
         yield running
 
 

@@ -9,7 +9,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from fedmeta.certs import make_certs
+from fedmeta import certs
+from fedmeta.certs import make_certs, revoke, validities
+from fedmeta.cli.main import main
 from fedmeta.errors import FedmetaError
 
 
@@ -31,11 +33,11 @@ def verify(out: Path, certificate: Path, host: str) -> None:
 
 def test_makes_each_file_once(made: Path) -> None:
     found = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
-    pair = {"public/ca.crt", "tls.crt", "tls.key"}
-    sites = {
-        f"sites/{site}/{name}" for site in ("hospital-a", "hospital-b") for name in {*pair, "node.key", "node.pub"}
-    }
-    assert found == {"ca.crt", "ca.key"} | {f"server/{name}" for name in pair} | sites
+    pair = {"public/ca.crt", "public/signing.pub", "tls.crt", "tls.key"}
+    own = {*pair, "egress.crt", "egress.key", "node.key", "node.pub"}
+    sites = {f"sites/{site}/{name}" for site in ("hospital-a", "hospital-b") for name in own}
+    server = {f"server/{name}" for name in {*pair, "signing/signing.key", "revoked.pem"}}
+    assert found == {"ca.crt", "ca.key", "issued.csv"} | server | sites
 
 
 def test_only_the_owner_reads_private_keys_and_enters_folders(made: Path) -> None:
@@ -103,7 +105,9 @@ def test_force_replaces_what_is_named_and_keeps_the_authority(made: Path) -> Non
 
 def test_a_site_is_added_later_under_the_same_authority(made: Path) -> None:
     written = make_certs(made, [], ["hospital-c"])
-    assert {path.relative_to(made).parts[:2] for path in written} == {("sites", "hospital-c")}
+    assert {path.relative_to(made).parts[:2] for path in written} == {("sites", "hospital-c"), ("issued.csv",)}
+    signing = [made / place / "public" / "signing.pub" for place in ("server", "sites/hospital-a", "sites/hospital-c")]
+    assert len({path.read_bytes() for path in signing}) == 1
     verify(made, made / "sites" / "hospital-c" / "tls.crt", "supernode")
 
 
@@ -151,3 +155,64 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FedmetaError, match=r"cannot write .*file"):
         make_certs(tmp_path / "file" / "certs", ["fl.example.org"], [])
+
+
+def serials(path: Path) -> set[int]:
+    return {entry.serial_number for entry in x509.load_pem_x509_crl(path.read_bytes())}
+
+
+def serial(path: Path) -> int:
+    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+
+
+def test_renewal_replaces_certificates_and_keeps_names_and_keys_that_sign(made: Path) -> None:
+    kept = ["ca.crt", "ca.key", "sites/hospital-a/node.key", "server/signing/signing.key", "server/public/signing.pub"]
+    replaced = ["server/tls.crt", "server/tls.key", "sites/hospital-a/tls.crt", "sites/hospital-b/egress.crt"]
+    before = {name: (made / name).read_bytes() for name in (*kept, *replaced)}
+    make_certs(made, [], [], renew=True)
+    after = {name: (made / name).read_bytes() for name in (*kept, *replaced)}
+    assert [name for name in before if before[name] == after[name]] == kept
+    for host in ("localhost", "127.0.0.1", "fl.example.org", "10.1.2.3", "superlink", "gate"):
+        verify(made, made / "server" / "tls.crt", host)
+    with pytest.raises(FedmetaError, match="--server is not given with --renew"):
+        make_certs(made, ["other.example.org"], [], renew=True)
+    with pytest.raises(FedmetaError, match=r"hospital-x holds no certificate to renew"):
+        make_certs(made, [], ["hospital-x"], renew=True)
+
+
+def test_every_certificate_of_a_revoked_site_is_taken_back_and_none_of_anothers(made: Path) -> None:
+    old = {serial(made / "sites" / "hospital-a" / f"{name}.crt") for name in ("tls", "egress")}
+    make_certs(made, [], ["hospital-a"], renew=True)
+    new = {serial(made / "sites" / "hospital-a" / f"{name}.crt") for name in ("tls", "egress")}
+    revoke(made, ["hospital-a"])
+    assert serials(made / "server" / "revoked.pem") == old | new
+    make_certs(made, [], [], renew=True)
+    assert serial(made / "sites" / "hospital-a" / "egress.crt") in new, "a revoked site is not renewed with the others"
+    assert serials(made / "server" / "revoked.pem") == old | new
+    make_certs(made, [], ["hospital-a"], force=True)
+    assert serial(made / "sites" / "hospital-a" / "egress.crt") not in old | new
+    with pytest.raises(FedmetaError, match=r'--revoke "hospital-x".*no certificate of such a site'):
+        revoke(made, ["hospital-x"])
+
+
+def test_days_left_are_shown_and_few_are_a_warning(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    days = {found.path.relative_to(made).as_posix(): found.days for found in validities(made)}
+    assert days["ca.crt"] in (3649, 3650)
+    assert days["server/tls.crt"] in (824, 825)
+    monkeypatch.setattr(certs, "CERTIFICATE_DAYS", 30)
+    make_certs(made, [], ["hospital-a"], renew=True)
+    monkeypatch.setattr("sys.argv", ["fedmeta", "certs", "--out", str(made)])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if "hospital-b/tls.crt: 824 days left" in line]
+    assert [line for line in shown if "hospital-a/egress.crt: WARNING: 29 days left: renew it" in line]
+    monkeypatch.setattr(certs, "CERTIFICATE_DAYS", -1)
+    monkeypatch.setattr(certs, "_CLOCKS", timedelta(days=9))
+    make_certs(made, [], ["hospital-a"], renew=True)
+    assert certs.main([str(made / "sites" / "hospital-a")]) == 0
+    assert "WARNING: expired" in capsys.readouterr().out
+    assert certs.main([str(made / "nothing")]) == 2
+    assert "there is no certificate" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import yaml
 
 DOCKER = Path(__file__).parents[2] / "docker"
 SITES = tuple(f"hospital-{letter}" for letter in "abcde")
+PARTS = ("egress", "node", "app")
 
 
 def compose(name: str = "compose.yaml") -> dict[str, Any]:
@@ -45,8 +46,43 @@ def test_what_runs_submitted_code_has_no_key_and_no_way_out() -> None:
         (network,) = app["networks"]
         assert whole["networks"][network] == {"internal": True}
         beside = [name for name, service in whole["services"].items() if network in service["networks"]]
-        assert len(beside) == 2
+        assert len(beside) == 2, "its node and itself"
         assert "ports" not in app
+
+
+def test_a_node_reaches_the_gate_through_its_egress_alone() -> None:
+    for site in SITES:
+        services, networks = compose()["services"], compose()["networks"]
+        node, egress = services[f"{site}-node"], services[f"{site}-egress"]
+        assert f"--superlink {site}-egress:8443 " in node["command"]
+        assert egress["command"] == "fedmeta-proxy egress.conf /certs 0.0.0.0:8443 gate:8443"
+        assert sorted(node["networks"]) == [f"{site}-in", f"{site}-way"]
+        assert sorted(egress["networks"]) == [f"{site}-out", f"{site}-way"]
+        assert all(networks[name] == {"internal": True} for name in {*node["networks"], *egress["networks"]})
+    services = compose("site.compose.yaml")["services"]
+    assert sorted(services["egress"]["networks"]) == ["out", "way"]
+    assert sorted(services["supernode"]["networks"]) == ["in", "way"]
+
+
+def test_proxies_bound_bodies_time_and_connections_and_check_both_sides() -> None:
+    gate, egress = ((DOCKER / name).read_text() for name in ("gate.conf", "egress.conf"))
+    for line in (
+        "ssl_verify_client on;",
+        "ssl_crl @CERTS@/revoked.pem;",
+        "ssl_session_tickets off;",
+        "proxy_ssl_name superlink;",
+        "client_max_body_size 32m;",
+        "client_header_timeout 10s;",
+        "client_body_timeout 20s;",
+        "limit_conn site 32;",
+    ):
+        assert line in gate
+    for text in (gate, egress):
+        assert "proxy_ssl_verify on;" in text
+        assert 'default 0;\n        "~^POST:/v1/fleet/[a-z]+(-[a-z]+)*$" 1;' in text
+        assert "if ($passes = 0) { return 404; }" in text
+    assert "proxy_ssl_certificate @CERTS@/egress.crt;" in egress
+    assert "proxy_ssl_name gate;" in egress
 
 
 def test_submitted_code_runs_in_copies_of_a_process_that_has_torch() -> None:
@@ -61,7 +97,7 @@ def test_sites_share_no_network_and_no_volume() -> None:
         for other in SITES:
             if one == other:
                 continue
-            ours, theirs = ([services[f"{site}-node"], services[f"{site}-app"]] for site in (one, other))
+            ours, theirs = ([services[f"{site}-{part}"] for part in PARTS] for site in (one, other))
             assert not {net for service in ours for net in service["networks"]} & {
                 net for service in theirs for net in service["networks"]
             }
@@ -90,6 +126,8 @@ def test_every_service_is_confined_encrypted_and_watched(name: str) -> None:
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges"]
         assert isinstance(service["healthcheck"]["test"], str), "podman-compose takes a string only"
+        assert service_name == "mlflow" or "fedmeta.health https://" in service["healthcheck"]["test"]
+        assert "--health-server-address" not in service["command"], "Flower's next version has none"
         assert "--insecure" not in service["command"], service_name
         assert all(source.endswith((" ro", "state")) for source in sources(service).values())
         if service["command"].startswith("flower-supernode"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmeta.certs import make_certs
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.runtime.dry_run import dry_run, read_node_config, told
@@ -90,11 +91,19 @@ def test_bytes_add_up_in_both_views(site: str) -> None:
 
 def test_the_command_line_shows_it(site: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(SETTINGS)
+    make_certs(tmp_path / "certs", [], ["hospital-a"])
     command = [sys.executable, "-m", "fedmeta", "sites", "run.toml", "--node-config", site]
+    command += ["--certs", "certs/sites/hospital-a"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "query.sums: " in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data with space", "run.toml"]
+    assert "    min_test = 1\n    max_inner_steps = 200\n    max_evaluations = 20\n" in done.stdout
+    assert "requests are counted while the node lives, by run: give it a folder" in done.stdout
+    assert "certs/sites/hospital-a/egress.crt: 824 days left" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["certs", "data with space", "run.toml"]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert all("message" in json.loads(line) for line in done.stdout.splitlines())
+    assert "min_test = 1" in done.stderr
 
 
 @pytest.mark.parametrize(

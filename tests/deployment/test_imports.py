@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["fedmeta.health", "fedmeta.gate", "fedmeta.runtime.deployment", "fedmeta.cli"])
+@pytest.mark.parametrize("module", ["fedmeta.health", "fedmeta.certs", "fedmeta.runtime.deployment", "fedmeta.cli"])
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import {module}, sys; print(*({{'torch', 'pandas', 'mlflow', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

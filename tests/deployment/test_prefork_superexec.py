@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,51 +18,58 @@ from tests.deployment.test_faults import Federation, await_true, experiment_of, 
 
 __all__ = ["federation"]
 
-# The process that waits, with a task that writes down what a copy finds; its own line is written last.
+# The process that waits, whose copies write down what they find; its own line is written last.
 WAITING = """
-import json, os, socket, sys
+import json, os, sys
+from pathlib import Path
 from fedmeta import prefork_superexec
 
-def look(task):
-    found = {"pid": os.getpid(), "task": task, "torch": "torch" in sys.modules}
+def look(arguments):
+    found = {"pid": os.getpid(), "arguments": arguments, "torch": "torch" in sys.modules}
     found["threads"] = len(os.listdir("/proc/self/task"))
     found["installed"] = [name for name in sys.modules if name.split(".")[0] == "fedmeta"]
     os.write(1, (json.dumps(found) + "\\n").encode())
 
-prefork_superexec.run_task = look
-ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+folder = Path(sys.argv[1])
+listener = prefork_superexec.listen(folder / "copies")
+watched, ours = os.pipe()
 waiting = os.fork()
 if waiting == 0:
-    ours.close()
-    prefork_superexec.serve(theirs)
+    os.close(ours)
+    prefork_superexec.serve(listener, watched, look)
     os._exit(0)
-theirs.close()
-answers = [prefork_superexec.asked(ours, {"number": number}) for number in range(3)]
-os.write(1, (json.dumps({"answers": answers, "waiting": waiting}) + "\\n").encode())
+os.write(1, (json.dumps({"waiting": waiting}) + "\\n").encode())
 sys.stdin.read()
 """
 
 
-def test_each_task_gets_a_copy_that_has_torch_and_nothing_of_ours() -> None:
-    with subprocess.Popen([sys.executable, "-c", WAITING], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+def ask(address: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs what a SuperExec finds as flwr-clientapp; without an answer it becomes /bin/echo."""
+    env = {**os.environ, **prefork_superexec.client_environment(address, "/bin/echo")}
+    command = ["flwr-clientapp", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+
+
+def test_each_message_gets_a_copy_that_has_torch_and_nothing_of_ours(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WAITING, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        *copies, launcher = sorted(
-            (json.loads(next(process.stdout)) for _ in range(4)), key=lambda found: "answers" in found
-        )
-        assert launcher["answers"] == [True] * 3
-        assert sorted(copy["task"]["number"] for copy in copies) == [0, 1, 2]
-        assert len({copy["pid"] for copy in copies} | {launcher["waiting"]}) == 4
+        waiting = json.loads(next(process.stdout))["waiting"]
+        answers = [ask(tmp_path / "copies", "--number", str(number)) for number in range(3)]
+        assert [(answer.stdout, answer.stderr) for answer in answers] == [("", "")] * 3
+        copies = [json.loads(next(process.stdout)) for _ in range(3)]
+        assert sorted(copy["arguments"] for copy in copies) == [["--number", str(number)] for number in range(3)]
+        assert len({copy["pid"] for copy in copies} | {waiting}) == 4
         assert all(copy["torch"] and copy["threads"] == 1 and copy["installed"] == [] for copy in copies)
-        assert process_guard.is_alive(launcher["waiting"])
+        assert process_guard.is_alive(waiting)
         process.kill()
-    await_true(lambda: not process_guard.is_alive(launcher["waiting"]), "the end of the process that waited")
+    await_true(lambda: not process_guard.is_alive(waiting), "the end of the process that waited")
 
 
-def test_a_process_that_is_gone_is_not_asked_again() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.close()
-    assert not prefork_superexec.asked(ours, {"number": 0})
-    assert not prefork_superexec.asked(ours, {"number": 1})
+def test_without_an_answer_flowers_command_runs(tmp_path: Path) -> None:
+    asked = ask(tmp_path / "none", "--token", "x")
+    assert asked.stdout == "--token x\n"
+    assert "no copy of a process could be had" in asked.stderr
 
 
 def test_it_takes_the_words_of_flowers_command() -> None:
@@ -87,11 +93,11 @@ def test_a_run_over_copies_and_one_after_their_origin_is_lost(tmp_path: Path, fe
         for name, value in local.meta_state.items():
             torch.testing.assert_close(deployed.meta_state[name], value, rtol=0, atol=1e-5)
 
-    cold = "MetaModel `flwr-clientapp` process"
+    cold = "no copy of a process could be had"
     deployed_is_local("warm")
     assert not [site for site in files if cold in (tmp_path / f"{site}-app.log").read_text()]
     lost = next(iter(apps))
-    executor, waiting = sorted(process_guard.descendants(apps[lost].pid))
+    executor, waiting = sorted(process_guard.descendants(apps[lost].pid))[:2]
     os.kill(waiting, signal.SIGKILL)
     deployed_is_local("cold")
     assert [site for site in files if cold in (tmp_path / f"{site}-app.log").read_text()] == [lost]

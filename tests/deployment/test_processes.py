@@ -1,6 +1,8 @@
 """A run over a federation of real processes: the same numbers as in one process, over TLS and with node keys."""
 
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,10 +11,12 @@ import pytest
 import torch
 
 import fedmeta
+from fedmeta.certs import revoke
 from fedmeta.errors import FedmetaError
 from fedmeta.runtime import deployment
 from fedmeta.runtime.superlink import keep
-from tests.deployment.processes import HERE, INTRUDER, Federation, federation, write_sites
+from tests.deployment.processes import INTRUDER, Federation, federation, write_sites
+from tests.deployment.proxies import HERE, NGINX
 
 EXPERIMENT = """
 [data]
@@ -70,6 +74,7 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.Mon
             outside.setenv(deployment.SUPERLINK, f"{HERE}:{running.gate}")
             with pytest.raises(FedmetaError, match="did not take the run"):
                 fedmeta.run(experiment("outside"), runtime="deployment")
+        a_revoked_site_is_out(running, tmp_path)
 
     assert deployed.meta_state.keys() == local.meta_state.keys()
     for name, value in local.meta_state.items():
@@ -78,6 +83,20 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert deployed.sites[columns].equals(local.sites[columns])
     assert deployed.summary["rounds"] == 2
     assert Path(deployed.summary["checkpoint"]).is_file()
+
+
+def a_revoked_site_is_out(running: Federation, work: Path) -> None:
+    """Unregisters a node's key and takes another site's certificate back; both nodes end at their next message."""
+    assert [node.poll() for node in running.nodes.values()] == [None] * 3, "every node is still there"
+    found = re.search(r"SuperNode ID: (\d+)", (work / "site-1.log").read_text())
+    assert found
+    command = [sys.executable, "-m", "fedmeta", "flower", "supernode", "unregister", found[1]]
+    subprocess.run(command, check=True, timeout=120)
+    running.nodes["site-1"].wait(60)
+    if NGINX:
+        revoke(running.certs, ["site-2"])
+        running.nodes["site-2"].wait(60)
+    assert running.nodes["site-0"].poll() is None
 
 
 @contextmanager

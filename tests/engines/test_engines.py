@@ -165,7 +165,15 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("case", [name for name in MISFITS if "values" not in name])
+MIXED = (
+    "rows that mix",
+    "rows that mix later",
+    "a path that depends on values",
+    "statistics of the batch as attention",
+)
+
+
+@pytest.mark.parametrize("case", [name for name in MISFITS if name not in MIXED])
 def test_misfits_take_another_engine(case: str) -> None:
     learner = build("maml", MISFITS[case], inner_steps=2)
     batch = tasks([(4, 5), (2, 3), (6, 2)], (20,))
@@ -176,9 +184,38 @@ def test_misfits_take_another_engine(case: str) -> None:
     assert distance(engines.meta_gradients(learner, own, batch, "lowrank")[0], expected) < 1e-10
 
 
-def test_a_path_that_depends_on_values_is_refused() -> None:
-    learner = build("maml", MISFITS["a path that depends on values"], inner_steps=2)
-    assert "looks at values" in str(lowrank.fits(learner, tasks(RAGGED, (20,))))
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("case", MIXED)
+def test_rows_that_mix_are_refused_by_every_engine(case: str, engine: str) -> None:
+    learner, batch = build("maml", MISFITS[case], inner_steps=2), tasks(RAGGED, (20,))
+    for ask in (engines.meta_gradients, engines.evaluate):
+        with pytest.raises(FedmetaError, match="a row's outputs depend on the other rows"):
+            ask(learner, state(learner), batch, engine)
+    assert lowrank.fits(learner, batch) is not None
+
+
+class PathOfARow(nn.Module):
+    """A row's path depends on its own values: right, and for no batched form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.layer(row) if bool(row.sum() > 0) else self.layer(row).tanh() for row in x]
+        return torch.stack(rows) if rows else self.layer(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_path_that_depends_on_a_rows_own_values_falls_back_to_the_loop(engine: str) -> None:
+    learner, batch = build("maml", PathOfARow(), inner_steps=2), tasks(RAGGED, (20,))
+    own = state(learner)
+    assert "looks at values" in str(lowrank.fits(learner, batch, own))
+    assert engines.choose_engine(learner, batch, own) == "loop"
+    expected = ENGINES["loop"].meta_gradients(learner, own, batch, torch.ones(4)).total
+    assert distance(engines.meta_gradients(learner, own, batch, engine)[0], expected) < 1e-10
+    found = engines.evaluate(learner, own, batch, engine)["loss"]
+    assert torch.allclose(found, ENGINES["loop"].evaluate(learner, own, batch, 2)["loss"])
 
 
 def test_the_stock_encoder_layer_takes_another_engine() -> None:

@@ -175,3 +175,12 @@ def test_sites_that_gain_adapt_and_most_that_adapting_hurts_do_not() -> None:
     assert min(gained, lost) > 0.1
     assert (gated - usual)[gaining:].mean() > 0.6 * lost, "most of what adapting costs is won back"
     assert (usual - gated)[:gaining].mean() < 0.15 * gained, "little of what it gains is lost"
+
+
+@pytest.mark.parametrize(("errors", "chosen"), [(0.0, STEPS), (1.0, STEPS), (1.2, STEPS), (1.3, 0), (3.0, 0)])
+def test_not_adapting_must_be_better_by_one_and_a_quarter_standard_errors(errors: float, chosen: int) -> None:
+    spread = 0.2 * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])
+    standard_error = float((spread.square().mean() / (PARTS - 1)).sqrt())
+    losses = torch.cat([(1 - errors * standard_error - spread)[:, None], torch.ones(PARTS, STEPS)], 1)
+    scores = torch.tensor([[0.5 + 1e-6, 0.5, 0.5, 0.5]]).expand(PARTS, -1)
+    assert choose_steps(lambda _: with_losses(losses, scores), rows(1, 10), folds=PARTS).tolist() == [chosen]

@@ -51,3 +51,12 @@ def test_row_errors_are_the_derivatives_of_row_losses(rows: int, targets: int | 
     (expected,) = torch.autograd.grad(row_losses(outputs, y).sum(), outputs)
     torch.testing.assert_close(row_errors(outputs, y), expected)
     assert torch.autograd.gradcheck(lambda outputs: row_errors(outputs, y), (outputs,))
+
+
+def test_calibration_has_ten_bins() -> None:
+    """Rows of confidences .55, .65, ... lie in bins of their own: right ones and wrong ones do not cancel."""
+    confidence = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95])
+    outputs = torch.stack([confidence, 1 - confidence], 1).log()
+    y, mask = torch.tensor([0, 1, 0, 1, 0]), torch.ones(5)
+    expected = (0.45 + 0.65 + 0.25 + 0.85 + 0.05) / 5
+    assert float(calibration_error(outputs, y, mask)) == pytest.approx(expected, abs=1e-6)

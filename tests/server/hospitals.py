@@ -7,6 +7,9 @@ import numpy as np
 
 from fedmeta.experiment import Experiment
 
+GRANTED = {"min_support": 1, "min_query": 1, "min_test": 1, "max_evaluations": 1000}
+"""What sites as small as these must grant beyond a node's defaults."""
+
 SETTINGS = """
 [data]
 source = "synthetic"
@@ -45,7 +48,7 @@ def hospital(
     columns: tuple[str, ...] = ("age", "pressure"),
     classes: tuple[str, ...] = ("healthy", "ill"),
 ) -> dict[str, Any]:
-    """Writes a hospital's file; returns what its node is told."""
+    """Writes a hospital's file; returns its node's config, which grants tasks of few rows."""
     draw = np.random.default_rng(len(name) + rows)
     lines = [",".join([*columns, "label"])]
     for row in range(rows):
@@ -53,4 +56,4 @@ def hospital(
         lines.append(",".join([*values, classes[row % len(classes)]]))
     path = folder / f"{name}.csv"
     path.write_text("\n".join(lines) + "\n")
-    return {"site": name, "data": str(path)}
+    return {"site": name, "data": str(path), **GRANTED}

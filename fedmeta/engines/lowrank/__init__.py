@@ -7,12 +7,10 @@ from fedmeta.engines.lowrank import engine, ghost_clipping
 from fedmeta.engines.lowrank.capture import capture_immediately
 from fedmeta.engines.lowrank.engine import evaluate, fits, meta_gradients, plan_of
 from fedmeta.engines.lowrank.ghost_clipping import add_sites
-from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.trace import ROWS_MIX
 
 __all__ = [
     "ROWS_MIX",
-    "UnsupportedModelError",
     "add_sites",
     "capture_immediately",
     "engine",

@@ -32,19 +32,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.engines.gradcheck import check, double, probe_batch
+from fedmeta.engines.gradcheck import CHECKED_ROWS, UnprovenError, check, cut, double
 from fedmeta.engines.lowrank.adaptation import Adaptation
 from fedmeta.engines.lowrank.capture import run_captured
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, adjacent, concatenate
-from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, sharing
 from fedmeta.engines.lowrank.trace import ModuleTrace, survey
+from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import trained, with_theta
 from fedmeta.models import FunctionalModel
+from fedmeta.models.attention import exact_attention
 from fedmeta.problems.supervised import Supervised
 from fedmeta.task import Batch, Rows
 
@@ -80,6 +80,8 @@ def plan_of(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) ->
     """
     if not isinstance(learner.problem, Supervised) or not learner.problem.plain:
         raise UnsupportedModelError("its objectives are not those of supervised learning")
+    if learner.estimator not in ESTIMATORS:
+        raise UnsupportedModelError(f"what {type(learner).__name__} sends is its own")
     rates = _all_rates(learner, meta_state, learner.inner_steps)
     return _forms(learner, meta_state, batch, batch.support[0].shape[1], rates)
 
@@ -115,6 +117,12 @@ def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, s
         if step < steps:
             adaptation.step(support, rates[step])
     return stack_path(path, dim=1)
+
+
+def _uncaptured(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
+    """Returns the contribution of sites that are all finite, computed and not replayed."""
+    gradient, losses = _weighted_sum(learner, meta_state, batch, weights)
+    return WeightedSum(gradient, float(weights.sum()), {"query_loss": [losses]})
 
 
 def _finite_sum(
@@ -287,16 +295,21 @@ def _forms(
     key = (type(learner), adapting, x.shape[2:], x.is_floating_point())
     known = _known.setdefault(learner.network, {})
     if key not in known:
-        few = probe_batch(batch)
+        first = cut(batch.take(slice(0, 2))).support[0].flatten(0, 1)[: 2 * CHECKED_ROWS]
+        first = first.double().nan_to_num() if first.is_floating_point() else first
         try:
-            # Fused attention has no second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
-                known[key] = survey(
-                    learner.network, double(learner.theta(state)), adapting, few.support[0].flatten(0, 1)
-                )
-                check(learner, state, few, lambda *asked: _weighted_sum(*asked)[0])
+            with exact_attention():
+                # Needed by what is checked, and forgotten unless it passes.
+                known[key] = survey(learner.network, double(learner.theta(state)), adapting, first)
+                check(learner, state, batch, _uncaptured, evaluate)
+        except UnprovenError:
+            del known[key]
+            raise
         except UnsupportedModelError as reason:
             known[key] = str(reason)
+        except BaseException:
+            known.pop(key, None)
+            raise
     found = known[key]
     if isinstance(found, str):
         raise UnsupportedModelError(found)

@@ -20,14 +20,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedmeta.engines.gradcheck import check, probe_batch
+from fedmeta.engines.gradcheck import UnprovenError, check
 from fedmeta.engines.lowrank import engine
-from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.engines.lowrank.trace import Call
-from fedmeta.engines.weighted_sum import WeightedSum
+from fedmeta.engines.misfit import UnsupportedModelError
+from fedmeta.engines.weighted_sum import WeightedSum, by_site
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import with_theta
 from fedmeta.models import FunctionalModel
@@ -84,9 +83,10 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bo
     known = _known.setdefault(learner.network, {})
     if key not in known:
         try:
-            with sdpa_kernel(SDPBackend.MATH):
-                check(learner, meta_state, probe_batch(batch), _weighted_sum)
+            check(learner, meta_state, batch, _weighted_sum)
             known[key] = True
+        except UnprovenError:
+            return False
         except UnsupportedModelError:
             known[key] = False
     return known[key]
@@ -110,7 +110,7 @@ def add_sites(
     for inputs, errors in joined.values():
         squares += _squares(inputs, errors)
     for value in pieces.own.values():
-        squares += value.flatten(1).double().square().sum(1)
+        squares += by_site(value).double().square().sum(1)
     finite = losses.isfinite() & squares.isfinite()
     shares = torch.where(finite, weights, 0.0) * total.clip_norm / squares.sqrt().clamp(min=total.clip_norm)
     if not bool(finite.all()):
@@ -188,8 +188,7 @@ def _without(value: Tensor, finite: Tensor) -> Tensor:
     return torch.where(finite.reshape(-1, *[1] * (value.dim() - 1)), value, 0.0)
 
 
-def _weighted_sum(
-    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
-) -> dict[str, Tensor]:
-    pieces, _ = _pieces(learner, meta_state, batch)
-    return _sums(meta_state, pieces.joined(), pieces.own, weights)
+def _weighted_sum(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
+    pieces, losses = _pieces(learner, meta_state, batch)
+    total = _sums(meta_state, pieces.joined(), pieces.own, weights)
+    return WeightedSum(total, float(weights.sum()), {"query_loss": [losses]})

@@ -15,11 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmeta.engines.lowrank.matmul import Geometry, convolutions, products
-from fedmeta.errors import FedmetaError
-
-
-class UnsupportedModelError(FedmetaError):
-    """Why a model or a learner cannot be computed in the low-rank form."""
+from fedmeta.engines.misfit import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, concatenate
 from fedmeta.engines.lowrank.matmul import fused_linear, products, traced_linear
-from fedmeta.engines.lowrank.ops import OPERATIONS, Operands, UnsupportedModelError
+from fedmeta.engines.lowrank.ops import OPERATIONS, Operands
 from fedmeta.engines.lowrank.trace import Call, parameters_in
+from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.models import Parameters
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fedmeta.engines.lowrank.ops import UnsupportedModelError
 from fedmeta.engines.lowrank.trace import Call, ModuleTrace
+from fedmeta.engines.misfit import UnsupportedModelError
 
 Rates = Mapping[str, Tensor | float]
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedmeta.engines.lowrank.ops import OPERATIONS, Operands, UnsupportedModelError
+from fedmeta import noise
+from fedmeta.engines.lowrank.ops import OPERATIONS, Operands
+from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.models import FunctionalModel, Parameters
 
 TELLS_NOTHING = frozenset(
@@ -148,8 +150,10 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
         row's outputs
             depend on other rows or on how many there are.
     """
-    with torch.no_grad():
+    with torch.no_grad(), noise.asked() as drawn:
         outputs, first = network(parameters, x.clone()), network(parameters, x[:-1].clone())
+    if drawn:
+        raise UnsupportedModelError("the model draws noise")
     scale = outputs.abs().max().clamp(min=1e-30)
     if outputs.shape[0] != len(x) or bool((outputs[:-1] - first).abs().max() / scale > 1e-9):
         raise UnsupportedModelError(ROWS_MIX)
