@@ -21,6 +21,7 @@ from clients.policy import Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
+from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
     EngineReply,
@@ -98,7 +99,8 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     _use_machine(node.experiment.runtime.threads)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
-    batch = node.training_batch(node.find(request.names), request.round_number, scale, request.classes)
+    here = node.find(request.names)
+    _, batch = next(node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches))
     if policy:
         policy.check_rows(batch, test=False)
     chosen, seconds = engines.trial(learner, meta_state, batch)
@@ -116,35 +118,36 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
-    batch = node.training_batch(here, request.round_number, scale, request.classes)
-    if policy:
-        policy.check_rows(batch, test=False)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
-    if learner.personal(meta_state):
-        kept = LocalStateStore.of(context, node.experiment, request)
-        gradient, weight, metrics, own = train_personal(
-            learner,
-            meta_state,
-            batch,
-            weights,
-            stack_personal(learner, meta_state, kept.read()),
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-        )
-        kept.write(own)
-    else:
-        gradient, weight, metrics = engines.meta_gradients(
-            learner,
-            meta_state,
-            batch,
-            request.engine,
-            weights=weights,
-            budget=request.budget or engines.BUDGET,
-            rounded=request.per_site,
-            clip_norm=clip_norm,
-            per_site=request.per_site,
-            check=node.experiment.runtime.check,
-        )
+    kept = LocalStateStore.of(context, node.experiment, request) if learner.personal(meta_state) else None
+    before, after, parts = kept.read() if kept else [], [], []
+    batches = node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches)
+    for group, batch in batches:
+        if policy:
+            policy.check_rows(batch, test=False)
+        if kept:
+            own = stack_personal(learner, meta_state, [before[site] for site in group.tolist()])
+            gradient, weight, metrics, own = train_personal(
+                learner, meta_state, batch, weights[group], own, clip_norm=clip_norm, per_site=request.per_site
+            )
+            after.append(own)
+        else:
+            gradient, weight, metrics = engines.meta_gradients(
+                learner,
+                meta_state,
+                batch,
+                request.engine,
+                weights=weights[group],
+                budget=request.budget or engines.BUDGET,
+                rounded=request.per_site,
+                clip_norm=clip_norm,
+                per_site=request.per_site,
+                check=node.experiment.runtime.check,
+            )
+        parts.append((group, gradient, weight, metrics))
+    gradient, weight, metrics = join_parts(parts, request.per_site)
+    if kept:
+        kept.write(in_site_order([group for group, *_ in parts], after))
     query_loss = metrics["query_loss"].cpu().numpy()
     return TrainReply(
         gradient=gradient,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,12 +36,14 @@ from fedmeta.data import (
     target_sums,
     train_sums,
     training_episodes,
+    training_order,
     training_tasks,
 )
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
 from fedmeta.messages import SitesReply
+from fedmeta.minibatches import Minibatches
 from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.targets import TargetScale
@@ -53,6 +55,8 @@ Sites = NDArray[np.int64]
 GROUP_ROWS = 1 << 14
 """How many padded rows an evaluation gathers at once."""
 
+TRAINING_BYTES = 1 << 28
+"""Bytes of features that a round gathers at once where learners take all train rows of their sites."""
 
 LINEAR = ("logistic", "mlp")
 """Models whose first layer is a linear one on the whole row."""
@@ -127,19 +131,62 @@ class RowNode:
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
+<<<<<<< HEAD
         if self.experiment.server.weighting == "examples":
             sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
             return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
+=======
+        if self.experiment.weighs_rows:
+            return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+>>>>>>> main
         return torch.ones(len(sites), dtype=torch.float64)
 
-    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
-        """Returns the tasks of some sites in a round."""
+    def training_batches(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Iterator[tuple[Sites, Batch]]:
+        """Yields positions in `sites` and their tasks in a round: all at once, unless padding would take much memory.
+
+        Args:
+            sites: The cohort's sites that are here.
+            round_number: The round.
+            scale: The run's standardisation.
+            classes: The run's class list.
+            minibatches: How the learner goes through all of a site's train rows; None for support and query rows.
+        """
+        groups = [np.arange(len(sites))]
+        sizes = self.split.train_sizes(sites)
+        if minibatches is not None and not self.experiment.data.ways and len(sites):
+            most = max(1, TRAINING_BYTES // (4 * int(np.prod(self.shape, dtype=np.int64))))
+            if len(sites) * int(sizes.max()) > most:
+                groups = group_by_size(sizes, most)
+        for group in groups:
+            yield group, self.training_batch(sites[group], round_number, scale, classes, minibatches)
+
+    def training_batch(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Batch:
+        """Returns the tasks of some sites in a round; arguments as for `training_batches`."""
         data = self.experiment.data
         if data.ways:
             episodes = training_tasks(self.split, sites, round_number, data)
         else:
-            episodes = training_episodes(self.split, sites, round_number, data.support, data.query)
-        return self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+            query = data.query if minibatches is None else int(self.split.train_sizes(sites).max(initial=1))
+            episodes = training_episodes(self.split, sites, round_number, data.support, query)
+        batch = self._gather(episodes, scale, classes).with_noise(self._noise(sites, round_number))
+        if minibatches is None:
+            return batch
+        order = training_order(self.split, sites, round_number, episodes, minibatches)
+        return replace(batch, order=torch.from_numpy(order).to(batch.device))
 
     def _noise(self, sites: Sites, round_number: int, tasks: int = 1) -> Tensor:
         """Returns the keys of the noise of sites' tasks [sites * tasks] in a round; 0 is evaluation."""

@@ -19,6 +19,7 @@ from fedmeta.data import FeatureSums, Standardisation
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import SitesReply
+from fedmeta.minibatches import Minibatches
 from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.problems.source import as_dtype, form_of
@@ -99,13 +100,31 @@ class TaskNode:
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean."""
-        if self.experiment.server.weighting == "examples":
+        if self.experiment.weighs_rows:
             weights = [float(self.source.weight(self.names[site])) for site in sites.tolist()]
             return torch.tensor(weights, dtype=torch.float64).clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
-    def training_batch(self, sites: Sites, round_number: int, scale: Standardisation, classes: Sequence[str]) -> Batch:
-        """Returns the tasks of some sites in a round."""
+    def training_batches(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Iterator[tuple[Sites, Batch]]:
+        """Yields positions in `sites` and their tasks in a round, all at once."""
+        yield np.arange(len(sites)), self.training_batch(sites, round_number, scale, classes)
+
+    def training_batch(
+        self,
+        sites: Sites,
+        round_number: int,
+        scale: Standardisation,
+        classes: Sequence[str],
+        minibatches: Minibatches | None = None,
+    ) -> Batch:
+        """Returns the tasks of some sites in a round; an own source's data are no rows, and have no mini-batches."""
         return self._stack(sites, "train", round_number)
 
     def evaluation_batches(

@@ -26,6 +26,22 @@ class Task(NamedTuple):
     query: Any
 
 
+class OrderedTask(Task):
+    """A task whose rows are taken in mini-batches, in a drawn order.
+
+    Attributes:
+        order: The places of rows, support before query, -1 for none [epochs, batches, size] (`fedmeta.minibatches`).
+    """
+
+    order: Tensor
+
+    def __new__(cls, support: Any, query: Any, order: Tensor) -> "OrderedTask":
+        """Returns the task."""
+        task = super().__new__(cls, support, query)
+        task.order = order
+        return task
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The tasks of many sites, padded to one length and stacked along a leading site axis.
@@ -37,12 +53,15 @@ class Batch:
         query: The same with its own n.
         pairs: The Gram matrix x x^T of each site's rows, support before query, [sites, N, N] with N the rows of both;
             None where it is not known beforehand.
+        order: The mini-batches of each site [sites, epochs, batches, size]: the places of rows, support before query,
+            -1 for none; None where rows are not taken in mini-batches.
         noise: The key of each site's noise in this round [sites], int64 (`fedmeta.noise`); None for 0 at all.
     """
 
     support: Rows
     query: Rows
     pairs: Tensor | None = None
+    order: Tensor | None = None
     noise: Tensor | None = None
 
     def __iter__(self) -> Iterator[Rows]:
@@ -61,13 +80,20 @@ class Batch:
         return self.support[0].device
 
     def task(self, site: int) -> Task:
-        """Returns the task of one site without its padding."""
-        return Task(_unpad(self.support, site), _unpad(self.query, site))
+        """Returns the task of one site without its padding, and without mini-batches that hold none of its rows."""
+        support, query = _unpad(self.support, site), _unpad(self.query, site)
+        if self.order is None:
+            return Task(support, query)
+        present = torch.cat([self.support[2][site], self.query[2][site]]) > 0
+        places = self.order[site].clamp(min=0)
+        there = (self.order[site] >= 0) & present[places]
+        order = torch.where(there, (present.cumsum(0) - 1)[places], -1)
+        return OrderedTask(support, query, order[:, there.any(2).any(0)])
 
     def to(self, device: str) -> "Batch":
         """Returns the batch on a device ("cpu" or "cuda")."""
-        pairs = None if self.pairs is None else self.pairs.to(device)
-        return replace(self.map(lambda rows: tuple(tensor.to(device) for tensor in rows)), pairs=pairs)
+        pairs, order = (None if each is None else each.to(device) for each in (self.pairs, self.order))
+        return replace(self.map(lambda rows: tuple(tensor.to(device) for tensor in rows)), pairs=pairs, order=order)
 
     def with_noise(self, keys: Tensor | None) -> "Batch":
         """Returns the batch with the keys of its sites' noise [sites]."""
@@ -83,13 +109,35 @@ class Batch:
 
     def take(self, sites: slice | Tensor) -> "Batch":
         """Returns some sites: as views of a slice, as copies for numbers."""
-        pairs = None if self.pairs is None else self.pairs[sites]
+        pairs, order = (None if each is None else each[sites] for each in (self.pairs, self.order))
         noise = None if self.noise is None else self.noise[_on_cpu(sites)]
-        return replace(self.map(lambda rows: tuple(tensor[sites] for tensor in rows)), pairs=pairs, noise=noise)
+        taken = self.map(lambda rows: tuple(tensor[sites] for tensor in rows))
+        return replace(taken, pairs=pairs, order=order, noise=noise)
+
+    def cut(self) -> "Batch":
+        """Returns the batch without columns in which no site has a row; no `pairs` are known of it."""
+        first = self.support[0].shape[1]
+        shorter = self.map(lambda rows: tuple(tensor[:, : max(1, int(row_ends(rows).max()))] for tensor in rows))
+        if self.order is None:
+            return shorter
+        order = torch.where(self.order >= first, self.order - (first - shorter.support[0].shape[1]), self.order)
+        there = order >= 0
+        order = order[:, :, there.any(3).any(1).any(0)]
+        return replace(shorter, order=order)
 
     def map(self, change: Callable[[Rows], Rows]) -> "Batch":
-        """Returns a batch of changed support and query rows, of which no `pairs` are known."""
+        """Returns a batch of changed support and query rows, of which no `pairs` and no `order` are known."""
         return Batch(change(self.support), change(self.query), noise=self.noise)
+
+
+def task_of(support: Any, query: Any, *order: Tensor) -> Task:
+    """Returns a task, with the order of its rows where there is one (`orders`)."""
+    return OrderedTask(support, query, *order) if order else Task(support, query)
+
+
+def orders(batch: Batch) -> tuple[Tensor, ...]:
+    """Returns a batch's order as the further argument that a function of each site's tensors takes, or none."""
+    return () if batch.order is None else (batch.order,)
 
 
 class TreeBatch(Batch):
@@ -158,6 +206,15 @@ def rows_mask(rows: Rows) -> Tensor:
     if len(rows) == 3:
         return rows[2] if rows[2].is_floating_point() else rows[2].to(dtype)
     return torch.ones(x.shape[0], dtype=dtype, device=x.device)
+
+
+def row_ends(rows: Rows) -> Tensor:
+    """Returns where each site's last row ends [sites], in rows [sites, n] with a mask."""
+    mask = rows[2]
+    # The common case first, which is sooner seen than counted.
+    if bool((mask[:, -1:] > 0).all()):
+        return torch.full(mask.shape[:1], mask.shape[1], device=mask.device)
+    return ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
 def stack(tasks: Sequence[Task]) -> Batch:

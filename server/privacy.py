@@ -156,7 +156,7 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
     keeps = bool(learner.personal(meta_state))
     rules = (
         (
-            server.weighting != "uniform",
+            experiment.weighs_rows,
             f'[server] weighting = "{server.weighting}": must be "uniform"',
             "a site's size would scale what it adds, and is no secret itself",
         ),

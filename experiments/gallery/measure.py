@@ -28,8 +28,9 @@ def run(entry: str, *overrides: str, seed: int = 0) -> Result:
     """Returns the finished run of an entry's TOML file, untracked, in a temporary folder."""
     file = Path(__file__).parent / entry / "run.toml"
     with tempfile.TemporaryDirectory() as folder:
-        usual = ["tracking.uri=none", f"tracking.folder={folder}", f"runtime.seed={seed}", "evaluation.every=0"]
-        return fedmeta.run(fedmeta.load_experiment(file, [*usual, *overrides]))
+        usual = ["tracking.uri=none", f"tracking.folder={folder}", "evaluation.local_baseline=none"]
+        settings = [*usual, "evaluation.every=0", f"runtime.seed={seed}", *overrides]
+        return fedmeta.run(fedmeta.load_experiment(file, settings))
 
 
 def new_sites(result: Result) -> list[str]:

@@ -10,7 +10,6 @@ import click
 from fedmeta.cli import operating, reading, training
 from fedmeta.cli.application import app
 from fedmeta.errors import FedmetaError
-from fedmeta.text import visible
 
 INTERRUPTED = 130
 ORDER = [module.__name__ for module in (training, reading, operating)]
@@ -48,5 +47,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"fedmeta: {visible(' '.join(message.splitlines()))}", file=sys.stderr)
+    print(f"fedmeta: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fedmeta.data.batches import gather, gather_rows, standardised
-from fedmeta.data.episodes import Episodes, Padded, evaluation_episodes, group_by_size, training_episodes
+from fedmeta.data.episodes import (
+    Episodes,
+    Padded,
+    evaluation_episodes,
+    group_by_size,
+    training_episodes,
+    training_order,
+)
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
 from fedmeta.data.gram import GramCache, gram_matrices
 from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
@@ -128,5 +135,6 @@ __all__ = [
     "target_sums",
     "train_sums",
     "training_episodes",
+    "training_order",
     "training_tasks",
 ]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fedmeta.data.ragged import IntArray, Ragged
 from fedmeta.data.splits import Split
 from fedmeta.data.stratified import stratified
-from fedmeta.randomness import row_draws
+from fedmeta.minibatches import Minibatches, draw_order
+from fedmeta.randomness import Keys, row_draws
 
 
 class Padded(NamedTuple):
@@ -66,6 +67,29 @@ def training_episodes(split: Split, sites: IntArray, round_number: int, support:
     queries = np.minimum(query, order.sizes - supports)
     starts = order.offsets[:-1]
     return Episodes(_pad(order.rows, starts, supports), _pad(order.rows, starts + supports, queries), scored=False)
+
+
+def training_order(
+    split: Split, sites: IntArray, round_number: int, episodes: Episodes, minibatches: Minibatches
+) -> IntArray:
+    """Returns the order in which a cohort's sites take their rows in a round [sites, epochs, batches, size].
+
+    Args:
+        split: The population, and the run's seed.
+        sites: The cohort, as site numbers.
+        round_number: The round.
+        episodes: The rows that the sites have in this round, each site's support rows before its query rows.
+        minibatches: How a site goes through them.
+
+    Returns:
+        Places among a site's columns of both, -1 for none.
+    """
+    keys, seed = split.population.keys(sites), split.seed
+
+    def draw(purpose: str, positions: IntArray, owners: IntArray) -> Keys:
+        return row_draws(seed, purpose, round_number, keys, positions, owners)
+
+    return draw_order(minibatches, np.concatenate([episodes.support.mask, episodes.query.mask], 1), draw)
 
 
 def evaluation_episodes(split: Split, sites: IntArray, support: int) -> Episodes:

@@ -19,6 +19,7 @@ from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_s
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.models.attention import exact_attention
 from fedmeta.task import Batch, Task, stack, stack_trees
 
@@ -73,7 +74,7 @@ def meta_gradients(
     template = learner.message_template(meta_state)
     own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
     if len(own):
-        batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
+        batch = with_order(learner, tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks))
         name = _engine(engine, learner, meta_state, batch)
         if check == "auto":
             check_derivatives(learner, meta_state, batch)

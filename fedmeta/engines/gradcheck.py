@@ -6,6 +6,7 @@ Only what passed is remembered. A site whose gradient is zero or not finite prov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -16,12 +17,16 @@ from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum
 from fedmeta.importing import first_line
 from fedmeta.learners import Learner
+from fedmeta.minibatches import draw_order
 from fedmeta.models.attention import exact_attention
 from fedmeta.problems.source import as_dtype
 from fedmeta.task import Batch, Task, TreeBatch
 
 CHECKED_ROWS = 4
 """How many rows a site's are cut to when a model is run to see what it does."""
+
+CHECKED_SIZE = 3
+"""The rows of a mini-batch of them, where a learner takes such: several a pass, the last one short."""
 
 TRIED_SITES = 16
 """How many sites are tried for two that prove something."""
@@ -94,16 +99,25 @@ def _reference(learner: Learner, state: Mapping[str, Tensor], batch: Batch) -> t
         useful = list(islice(proving, 2))
         if useful:
             chosen = torch.tensor([useful[0], useful[-1]], device=batch.device)
-            few = _double(cut(batch.take(chosen), rows))
+            few = _ordered(learner, _double(cut(batch.take(chosen), rows)))
             return few, loop.meta_gradients(learner, state, few, _weights(few))
     raise UnprovenError("no site's gradient could show that the batched one is right: all are zero or not finite")
 
 
 def _proves(learner: Learner, state: Mapping[str, Tensor], one: Batch) -> bool:
     """Whether a site's gradient is finite and, of a learner that sends something, not zero."""
-    found = loop.meta_gradients(learner, state, _double(one), _weights(one))
+    found = loop.meta_gradients(learner, state, _ordered(learner, _double(one)), _weights(one))
     finite = bool(torch.cat(found.metrics["finite"]).all())
     return finite and (learner.update == "nothing" or any(bool(value.any()) for value in found.total.values()))
+
+
+def _ordered(learner: Learner, batch: Batch) -> Batch:
+    """Returns a batch in small mini-batches where a learner takes such."""
+    if learner.minibatches is None or learner.minibatches.halved:
+        return batch
+    mask = torch.cat([batch.support[2], batch.query[2]], 1) > 0
+    order = draw_order(learner.minibatches._replace(size=CHECKED_SIZE), mask.cpu().numpy())
+    return replace(batch, order=torch.from_numpy(order).to(batch.device))
 
 
 def _weights(batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.learners.message import asked, message
 from fedmeta.noise import at_site
 from fedmeta.problems.supervised import OUTPUTS
@@ -26,6 +27,7 @@ def add_sites(
     total: WeightedSum, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> None:
     """Adds each site's gradient to what `total` makes of them."""
+    batch = with_order(learner, batch)
     keys = batch.noise_keys()
     for site in range(batch.sites):
         with at_site(keys[site]):

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedmeta.engines import lowrank
 from fedmeta.learners import Learner
-from fedmeta.task import Batch, Rows, TreeBatch
+from fedmeta.task import Batch, TreeBatch, row_ends
 
 BUDGET = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
@@ -65,7 +65,7 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
                 batch.chunk(start, start + size),
             )
         return
-    lengths = _lengths(batch.support) + _lengths(batch.query)
+    lengths = row_ends(batch.support) + row_ends(batch.query)
     longest = batch.support[0].shape[1] + batch.query[0].shape[1]
     if batch.sites == 0 or float(lengths.double().mean()) >= EVEN * longest:
         everyone = torch.arange(batch.sites, device=lengths.device)
@@ -78,19 +78,5 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     while start < batch.sites:
         stop = next((i for i in range(start, batch.sites) if ranked[i] < EVEN * ranked[start]), batch.sites)
         for sites in torch.split(order[start:stop].sort().values, size):
-            yield sites, batch.take(sites).map(_cut)
+            yield sites, batch.take(sites).cut()
         start = stop
-
-
-def _lengths(rows: Rows) -> Tensor:
-    """Returns where each site's last row ends [sites]."""
-    mask = rows[2]
-    # The common case first, which is sooner seen than counted.
-    if bool((mask[:, -1:] > 0).all()):
-        return torch.full(mask.shape[:1], mask.shape[1], device=mask.device)
-    return ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-
-
-def _cut(rows: Rows) -> Rows:
-    longest = max(1, int(_lengths(rows).max()))
-    return tuple(tensor[:, :longest] for tensor in rows)

@@ -18,11 +18,12 @@ from fedmeta.engines.vmap import fits
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, by_site, join_figures, stack_path
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.learners.message import asked, checked
 from fedmeta.models import Parameters
 from fedmeta.models.attention import exact_attention
 from fedmeta.noise import at_site
-from fedmeta.task import Batch, Task
+from fedmeta.task import Batch, orders, task_of
 
 CHUNK_BYTES = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
@@ -54,13 +55,15 @@ def train_personal(
         `fedmeta.engines.meta_gradients` does; and the new personal parts stacked; that of a site whose share was not
         finite is the old one.
     """
+    batch = with_order(learner, batch)
     template = learner.message_template(meta_state)
 
     def site(
-        support: Any, query: Any, own: Parameters, key: Tensor
+        support: Any, query: Any, own: Parameters, key: Tensor, *order: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Parameters]:
+        task = task_of(support, query, *order)
         with at_site(key):
-            sent = asked(learner, "train", learner.train, meta_state, Task(support, query), own)
+            sent = asked(learner, "train", learner.train, meta_state, task, own)
         if not isinstance(sent, tuple) or len(sent) != 3 or not isinstance(sent[2], Mapping):
             raise FedmetaError(
                 f"learner {type(learner).__name__}: train must return (gradient, figures, personal part)"
@@ -122,7 +125,7 @@ def _ready(
 
 def _batched(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
     with exact_attention():
-        return vmap(site)(batch.support, batch.query, own, batch.noise_keys())
+        return vmap(site)(batch.support, batch.query, own, batch.noise_keys(), *orders(batch))
 
 
 def _one_by_one(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
@@ -131,7 +134,8 @@ def _one_by_one(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
     for k in range(batch.sites):
         parts = (tree_map(lambda leaf: leaf[k], part) for part in (batch.support, batch.query))  # noqa: B023
         with exact_attention():
-            every.append(site(*parts, {name: value[k] for name, value in own.items()}, keys[k]))
+            kept = {name: value[k] for name, value in own.items()}
+            every.append(site(*parts, kept, keys[k], *(order[k] for order in orders(batch))))
     return tree_map(lambda *leaves: torch.stack(leaves), *every)
 
 

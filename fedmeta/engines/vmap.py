@@ -14,10 +14,11 @@ from fedmeta.engines.gradcheck import UnprovenError, check
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import Learner
+from fedmeta.learners.local_steps import with_order
 from fedmeta.learners.message import message
 from fedmeta.noise import at_site
 from fedmeta.problems.solvers import DIFFERENTIABLE
-from fedmeta.task import Batch, Task
+from fedmeta.task import Batch, orders, task_of
 
 
 def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
@@ -31,12 +32,13 @@ def add_sites(
     total: WeightedSum, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
 ) -> None:
     """Adds each site's gradient to what `total` makes of them."""
+    batch = with_order(learner, batch)
 
-    def site(support: Any, query: Any, key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def site(support: Any, query: Any, key: Tensor, *order: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with at_site(key):
-            return message(learner, meta_state, Task(support, query))
+            return message(learner, meta_state, task_of(support, query, *order))
 
-    gradients, metrics = vmap(site)(batch.support, batch.query, batch.noise_keys())
+    gradients, metrics = vmap(site)(batch.support, batch.query, batch.noise_keys(), *orders(batch))
     total.add(gradients, weights, metrics)
 
 

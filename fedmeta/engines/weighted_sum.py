@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,28 @@ def _one_length(values: list[Tensor]) -> list[Tensor]:
         return values
     longest = max(value.shape[2] for value in values)
     return [torch.cat([v, v.new_zeros(*v.shape[:2], longest - v.shape[2], *v.shape[3:])], 2) for v in values]
+
+
+Part = tuple[Any, dict[str, Tensor], float, dict[str, Tensor]]
+"""The places of some of a cohort's sites, and what `fedmeta.engines.meta_gradients` returns of them."""
+
+
+def join_parts(parts: Sequence[Part], per_site: bool) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """Returns what `fedmeta.engines.meta_gradients` returns of all of a cohort's sites, from parts of it."""
+    if len(parts) == 1:
+        return parts[0][1:]
+    groups = [group for group, *_ in parts]
+    gradients, figures = [part[1] for part in parts], in_site_order(groups, [part[3] for part in parts])
+    if per_site:
+        return in_site_order(groups, gradients), sum(part[2] for part in parts), figures
+    total = {name: torch.stack([each[name].double() for each in gradients]).sum(0) for name in gradients[0]}
+    return total, sum(part[2] for part in parts), figures
+
+
+def in_site_order(groups: Sequence[Any], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns tensors [sites, ...] of several groups of sites as one, in the order of the sites' places."""
+    order = torch.as_tensor(np.concatenate(groups)).argsort()
+    return {name: torch.cat([part[name] for part in parts])[order.to(parts[0][name].device)] for name in parts[0]}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment.data import MADE_SOURCES, Data
 from fedmeta.experiment.sections import (
     UNTRACKED,
+    WEIGHED_BY_ROWS,
     Evaluation,
     Learner,
     Model,
@@ -175,6 +176,18 @@ class Experiment(Section):
     def on_rows(self) -> bool:
         """Whether the experiment's data are rows of a built-in source."""
         return ":" not in self.data.source and ":" not in self.problem.name
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether a site weighs its train rows in the mean: as set, or where that is left open as in FedAvg's paper.
+
+        Left open, every site weighs 1 where one that is false could name its own weight (an aggregator other than the
+        mean) and under privacy, where what one site adds is bounded.
+        """
+        server = self.server
+        if server.weighting != "auto":
+            return server.weighting == "examples"
+        return self.learner.name in WEIGHED_BY_ROWS and server.aggregator == "mean" and not self.privacy.clip_norm
 
     @property
     def evaluation_steps(self) -> int:

@@ -37,6 +37,9 @@ Norm = Literal["auto", "none", "layer", "group"]
 MODELS: tuple[str, ...] = get_args(ModelName)
 LEARNERS: tuple[str, ...] = get_args(LearnerName)
 
+WEIGHED_BY_ROWS: frozenset[str] = frozenset({"fedavg", "fedavg-ft", "fedprox", "ditto", "fedrep", "fedper"})
+"""Learners whose papers weigh a site by its rows."""
+
 UNTRACKED = "none"
 """The `tracking.uri` of a run that MLflow does not hear of."""
 
@@ -85,8 +88,20 @@ class Learner(OpenSection):
     """The mathematics. With an import path, all further scalar keys become arguments of that class."""
 
     name: LearnerName | ClassPath = Field(default="maml", description="What sites compute and send")
-    inner_steps: int = Field(default=5, ge=1, description="Length of the inner loop, at training (steps)")
-    inner_lr: float = Field(default=0.1, gt=0, description="Learning rate of the inner loop (per step)")
+    inner_steps: int = Field(
+        default=5, ge=1, description="Length of adaptation: in training of what adapts, and at evaluation (steps)"
+    )
+    inner_lr: float = Field(default=0.1, gt=0, description="Learning rate of adaptation and of local epochs (per step)")
+    local_epochs: int = Field(
+        default=5,
+        ge=1,
+        description="Passes over a site's train rows, of fedavg, fedprox, reptile, ditto, fedrep, fedper (epochs)",
+    )
+    batch_size: int = Field(
+        default=20,
+        ge=0,
+        description="Size of a local step, of these, pfedme and per-fedavg; 0 = a site's all (rows)",
+    )
     global_weight: float = Field(
         default=0.0,
         ge=0,
@@ -111,7 +126,7 @@ class Learner(OpenSection):
     solve_steps: int = Field(
         default=200, ge=1, description="Length of a site's way to its own solution, of average (steps)"
     )
-    body_steps: int = Field(default=1, ge=0, description="Steps of fedrep's body after those of its head (steps)")
+    body_steps: int = Field(default=1, ge=0, description="Passes of fedrep's body after those of its head (epochs)")
     annealing: float = Field(
         default=0.3, ge=0, le=1, description="When maml++ weighs the last inner step alone (share of the rounds)"
     )
@@ -161,6 +176,7 @@ class Server(Section):
     norm_bound: float = Field(
         default=1.0, gt=0, description="Longest reply that norm-bound leaves as it is (multiples of the median norm)"
     )
+<<<<<<< HEAD
     norm_cap: float = Field(
         default=30.0,
         ge=0,
@@ -168,6 +184,11 @@ class Server(Section):
     )
     weighting: Literal["uniform", "examples"] = Field(
         default="uniform", description="What a site's reply weighs in the mean"
+=======
+    weighting: Literal["auto", "uniform", "examples"] = Field(
+        default="auto",
+        description="What a site weighs in the mean; auto = its train rows as in FedAvg's paper and its kin, else 1",
+>>>>>>> main
     )
     max_weight: float = Field(
         default=0.0, ge=0, description='Most that a site weighs with weighting = "examples"; 0 = any (its weight)'
@@ -181,7 +202,7 @@ class Server(Section):
 
     def conflicts(self) -> Conflicts:
         """Yields weights that an aggregator cannot trust, and mixing where no reply is seen alone."""
-        if self.weighting != "uniform" and self.aggregator != "mean":
+        if self.weighting == "examples" and self.aggregator != "mean":
             hint = f'must be "uniform" with aggregator = "{self.aggregator}": a false site would name its own weight'
             yield "weighting", hint
         if self.max_weight and self.weighting == "uniform":

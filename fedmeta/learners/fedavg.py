@@ -1,8 +1,9 @@
 """Federated averaging (McMahan et al., AISTATS 2017), its relatives that send a displacement, and the local baseline.
 
-In training a site takes K full-batch steps from theta on all the data of its task, support and query alike (nothing
-here needs a split), and sends its displacement theta - theta_i. A server step of sgd with lr = 1 is then the weighted
-average of the sites' models; any other server optimizer makes it FedOpt (Reddi et al. 2021).
+In training a site descends from theta over mini-batches of all its train rows, `local_epochs` times through them
+(algorithm 1, ClientUpdate; nothing here needs a split), and sends its displacement theta - theta_i. A server step of
+sgd with lr = 1 is then the average of the sites' models, weighted by their rows; any other server optimizer makes it
+FedOpt (Reddi et al. 2021). On an own problem, which has no rows, a site takes K full-batch steps on all its data.
 """
 
 from __future__ import annotations
@@ -15,38 +16,63 @@ from torch import Tensor
 
 from fedmeta.learners.gradient_kind import gradient_kind
 from fedmeta.learners.inner import Objective, proximal
-from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, key_of, trained, with_theta, zeros_like
+from fedmeta.learners.learner import (
+    DEFAULTS,
+    Learner,
+    MetaState,
+    Metrics,
+    check_counts,
+    key_of,
+    trained,
+    with_theta,
+    zeros_like,
+)
+from fedmeta.learners.local_steps import descend, minibatches_of
+from fedmeta.minibatches import Minibatches
 from fedmeta.models import Parameters
-from fedmeta.problems.solvers import BLACK_BOX, run_solver
+from fedmeta.problems.solvers import BLACK_BOX
 from fedmeta.task import Task
 
 
 @dataclass(frozen=True)
 class FedAvgFinetuned(Learner):
-    """FedAvg whose sites take K steps on their support rows at evaluation ("FedAvg(Meta)", Chen et al. 2018)."""
+    """FedAvg whose sites take K steps on their support rows at evaluation ("FedAvg(Meta)", Chen et al. 2018).
+
+    Attributes:
+        local_epochs: E, how often a site goes through all its train rows in a round.
+        batch_size: B, the rows of a local step; 0 for all.
+    """
+
+    local_epochs: int = DEFAULTS.local_epochs
+    batch_size: int = DEFAULTS.batch_size
 
     update: ClassVar[str] = "delta"
 
     differentiates: ClassVar[str] = ""
 
-    def local_objective(self, theta: Parameters, task: Task) -> Objective:
-        """Returns what a site minimizes in training, from theta: the problem's objective on all the task's data."""
-        return partial(self.all_data, task=task)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, local_epochs=1, batch_size=0)
+
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """E epochs over all the site's rows, B a step; None on an own problem."""
+        return minibatches_of(self.problem, self.batch_size, self.local_epochs)
+
+    def local_objective(self, objective: Objective, theta: Parameters) -> Objective:
+        """Returns what a local step descends, from the loss on its rows: the loss itself."""
+        return objective
 
     def local_model(self, meta_state: MetaState, task: Task) -> Parameters:
-        """Returns theta_i: K steps from theta on all the task's data; shared parameters move too."""
-        theta = self.theta(meta_state)
-        objective, problem = self.local_objective(theta, task), self.problem
-        rates = dict.fromkeys(problem.trained, self.inner_lr)
-        if problem.solver.kind == BLACK_BOX:
-            rates = dict.fromkeys(problem.moved, self.inner_lr)
-        return run_solver(
-            problem, lambda own, _: objective(own), theta, task.support, lambda _: rates, self.inner_steps
-        )[-1]
+        """Returns theta_i, what the site's local steps make of theta; shared parameters move too."""
+        theta, problem = self.theta(meta_state), self.problem
+        moving = problem.moved if problem.solver.kind == BLACK_BOX else problem.trained
+        rates = dict.fromkeys(moving, self.inner_lr)
+        return descend(self, theta, task, rates, partial(self.local_objective, theta=theta))
 
     @gradient_kind("delta")
     def meta_gradient(self, meta_state: MetaState, task: Task) -> tuple[dict[str, Tensor], Metrics]:
-        """Returns theta - theta_i after K local steps on all the task's rows, and the query loss at theta_i."""
+        """Returns theta - theta_i after the local steps, and the query loss at theta_i."""
         own = self.local_model(meta_state, task)
         return displacement(meta_state, own), {"query_loss": self.outer(own, task.query)}
 
@@ -55,8 +81,8 @@ class FedAvgFinetuned(Learner):
 class Reptile(FedAvgFinetuned):
     """Reptile (Nichol, Achiam and Schulman 2018, algorithm 2): the server steps along theta - phi_i.
 
-    With every row of a task in each of its K steps this is what fedavg sends, and its own at evaluation; what sets it
-    apart is the server's optimizer (the paper: sgd with lr below 1, or adam).
+    With mini-batches of all of a site's rows this is what fedavg sends, and its own at evaluation; what sets it apart
+    is the server's optimizer (the paper: sgd with lr below 1, or adam).
     """
 
 
@@ -70,9 +96,9 @@ class FedProx(FedAvgFinetuned):
 
     mu: float = DEFAULTS.mu
 
-    def local_objective(self, theta: Parameters, task: Task) -> Objective:
-        """Returns the objective on all the task's data plus mu / 2 * |theta_i - theta|^2."""
-        return proximal(super().local_objective(theta, task), theta, self.mu)
+    def local_objective(self, objective: Objective, theta: Parameters) -> Objective:
+        """Returns the loss plus mu / 2 * |theta_i - theta|^2."""
+        return proximal(objective, theta, self.mu)
 
 
 @dataclass(frozen=True)

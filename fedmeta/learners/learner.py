@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmeta import experiment
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import estimator
+from fedmeta.minibatches import Minibatches
 from fedmeta.models import FunctionalModel, Parameters
 from fedmeta.noise import in_objective
 from fedmeta.problems.problem import Data, Problem, has_payload
@@ -94,6 +95,11 @@ class Learner(ABC):
         if not isinstance(self.problem, Supervised):
             raise FedmetaError(f"problem {type(self.problem).__name__} has no model on rows")
         return self.problem.network
+
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """How a site goes through all its train rows in a round; None where it adapts on support for query."""
+        return None
 
     @property
     def estimator(self) -> str:
@@ -230,6 +236,14 @@ class Learner(ABC):
         """
         gradient, metrics = self.meta_gradient(meta_state, task)
         return gradient, metrics, personal
+
+
+def check_counts(learner: Learner, **least: int) -> None:
+    """Raises `FedmetaError` where one of a learner's keys is below the least that it may be."""
+    for key, smallest in least.items():
+        value = getattr(learner, key)
+        if value < smallest:
+            raise FedmetaError(f"learner.{key} = {value}: it must be at least {smallest}")
 
 
 def _check_settings(learner: Learner) -> None:

@@ -4,8 +4,10 @@ ditto:  the site's own model v, pulled to theta; theta by fedavg (Li, Hu, Beiram
 fedrep: the head h, trained before the body in each round (Collins et al., ICML 2021, algorithm 1)
 fedper: the head h, trained together with the body (Arivazhagan et al. 2019, algorithms 1 and 2)
 
-A site without a personal part, as every new site, fits one on its support rows, from theta. The global model, which
-such a site has before it adapts, is theta; under fedrep and fedper its head is the untrained one of the start.
+In training a site goes through mini-batches of all its train rows, as under fedavg; on an own problem it takes K
+full-batch steps on all its data. A site without a personal part, as every new site, fits one on its support rows, from
+theta. The global model, which such a site has before it adapts, is theta; under fedrep and fedper its head is the
+untrained one of the start.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 
 from fedmeta.learners.fedavg import FedAvgFinetuned, displacement
 from fedmeta.learners.inner import Objective, proximal
-from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics
+from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, check_counts
+from fedmeta.learners.local_steps import descend, minibatches_of
+from fedmeta.minibatches import Minibatches
 from fedmeta.models import Parameters
 from fedmeta.problems.problem import Data
 from fedmeta.problems.solvers import run_solver
@@ -29,10 +33,27 @@ from fedmeta.task import Task
 
 @dataclass(frozen=True)
 class PersonalLearner(Learner):
-    """A learner whose sites keep a personal part."""
+    """A learner whose sites keep a personal part.
+
+    Attributes:
+        local_epochs: E, how often a site goes through all its train rows in a round.
+        batch_size: B, the rows of a local step; 0 for all.
+    """
+
+    local_epochs: int = DEFAULTS.local_epochs
+    batch_size: int = DEFAULTS.batch_size
 
     update: ClassVar[str] = "delta"
     differentiates: ClassVar[str] = "by proximal steps"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, local_epochs=1, batch_size=0)
+
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """E epochs over all the site's rows, B a step; None on an own problem."""
+        return minibatches_of(self.problem, self.batch_size, self.local_epochs)
 
     @abstractmethod
     def personal_adaptation_path(
@@ -64,7 +85,7 @@ class PersonalLearner(Learner):
 
 @dataclass(frozen=True)
 class Ditto(PersonalLearner):
-    """Ditto: theta - theta_i as fedavg; K personal steps on all the task's data, pulled to the theta that arrived.
+    """Ditto: theta - theta_i as fedavg; as many personal steps, pulled to the theta that arrived.
 
     Attributes:
         lam: lambda, the weight of lam / 2 * |v - theta|^2 in the personal objective.
@@ -88,21 +109,20 @@ class Ditto(PersonalLearner):
         self, meta_state: MetaState, task: Task, personal: Parameters
     ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
         """Returns fedavg's displacement, the query loss of v, and v."""
-        fedavg = FedAvgFinetuned(self.problem, self.inner_steps, self.inner_lr)
+        fedavg = FedAvgFinetuned(self.problem, self.inner_steps, self.inner_lr, self.local_epochs, self.batch_size)
         theta_i = fedavg.local_model(meta_state, task)
-        own = self.personal_adaptation_path(meta_state, partial(self.all_data, task=task), self.inner_steps, personal)[
-            -1
-        ]
+        pull = partial(proximal, anchor=self.theta(meta_state), weight=self.lam)
+        own = descend(self, personal, task, self.rates(meta_state, 0), pull)
         return displacement(meta_state, theta_i), {"query_loss": self.outer(own, task.query)}, own
 
 
 @dataclass(frozen=True)
 class FedRep(PersonalLearner):
-    """FedRep: K steps of the head on theta's body, then `body_steps` of the body; sends the body's displacement.
+    """FedRep: E epochs of the head on theta's body, then `body_steps` of the body; sends the body's displacement.
 
     Attributes:
         head: The layer that stays at the site, by its name; empty for the last one with parameters.
-        body_steps: The number of steps of the body in each round.
+        body_steps: How often the body then goes through all the site's rows (on an own problem, its full-batch steps).
     """
 
     head: str = DEFAULTS.head
@@ -111,6 +131,11 @@ class FedRep(PersonalLearner):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.problem.layer(self.head)
+
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """E epochs for the head, and then those for the body."""
+        return minibatches_of(self.problem, self.batch_size, self.local_epochs + self.body_steps)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -127,27 +152,29 @@ class FedRep(PersonalLearner):
         theta = self.theta(meta_state)
         return {name: theta[name] for name in self.head_names}
 
-    def descend(self, start: Parameters, data: Objective, names: tuple[str, ...], steps: int) -> list[Parameters]:
-        """Returns the path of `steps` steps of the parameters `names` on an objective."""
-        rates: Mapping[str, Tensor | float] = dict.fromkeys(names, self.inner_lr)
-        return run_solver(self.problem, lambda own, _: data(own), start, None, lambda _: rates, steps)
+    def rates_of(self, names: tuple[str, ...]) -> Mapping[str, Tensor | float]:
+        """Returns inner_lr for each of the parameters."""
+        return dict.fromkeys(names, self.inner_lr)
 
     def personal_adaptation_path(
         self, meta_state: MetaState, data: Objective, steps: int, personal: Parameters
     ) -> list[Parameters]:
         """Returns theta's body with the head after 0, 1, ... `steps` steps."""
-        return self.descend({**self.theta(meta_state), **personal}, data, self.head_names, steps)
+        start, rates = {**self.theta(meta_state), **personal}, self.rates_of(self.head_names)
+        return run_solver(self.problem, lambda own, _: data(own), start, None, lambda _: rates, steps)
 
-    def local_model(self, meta_state: MetaState, data: Objective, personal: Parameters) -> Parameters:
-        """Returns the site's model after its head's steps and then its body's."""
-        own = self.personal_adaptation_path(meta_state, data, self.inner_steps, personal)[-1]
-        return self.descend(own, data, self.body_names, self.body_steps)[-1]
+    def local_model(self, meta_state: MetaState, task: Task, personal: Parameters) -> Parameters:
+        """Returns the site's model after its head's epochs and then its body's."""
+        start, epochs = {**self.theta(meta_state), **personal}, self.local_epochs
+        own = descend(self, start, task, self.rates_of(self.head_names), epochs=slice(epochs))
+        rates = self.rates_of(self.body_names)
+        return descend(self, own, task, rates, epochs=slice(epochs, None), steps=self.body_steps)
 
     def train(
         self, meta_state: MetaState, task: Task, personal: Parameters
     ) -> tuple[dict[str, Tensor], Metrics, Parameters]:
         """Returns the body's displacement (zeros for the head), the query loss of the site's model, and its head."""
-        own = self.local_model(meta_state, partial(self.all_data, task=task), personal)
+        own = self.local_model(meta_state, task, personal)
         body = {name: own[name] for name in self.body_names}
         head = {name: own[name] for name in self.head_names}
         return displacement(meta_state, body), {"query_loss": self.outer(own, task.query)}, head
@@ -155,9 +182,13 @@ class FedRep(PersonalLearner):
 
 @dataclass(frozen=True)
 class FedPer(FedRep):
-    """FedPer: K steps of body and head together; sends the body's displacement (`body_steps` is unused)."""
+    """FedPer: E epochs of body and head together; sends the body's displacement (`body_steps` is unused)."""
 
-    def local_model(self, meta_state: MetaState, data: Objective, personal: Parameters) -> Parameters:
-        """Returns the site's model after K steps of all its parameters, from theta's body and its own head."""
-        start = {**self.theta(meta_state), **personal}
-        return self.descend(start, data, self.problem.trained, self.inner_steps)[-1]
+    @property
+    def minibatches(self) -> Minibatches | None:
+        """E epochs over all the site's rows."""
+        return minibatches_of(self.problem, self.batch_size, self.local_epochs)
+
+    def local_model(self, meta_state: MetaState, task: Task, personal: Parameters) -> Parameters:
+        """Returns the site's model after E epochs of all its parameters, from theta's body and its own head."""
+        return descend(self, {**self.theta(meta_state), **personal}, task, self.rates_of(self.problem.trained))

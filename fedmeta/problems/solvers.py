@@ -7,6 +7,7 @@ difference of parameters, and for payloads).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ class OptimalityCriteria(Solver):
         highest: The greatest.
     """
 
+    memoryless: ClassVar[bool] = True
     damping: float = 0.5
     lowest: float = 1e-3
     highest: float = 1.0
@@ -266,6 +268,59 @@ class CrossEntropy(Solver):
             mean = {name: value[best].mean(0) for name, value in drawn.items()}
             deviation = {name: value[best].std(0) for name, value in drawn.items()}
             path.append({**parameters, **mean})
+        return path
+
+
+@dataclass(frozen=True)
+class GaussianProcessSearch(Solver):
+    """Bayesian optimization over a list of settings, under a learned prior (Srinivas et al. 2010). A black box.
+
+    response(setting) = features[setting] . w,   w ~ N(mean, factor factor^T),   outcome = response + noise
+
+    Each step tries the setting of the greatest mean + kappa * deviation, asks for its outcome, and conditions. The
+    problem has parameters `mean` [q] (moved: the posterior's) and `factor` [q, q] (shared), a tensor `features`
+    [settings, q], and `observe(data, setting, trial)`, which returns a noisy outcome. The path's entries also hold
+    `tried` [trials], the settings so far.
+
+    Attributes:
+        kappa: How much an uncertain setting is worth trying (standard deviations).
+        noise: Standard deviation of an outcome's noise.
+        memory: After how many trials responses have drifted by 1 - 1/e from what they were; infinite for no drift.
+        limit: Responses that are not to be fallen below; None for none.
+        confidence: By how many standard deviations a setting's mean must be above the limit for it to be tried.
+    """
+
+    kind: ClassVar[str] = BLACK_BOX
+    kappa: float = 1.0
+    noise: float = 0.1
+    memory: float = float("inf")
+    limit: float | None = None
+    confidence: float = 2.33
+
+    def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
+        """Returns the path of `steps` trials; rates do not matter."""
+        features, observe = getattr(problem, "features"), getattr(problem, "observe")  # noqa: B009
+        start, prior = parameters["mean"], parameters["factor"] @ parameters["factor"].mT
+        mean, covariance = start, prior
+        tried: list[int] = []
+        path, kept = [parameters], math.exp(-1 / self.memory)
+        for trial in range(steps):
+            expected = features @ mean
+            deviation = ((features @ covariance) * features).sum(1).clamp(min=0).sqrt()
+            worth = expected + self.kappa * deviation
+            if self.limit is not None:
+                safe = expected - self.confidence * deviation >= self.limit
+                # Where none is safe enough, the safest.
+                worth = worth.masked_fill(~safe, -torch.inf) if bool(safe.any()) else expected - 3 * deviation
+            setting = int(worth.argmax())
+            tried.append(setting)
+            row = features[setting]
+            gain = covariance @ row / (row @ covariance @ row + self.noise**2)
+            mean = mean + gain * (observe(data, setting, trial) - row @ mean)
+            covariance = covariance - torch.outer(gain, covariance @ row)
+            mean = start + kept * (mean - start)
+            covariance = kept**2 * covariance + (1 - kept**2) * prior
+            path.append({**parameters, "mean": mean, "tried": torch.tensor(tried)})
         return path
 
 

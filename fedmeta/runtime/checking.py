@@ -34,13 +34,13 @@ def check_experiment(experiment: Experiment) -> Checked:
     node = node_of(LocalGrid(app, experiment).context)
     sites = np.unique(np.linspace(0, len(node.hosted) - 1, SITES).astype(np.int64))
     classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
-    here = node.hosted[sites]
+    here, learner = node.hosted[sites], learner_for(node, classes)
     target = target_scale(node.target_sums(here), experiment.target_kind)
     scale = replace(standardisation(node.sums(here)), target=target)
-    batch = node.training_batch(here, 1, scale, classes)
+    batch = node.training_batch(here, 1, scale, classes, learner.minibatches)
     tasks = [batch.task(site) for site in range(batch.sites)]
     straight_through = experiment.runtime.check == "straight-through"
-    return check(learner_for(node, classes), tasks, experiment.runtime.seed, straight_through)
+    return check(learner, tasks, experiment.runtime.seed, straight_through)
 
 
 def check_own_code(experiment: Experiment) -> list[str]:

@@ -104,7 +104,7 @@ def test_projection_is_the_nearest_allowed_density():
 
 @pytest.mark.slow
 def test_a_learned_start_beats_the_average_of_designs_after_two_steps():
-    result, problem = measure.run("bridges", "evaluation.local_baseline=none"), bridges.Topology()
+    result, problem = measure.run("bridges"), bridges.Topology()
     learner, new = build("maml", problem, inner_steps=2, inner_lr=0.2), measure.new_sites(result)
     designs = measure.solutions(learner, learner.init(0), problem, measure.training_sites(result), 40)
     average = measure.started(learner, measure.average(designs))

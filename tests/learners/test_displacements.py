@@ -62,7 +62,8 @@ def small_mlp() -> nn.Module:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_reptile_sends_what_fedavg_sends_and_adapts(steps: int) -> None:
     task = make_task(0, (4,), 3)
-    reptile, fedavg = (build(name, small_mlp(), inner_steps=steps, inner_lr=LR) for name in ("reptile", "fedavg"))
+    settings = {"local_epochs": steps, "batch_size": 4, "inner_lr": LR}
+    reptile, fedavg = (build(name, small_mlp(), **settings) for name in ("reptile", "fedavg"))
     state = make_state(reptile)
     assert relative_error(reptile.meta_gradient(state, task)[0], fedavg.meta_gradient(state, task)[0]) == 0
     assert relative_error(reptile.adapt(state, task.support), fedavg.theta(state)) > 1e-3
@@ -70,13 +71,13 @@ def test_reptile_sends_what_fedavg_sends_and_adapts(steps: int) -> None:
 
 
 def test_fedprox_pulls_in_training_and_not_at_evaluation(task: Task) -> None:
-    theta, sent, own = on_quadratic("fedprox", task, mu=2.0, inner_steps=6)
-    assert close(sent, theta - proximal_steps(Quadratic(both(task)), theta, 2.0, 6))
+    theta, sent, own = on_quadratic("fedprox", task, mu=2.0, inner_steps=6, local_epochs=7)
+    assert close(sent, theta - proximal_steps(Quadratic(both(task)), theta, 2.0, 7))
     assert close(own, Quadratic(task.support).after(theta, LR, 6))
-    _, sent, _ = on_quadratic("fedprox", task, mu=2.0, inner_steps=SOLVED, inner_lr=0.15)
+    _, sent, _ = on_quadratic("fedprox", task, mu=2.0, local_epochs=SOLVED, inner_lr=0.15)
     assert close(sent, theta - Quadratic(both(task)).proximal(theta, 2.0))
-    _, plain, _ = on_quadratic("fedavg", task, inner_steps=6)
-    assert close(on_quadratic("fedprox", task, mu=0.0, inner_steps=6)[1], plain)
+    _, plain, _ = on_quadratic("fedavg", task, local_epochs=6)
+    assert close(on_quadratic("fedprox", task, mu=0.0, local_epochs=6)[1], plain)
 
 
 @pytest.mark.parametrize("lam", [0.5, 3.0])

@@ -23,14 +23,15 @@ from .reference import (
     theta_of,
 )
 
-LR, STEPS = 0.1, 3
+LR, STEPS, EPOCHS = 0.1, 3, 4
 PERSONAL = ("ditto", "fedrep", "fedper")
 HEAD, BODY = ["3.weight", "3.bias"], ["1.weight", "1.bias"]
 
 
 def make(name: str, **settings: object) -> Learner:
     module = build_model("mlp", (4,), 3, hidden=(5,), activation="tanh")
-    return build(name, module, **{"inner_lr": LR, "inner_steps": STEPS, **settings})
+    settings = {"inner_lr": LR, "inner_steps": STEPS, **settings}
+    return build(name, module, **({"local_epochs": EPOCHS} if name in (*PERSONAL, "fedavg") else {}), **settings)
 
 
 def both(task: Task) -> Rows:
@@ -43,7 +44,8 @@ def moved(parameters: State) -> State:
 
 def test_ditto_on_a_quadratic() -> None:
     task, lam, rate = make_regression(0, 3), 2.0, 0.15
-    learner = build("ditto", build_model("logistic", (3,), 1), inner_steps=200, inner_lr=rate, lam=lam)
+    settings = {"inner_steps": 200, "local_epochs": 200, "inner_lr": rate, "lam": lam}
+    learner = build("ditto", build_model("logistic", (3,), 1), **settings)
     state = make_state(learner)
     theta, problem = flat(learner.theta(state)), Quadratic(both(task))
     gradient, _, own = learner.train(state, task, moved(learner.personal(state)))
@@ -64,7 +66,7 @@ def test_ditto_steps_from_its_own_model_around_the_theta_that_arrived() -> None:
     def pulled(p: State) -> Tensor:
         return loss(module, p, rows) + 0.35 * (flat(p) - flat(theta)).square().sum()
 
-    expected = descend(pulled, personal, lambda *_: LR, STEPS)
+    expected = descend(pulled, personal, lambda *_: LR, EPOCHS)
     assert relative_error(own, expected) < 1e-12
     assert float(figures["query_loss"]) == pytest.approx(float(loss(module, expected, task.query)))
     fedavg, _ = make("fedavg").meta_gradient(state, task)
@@ -85,10 +87,10 @@ def test_the_head_stays_and_the_body_is_sent(name: str) -> None:
         return loss(module, p, rows)
 
     if name == "fedrep":
-        fitted = descend(objective, start, lambda *_: LR, STEPS, HEAD)
+        fitted = descend(objective, start, lambda *_: LR, EPOCHS, HEAD)
         expected = descend(objective, fitted, lambda *_: LR, 2, BODY)
     else:
-        expected = descend(objective, start, lambda *_: LR, STEPS)
+        expected = descend(objective, start, lambda *_: LR, EPOCHS)
     assert relative_error(head, {key: expected[key] for key in HEAD}) < 1e-12
     sent = {key: theta[key] - expected[key] for key in BODY}
     assert relative_error({key: gradient[f"theta.{key}"] for key in BODY}, sent) < 1e-12

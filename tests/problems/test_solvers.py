@@ -12,7 +12,7 @@ import fedmeta
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import build
 from fedmeta.learners.check import check
-from fedmeta.problems import ClosedForm, CrossEntropy, OptimalityCriteria
+from fedmeta.problems import ClosedForm, CrossEntropy, GaussianProcessSearch, OptimalityCriteria
 from tests.problems.test_problem import directional
 
 
@@ -254,3 +254,60 @@ def test_a_payload_without_a_step_of_its_own_is_what_the_optimizer_steps_along(t
     training = result.sites.loc[result.sites["kind"] == "training", "site"]
     center = torch.stack([problem.task(name, "test", 0, 0).query["place"] for name in training]).mean(0)
     assert torch.allclose(result.meta_state["theta.place"], center, atol=1e-12)
+
+
+class Stimulation(fedmeta.Problem):
+    """A response over six settings, linear in two features."""
+
+    shared = ("factor",)
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.6], [-1.0, 0.2], [0.3, -0.9], [0.8, 0.4]]).double()
+
+    def init(self, seed):
+        return {"mean": torch.tensor([0.1, -0.2]).double(), "factor": torch.tensor([[0.7, 0.0], [0.2, 0.5]]).double()}
+
+    def observe(self, data, setting, trial):
+        return self.features[setting] @ data + 0.01 * trial
+
+    def inner(self, parameters, data):
+        return (parameters["mean"] - data).square().sum()
+
+
+def test_the_search_conditions_as_gaussian_process_regression_does():
+    problem, truth = Stimulation(), torch.tensor([0.5, 0.8]).double()
+    solver = GaussianProcessSearch(noise=0.2)
+    start = problem.init(0)
+    path = solver.solve(problem, start, truth, 4, {"mean": 1.0})
+    tried = path[-1]["tried"]
+    assert [len(own.get("tried", ())) for own in path] == [0, 1, 2, 3, 4]
+    rows, prior = problem.features[tried], start["factor"] @ start["factor"].T
+    outcomes = torch.stack([problem.observe(truth, int(k), trial) for trial, k in enumerate(tried)])
+    kernel = rows @ prior @ rows.T + 0.04 * torch.eye(4).double()
+    mean = start["mean"] + prior @ rows.T @ torch.linalg.solve(kernel, outcomes - rows @ start["mean"])
+    assert torch.allclose(path[-1]["mean"], mean, atol=1e-12)
+    spread = (problem.features @ prior * problem.features).sum(1).sqrt()
+    assert int(tried[0]) == int((problem.features @ start["mean"] + spread).argmax())
+
+
+def test_a_search_that_forgets_weighs_trials_by_their_age():
+    problem, truth = Stimulation(), torch.tensor([0.5, 0.8]).double()
+    start, memory = problem.init(0), 5.0
+    own = GaussianProcessSearch(noise=0.2, memory=memory).solve(problem, start, truth, 4, {"mean": 1.0})[-1]
+    rows, prior = problem.features[own["tried"]], start["factor"] @ start["factor"].T
+    outcomes = torch.stack([problem.observe(truth, int(k), trial) for trial, k in enumerate(own["tried"])])
+    age = torch.arange(4.0).double()
+    kernel = rows @ prior @ rows.T * torch.exp(-(age[:, None] - age).abs() / memory) + 0.04 * torch.eye(4).double()
+    cross = prior @ rows.T * torch.exp(-(4 - age) / memory)
+    mean = start["mean"] + cross @ torch.linalg.solve(kernel, outcomes - rows @ start["mean"])
+    assert torch.allclose(own["mean"], mean, atol=1e-12)
+
+
+def test_a_search_with_a_limit_tries_what_is_safe_and_else_the_safest():
+    problem, truth = Stimulation(), torch.tensor([0.5, 0.8]).double()
+    start = problem.init(0)
+    spread = (problem.features @ (start["factor"] @ start["factor"].T) * problem.features).sum(1).sqrt()
+    expected = problem.features @ start["mean"]
+    limit = float((expected - 2 * spread).sort().values[-3])
+    own = GaussianProcessSearch(limit=limit, confidence=2.0).solve(problem, start, truth, 1, {"mean": 1.0})[-1]
+    assert int(own["tried"][0]) in (expected - 2 * spread).topk(3).indices.tolist()
+    none = GaussianProcessSearch(limit=100.0, confidence=2.0).solve(problem, start, truth, 1, {"mean": 1.0})[-1]
+    assert int(none["tried"][0]) == int((expected - 3 * spread).argmax())

@@ -10,7 +10,7 @@ with scatterers m of strength a_m at distance r_im, and r_i0 the distance to the
 ways, element i's signal is s_i = w_i sum_j K_f[i, j] w_j, w = exp(-2 pi i f c). Its coherence factor (Mallart and Fink
 1994) is |sum_i s_i|^2 / (N sum_i |s_i|^2): 2/3 for speckle in perfect focus, without noise.
 
-Inner problem: K gradient steps on coherence at two foci, over 32 smooth modes of delay. Outer problem: the modes that
+Inner problem: K gradient steps on coherence at three foci, over 32 smooth modes of delay. Outer problem: the modes that
 all bodies start from. A site is a body. Two kinds of tissue:
 
 - "chest": random screens of mean 0, rms 21.3 +- 8.4 ns, correlation length 2.5 mm (chest wall: Hinkelman et al. 1997).
@@ -40,7 +40,7 @@ UNIT = 1e-8
 """Seconds (rms) per unit of a mode."""
 
 SCATTERERS = 60
-TRAINING_FOCI, TEST_FOCI, SUPPORT_FOCI = 5, 6, 2
+TRAINING_FOCI, TEST_FOCI, SUPPORT_FOCI = 6, 7, 3
 
 
 def cosines(count: int) -> Tensor:
@@ -118,7 +118,7 @@ class Ultrasound(fedmeta.Problem, fedmeta.TaskSource):
         fedmeta.Metric("residual", higher_is_better=False, unit="ns rms, without shift and tilt"),
     )
 
-    def __init__(self, tissue: str = "fat", bodies: int = 50, snr: float = 0.0) -> None:
+    def __init__(self, tissue: str = "fat", bodies: int = 50, snr: float = -10.0) -> None:
         if tissue not in ("fat", "chest"):
             raise FedmetaError(f'problem.tissue = "{tissue}": it is "fat" or "chest"')
         self.tissue, self.bodies, self.snr = tissue, bodies, snr
@@ -183,7 +183,7 @@ class Ultrasound(fedmeta.Problem, fedmeta.TaskSource):
         return [f"body-{number:02d}" for number in range(self.bodies)]
 
     def task(self, site: str, purpose: str, round: int, seed: int) -> fedmeta.Task:
-        """Returns two foci to adapt on and others to score by; those of the test are never trained on."""
+        """Returns three foci to adapt on and others to score by; those of the test are never trained on."""
         echoes, delays = self.body(int(site.rpartition("-")[2]))
         if purpose == "test":
             own = list(range(TRAINING_FOCI, TRAINING_FOCI + TEST_FOCI))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedmeta.engines.lowrank.flat_batch import FlatBatch
-from fedmeta.engines.lowrank.matmul import summed_outer
-from fedmeta.engines.lowrank.per_site_forward import PerSiteForward, Product, Trace
+from fedmeta.engines.lowrank.matmul import products, summed_outer
+from fedmeta.engines.lowrank.per_site_forward import PerSiteForward, Product, Trace, same_memory
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.models import FunctionalModel, Parameters
 
@@ -27,10 +27,23 @@ class Correction:
     Attributes:
         inputs: A [sites, steps * rows, width], the call's inputs.
         errors: E [sites, steps * rows, outputs], minus the rate times the loss's derivative at the call's outputs.
+        slots: Where steps take mini-batches of rows whose inputs are fixed: E with one more row for each site, that of
+            none [sites * (rows + 1), calls * outputs].
     """
 
     inputs: Tensor
     errors: Tensor
+    slots: Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, rows: FlatBatch, place: int, outputs: int, slots: Tensor) -> Correction:
+        """Returns the correction by a call whose inputs on all rows are kept, from its errors so far.
+
+        A row's errors in several epochs add up, since its input is the same in each.
+        """
+        sites, n = rows.scored.shape
+        errors = slots.view(sites, n + 1, -1, outputs)[:, :n].flatten(1, 2)
+        return cls(rows.kept[place, "a"], errors, slots)
 
     def then(self, inputs: Tensor, errors: Tensor, fixed: bool) -> Correction:
         """Returns this and one more step; where the inputs are `fixed`, the errors just add up."""
@@ -91,8 +104,34 @@ class Adaptation:
 
     def step(self, rows: FlatBatch, rates: Rates) -> None:
         """Takes one inner step on the rows: phi_i <- phi_i - rate * d L_i / d phi_i at every site."""
-        calls = self.forms.calls
         outputs, traces = self._run(rows, self.dense)
+        found, moved = self._errors(rows, outputs, traces, rates)
+        for trace, scaled in found:
+            call = self.forms.calls[trace.place]
+            inputs = trace.inputs if self.exact else trace.inputs.detach()
+            before = self.corrections.get(trace.place)
+            if call.fixed and rows.whole is not None:
+                width = call.outputs * call.rows
+                slots = rows.whole.slots_for(width) if before is None else before.slots
+                assert slots is not None
+                assert rows.slots is not None
+                slots = slots.index_add(0, rows.slots, scaled.reshape(len(rows.slots), -1))
+                self.corrections[trace.place] = Correction.of_rows(rows.whole, trace.place, call.outputs, slots)
+                continue
+            after = before.then(inputs, scaled, call.fixed) if before else Correction(inputs, scaled)
+            self.corrections[trace.place] = after
+        for name, value in moved.items():
+            self.dense[name] = value if self.exact else value.detach().requires_grad_()
+
+    def errors(self, rows: FlatBatch, rates: Rates) -> tuple[dict[int, Tensor], Parameters]:
+        """Returns what a step would add to each call's errors, by place, and what it would make of values per site."""
+        found, moved = self._errors(rows, *self._run(rows, self.dense), rates)
+        return {trace.place: scaled for trace, scaled in found}, moved
+
+    def _errors(
+        self, rows: FlatBatch, outputs: Tensor, traces: list[Trace], rates: Rates
+    ) -> tuple[list[tuple[Trace, Tensor]], Parameters]:
+        calls = self.forms.calls
         spans = [trace for trace in traces if calls[trace.place].weight in rates]
         dense = [name for name in self.dense if name in rates]
         common = common_rate(rates)
@@ -106,16 +145,31 @@ class Adaptation:
             allow_unused=True,
             materialize_grads=True,
         )
+        found = []
         for trace, error in zip(spans, errors, strict=False):
-            call = calls[trace.place]
-            scaled = error if common is not None else error * rates[str(call.weight)]
-            inputs = trace.inputs if self.exact else trace.inputs.detach()
-            before = self.corrections.get(trace.place)
-            after = before.then(inputs, scaled, call.fixed) if before else Correction(inputs, scaled)
-            self.corrections[trace.place] = after
+            rate = 1.0 if common is not None else rates[str(calls[trace.place].weight)]
+            found.append((trace, error if common is not None else error * rate))
+        moved = {}
         for name, error in zip(dense, errors[len(spans) :], strict=True):
-            moved = self.dense[name] + (error if common is not None else error * rates[name])
-            self.dense[name] = moved if self.exact else moved.detach().requires_grad_()
+            moved[name] = self.dense[name] + (error if common is not None else error * rates[name])
+        return found, {**self.dense, **moved}
+
+    def keep_products(self, rows: FlatBatch) -> None:
+        """Keeps a A^T of all rows for each pair of calls of one weight whose inputs are fixed and kept.
+
+        A step on a mini-batch then takes its rows' part.
+        """
+        calls = self.forms.calls
+        places = [
+            place for place, call in enumerate(calls) if (place, "a") in rows.kept and call.weight in self.forms.spans
+        ]
+        for place in places:
+            for source in places:
+                if calls[place].fixed and calls[source].fixed and calls[place].weight == calls[source].weight:
+                    inputs, others = rows.kept[place, "a"], rows.kept[source, "a"]
+                    known = rows.pairs if source == place and same_memory(inputs, rows.x) else None
+                    pairs = products(inputs, others) if known is None else known
+                    rows.kept[place, source] = pairs + 1 if calls[place].bias in self.forms.absorbed else pairs
 
     def displacement(self, weights: Tensor) -> Parameters:
         """Returns the weighted sum over sites of theta - phi_i, for the parameters that adapt.

@@ -17,6 +17,8 @@ sum_t alpha_t A_t^T D_t.
 
 - What does not change between steps is computed once: where no layer before it adapts, a layer's input is the same in
   every step, hence a W + b and a A^T are too, and the sum over steps moves inside: (a A^T + 1) sum_t alpha_t D_t.
+- A displacement comes from steps on mini-batches, each of other rows (`minibatch_descent`). Where a layer's input is
+  fixed, all that it needs is a A^T of all of a site's rows, once, and one sum of D_t for each row, over all epochs.
 - Where the rows outnumber the layer, and for parameters of norms, embeddings and convolutions, one value per site is
   cheaper or the only way: phi_{t+1} = phi_t - alpha_t D_t with phi [sites, *shape] (`forms` chooses).
 - The module's own forward is run on all rows of the cohort, [sites * n, ...], while its calls of linear layers and the
@@ -27,6 +29,7 @@ sum_t alpha_t A_t^T D_t.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from weakref import WeakKeyDictionary
 
@@ -37,12 +40,14 @@ from fedmeta.engines.gradcheck import CHECKED_ROWS, UnprovenError, check, cut, d
 from fedmeta.engines.lowrank.adaptation import Adaptation
 from fedmeta.engines.lowrank.capture import run_captured
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, adjacent, concatenate
+from fedmeta.engines.lowrank.minibatch_descent import descend
 from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, sharing
 from fedmeta.engines.lowrank.trace import ModuleTrace, survey
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import trained, with_theta
+from fedmeta.learners.local_steps import with_order
 from fedmeta.models import FunctionalModel
 from fedmeta.models.attention import exact_attention
 from fedmeta.problems.supervised import Supervised
@@ -82,6 +87,9 @@ def plan_of(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) ->
         raise UnsupportedModelError("its objectives are not those of supervised learning")
     if learner.estimator not in ESTIMATORS:
         raise UnsupportedModelError(f"what {type(learner).__name__} sends is its own")
+    if batch.order is not None and learner.estimator == "delta":
+        rates = _all_rates(learner, meta_state, batch.order.shape[1] * batch.order.shape[2])
+        return _forms(learner, meta_state, batch, batch.order.shape[3], rates, sum(len(r[0][0]) for r in batch))
     rates = _all_rates(learner, meta_state, learner.inner_steps)
     return _forms(learner, meta_state, batch, batch.support[0].shape[1], rates)
 
@@ -92,7 +100,7 @@ def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Ba
     Raises:
         UnsupportedModelError: The low-rank form does not fit.
     """
-    gradient, losses, finite = _finite_sum(learner, meta_state, batch, weights)
+    gradient, losses, finite = _finite_sum(learner, meta_state, with_order(learner, batch), weights)
     metrics = {"query_loss": [losses.double()], "finite": [finite.double()]}
     total = {name: gradient[name] for name in trained(meta_state)}
     return WeightedSum(total, float(weights[finite].sum()), metrics)
@@ -164,11 +172,16 @@ def _replayed_sum(
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         state, own = dict(zip(meta_state, tensors, strict=False)), tensors[len(meta_state) :]
-        gradient, losses = _weighted_sum(learner, state, Batch(own[:3], own[3:6], *own[7:]), own[6])
+        own_batch = replace(batch, support=own[:3], query=own[3:6], **dict(zip(further, own[7:], strict=True)))
+        gradient, losses = _weighted_sum(learner, state, own_batch, own[6])
         return [*(gradient[name] for name in learned), losses]
 
-    inputs = [*meta_state.values(), *batch.support, *batch.query, weights]
-    inputs += [] if batch.pairs is None else [batch.pairs]
+    further = {n: v for n, v in (("pairs", batch.pairs), ("order", batch.order)) if v is not None}
+    inputs = [*meta_state.values(), *batch.support, *batch.query, weights, *further.values()]
+    if batch.order is not None:
+        # So many steps are one recording each, not one of all.
+        *gradient, losses = compute(*inputs)
+        return dict(zip(learned, gradient, strict=True)), losses
     *gradient, losses = run_captured(learner.network, (learner, adjacent(*batch), *meta_state), compute, inputs)
     return dict(zip(learned, gradient, strict=True)), losses
 
@@ -236,19 +249,24 @@ def _displacement(
 
 def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> tuple[Adaptation, Tensor]:
     """Returns the adaptation of a learner that sends what moved, or nothing, and the query losses after it [sites]."""
-    sends = learner.estimator == "delta"
-    rows = concatenate(*batch) if sends else batch.support
-    steps = learner.inner_steps if sends else learner.evaluation_steps()
-    rates = _all_rates(learner, meta_state, steps)
-    adaptation = _adaptation(learner, leaves(meta_state), batch, rows, rates, exact=False)
-    own = FlatBatch.of(rows, _dtype(meta_state), batch.pairs if sends else None)
+    if learner.estimator != "delta":
+        rates = _all_rates(learner, meta_state, learner.evaluation_steps())
+        adaptation = _adaptation(learner, leaves(meta_state), batch, batch.support, rates, exact=False)
+        own, query = (FlatBatch.of(rows, _dtype(meta_state)) for rows in batch)
+        for step in rates:
+            adaptation.step(own, step)
+        with torch.no_grad():
+            return adaptation, query.losses(adaptation.outputs(query))
+    batch = with_order(learner, batch)
+    assert batch.order is not None, "what sends a displacement of rows takes them in mini-batches"
+    state, forms = leaves(meta_state), plan_of(learner, batch, meta_state)
+    adaptation = Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact=False)
+    own = FlatBatch.of(concatenate(*batch), _dtype(meta_state), batch.pairs)
     query = FlatBatch.of(batch.query, _dtype(meta_state))
-    for step in rates:
-        adaptation.step(own, step)
+    descend(adaptation, own, batch.order, learner.rates(meta_state, 0), learner)
     with torch.no_grad():
-        if sends:
-            # The query rows are the last of the rows adapted on, whose products with shared weights are known.
-            query.kept = own.kept_of_last(batch.query[2].shape[1])
+        # The query rows are the last of all rows, whose products with shared weights are known.
+        query.kept = own.kept_of_last(batch.query[2].shape[1])
         return adaptation, query.losses(adaptation.outputs(query))
 
 
@@ -282,7 +300,7 @@ def _adaptation(
 
 
 def _forms(
-    learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: int, rates: Sequence[Rates]
+    learner: Learner, state: Mapping[str, Tensor], batch: Batch, rows: int, rates: Sequence[Rates], whole: int = 0
 ) -> ParameterPlan:
     """Returns the form of each parameter, after a first look at what the model does.
 
@@ -313,4 +331,4 @@ def _forms(
     found = known[key]
     if isinstance(found, str):
         raise UnsupportedModelError(found)
-    return make_plan(found, groups, rows)
+    return make_plan(found, groups, rows, whole)

@@ -28,6 +28,9 @@ class FlatBatch:
         tasks: Where these are support rows and the query rows are `beside` them: both, by site.
         pairs: x x^T of each site's rows [sites, n, n], or of both its rows where others are `beside` these; None where
             that is not known beforehand.
+        whole: Where these are a mini-batch of a site's rows: all of them.
+        places: Their places in `whole`, with the rows of all sites one after the other [sites * n].
+        slots: The same, were each site's rows followed by one more, which stands for those that are not there.
     """
 
     x: Tensor
@@ -38,6 +41,9 @@ class FlatBatch:
     beside: FlatBatch | None = None
     tasks: Batch | None = None
     pairs: Tensor | None = None
+    whole: FlatBatch | None = None
+    places: Tensor | None = None
+    slots: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Rows, dtype: torch.dtype, pairs: Tensor | None = None) -> FlatBatch:
@@ -62,6 +68,41 @@ class FlatBatch:
     def sites(self) -> int:
         """The number of sites."""
         return self.scored.shape[0]
+
+    def minibatches(self, order: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns of each step of an order of places [sites, steps, k], -1 for none, what `at` takes."""
+        sites, n = self.scored.shape
+        first = torch.arange(sites, device=order.device)[:, None, None]
+        here, own = (order >= 0).to(self.counted.dtype), order.clamp(min=0)
+        known = (self.counted > 0).to(self.counted.dtype).gather(1, own.flatten(1)).view_as(here) * here
+        counted = (known / known.sum(2, keepdim=True).clamp(min=1)).transpose(0, 1).contiguous()
+        places = (own + n * first).transpose(0, 1).flatten(1)
+        slots = (torch.where(order >= 0, order, n) + (n + 1) * first).transpose(0, 1).flatten(1)
+        return list(zip(places, slots, counted, strict=True))
+
+    def at(self, places: Tensor, slots: Tensor, counted: Tensor) -> FlatBatch:
+        """Returns a mini-batch of each site's rows.
+
+        Args:
+            places: As for `FlatBatch` [sites * k].
+            slots: Likewise.
+            counted: Each row's share of its site's loss [sites, k].
+        """
+        x, y = self.x.index_select(0, places), self.y.index_select(0, places)
+        return FlatBatch(x, y, counted, counted, whole=self, places=places, slots=slots)
+
+    def slots_for(self, width: int) -> Tensor:
+        """Returns zeros for each row, and for one more of each site, that of none [sites * (n + 1), width]."""
+        sites, n = self.scored.shape
+        return self.counted.new_zeros(sites * (n + 1), width)
+
+    def of_whole(self, key: object) -> Tensor:
+        """Returns these rows' part of what is kept of all rows [sites, n * calls, *]."""
+        assert self.whole is not None
+        assert self.places is not None
+        kept, (sites, n) = self.whole.kept[key], self.whole.scored.shape
+        rows = kept.reshape(sites * n, -1).index_select(0, self.places)
+        return rows.view(sites, -1, kept.shape[-1])
 
     def kept_of_last(self, rows: int) -> dict[object, Tensor]:
         """Returns the products of linear layers that are kept [sites, n * calls, *], of each site's last rows alone."""

@@ -51,7 +51,7 @@ class Product:
     turned: bool
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same order, whatever their shapes."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.is_contiguous()
 
@@ -102,6 +102,8 @@ class PerSiteForward(TorchFunctionMode):
             inputs = x.reshape(self.rows.sites, -1, call.width)
             if self._first(call, x):
                 self._keep_first(place, call, inputs.shape[1], weight, bias)
+            elif call.fixed and self.rows.whole is not None and (place, "z") in self.rows.whole.kept:
+                kept[place, "a"], kept[place, "z"] = inputs, self.rows.of_whole((place, "z")).requires_grad_()
             else:
                 kept[place, "a"], kept[place, "z"] = inputs, self._shared(place, call, inputs, weight, bias)
         inputs, z = kept[place, "a"], kept[place, "z"]
@@ -137,11 +139,12 @@ class PerSiteForward(TorchFunctionMode):
 
     def _first(self, call: Call, x: Tensor) -> bool:
         """Whether a call is on the rows themselves, and others of the same sites will be computed too."""
-        return self.rows.beside is not None and call.fixed and not self.adaptation.by_site and _same(x, self.rows.x)
+        alone = self.rows.beside is None or self.adaptation.by_site
+        return not alone and call.fixed and same_memory(x, self.rows.x)
 
     def _whole(self, inputs: Tensor) -> bool:
         """Whether a call's inputs are all rows that inner products are known of."""
-        return self.rows.beside is None and _same(inputs, self.rows.x)
+        return self.rows.beside is None and same_memory(inputs, self.rows.x)
 
     def _keep_first(self, place: int, call: Call, first: int, weight: Tensor, bias: Tensor | None) -> None:
         """Keeps A W + b of the rows, `first` a site, and of those beside them.
@@ -162,6 +165,8 @@ class PerSiteForward(TorchFunctionMode):
         calls, kept = self.forms.calls, self.rows.kept
         if (place, source) in kept:
             return kept[place, source]
+        if self.rows.whole is not None and (place, source) in self.rows.whole.kept:
+            return self.rows.of_whole((place, source))
         both = kept.get((place, "both")) if source == place else None
         # For `both` these are the rows themselves.
         known = self.rows.pairs if both is not None or (source == place and self._whole(inputs)) else None

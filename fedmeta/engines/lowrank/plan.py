@@ -59,43 +59,50 @@ def _key(rate: Tensor | float) -> object:
 
 
 @lru_cache(maxsize=256)
-def make_plan(found: ModuleTrace, steps: Sharing, rows: int) -> ParameterPlan:
+def make_plan(found: ModuleTrace, steps: Sharing, rows: int, whole: int = 0) -> ParameterPlan:
     """Returns the cheaper form of each adapting parameter.
 
     Args:
         found: What the model does with its parameters.
         steps: Which parameters adapt in each step.
-        rows: Support rows per site.
+        rows: Rows of a step per site.
+        whole: Where steps take mini-batches: all rows per site.
     """
     adapting = dict.fromkeys(name for step in steps for name, _ in step)
     by_name = {name: [call for call in found.calls if name in call.names] for name in adapting}
     spans = {
         name
         for name, calls in by_name.items()
-        if all(call.kind == "linear" and call.weight == name for call in calls) and _saved(calls, rows, len(steps)) > 0
+        if all(call.kind == "linear" and call.weight == name for call in calls)
+        and _saved(calls, rows, len(steps), whole) > 0
     }
     absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
     dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
     return ParameterPlan(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
 
 
-def _saved(calls: Sequence[Call], rows: int, steps: int) -> float:
+def _saved(calls: Sequence[Call], rows: int, steps: int, whole: int) -> float:
     """Returns about how many operations per site the low-rank form of a linear layer saves over one weight per site.
 
     Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
     element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed. The rows
-    of all calls of one weight, as in a recurrence, count together: each call's meet every other's.
+    of all calls of one weight, as in a recurrence, count together: each call's meet every other's. Mini-batches: where
+    the input is fixed, a step's rows meet all rows of the site, whose products are formed once.
 
     Args:
         calls: The calls of one weight.
-        rows: Support rows per site.
+        rows: Rows of a step per site.
         steps: Inner steps.
+        whole: All rows per site, of which a step takes a mini-batch; 0 where each step takes the same rows.
     """
     width, outputs = calls[0].width, calls[0].outputs
     own = sum(call.rows for call in calls) * rows
     weights = steps * (own + 30) * width * outputs
     pairs = own * own * steps
     fixed = all(call.fixed for call in calls)
+    if fixed and whole:
+        every = sum(call.rows for call in calls) * whole
+        return weights - (steps * own * every * outputs + every * every * width)
     return weights - (pairs * outputs + own * own * width if fixed else pairs * steps / 2 * (width + outputs))
 
 
