@@ -131,14 +131,9 @@ class RowNode:
 
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
-<<<<<<< HEAD
-        if self.experiment.server.weighting == "examples":
+        if self.experiment.weighs_rows:
             sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
             return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
-=======
-        if self.experiment.weighs_rows:
-            return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
->>>>>>> main
         return torch.ones(len(sites), dtype=torch.float64)
 
     def training_batches(

@@ -445,14 +445,9 @@ class MetaGradientStrategy(Strategy):
         """Checks a reply's weight: one for each site in the sum, or the weight that it announced when it joined."""
         finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
         announced = float(len(finite))
-<<<<<<< HEAD
-        if self.experiment.server.weighting == "examples":
+        if self.experiment.weighs_rows:
             weights = self.federation.weights[self.federation.indices(finite)]
             announced = float(np.minimum(weights, self.experiment.server.max_weight or np.inf).sum())
-=======
-        if self.experiment.weighs_rows:
-            announced = float(self.federation.weights[self.federation.indices(finite)].sum())
->>>>>>> main
         if abs(reply.weight - announced) > 1e-9 * max(1.0, announced):
             raise MessageError("its weight is not that of its sites as they announced it")
 

@@ -176,19 +176,14 @@ class Server(Section):
     norm_bound: float = Field(
         default=1.0, gt=0, description="Longest reply that norm-bound leaves as it is (multiples of the median norm)"
     )
-<<<<<<< HEAD
     norm_cap: float = Field(
         default=30.0,
         ge=0,
         description="Longest reply that the mean leaves as it is; 0 = any (multiples of the median norm so far)",
     )
-    weighting: Literal["uniform", "examples"] = Field(
-        default="uniform", description="What a site's reply weighs in the mean"
-=======
     weighting: Literal["auto", "uniform", "examples"] = Field(
         default="auto",
         description="What a site weighs in the mean; auto = its train rows as in FedAvg's paper and its kin, else 1",
->>>>>>> main
     )
     max_weight: float = Field(
         default=0.0, ge=0, description='Most that a site weighs with weighting = "examples"; 0 = any (its weight)'
