@@ -8,7 +8,21 @@ LONGEST_WORD = 200
 
 
 class FedmetaError(ValueError):
-    """What was wrong, where, and what to do, in one line. The command line prints it and exits with code 2."""
+    """What was wrong, where, and what to do, in one line. The command line prints it and exits with code 2.
+
+    A text may hold what a file or a site names: characters that do not print, line breaks among them, are escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Returns a text without line breaks and without characters that do not print, which are escaped as in Python."""
+    if text.isprintable():
+        return text
+    plain = " ".join(text.splitlines()) if "\n" in text or "\r" in text else text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in plain)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

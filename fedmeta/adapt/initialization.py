@@ -228,7 +228,7 @@ class MetaModel:
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
         signature = check_signature(str(path), texts, tensors)
         header = read_json(texts.get("header", ""), Header, f"{path}: its header is not that of a start for new sites")
-        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
+        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path)).without_weights()
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         target = _pop_target(tensors, experiment)

@@ -155,7 +155,7 @@ class SiteModel(nn.Module):
         texts, state = read_tensors(path, "site's model", FORMAT)
         check_signature(str(path), texts, state)
         form = read_json(texts.get("form", ""), Form, f"{path}: not what rows and labels look like")
-        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path))
+        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path)).without_weights()
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         check_form(form, str(path))
         mean, scale = (state.get(name, torch.empty(0)) for name in ("mean", "scale"))

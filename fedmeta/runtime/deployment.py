@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ SUPERLINK, ROOT_CERTIFICATES = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES"
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 PLAIN_TEXT = "none"
 
+_TLS_S = 3.0
 _SUBMIT_S, _POLL_S, _AGAIN_S = 120.0, 0.5, 5.0
 _LOST = 12
 """After so many tries in a row to reach the SuperLink again, the submitter gives up watching."""
@@ -104,8 +108,37 @@ def connection() -> str:
         raise FedmetaError(f"{ROOT_CERTIFICATES}: {certificate}: no such file")
     else:
         security = f"root-certificates = {json.dumps(str(Path(certificate).absolute()))}"
+        if warning := expiry_warning(address, certificate):
+            print(f"fedmeta: {warning}", file=sys.stderr)
     head = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
     return f'{head}address = "{address}"\n{security}\n'
+
+
+def expiry_warning(address: str, authority: str) -> str:
+    """Returns a line where the SuperLink's certificate or its authority's ends within 30 days; empty otherwise.
+
+    A SuperLink that does not answer is reported by what is asked of it next.
+    """
+    from cryptography.x509 import load_der_x509_certificate
+
+    from fedmeta.certs import WARN_DAYS, validities
+
+    host, _, port = address.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_TLS_S) as plain,
+            context.wrap_socket(plain, server_hostname=host.strip("[]")) as wrapped,
+        ):
+            shown = load_der_x509_certificate(wrapped.getpeercert(binary_form=True) or b"")
+    except (OSError, ValueError):
+        return ""
+    days = min(
+        (shown.not_valid_after_utc - datetime.now(UTC)).days, *(found.days for found in validities(Path(authority)))
+    )
+    if days >= WARN_DAYS:
+        return ""
+    return f"WARNING: the certificate of the SuperLink at {address}, or its authority's, ends in {days} days: renew it"
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import pytest
 
-from fedmeta import health
+from fedmeta import certs, health
 from fedmeta.certs import make_certs, revoke
+from fedmeta.runtime import deployment
 from fedmeta.runtime.superlink import free_port
 from tests.deployment.proxies import HERE, MISSING, NGINX, memory, proxy, trust
 
@@ -216,6 +217,14 @@ def test_a_renewed_certificate_is_shown_without_a_restart(door: Door) -> None:
     await_true(lambda: shown() != before, "the renewal")
     assert door.ask(trust(door.certs, door.site("c")))[0] == 200
     assert (door.process.poll(), door.process.pid) == (None, nginx)
+
+
+def test_the_days_of_a_certificate_are_a_warning_to_who_connects(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, authority = f"{HERE}:{door.port}", str(door.certs / "ca.crt")
+    assert deployment.expiry_warning(address, authority) == ""
+    monkeypatch.setattr(certs, "WARN_DAYS", 5000)
+    assert f"the SuperLink at {address}, or its authority's, ends in 8" in deployment.expiry_warning(address, authority)
+    assert deployment.expiry_warning(f"{HERE}:{free_port()}", authority) == ""
 
 
 def test_idle_clients_cost_little(door: Door) -> None:

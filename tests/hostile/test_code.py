@@ -123,6 +123,19 @@ def test_metrics_too(path: str, start: Any, tmp_path: Path) -> None:
         find_start(str(file), tmp_path, "none")  # a new site has no use for them, and nothing is imported
 
 
+def test_no_file_that_was_handed_on_has_another_file_read(start: Any, tmp_path: Path) -> None:
+    found, state = start
+    weights = "model.weights=/nowhere/theirs.safetensors"
+    named = found.experiment.with_overrides([weights])
+    replace(found, experiment=named).write(tmp_path / START)
+    assert find_start(str(tmp_path / START), tmp_path, "none").digest == found.digest
+    model = SiteModel.of(found, found.learner.theta(found.state))
+    model.write(tmp_path / MODEL, replace(found, experiment=named), {})
+    SiteModel.read(tmp_path / MODEL)
+    own = Experiment.from_toml(state.experiment).with_overrides([weights])
+    find_start(str(checkpoint.write(replace(state, experiment=own.to_toml()), tmp_path)), tmp_path, "none")
+
+
 @pytest.mark.parametrize("path", CODE)
 def test_a_deployed_node(path: str, tmp_path: Path) -> None:
     for key in KEYS:

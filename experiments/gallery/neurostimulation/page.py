@@ -107,8 +107,8 @@ def main() -> None:
             np.repeat(rest[:, None], STEPS + 1, axis=1))  # fmt: skip
         if seed == 0:
             for name, kind in (("Optuna TPE", optuna.samplers.TPESampler), ("Optuna GP", optuna.samplers.GPSampler)):
-                few = searched(problem, new[:6], seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
-                rows.setdefault(f"{name} (6 patients, one seed)", []).append(few)
+                few = searched(problem, new[:4], seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
+                rows.setdefault(f"{name} (4 patients)", []).append(few)
         for name, limited in (("without", False), ("with", True)):
             other, patients = learner_of(limit=limited)
             found = measure.scores(other, result.meta_state, patients, new, STEPS, seed)
