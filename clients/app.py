@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import wraps
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -76,13 +77,17 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
 @app.query("sums")
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
-    """Adds up the features and targets of training sites."""
-    node, policy = node_of(context), policy_of(context.node_config)
-    here = node.find(SumsRequest.unpack(content).names)
+    """Adds up the features and targets of training sites, or each site's own."""
+    node, policy, request = node_of(context), policy_of(context.node_config), SumsRequest.unpack(content)
+    here = node.find(request.names)
     if policy and isinstance(node, RowNode):
         policy.check_sums(node.split.train_sizes(here))
-    found = (node.sums(here), node.target_sums(here))
-    return SumsReply(*(value for sums in found for value in (sums.count, sums.total, sums.square))).pack()
+    parts = [here[place : place + 1] for place in range(len(here))] if request.per_site else [here]
+    every = [(node.sums(part), node.target_sums(part)) for part in parts]
+    own = [[value for sums in found for value in (sums.count, sums.total, sums.square)] for found in every]
+    if not request.per_site:
+        return SumsReply(*own[0]).pack()
+    return SumsReply(*(np.stack(values) for values in zip(*own, strict=True))).pack()
 
 
 @app.query("engine")

@@ -158,11 +158,24 @@ def evaluate_sites(
         # A site's tasks, several with data.ways, stand one after another; it is scored by their mean.
         for name in figures:
             figures[name][group] = by_task[name].reshape(len(group), -1, columns).mean(axis=1)
+    _mark_diverged(figures)
     if policy and policy.metrics == ROUNDED:
         figures = {name: policy.figures(values) for name, values in figures.items()}
         pooled, pooled_sites = {}, [0] * len(pooled_sites)
     counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
     return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
+
+
+def _mark_diverged(figures: dict[str, Floats]) -> None:
+    """Replaces figures that float32 does not hold by NaN, and has a loss of NaN stand for divergence beside them.
+
+    The server takes no infinite figure; a site whose parameters ran away is one without a finite loss.
+    """
+    largest = float(np.finfo(np.float32).max)
+    away = np.any([np.abs(values) > largest for values in figures.values()], axis=0)
+    for values in figures.values():
+        values[np.abs(values) > largest] = np.nan
+    figures[LOSS][away] = np.nan
 
 
 def _on_predictions(

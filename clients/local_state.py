@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.files import write_atomic
+from fedmeta.files import remove_parts, write_atomic
 from fedmeta.messages import RoundRequest
 
 KEPT = 2
@@ -107,6 +107,7 @@ def write(
         write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in personal.items()}))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    remove_parts(path.parent)
     rounds = _rounds(path.parent)
     past = [number for number in rounds if number <= round_number]
     covered = (max((number for number in past if number <= saved), default=0) for saved in saved_rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -131,7 +132,8 @@ class RowNode:
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
         if self.experiment.weighs_rows:
-            return torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
     def training_batches(

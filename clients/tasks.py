@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
 from fedmeta.problems.source import as_dtype, form_of
 from fedmeta.task import Batch, Task, stack_trees
+from fedmeta.text import first_bad_name
 
 Sites = NDArray[np.int64]
 
@@ -55,6 +57,8 @@ class TaskNode:
         names = sorted(str(name) for name in self._ask("sites"))
         if len(set(names)) < len(names):
             raise DataError("the task source names a site twice")
+        if bad := first_bad_name(names):
+            raise DataError(f"the site {bad}: rename it in the task source")
         return tuple(names)
 
     def describe(self) -> SitesReply:
@@ -98,7 +102,7 @@ class TaskNode:
         """Returns what each site weighs in the mean."""
         if self.experiment.weighs_rows:
             weights = [float(self.source.weight(self.names[site])) for site in sites.tolist()]
-            return torch.tensor(weights, dtype=torch.float64)
+            return torch.tensor(weights, dtype=torch.float64).clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
     def training_batches(

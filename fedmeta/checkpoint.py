@@ -22,12 +22,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.files import PART, read_tensors, write_atomic
+from fedmeta.files import read_tensors, write_atomic
 
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
-    "targets",
+    "targets", "norms",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -116,6 +116,7 @@ class Checkpoint:
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
         targets: What each target of a regression is called; empty for classes.
+        norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -143,6 +144,7 @@ class Checkpoint:
     weights: tuple[float, ...] = ()
     form: str = ""
     held_out: bool = True
+    norms: tuple[float, ...] = ()
     finished: bool = False
     targets: tuple[str, ...] = ()
 
@@ -156,10 +158,36 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     path = folder / f"round-{checkpoint.round_number:06d}.safetensors"
     try:
         write_atomic(path, _encode(checkpoint))
-        for old in [*_files(folder)[KEPT:], *folder.glob(f"round-*{PART}")]:
+        for old in _files(folder)[KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
         raise FedmetaError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
+    return path
+
+
+def keep_before(folder: Path, round_number: int) -> Path | None:
+    """Keeps the newest checkpoint from before a round under another name, so that it is not replaced by later ones.
+
+    Only the first one of a run is kept: later rounds may build on what is to be undone.
+
+    Args:
+        folder: The run's folder.
+        round_number: The round whose replies were out of the ordinary.
+
+    Returns:
+        The file, `before-round-NNNNNN.safetensors`; None where one was kept already or there is no checkpoint.
+
+    Raises:
+        FedmetaError: The folder or the disk does not take it.
+    """
+    files = _files(folder)
+    if not files or any(folder.glob("before-round-*.safetensors")):
+        return None
+    path = folder / f"before-round-{round_number:06d}.safetensors"
+    try:
+        write_atomic(path, files[0].read_bytes())
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot keep the checkpoint: {error.strerror or error}") from error
     return path
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from contextlib import suppress
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,24 +24,79 @@ PART = ".part"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file atomically: under another name, to the disk, then renamed; the folder is created.
+    """Writes a file atomically: under a name that no other process uses, to the disk, then renamed.
+
+    The folder is created; the folder's entry, and that of each folder created, are on the disk too when this returns.
 
     Raises:
         OSError: The folder or the disk does not take it; what was there before is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(PART)
+    make_folder(path.parent)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
+    except BaseException:  # also where Ctrl-C comes between
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder. Only where no other process writes into it.
+
+    Raises:
+        OSError: The folder does not allow it.
+    """
+    for part in folder.glob(f".*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder with those above it, and has their entries written to the disk.
+
+    Raises:
+        OSError: It cannot be created.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    if folder.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock on a file, which is created, until the end of the block or of the process, however that dies.
+
+    Args:
+        path: The file.
+        wait: Whether to wait for another process that holds it.
+
+    Raises:
+        FedmetaError: Another process holds it, or the folder does not take the file.
+    """
+    try:
+        make_folder(path.parent)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot be created: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise FedmetaError(f"{path.parent}: another process writes there; wait for it, or stop it") from None
+        except OSError as error:
+            raise FedmetaError(f"{path}: cannot be locked: {error.strerror or error}") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_json(text: str, kind: type[Value], what: str) -> Value:
@@ -76,7 +135,8 @@ def _number(path: str, start: str, unit: int) -> int | None:
         return None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Has a folder's entries written to the disk; raises `OSError` where that fails."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, Report
+from fedmeta.text import visible
 
 RESULT_VARIABLE = "FEDMETA_RESULT"
 """Environment variable of the ServerApp: the folder in which its launcher waits."""
@@ -26,11 +29,8 @@ RESUME_VARIABLE = "FEDMETA_RESUME"
 TRACKING_URI = "FEDMETA_TRACKING_URI"
 """Environment variable: the MLflow store as this process reaches it, in place of the experiment's `tracking.uri`."""
 
-PROGRESS = "fedmeta progress: "
-"""How a line of the ServerApp's log begins that holds a `Progress` as JSON."""
-
-ERROR = "fedmeta: "
-"""How a line of the ServerApp's log begins that reports why the run failed."""
+LOG = "fedmeta log: "
+"""How the first line of the ServerApp begins, which holds the key that its later lines for the submitter begin with."""
 
 _PROCESS, _PROGRESS, _RESULT, _STOP = "server.pid", "progress.jsonl", "result.json", "stop"
 
@@ -74,9 +74,42 @@ def tracked(experiment: Experiment) -> Experiment:
     return experiment.with_overrides([f"tracking.uri={json.dumps(uri)}"]).with_user_info_kept() if uri else experiment
 
 
-def print_progress(progress: Progress) -> None:
-    """Prints progress as the line of the log that the submitter looks for."""
-    print(f"{PROGRESS}{progress.to_json()}", flush=True)
+class LogWriter:
+    """Writes lines into the ServerApp's log that the submitter believes.
+
+    They begin with a random key, which the first line holds, before any text that came from a site: no name of a site,
+    and no text of an error, can look like such a line.
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_hex(8)
+        print(f"{LOG}{self._key}", flush=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Prints progress."""
+        print(f"fedmeta {self._key} progress: {progress.to_json()}", flush=True)
+
+    def error(self, why: str) -> None:
+        """Prints why the run failed."""
+        print(f"fedmeta {self._key} error: {visible(why)}", flush=True)
+
+
+class LogReader:
+    """Reads what a `LogWriter` wrote, in a log that holds other lines too."""
+
+    def __init__(self) -> None:
+        self._key = ""
+
+    def read(self, line: str) -> Progress | str | None:
+        """Returns the progress or the error that a line holds; None where it holds neither."""
+        if not self._key:
+            found = re.fullmatch(rf"{LOG}([0-9a-f]{{16}})", line.rstrip())
+            self._key = found[1] if found else ""
+            return None
+        start = f"fedmeta {self._key} "
+        if line.startswith(f"{start}progress: "):
+            return Progress.from_json(line.removeprefix(f"{start}progress: "))
+        return line.removeprefix(f"{start}error: ").strip() if line.startswith(f"{start}error: ") else None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

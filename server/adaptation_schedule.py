@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """What the inner rates may be multiplied by."""
 
+CUT = 0.2
+"""The share of validation sites whose losses are left out at either end: rounded down, but at least one."""
+
+FEWEST_TO_CUT = 3
+"""Of fewer sites none is left out."""
+
 
 class Schedule(NamedTuple):
     """How far sites adapt.
@@ -22,7 +28,7 @@ class Schedule(NamedTuple):
     Attributes:
         steps: The number of inner steps.
         rate: What the inner rates are multiplied by.
-        losses: The validation sites' mean loss by rate and step.
+        losses: The middle mean of the validation sites' losses by rate and step.
     """
 
     steps: int
@@ -31,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 def tune_adaptation(losses_at: Callable[[float, int], NDArray[np.float64] | None], inner_steps: int) -> Schedule | None:
-    """Returns the steps and the rate with the smallest mean loss over validation sites; None where nobody answered.
+    """Returns the steps and the rate with the smallest middle mean of validation sites' losses; None without an answer.
 
     Args:
         losses_at: Returns the validation sites' losses [sites, steps + 1] at a rate, for a number of steps.
@@ -43,9 +49,22 @@ def tune_adaptation(losses_at: Callable[[float, int], NDArray[np.float64] | None
         losses = losses_at(rate, 2 * inner_steps)
         if losses is None:
             continue
-        means = np.nanmean(np.where(np.isfinite(losses), losses, np.inf), axis=0)
+        means = middle_mean(np.where(np.isfinite(losses), losses, np.inf))
         grid[f"{rate:g}"] = means.tolist()
         for step, mean in enumerate(means.tolist()):
             if np.isfinite(mean) and (best is None or (mean, step, rate) < best):
                 best = (mean, step, rate)
     return Schedule(best[1], best[2], grid) if best else None
+
+
+def middle_mean(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the mean over sites [columns] of losses [sites, columns], without the `CUT` at either end.
+
+    So one false site cannot choose for all, where there are three or more; of three and four it is the median. Where
+    more than a fifth of the sites diverge, as at too large a rate, the mean is infinite all the same.
+    """
+    sites = len(losses)
+    cut = max(1, int(CUT * sites)) if sites >= FEWEST_TO_CUT else 0
+    ordered = np.sort(losses, axis=0)
+    means: NDArray[np.float64] = ordered[cut : sites - cut].mean(axis=0)
+    return means

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.launch import (
     RESUME_VARIABLE,
+    LogWriter,
     announce,
     launcher_folder,
-    print_progress,
     reporter,
     tracked,
     write_result,
@@ -35,13 +34,14 @@ def main(grid: Grid, context: Context) -> None:
     folder = launcher_folder()
     if folder:
         announce(folder)
+    log = LogWriter()
     try:
         experiment, resume = _task(context)
-        report = reporter(folder) if folder else print_progress
+        report = reporter(folder) if folder else log.progress
         # A launcher waits on this machine alone, where the simulated sites' data are too.
         outcome = training_loop.run(grid, experiment, report, resume, data_here=bool(folder))
     except FedmetaError as error:
-        print(f"fedmeta: {error}", file=sys.stderr, flush=True)
+        log.error(str(error))
         _hand_over(folder, {"error": str(error)})
         raise
     except BaseException as error:

@@ -23,6 +23,7 @@ from fedmeta.data import (
     standardisation,
     target_scale,
 )
+from fedmeta.data.sums import median_sums, statistic_shape
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
@@ -42,6 +43,12 @@ NO_NODE = 0
 
 SITE_UNAVAILABLE = "it was not there, or refused, when the run was gone on with"
 """Why a site whose node is nobody does not answer."""
+
+FEWEST_TO_COMPARE = 3
+"""From how many nodes on their sums are compared: of two, nothing says which one is usual."""
+
+OUTLIER = 1e3
+"""How many times as large as is usual a node's feature may be (root mean square)."""
 
 _FEW = 16
 """Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
@@ -138,35 +145,49 @@ def ask(
     return answers
 
 
-def ask_standardisation(grid: Grid, federation: Federation, experiment: Experiment) -> dict[str, Tensor]:
-    """Returns the meta-state's standardisation entries, from the sums of all training sites' train rows.
+def ask_standardisation(
+    grid: Grid, federation: Federation, experiment: Experiment
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the meta-state's standardisation entries, from the sums of the training sites' train rows.
+
+    Sites whose sums are missing or impossible have no part in them. With a robust aggregator the statistics are medians
+    of each site's own mean and spread, which a few sites do not move far; with the mean they are those of all rows.
+
+    Returns:
+        The entries, and the sites without a part in them with the reasons.
 
     Raises:
-        FedmetaError: A node did not answer; without it the run would not be the one that was asked for.
+        FedmetaError: Fewer sites than `server.min_sites` sent usable sums.
     """
     if federation.form:
         # An own source's data are used as they are.
-        return {"standardisation.mean": torch.zeros(1), "standardisation.scale": torch.ones(1)}
+        return {"standardisation.mean": torch.zeros(1), "standardisation.scale": torch.ones(1)}, {}
+    robust = experiment.server.aggregator != "mean"
     shares = federation.by_node(federation.training)
-    contents = {node: SumsRequest(names).pack() for node, names in shares.items()}
+    shape = statistic_shape(federation.shape, experiment.data.standardise, tokens=federation.tokens)
+    contents = {node: SumsRequest(names, robust).pack() for node, names in shares.items() if node != NO_NODE}
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
-    parts: list[tuple[tuple[str, ...], FeatureSums, FeatureSums]] = []
+    parts: list[tuple[tuple[str, ...], SumsReply]] = []
+    refused = dict.fromkeys(shares.get(NO_NODE, ()), SITE_UNAVAILABLE)
     for node, content in answers.items():
+        names = shares[node]
         try:
             if isinstance(content, str):
                 raise MessageError(content)
             reply = SumsReply.unpack(content)
-            if len(reply.target_count) != len(federation.targets):
-                raise MessageError(
-                    f"sums of {len(reply.target_count)} targets, and there are {len(federation.targets)}"
-                )
+            _check_sums(reply, shape, federation, names, per_site=robust)
         except MessageError as error:
-            raise FedmetaError(f"no feature sums from the node of {', '.join(shares[node][:5])}: {error}") from None
-        features = FeatureSums(reply.count, reply.total, reply.square)
-        targets = FeatureSums(reply.target_count, reply.target_total, reply.target_square)
-        parts.append((shares[node], features, targets))
+            refused.update(dict.fromkeys(names, f"no feature sums: {error}"))
+            continue
+        parts.append((names, reply))
     parts.sort(key=lambda entry: entry[0])
-    scale = standardisation(reduce(FeatureSums.__add__, [part[1] for part in parts]))
+    parts = parts if robust else _without_outliers(parts, refused)
+    usable = sum(len(names) for names, _ in parts)
+    if usable < max(1, min(experiment.server.min_sites, len(federation.training))):
+        site, reason = next(iter(refused.items()))
+        raise FedmetaError(f"{usable} sites sent usable feature sums; {site}: {reason}")
+    replies = [reply for _, reply in parts]
+    scale = standardisation(_combined(replies, "", robust=robust))
     found = {
         "standardisation.mean": torch.from_numpy(scale.mean),
         "standardisation.scale": torch.from_numpy(scale.scale),
@@ -177,9 +198,72 @@ def ask_standardisation(grid: Grid, federation: Federation, experiment: Experime
                 f'[data] target = "{experiment.data.target}": the labels are classes, and it is for numbers; '
                 "leave it out"
             )
-        return found
-    target = target_scale(reduce(FeatureSums.__add__, [part[2] for part in parts]), experiment.target_kind)
-    return {**found, TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
+        return found, refused
+    target = target_scale(_combined(replies, "target_", robust=robust), experiment.target_kind)
+    found |= {TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
+    return found, refused
+
+
+def _combined(replies: Sequence[SumsReply], prefix: str, *, robust: bool) -> FeatureSums:
+    """Returns sums that mean and scale are made of: the total over all rows, or by medians over sites."""
+    names = [f"{prefix}{key}" for key in ("count", "total", "square")]
+    if robust:
+        return median_sums(
+            FeatureSums(*(np.concatenate([getattr(reply, name) for reply in replies]) for name in names))
+        )
+    return reduce(FeatureSums.__add__, [FeatureSums(*(getattr(reply, name) for name in names)) for reply in replies])
+
+
+def _check_sums(
+    reply: SumsReply, shape: tuple[int, ...], federation: Federation, names: tuple[str, ...], *, per_site: bool
+) -> None:
+    """Checks that sums have the shape of the run's, and that no more values were counted than the rows have.
+
+    Args:
+        reply: The sums.
+        shape: The shape of one site's sums of features.
+        federation: The sites, with their train rows as they announced them.
+        names: The sites asked.
+        per_site: Whether each site's own sums were asked for.
+
+    Raises:
+        MessageError: They do not fit.
+    """
+    rows = federation.train_rows[federation.indices(names)]
+    sites = (len(rows),) if per_site else ()
+    targets = (len(federation.targets),)
+    values = np.prod(federation.shape, dtype=np.float64) / np.prod(shape, dtype=np.float64)
+    for what, count, own, each in (
+        ("features", reply.count, shape, values),
+        ("targets", reply.target_count, targets, 1.0),
+    ):
+        if count.shape != (*sites, *own):
+            raise MessageError(f"the sums of {what} have shape {count.shape} and not {(*sites, *own)}")
+        most = rows.reshape(-1, *[1] * len(own)) if per_site else rows.sum()
+        if (count > most * each).any():
+            raise MessageError(f"more values of {what} were counted than its rows have")
+
+
+def _without_outliers(
+    parts: list[tuple[tuple[str, ...], SumsReply]], refused: dict[str, str]
+) -> list[tuple[tuple[str, ...], SumsReply]]:
+    """Returns the parts without those whose values are `OUTLIER` times as large as is usual; names these in `refused`.
+
+    What is usual is the median over parts of the root mean square of a feature, where most of them have one above 0.
+    """
+    if len(parts) < FEWEST_TO_COMPARE:
+        return parts
+    for what in ("", "target_"):
+        sizes = [
+            np.sqrt(getattr(reply, f"{what}square") / np.maximum(getattr(reply, f"{what}count"), 1.0))
+            for _, reply in parts
+        ]
+        usual = np.median(np.stack(sizes), axis=0)
+        for (names, _), size in zip(parts, sizes, strict=True):
+            if ((usual > 0) & (size > OUTLIER * usual)).any():
+                why = f"a {'target' if what else 'feature'} is more than {OUTLIER:g} times as large as elsewhere"
+                refused.update(dict.fromkeys(names, why))
+    return [part for part in parts if not set(part[0]) & refused.keys()]
 
 
 def build_federation(
@@ -210,7 +294,9 @@ def build_federation(
         all(reply.held_out for reply in replies.values()),
         first.targets,
     )
-    federation = add_sites(federation, {**replies, **_absent(replies, earlier)}, as_new=False)
+    if earlier and earlier.train_rows:
+        federation = add_sites(federation, {NO_NODE: _as_they_joined(earlier)}, as_new=False)
+    federation = add_sites(federation, replies, as_new=False)
     if len(federation.training) == 0:
         raise FedmetaError("no site has a train row: give sites more rows, or lower data.test")
     if earlier:
@@ -228,27 +314,22 @@ def build_federation(
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 
 
-def _absent(replies: Mapping[int, SitesReply], earlier: Checkpoint | None) -> dict[int, SitesReply]:
-    """Returns the sites of a checkpoint that no node hosts, as if nobody's node did: what the run fixed stays."""
-    there = {name for reply in replies.values() for name in reply.names}
-    gone = [place for place, name in enumerate(earlier.names) if name not in there] if earlier else []
-    if not earlier or not gone:
-        return {}
-    absent = SitesReply(
-        names=tuple(earlier.names[place] for place in gone),
-        train_rows=tuple(earlier.train_rows[place] for place in gone),
-        test_rows=tuple(earlier.test_rows[place] for place in gone),
+def _as_they_joined(earlier: Checkpoint) -> SitesReply:
+    """Returns the sites of a checkpoint, as if one node hosted them all: what the run fixed stays."""
+    return SitesReply(
+        names=earlier.names,
+        train_rows=earlier.train_rows,
+        test_rows=earlier.test_rows,
         classes=earlier.classes,
         features=earlier.features,
         shape=earlier.shape,
         regression=earlier.regression,
         tokens=earlier.tokens,
-        weights=tuple(earlier.weights[place] for place in gone),
+        weights=earlier.weights,
         form=earlier.form,
         held_out=earlier.held_out,
         targets=earlier.targets,
     )
-    return {NO_NODE: absent}
 
 
 def uses_validation_sites(experiment: Experiment) -> bool:
@@ -285,7 +366,10 @@ def _with_kinds(federation: Federation, new: Sequence[str], validation: Sequence
 
 
 def add_sites(federation: Federation, replies: Mapping[int, SitesReply], *, as_new: bool) -> Federation:
-    """Returns the federation with what nodes host; where two claim one site, the later one is believed."""
+    """Returns the federation with what nodes host; where two claim one site, the later one is believed.
+
+    Rows and weights are fixed when a site joins: of one that comes back, those that it announced first stay.
+    """
     everyone = [*federation.names, *(name for reply in replies.values() for name in reply.names)]
     nodes = (np.full(len(reply.names), node, dtype=np.uint64) for node, reply in replies.items())
     train = (np.array(reply.train_rows, dtype=np.int64) for reply in replies.values())
@@ -294,13 +378,15 @@ def add_sites(federation: Federation, replies: Mapping[int, SitesReply], *, as_n
     said_last = {name: place for place, name in enumerate(everyone)}
     names = tuple(sorted(said_last))
     last = np.array([said_last[name] for name in names], dtype=np.int64)
+    said_first = {name: place for place, name in reversed([*enumerate(everyone)])}
+    first = np.array([said_first[name] for name in names], dtype=np.int64)
     grown = replace(
         federation,
         names=names,
         node_ids=np.concatenate([federation.node_ids, *nodes])[last],
-        train_rows=np.concatenate([federation.train_rows, *train])[last],
-        test_rows=np.concatenate([federation.test_rows, *test])[last],
-        weights=np.concatenate([federation.weights, *weights])[last],
+        train_rows=np.concatenate([federation.train_rows, *train])[first],
+        test_rows=np.concatenate([federation.test_rows, *test])[first],
+        weights=np.concatenate([federation.weights, *weights])[first],
     )
     known = grown.indices(federation.names)
     new, validation = np.full(len(names), as_new), np.zeros(len(names), dtype=bool)

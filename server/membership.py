@@ -14,7 +14,7 @@ from fedmeta.checkpoint import Checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import QUERY_SITES, MessageError, SitesReply
-from server import schema
+from server import schema, site_keys
 from server.federation import NO_NODE, Federation, add_sites, ask, build_federation, only, uses_validation_sites
 
 POLL_S = 3.0
@@ -60,6 +60,9 @@ class Membership:
         self._earlier = earlier
         self._seen: set[int] = set()
         self._paused: dict[int, Backoff] = {}
+        self._keys = site_keys.keys_file()
+        self._impostors: dict[str, str] = {}
+        self.notes: list[str] = []
         self.refused: dict[str, str] = {}
         self.federation = self._assemble()
         absent = [self.federation.names[site] for site in np.flatnonzero(self.federation.node_ids == NO_NODE)]
@@ -88,20 +91,26 @@ class Membership:
             answers, failed = self._ask_sites(self._pending_nodes())
             problems |= failed
             node_ids = {name: node for node, reply in replies.items() for name in reply.names}
-            contested = self._duplicate_claims(node_ids, answers)
+            contested = self._contested(node_ids, answers)
             for node, reply in answers.items():
                 if node not in contested:
                     for gone in {node_ids[name] for name in reply.names if name in node_ids}:
                         del replies[gone]
                     replies[node] = reply
             accepted, self.refused = schema.select_majority_schema(replies, earlier)
-            self.refused |= {name: DUPLICATE_SITE for names in contested.values() for name in names}
+            for node, why in schema.excess_classes({} if earlier else accepted).items():
+                self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
+            for reasons in contested.values():
+                self.refused |= reasons
+            self.refused |= self._impostors
             present = [name for reply in accepted.values() for name in reply.names]
             over = time.monotonic() >= deadline
             # What a checkpoint says of its sites is enough to go on without those that are lost.
             missing = _missing(required if over and earlier and earlier.train_rows else wanted, present)
             if accepted and not missing:
-                return build_federation(accepted, self._experiment, earlier)
+                federation = build_federation(accepted, self._experiment, earlier)
+                self.notes = [note for reply in accepted.values() for note in _changed(federation, reply)]
+                return federation
             needed = [] if isinstance(required, int) else [name for name in required if name in self.refused]
             all_refused = earlier is not None and set(earlier.names) <= self.refused.keys()
             if needed or all_refused or over or (problems and not replies and not wanted):
@@ -133,26 +142,35 @@ class Membership:
         self._paused[node] = Backoff(time.monotonic() + seconds, seconds)
         self._seen.discard(node)
 
-    def _duplicate_claims(self, node_ids: Mapping[str, int], answers: Mapping[int, SitesReply]) -> dict[int, list[str]]:
-        """Returns the nodes among those that answered whose sites other living nodes serve too, with these sites.
+    def _contested(self, node_ids: Mapping[str, int], answers: Mapping[int, SitesReply]) -> dict[int, dict[str, str]]:
+        """Returns the nodes among those that answered that may not have the names they bring, and who is refused why.
 
-        A node that comes back under another id is none of them: the one that it was does not answer any more.
+        Where nodes have keys, a name belongs to one (`server.site_keys`), and the node is refused under its number: the
+        name's own node goes on. Else a name that another living node serves too is refused at both; a node that comes
+        back under another id is none of these, since the one that it was does not answer any more.
 
         Args:
             node_ids: The node of each site so far.
-            answers: What nodes say that were not there before.
+            answers: What nodes host that were not there before.
         """
+        if self._keys:
+            found = site_keys.claim(self._keys, {node: reply.names for node, reply in answers.items()})
+            refused = {node: {f"node {node}": _claims(names)} for node, names in found.items()}
+            for node, reasons in refused.items():
+                self._impostors |= reasons
+                self._pause(node)
+            return refused
         claims: dict[str, list[int]] = {}
         if node_ids or len(answers) > 1:
             for node, reply in answers.items():
                 for name in reply.names:
                     claims.setdefault(name, []).append(node)
         alive = self._alive({node_ids[name] for name in claims if name in node_ids})
-        contested: dict[int, list[str]] = {}
+        contested: dict[int, dict[str, str]] = {}
         for name, nodes in claims.items():
             if len(nodes) > 1 or node_ids.get(name) in alive:
                 for node in nodes:
-                    contested.setdefault(node, []).append(name)
+                    contested.setdefault(node, {})[name] = DUPLICATE_SITE
         for node in contested:
             self._pause(node)
         return contested
@@ -170,11 +188,11 @@ class Membership:
         said = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
         federation = self.federation
         node_ids = dict(zip(federation.names, federation.node_ids.tolist(), strict=True)) if answers else {}
-        for node, names in self._duplicate_claims(node_ids, answers).items():
+        for node, reasons in self._contested(node_ids, answers).items():
             del answers[node]
-            if any(self.refused.get(name) != DUPLICATE_SITE for name in names):
-                said.append(f"refused {', '.join(names[:5])}: {DUPLICATE_SITE}")
-            self.refused.update(dict.fromkeys(names, DUPLICATE_SITE))
+            if any(self.refused.get(name) != why for name, why in reasons.items()):
+                said.append(f"refused {', '.join([*reasons][:5])}: {next(iter(reasons.values()))}")
+            self.refused |= reasons
         for node, reply in answers.items():
             difference = schema.difference(reply, federation)
             if difference:
@@ -191,9 +209,25 @@ class Membership:
                 said.append(
                     f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
                 )
+            said += _changed(federation, reply)
             federation = add_sites(federation, {node: reply}, as_new=not self._experiment.server.admit)
         self.federation = federation
         return said
+
+
+def _claims(names: Mapping[str, str]) -> str:
+    """Returns which names a node may not have, and why."""
+    return f"it claims {', '.join([*names][:5])}: {next(iter(names.values()))}"
+
+
+def _changed(federation: Federation, reply: SitesReply) -> list[str]:
+    """Returns what to report of sites that come back with other numbers of rows than they joined with."""
+    known = dict(zip(federation.names, federation.train_rows.tolist(), strict=True)) if reply.names else {}
+    return [
+        f"{name} announces {rows} train rows and joined with {known[name]}: the first number stays"
+        for name, rows in zip(reply.names, reply.train_rows, strict=True)
+        if known.get(name, rows) != rows
+    ][:5]
 
 
 def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:

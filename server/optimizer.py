@@ -20,6 +20,10 @@ def resolve(settings: Server, sends: str) -> tuple[str, float]:
     )
 
 
+LARGEST_GRADIENT, LARGEST_STATE, LARGEST_LR = 1e12, 1e30, 1e6
+"""Below these a step cannot overflow."""
+
+
 class ServerOptimizer:
     """Steps the learned part of the meta-state along an aggregated meta-gradient.
 
@@ -31,6 +35,7 @@ class ServerOptimizer:
 
     def __init__(self, settings: Server, sends: str, meta_state: Mapping[str, Tensor]) -> None:
         name, lr = resolve(settings, sends)
+        self._small = lr * max(1.0, settings.weight_decay) <= LARGEST_LR
         self._values = {key: value.clone() for key, value in meta_state.items()}
         self._optimizer = _make(name, list(self._values.values()), lr, settings)
 
@@ -45,6 +50,32 @@ class ServerOptimizer:
         with torch.no_grad():
             for key, value in self._values.items():
                 value.copy_(meta_state[key])
+
+    def step_if_finite(self, gradient: Mapping[str, Tensor]) -> bool:
+        """Steps along a gradient, and undoes that where the meta-state or the memory has become infinite.
+
+        A step that cannot overflow, as nearly all cannot, is not copied for: with a gradient below 1e12 and a state
+        below 1e30, Adam's memory of squares stays below 1e24 and the state below 1e37 (float32 ends at 3e38).
+
+        Returns:
+            Whether the step stands.
+        """
+        if self._small and _below(gradient, LARGEST_GRADIENT) and _below(self._values, LARGEST_STATE):
+            self.step(gradient)
+            return True
+        before, memory = self.meta_state, {name: value.clone() for name, value in self.state().items()}
+        self.step(gradient)
+        if self.finite:
+            self._small = False  # its memory may hold what the next steps add to
+            return True
+        self.restore(before, memory)
+        return False
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers of the meta-state and of the memory are finite."""
+        every = (*self._values.values(), *self.state().values())
+        return all(bool(value.isfinite().all()) for value in every)
 
     @property
     def meta_state(self) -> dict[str, Tensor]:
@@ -65,6 +96,7 @@ class ServerOptimizer:
     def restore(self, meta_state: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Puts back a meta-state and what `state` returned beside it."""
         self.replace(meta_state)
+        self._small = self._small and _below(state, LARGEST_STATE)
         memory: dict[int, dict[str, Tensor]] = {}
         names = list(self._values)
         for name, value in state.items():
@@ -72,6 +104,13 @@ class ServerOptimizer:
             memory.setdefault(names.index(key), {})[what] = value.clone()
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({**whole, "state": memory})
+
+
+def _below(tensors: Mapping[str, Tensor], bound: float) -> bool:
+    """Returns whether all numbers are between -bound and bound; NaN is not."""
+    with torch.no_grad():
+        ends = [end for value in tensors.values() if value.numel() for end in value.aminmax()]
+    return all(-bound < float(end) < bound for end in ends)
 
 
 def _make(name: str, values: list[Tensor], lr: float, settings: Server) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.files import write_atomic
+from fedmeta.files import locked, write_atomic
 from fedmeta.learners import Learner
 from fedmeta.messages import MessageError, TrainReply
 from server.accountant import Accountant
@@ -104,17 +104,28 @@ class SiteLevelDP:
         Raises:
             FedmetaError: It cannot be written down.
         """
-        self.spent += 1
-        try:
-            write_atomic(self._ledger, json.dumps({"rounds": self.spent, "sites": self.accountant.sites}).encode())
-        except OSError as error:
-            raise FedmetaError(f"{self._ledger}: cannot be written: {error.strerror or error}") from error
+        self._count()
         empty = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         sums = total(replies) if replies else empty
         return {
             name: (value + self.deviation * noise(tuple(value.shape))) / self.accountant.expected
             for name, value in sums.items()
         }
+
+    def _count(self) -> None:
+        """Counts one more round on the disk, on top of what stands there: also rounds that another process released.
+
+        Raises:
+            FedmetaError: It cannot be written down; then nothing may be released.
+        """
+        with locked(self._ledger.with_name(f".{self._ledger.name}.lock"), wait=True):
+            written = _read(self._ledger, self.accountant.sites) if self._ledger.exists() else 0
+            spent = max(self.spent, written) + 1
+            try:
+                write_atomic(self._ledger, json.dumps({"rounds": spent, "sites": self.accountant.sites}).encode())
+            except OSError as error:
+                raise FedmetaError(f"{self._ledger}: cannot be written: {error.strerror or error}") from error
+            self.spent = spent
 
     def summary(self) -> dict[str, float]:
         """Returns what the run's summary says of it."""

@@ -20,7 +20,7 @@ from fedmeta.checkpoint import UNFINISHED, Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarize
 from fedmeta.experiment import UNTRACKED, Experiment
-from fedmeta.files import write_atomic
+from fedmeta.files import make_folder, write_atomic
 from fedmeta.messages import EngineReply
 from fedmeta.problems import Metric
 from fedmeta.tracking.description import data_name
@@ -171,9 +171,17 @@ class RunLogger:
             self.evaluation(evaluation.round_number, frame, summarize(frame, self.scored_by), schedule)
 
 
+def make_run_folder(folder: Path) -> None:
+    """Creates a run's folder; raises `FedmetaError` where that is not possible."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise FedmetaError(f"[tracking] folder: cannot write {folder}: {error.strerror or error}") from error
+
+
 def _prepare(folder: Path, experiment: Experiment) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / UNFINISHED).touch()
         write_atomic(folder / "experiment.toml", experiment.to_toml().encode())
     except OSError as error:
@@ -200,7 +208,7 @@ def _start_tracker(
         return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed, score)
     except FedmetaError:
         if not earlier:
-            _remove(folder)
+            remove_unused(folder)
         raise
 
 
@@ -215,7 +223,7 @@ def _missed_before(path: Path, earlier: Checkpoint | None) -> list[dict[str, Any
         raise FedmetaError(f"{path}: not the list of who log_failures a round; move it away to go on") from error
 
 
-def _remove(folder: Path) -> None:
+def remove_unused(folder: Path) -> None:
     """Removes the folder of a run that never began, and the folder of all runs where it was the first."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):

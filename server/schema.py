@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
+
 from fedmeta.messages import SitesReply
+
+FEW_CLASSES = 16
+"""So many classes may a node always name."""
+
+CLASS_EXCESS = 10.0
+"""How many times as many classes as is usual a node may name."""
+
+FEWEST_TO_COMPARE = 3
+"""From how many nodes on their numbers of classes are compared."""
 
 
 class Schema(Protocol):
@@ -69,6 +80,27 @@ def select_majority_schema(
         name: difference(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
     }
     return accepted, refused
+
+
+def excess_classes(replies: Mapping[int, SitesReply]) -> dict[int, str]:
+    """Returns the nodes that name more classes than can be, with the reason.
+
+    Classes are the run's outputs, so that one site's invented ones would cost every site. A node names no more classes
+    than it has rows, and of three nodes or more no more than `CLASS_EXCESS` times as many as is usual; `FEW_CLASSES`
+    are always allowed. Of symbols all are named, whichever occur.
+
+    Args:
+        replies: What nodes host, of one schema.
+    """
+    counts = [len(reply.classes) for reply in replies.values()]
+    usual = CLASS_EXCESS * float(np.median(counts)) if len(counts) >= FEWEST_TO_COMPARE else np.inf
+    found = {}
+    for node, reply in replies.items():
+        rows = sum(reply.train_rows) + sum(reply.test_rows)
+        most = max(FEW_CLASSES, min(usual, np.inf if reply.tokens else rows))
+        if len(reply.classes) > most:
+            found[node] = f"it names {len(reply.classes)} classes, and may name {most:.0f}"
+    return found
 
 
 def difference(reply: Schema, federation: Schema) -> str:

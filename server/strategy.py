@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from fedmeta.learners.learner import key_of
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
+    LOSS,
     QUERY_ENGINE,
     TRAIN,
     EngineReply,
@@ -33,15 +35,35 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
-from fedmeta.problems import has_payload
+from fedmeta.problems import Supervised, has_payload
+from fedmeta.problems.pooled import impossible as pooled_impossible
+from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
 
+STATES = ("global", "personalized")
+"""Before and after adaptation, as pooled sums name it."""
+
 DIVERGED = "its meta-gradient was not finite"
 """Why a site was left out of a round whose adaptation, or whose start, has run away."""
+
+WEIGHTLESS = "its weight is 0"
+"""Why a reply that would count for nothing is left out."""
+
+UNDONE = "the step along the round's replies was not finite, and was undone"
+"""Why a round changed nothing."""
+
+LOSS_EXCESS = 1e3
+"""How many times the usual a site's query loss may be to be in a round's mean."""
+
+FIGURE_EXCESS = 1e6
+"""How many times the usual a site's figure may be in an evaluation of several nodes."""
+
+ASKED_FOR_ENGINE = 3
+"""How many nodes are asked which engine is fastest: of three, one cannot choose for all."""
 
 
 @dataclass
@@ -50,11 +72,17 @@ class RoundLog:
 
     Attributes:
         failed: Site (or "node NUMBER") and the reason, for each that gave no usable answer.
+        shortened: Site and by how much, for each whose reply was shortened (`server.influence`).
+        outlying: Site and why its query loss is not in the round's mean.
+        undone: Whether the round's step was undone.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
+    shortened: dict[str, str] = field(default_factory=dict)
+    outlying: dict[str, str] = field(default_factory=dict)
+    undone: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -101,6 +129,7 @@ class MetaGradientStrategy(Strategy):
         self.saved_rounds = (0,) * KEPT
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
+        self.norms: tuple[float, ...] = ()
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -140,11 +169,13 @@ class MetaGradientStrategy(Strategy):
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
-        """Asks a node which engine is fastest for the first cohort, and keeps that for the whole run.
+        """Asks up to three nodes which engine is fastest for the first cohort, and takes the choice of most.
+
+        The budget is the median of those who chose so, and of an even number the lower one of the two in the middle.
 
         Returns:
-            The choice and its figures; None where the experiment names an engine and a budget, or a node was silent and
-            each goes by its own rule.
+            The choice and its figures; None where the experiment names an engine and a budget, or where most do not
+            agree: every node then follows its own rule.
 
         Raises:
             FedmetaError: Every node of the cohort reports that it cannot compute it.
@@ -152,22 +183,29 @@ class MetaGradientStrategy(Strategy):
         if self.engine != "auto" and self.budget:
             return None
         cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
-        nodes = self.federation.node_ids[cohort]
-        for node in dict.fromkeys(nodes.tolist()):
-            messages = self._messages(grid, QUERY_ENGINE, 1, cohort[nodes == node], self.arrays())
+        homes = self.federation.node_ids[cohort]
+        nodes = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE]
+        for first in range(0, len(nodes), ASKED_FOR_ENGINE):
+            asked = nodes[first : first + ASKED_FOR_ENGINE]
             self.log = RoundLog()
-            for _, content in self._valid_replies(
+            here = cohort[np.isin(homes, np.array(asked, dtype=np.uint64))]
+            messages = self._messages(grid, QUERY_ENGINE, 1, here, self.arrays())
+            answers: list[EngineReply] = []
+            for node, content in self._valid_replies(
                 grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
             ):
                 try:
-                    reply = EngineReply.unpack(content)
-                except MessageError:
-                    continue
-                self.engine = reply.engine if self.engine == "auto" else self.engine
-                self.budget = self.budget or reply.budget
-                return reply
+                    answers.append(EngineReply.unpack(content))
+                except MessageError as error:
+                    self._record_failure(node, f"bad reply: {error}")
+            for answer in answers:
+                alike = sorted((each for each in answers if each.engine == answer.engine), key=lambda each: each.budget)
+                if 2 * len(alike) > len(asked):
+                    self.engine = answer.engine if self.engine == "auto" else self.engine
+                    self.budget = self.budget or alike[(len(alike) - 1) // 2].budget
+                    return EngineReply(self.engine, self.budget, answer.seconds)
             codes = {reason.partition(":")[0] for reason in self.log.failed.values()}
-            if not codes or not codes <= FAILURES.keys():
+            if answers or not codes or not codes <= FAILURES.keys():
                 return None
         raise FedmetaError(
             f"no node can compute the first cohort: {self.log.reasons()}; the nodes' logs have the cause"
@@ -180,10 +218,13 @@ class MetaGradientStrategy(Strategy):
 
         Returns:
             The new meta-state and the round's query loss; or (None, None) where fewer than `server.min_sites` sites
-            gave a usable gradient, or fewer than the aggregator needs, and the meta-state stays as it is. A private
-            round always steps, and tells no loss where nobody was drawn.
+            gave a usable gradient, or fewer than the aggregator needs, or the step would make it infinite, and the
+            meta-state stays as it is. A private round always steps, and has no loss where nobody was drawn.
         """
         usable = self._train_replies(replies)
+        norms = self.norms
+        if self.experiment.server.aggregator == "mean" and not self.privacy:
+            usable, norms = self._bounded(usable)
         num_ok = sum(int(reply.finite.sum()) for reply in usable)
         gradient: Gradient | None = None
         if self.privacy:
@@ -192,24 +233,71 @@ class MetaGradientStrategy(Strategy):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
-        self._step(gradient, usable)
+        if not self._step(gradient, usable):
+            self.log.undone = True
+            self.log.failed.update({name: UNDONE for reply in usable for name in reply.names})
+            return None, None
+        self.norms = norms
         self._packed = None
-        losses = [loss for reply in usable for loss in reply.query_loss[reply.finite].tolist()]
-        metrics = {"query_loss": float(np.mean(losses))} if losses else {}
+        metrics = self._mean_loss(usable)
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
 
-    def _step(self, mean: Gradient, replies: list[TrainReply]) -> None:
-        """Steps the meta-state along the sites' mean, or by the problem's own step where it has one."""
+    def _mean_loss(self, replies: list[TrainReply]) -> dict[str, float]:
+        """Returns the mean query loss of the sites that count, without those that are far out of the ordinary."""
+        names = [name for reply in replies for name, finite in zip(reply.names, reply.finite, strict=True) if finite]
+        if not names:
+            return {}
+        losses = np.concatenate([reply.query_loss[reply.finite] for reply in replies])
+        far = influence.outlying(losses, LOSS_EXCESS)
+        why = f"its query loss is more than {LOSS_EXCESS:g} times the usual, and is not in the mean"
+        self.log.outlying = dict.fromkeys([names[place] for place in np.flatnonzero(far).tolist()], why)
+        return {"query_loss": float(np.mean(losses[~far]))}
+
+    def _bounded(self, replies: list[TrainReply]) -> tuple[list[TrainReply], tuple[float, ...]]:
+        """Bounds what each reply does (`server.influence`); returns those that count, and the norms to remember.
+
+        Statistics that a problem makes its own step of cannot be shortened: beyond the square of the bound, for they
+        grow with a site's rows, they are refused.
+        """
+        cap = self.experiment.server.norm_cap
+        found = influence.bound(replies, self.norms, cap**2 if self._own_step else cap, shorten=not self._own_step)
+        for place, times in found.excess.items():
+            what = f"its reply was {times:.3g} times as long as server.norm_cap = {cap:g} allows, and was"
+            names = replies[place].names
+            if self._own_step:
+                self.log.failed.update(dict.fromkeys(names, f"{what} refused"))
+            else:
+                self.log.shortened.update(dict.fromkeys(names, f"{what} shortened"))
+        return found.replies, found.norms
+
+    @property
+    def _own_step(self) -> bool:
         problem = self.learner.problem
-        if not (has_payload(problem) and callable(getattr(problem, "outer_step", None))):
-            self.optimizer.step(mean)
-            return
+        return has_payload(problem) and callable(getattr(problem, "outer_step", None))
+
+    def _step(self, mean: Gradient, replies: list[TrainReply]) -> bool:
+        """Steps the meta-state along the sites' mean, or by the problem's own step where it has one.
+
+        Returns:
+            Whether the step stands; one that is not finite, or a step of the problem's that fails, is undone.
+        """
+        problem = self.learner.problem
+        if not self._own_step:
+            return self.optimizer.step_if_finite(mean)
         weight = sum(reply.weight for reply in replies)
         state = self.meta_state
         whole = self.learner.theta(state)
-        stepped = problem.outer_step(whole, {name: value * weight for name, value in mean.items()}, weight)  # type: ignore[attr-defined]
+        total = {name: value * weight for name, value in mean.items()}
+        try:
+            stepped = problem.outer_step(whole, total, weight)  # type: ignore[attr-defined]
+        except Exception as error:  # whatever a user's own code makes of what sites sent
+            logging.getLogger("fedmeta.server").warning("outer_step failed: %s: %s", type(error).__name__, error)
+            return False
         changed = {key_of(state, name): value.to(whole[name].dtype) for name, value in stepped.items()}
+        if not all(bool(value.isfinite().all()) for value in changed.values()):
+            return False
         self.optimizer.replace({name: changed.get(name, value) for name, value in self.optimizer.meta_state.items()})
+        return True
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -248,10 +336,15 @@ class MetaGradientStrategy(Strategy):
                 self._check_names(node, reply.names)
                 if reply.columns != self._columns:
                     raise MessageError("it has scores of other steps than asked")
+                self._check_pooled(reply)
             except MessageError as error:
                 self._record_failure(node, f"bad reply: {error}")
                 continue
-            usable.append(reply)
+            refused = reply.impossible(self._ranges())
+            self.log.failed.update({name: f"bad reply: {what}" for name, what in refused.items()})
+            if len(refused) < len(reply.names):
+                usable.append(reply.without(refused) if refused else reply)
+        usable = self._without_outliers(usable)
         if not usable:
             self.evaluated = None
             return None
@@ -260,9 +353,6 @@ class MetaGradientStrategy(Strategy):
         pooled: dict[str, NDArray[np.float64]] = {}
         for reply in usable:
             for name, value in reply.pooled.items():
-                if name in pooled and pooled[name].shape != value.shape:
-                    self.log.failed.update(dict.fromkeys(reply.names, "its pooled sums have another shape"))
-                    continue
                 pooled[name] = pooled[name] + value if name in pooled else value
         counts = np.zeros(max((len(reply.pooled_sites) for reply in usable), default=0), dtype=np.int64)
         for reply in usable:
@@ -296,6 +386,12 @@ class MetaGradientStrategy(Strategy):
             for name, finite in zip(reply.names, reply.finite, strict=True):
                 if not finite:
                     self.log.failed[name] = DIVERGED
+            # What a reply holds beside sites that count for nothing must have no effect.
+            if not reply.finite.any():
+                continue
+            if reply.weight == 0:
+                self._record_failure(node, WEIGHTLESS)
+                continue
             usable.append(reply)
         return usable
 
@@ -350,9 +446,54 @@ class MetaGradientStrategy(Strategy):
         finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
         announced = float(len(finite))
         if self.experiment.weighs_rows:
-            announced = float(self.federation.weights[self.federation.indices(finite)].sum())
+            weights = self.federation.weights[self.federation.indices(finite)]
+            announced = float(np.minimum(weights, self.experiment.server.max_weight or np.inf).sum())
         if abs(reply.weight - announced) > 1e-9 * max(1.0, announced):
             raise MessageError("its weight is not that of its sites as they announced it")
+
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        """Returns the range of each figure of a site; the loss on rows, where it is the usual one, is at least 0."""
+        problem = self.learner.problem
+        low = 0.0 if isinstance(problem, Supervised) and problem.plain else -np.inf
+        return {LOSS: (low, np.inf), **{metric.name: (metric.low, metric.high) for metric in problem.metrics}}
+
+    def _without_outliers(self, replies: list[EvaluateReply]) -> list[EvaluateReply]:
+        """Returns the replies of several nodes without sites whose figures are far out of the ordinary; names these."""
+        if len(replies) < influence.FEWEST_TO_COMPARE:
+            return replies
+        refused: dict[str, str] = {}
+        names = [name for reply in replies for name in reply.names]
+        for figure in replies[0].figures:
+            for column in range(self._columns):
+                values = np.concatenate([reply.figures[figure][:, column] for reply in replies])
+                for place in np.flatnonzero(influence.outlying(values, FIGURE_EXCESS)).tolist():
+                    why = f"bad reply: its {figure} is more than {FIGURE_EXCESS:g} times the usual"
+                    refused.setdefault(names[place], why)
+        self.log.failed.update(refused)
+        kept = (reply.without(refused) if refused.keys() & set(reply.names) else reply for reply in replies)
+        return [reply for reply in kept if reply.names]
+
+    def _check_pooled(self, reply: EvaluateReply) -> None:
+        """Checks that the pooled sums are of the groups asked for, and possible for their rows."""
+        of_group: dict[int, list[str]] = {}
+        for name in reply.names:
+            of_group.setdefault(self._groups.get(name, -1), []).append(name)
+        sums: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
+        for key, value in reply.pooled.items():
+            group, _, rest = key.partition("/")
+            state, _, name = rest.partition("/")
+            if group not in {str(place) for place in of_group if place >= 0} or state not in STATES:
+                raise MessageError("its pooled sums are of groups that were not asked for")
+            sums.setdefault((group, state), {})[name] = value
+        for place, count in enumerate(reply.pooled_sites):
+            if count > len(of_group.get(place, ())):
+                raise MessageError("more sites are pooled than there are")
+        for (group, _), found in sums.items():
+            rows = float(self.federation.test_rows[self.federation.indices(of_group[int(group)])].sum())
+            rows = np.inf if self.experiment.data.ways else rows  # few-shot tasks draw rows more than once
+            classes, targets = len(self.federation.classes), len(self.federation.targets)
+            if problem := pooled_impossible(found, self.learner.problem.metrics, classes, targets, rows):
+                raise MessageError(f"its pooled sums are not possible: {problem}")
 
     def _record_failure(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))

@@ -18,6 +18,7 @@ from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
+from fedmeta.files import locked, remove_parts
 from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
@@ -28,10 +29,13 @@ from server.federation import SITE_UNAVAILABLE, ask_standardisation, remap_site_
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
-from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, new_folder
+from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
 from server.signals import defer_keyboard_interrupt
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import Machine
+
+LOCK = ".lock"
+"""The file in a run's folder that the process which writes there has locked."""
 
 MAX_EMPTY_ROUNDS = 10
 """After so many rounds in a row without a usable reply the run stops."""
@@ -70,19 +74,38 @@ def run(
         FedmetaError: The run cannot start, or none of ten rounds, or of all of a shorter run's, had a usable reply.
         KeyboardInterrupt, SystemExit: The user stopped it; a checkpoint has been written.
     """
-    earlier = checkpoints.newest(resume)[0] if resume else None
-    rounds = TrainingLoop(grid, experiment, report, resume or new_folder(experiment), earlier)
+    folder = resume or new_folder(experiment)
+    make_run_folder(folder)
+    with locked(folder / LOCK):
+        earlier = checkpoints.newest(folder)[0] if resume else None
+        return _run(grid, experiment, report, folder, earlier, data_here)
+
+
+def _run(
+    grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None, data_here: bool
+) -> Outcome:
+    try:
+        remove_parts(folder)
+        rounds = TrainingLoop(grid, experiment, report, folder, earlier)
+    except BaseException:
+        if earlier is None:
+            remove_unused(folder)
+        raise
     try:
         rounds.begin()
         rounds.train()
         return rounds.finish(data_here)
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
-        rounds.save()
-        rounds.journal.stop("KILLED")
-        rounds.tell(f"stopped after round {rounds.round_number}; to go on: --resume {rounds.journal.folder.name}")
+        with defer_keyboard_interrupt():
+            try:
+                rounds.save()
+            finally:
+                rounds.journal.stop("KILLED")
+            rounds.tell(f"stopped after round {rounds.round_number}; to go on: --resume {rounds.journal.folder.name}")
         raise
     except BaseException:
-        rounds.journal.stop("FAILED")
+        with defer_keyboard_interrupt():
+            rounds.journal.stop("FAILED")
         raise
 
 
@@ -110,10 +133,12 @@ class TrainingLoop:
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
         optimizer = ServerOptimizer(experiment.server, learner.update, start)
+        self.without_sums: dict[str, str] = {}
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
-            constants |= ask_standardisation(grid, federation, experiment)
+            scale, self.without_sums = ask_standardisation(grid, federation, experiment)
+            constants |= scale
         self.strategy = MetaGradientStrategy(
             experiment, federation, optimizer, constants, folder.name, self.privacy, learner=learner
         )
@@ -129,9 +154,11 @@ class TrainingLoop:
         self.idle = 0
         self.useful = bool(self.round_number)
         self.failure_throttle = FailureThrottle(see=FAILURES_FILE)
+        self.influence_throttle = FailureThrottle(see=FAILURES_FILE)
         self.machine = Machine()
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
+            self.strategy.norms = earlier.norms
         self.journal = RunLogger(experiment, folder, earlier, self.metrics)
 
     def begin(self) -> None:
@@ -143,7 +170,8 @@ class TrainingLoop:
         fresh = self.experiment.runtime.checkpoint_every and not self.opened
         if fresh:
             self.save()
-        self.journal.start(self.roll.federation)
+        with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended
+            self.journal.start(self.roll.federation)
         if not self.round_number and self.experiment.server.rounds:
             self.journal.engine(self.strategy.choose_engine(self.grid))
         if fresh:
@@ -155,6 +183,11 @@ class TrainingLoop:
         self.journal.log_failures(0, self.roll.refused, "start")
         for site, difference in self.roll.refused.items():
             self.tell(f"refused {site}: {difference}")
+        for note in self.roll.notes:
+            self.tell(note)
+        self.journal.log_failures(0, self.without_sums, "standardisation")
+        for site, reason in self.without_sums.items():
+            self.tell(f"standardisation without {site}: {reason}")
         self.journal.log_failures(self.round_number, dict.fromkeys(self.roll.absent, SITE_UNAVAILABLE), "start")
         for site in self.roll.absent:
             self.tell(f"goes on without {site}: {SITE_UNAVAILABLE}")
@@ -191,10 +224,19 @@ class TrainingLoop:
         trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at
         if data_here and has_picture(self.learner.problem) and not trial:
             self._draw(sites[sites["round"] == self.round_number])
-        summary = self.journal.finish(
-            sites, groups, self.metrics[0], self.totals, self.round_number, path, privacy, self.roll.federation.held_out
-        )
-        return Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
+        held_out, totals = self.roll.federation.held_out, self.totals
+        outcome: Outcome | None = None
+        try:
+            with defer_keyboard_interrupt():
+                summary = self.journal.finish(
+                    sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out
+                )
+                outcome = Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
+        except (KeyboardInterrupt, SystemExit):
+            if outcome is None:
+                raise  # else all is done, and there is nothing left to stop
+        assert outcome is not None
+        return outcome
 
     def _draw(self, sites: pd.DataFrame) -> None:
         """Draws what the problem shows of some sites; a finished training does not fail because of a picture."""
@@ -228,6 +270,7 @@ class TrainingLoop:
             weights=tuple(federation.weights.tolist()),
             form=federation.form,
             held_out=federation.held_out,
+            norms=self.strategy.norms,
             evaluations=tuple(self.evaluations),
             totals=self.totals,
             engine=self.strategy.engine,
@@ -269,12 +312,30 @@ class TrainingLoop:
             loss = metrics.get("query_loss") if metrics else None
             self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.journal.log_failures(number, strategy.log.failed)
+            self.journal.log_failures(number, strategy.log.shortened, "shortened")
+            self.journal.log_failures(number, strategy.log.outlying, "query loss")
+            if strategy.log.shortened or strategy.log.undone:
+                self._report_influence(number)
         if metrics is None or strategy.log.failed:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
             if note := self.failure_throttle.filter(what, strategy.log.failed):
                 self.tell(note)
         if self.idle == MAX_EMPTY_ROUNDS or (number == self.last and not self.useful):
             raise FedmetaError(f"none of {self.idle} rounds had a usable reply: {strategy.log.reasons(advise=True)}")
+
+    def _report_influence(self, number: int) -> None:
+        """Keeps a checkpoint from before a round whose replies were out of the ordinary, and reports them."""
+        kept = checkpoints.keep_before(self.journal.folder, number)
+        note = f"; the checkpoint from before is kept as {kept.name}" if kept else ""
+        shortened = self.strategy.log.shortened
+        if shortened:
+            site, why = next(iter(shortened.items()))
+            others = f" (and {len(shortened) - 1} more)" if len(shortened) > 1 else ""
+            note = f"round {number}: {site}{others}: {why}{note}"
+            if said := self.influence_throttle.filter(note, dict.fromkeys(shortened, "shortened")):
+                self.tell(said)
+        elif note:
+            self.tell(note.removeprefix("; "))
 
     def _evaluate(self, last: bool = False) -> None:
         """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""

@@ -48,7 +48,7 @@ SITES = SitesReply(
     weights=(12.0, 0.5),
     form="ab01",
 )
-SUMS = SumsReply(np.array([2.0, 0.0]), np.array([1e9, -3.5]), np.array([4.0, 1e-300]))
+SUMS = SumsReply(np.array([2.0, 3.0]), np.array([1e9, -3.5]), np.array([1e18, 4.5]))
 NEGATIVE = "a count or a sum of squares is negative"
 TARGETS = SumsReply(*(np.array([each]) for each in (2.0, 3.0, 5.0, 2.0, -7.0, 25.0)))
 REQUEST = RoundRequest(
@@ -338,6 +338,23 @@ def of_no_site(columns: int) -> RecordDict:
 WRONG = [
     ("SitesReply", changed(SITES, "sizes", "train_rows", [12]), '"train_rows" has 1 values and not 2'),
     ("SitesReply", changed(SITES, "sizes", "train_rows", [12.0, 1.0]), '"train_rows" is not a list of int'),
+    (
+        "SitesReply",
+        changed(SITES, "sites", "names", ["a\nb", "zion"]),
+        'the site "a\\nb" has a character that cannot be',
+    ),
+    ("SitesReply", changed(SITES, "sites", "names", ["x" * 65, "zion"]), 'the site "xxx'),
+    (
+        "SitesReply",
+        changed(SITES, "sites", "names", ["\u202eabbey", "zion"]),
+        'the site "\\u202eabbey" has',
+    ),
+    ("SitesReply", changed(SITES, "schema", "classes", ["0", ""]), 'the class "" is empty'),
+    ("SitesReply", changed(SITES, "schema", "features", ["age", "\x1b[2J"]), 'the feature "\\x1b[2J" has a character'),
+    ("SitesReply", changed(SITES, "schema", "features", ["age", "age"]), "two features have the same name"),
+    ("SitesReply", changed(SITES, "schema", "shape", [3]), "its rows have another length than its list of features"),
+    ("SitesReply", changed(SITES, "schema", "shape", [2**40]), "the shape of a row is not positive, or has more than"),
+    ("SitesReply", changed(SITES, "schema", "form", "<b>" * 99), "the form of its tasks is no digest"),
     ("SitesReply", changed(SITES, "sizes", "test_rows", [-1, 1]), "a number of rows is negative"),
     ("SitesReply", changed(SITES, "sites", "names", ["abbey", "abbey"]), "two sites have the same name"),
     ("SitesReply", changed(SITES, "schema", "regression", 1), '"regression" is not of type bool'),
@@ -353,6 +370,10 @@ WRONG = [
         NEGATIVE,
     ),
     ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1.0, 1e300]))), "a sum is of larger numbers than"),
+    ("SumsReply", changed(SUMS, "sums", "square", Array(np.array([1e18, 1e300]))), "a sum is of larger numbers than"),
+    ("SumsReply", changed(SUMS, "sums", "total", Array(np.array([1e9, 5e6]))), "a sum of squares is smaller than the"),
+    ("SumsReply", changed(SUMS, "sums", "count", Array(np.array([2.0, 0.0]))), "a sum is of larger numbers than"),
+    ("SumsReply", changed(SUMS, "sums", "count", Array(np.array([2.5, 3.0]))), "a count is not a whole number"),
     ("SumsReply", changed(SUMS, "sums", "target_square", Array(np.array([-1.0]))), "the sums are not of one shape"),
     ("SumsReply", changed(TARGETS, "sums", "target_square", Array(np.array([-1.0]))), NEGATIVE),
     (
@@ -390,6 +411,13 @@ WRONG = [
     ("TrainReply", changed(TRAINED, "cohort", "weight", -1.0), "the weight is not a finite number of at least 0"),
     ("TrainReply", changed(TRAINED, "cohort", "weight", math.inf), "the weight is not a finite number of at least 0"),
     ("TrainReply", changed(TRAINED, "cohort", "query_loss", [0.5]), '"query_loss" has 1 values and not 2'),
+    ("TrainReply", changed(TRAINED, "cohort", "finite", [2, 0]), "whether a gradient is finite is neither 0 nor 1"),
+    (
+        "TrainReply",
+        changed(TRAINED, "cohort", "query_loss", [math.nan, 0.0]),
+        "the query loss of a site whose",
+    ),
+    ("TrainReply", changed(TRAINED, "cohort", "query_loss", [1e39, 0.0]), "the query loss of a site whose"),
     ("TrainReply", changed(TRAINED, "cohort", "finite", [1, 0, 1]), '"finite" has 3 values and not 2'),
     ("TrainReply", changed(TRAINED, "sites", "names", "abbey"), '"names" is not a list of str'),
     ("EvaluateReply", changed(EVALUATED, "counts", "columns", 0), "the figures are of no site or have no column"),
@@ -402,7 +430,9 @@ WRONG = [
     ("EvaluateReply", of_no_site(2**62), "the figures are of no site or have no column"),
     ("RoundRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
     ("RoundRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
-    ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is negative"),
+    ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is not between 0 and"),
+    ("EngineReply", changed(ENGINE, "choice", "budget", 2**62), "the budget is not between 0 and"),
+    ("EngineReply", changed(ENGINE, "seconds", "loop", math.nan), "the seconds of a trial are not a finite number"),
     ("EngineReply", changed(ENGINE, "choice", "budget", 2**63), '"budget" has a number that is too large'),
     ("EngineReply", changed(ENGINE, "seconds", "lowrank", [1.0]), '"lowrank" is not of type float'),
     ("EngineReply", changed(ENGINE, "choice", "engine", "spam"), 'there is no engine "spam"'),

@@ -17,6 +17,7 @@ from fedmeta.progress import Progress as Stand
 from fedmeta.progress import Report, ignore_progress
 from fedmeta.search.space import describe
 from fedmeta.tables import number
+from fedmeta.text import visible
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -53,7 +54,7 @@ def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) ->
 
         def report(stand: Stand) -> None:
             if stand.note:
-                console.print(f"fedmeta: {stand.note}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"fedmeta: {visible(stand.note)}", highlight=False, markup=False, soft_wrap=True)
             view.update(stand)
 
         yield report

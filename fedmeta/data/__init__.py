@@ -36,7 +36,9 @@ from fedmeta.data.sums import (
     train_sums,
 )
 from fedmeta.data.synthetic import SyntheticPopulation
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
+from fedmeta.text import first_bad_name
 
 SOURCES = {
     "npz": "fedmeta.data.npz:load_npz",
@@ -58,6 +60,7 @@ def load(data: Data) -> Population:
         FedmetaError: The source is not there, or its data are not as they should be.
     """
     population: Population = _function(SOURCES[data.source])(data)
+    _check_names(population, data.path or data.source)
     return few_shot(population, data) if data.ways else population
 
 
@@ -74,7 +77,24 @@ def load_site(data: Data, path: str, name: str = "", only: Sequence[str] | None 
         population: Population = _function("fedmeta.data.npz:load_npz_site")(data, path, name)
     else:
         population = _function("fedmeta.data.tables:load_table_site")(data, path, name, only)
+    _check_names(population, path)
     return few_shot(population, data) if data.ways else population
+
+
+def _check_names(population: Population, where: str) -> None:
+    """Checks that sites, classes and features have names that may be shown (`fedmeta.text.name_problem`).
+
+    Raises:
+        FedmetaError: One has not; says which.
+    """
+    names = {"feature": population.feature_names}
+    if isinstance(population, ArrayPopulation):  # others make their names themselves
+        names["site"] = population.names
+    # A symbol of a text is shown as what it is.
+    names["class"] = tuple(name for name in population.class_names if not (population.tokens and len(name) == 1))
+    for what, texts in names.items():
+        if bad := first_bad_name(texts):
+            raise FedmetaError(f"{where}: the {what} {bad}: rename it")
 
 
 def _function(path: str) -> Callable[..., Any]:

@@ -72,18 +72,18 @@ class Standardisation:
         return self.mean.size == 1 and not self.mean.any() and bool((self.scale == 1).all())
 
 
-def statistic_shape(population: Population, standardise: str) -> tuple[int, ...]:
+def statistic_shape(shape: tuple[int, ...], standardise: str, *, tokens: bool) -> tuple[int, ...]:
     """Returns the shape of the sums: the row's, with 1 wherever one figure serves the whole axis.
 
     Args:
-        population: Whose rows.
-        standardise: "features" = each feature of its own; "image" = one figure for all pixels, or one per channel
+        shape: That of a row.
+        standardise: "features" = each feature by itself; "image" = one figure for all pixels, or one per channel
             where a row has three axes and the first, or else the last, has 1, 3 or 4 entries; "none"; "auto" =
             "none" for tokens, "features" for vectors, "image" for the rest.
+        tokens: Whether features are codes of symbols.
     """
-    shape = population.shape
     if standardise == "auto":
-        standardise = "none" if population.tokens else "features" if len(shape) == 1 else "image"
+        standardise = "none" if tokens else "features" if len(shape) == 1 else "image"
     if standardise == "features":
         return shape
     ones = [1] * len(shape)
@@ -104,7 +104,7 @@ def feature_sums(population: Population, rows: IntArray, standardise: str) -> Fe
     """
     if population.tokens and standardise in ("features", "image"):
         raise FedmetaError(f'data.standardise = "{standardise}": codes of symbols have no mean; set it to "none"')
-    shape = statistic_shape(population, standardise)
+    shape = statistic_shape(population.shape, standardise, tokens=population.tokens)
     sums = FeatureSums(np.zeros(shape), np.zeros(shape), np.zeros(shape))
     if standardise == "none" or population.tokens:
         return sums
@@ -193,3 +193,28 @@ def _mean_and_scale(sums: FeatureSums) -> tuple[Floats, Floats]:
     smallest = _SMALLEST_SPREAD * np.abs(mean)
     told_apart = deviation > np.maximum(smallest, np.finfo(np.float32).tiny)
     return mean, np.where(told_apart, deviation, np.maximum(1.0, smallest))
+
+
+def median_sums(sites: FeatureSums) -> FeatureSums:
+    """Returns sums of one value with medians over sites as mean and variance, which a few false sites cannot move far.
+
+    The mean is the median of the sites' means. The variance is the median of the variances within sites plus that
+    between sites, by the median distance of their means from it (which is 1 / 1.4826 standard deviations of a normal
+    distribution). A site counts the same whatever its size; one that has no value of a feature does not count for it.
+
+    Args:
+        sites: The sites' own sums, each array [sites, *shape].
+    """
+    seen = sites.count > 0
+    unseen = ~seen.any(axis=0)
+    observed = np.where(seen, sites.count, 1.0)
+    means = np.where(seen, sites.total / observed, np.nan)
+    means[:, unseen] = 0.0
+    within = np.where(seen, np.maximum(sites.square / observed - (sites.total / observed) ** 2, 0.0), np.nan)
+    within[:, unseen] = 0.0
+    middle: Floats = np.nanmedian(means, axis=0)
+    between = 1.4826 * np.nanmedian(np.abs(means - middle), axis=0)
+    variance = np.nanmedian(within, axis=0) + between**2
+    counted: Floats = np.asarray(seen.any(axis=0), dtype=np.float64)
+    square: Floats = np.asarray(middle**2 + variance, dtype=np.float64)
+    return FeatureSums(counted, middle, square)

@@ -176,9 +176,17 @@ class Server(Section):
     norm_bound: float = Field(
         default=1.0, gt=0, description="Longest reply that norm-bound leaves as it is (multiples of the median norm)"
     )
+    norm_cap: float = Field(
+        default=30.0,
+        ge=0,
+        description="Longest reply that the mean leaves as it is; 0 = any (multiples of the median norm so far)",
+    )
     weighting: Literal["auto", "uniform", "examples"] = Field(
         default="auto",
         description="What a site weighs in the mean; auto = its train rows as in FedAvg's paper and its kin, else 1",
+    )
+    max_weight: float = Field(
+        default=0.0, ge=0, description='Most that a site weighs with weighting = "examples"; 0 = any (its weight)'
     )
     wait_for: Texts | Annotated[int, Field(ge=0)] = Field(
         default=0, description="Who must be present to start: names, or a count; 0 = one node is enough (sites)"
@@ -192,6 +200,8 @@ class Server(Section):
         if self.weighting == "examples" and self.aggregator != "mean":
             hint = f'must be "uniform" with aggregator = "{self.aggregator}": a false site would name its own weight'
             yield "weighting", hint
+        if self.max_weight and self.weighting == "uniform":
+            yield "max_weight", 'needs weighting = "examples": else each site weighs 1'
         if self.mixing and self.aggregator == "mean":
             yield "mixing", 'must be false with aggregator = "mean", which sees no single reply'
 

@@ -13,6 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmeta.text import visible
+
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 V = TypeVar("V", bool, int, float, str)
 
@@ -23,8 +25,15 @@ LARGEST = 2**63 - 1
 """The largest whole number that a message may hold."""
 
 
+LONGEST_REASON = 300
+"""How much is told of what is wrong with a message, which may hold its sender's text (characters)."""
+
+
 class MessageError(ValueError):
     """A message that does not hold what the contract says."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(visible(reason[:LONGEST_REASON]))
 
 
 def write_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -95,7 +104,7 @@ def _size(value: Any) -> int:
             return _size("".join(value))
         return 8 * len(value) if kind in (int, float) else sum(map(_size, value))
     if isinstance(value, str | bytes):
-        return len(value.encode() if isinstance(value, str) else value)
+        return len(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
     return 1 if isinstance(value, bool) else 8
 
 

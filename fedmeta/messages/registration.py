@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmeta.messages.records import (
+    LARGEST,
     MessageError,
     only,
     read_arrays,
@@ -21,8 +23,20 @@ from fedmeta.messages.records import (
     write_arrays,
     write_names,
 )
+from fedmeta.text import first_bad_name
 
 Floats = NDArray[np.float64]
+
+MOST_VALUES = 1 << 28
+"""The most values that one row may have."""
+
+LONGEST_FORM = 200
+"""The longest digest of the form of an own source's tasks (characters)."""
+
+SLACK = 1e-9
+"""How far rounding may carry a sum of many values beyond what is possible (share of it)."""
+
+PLURALS = {"site": "sites", "class": "classes", "feature": "features", "target": "targets"}
 
 SUMS = ("count", "total", "square", "target_count", "target_total", "target_square")
 
@@ -89,7 +103,11 @@ class SitesReply:
 
     @classmethod
     def unpack(cls, content: RecordDict) -> SitesReply:
-        """Reads a reply; raises `MessageError` where it is not one."""
+        """Reads a reply; raises `MessageError` where it is not one.
+
+        Names of sites, classes and features must be names (`fedmeta.text.name_problem`). With `tokens` a class of one
+        character stands for that character, whichever it is.
+        """
         only(content, "sites", "schema", "sizes")
         names = read_names(content)
         sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows", "weights")
@@ -100,42 +118,65 @@ class SitesReply:
         weights = tuple(read_list(sizes, "weights", float, len(names)))
         if not all(0 <= weight < float("inf") for weight in weights):
             raise MessageError("a weight is not a finite number of at least 0")
-        if len(set(names)) < len(names):
-            raise MessageError("two sites have the same name")
+        if sum(rows["train_rows"]) + sum(rows["test_rows"]) > LARGEST or sum(weights) == float("inf"):
+            raise MessageError("its rows or weights add up to more than there can be")
         shape = tuple(read_list(schema, "shape", int))
-        if min(shape, default=1) < 1:
-            raise MessageError("the shape of a row is not positive")
+        if min(shape, default=1) < 1 or prod(shape) > MOST_VALUES:
+            raise MessageError(f"the shape of a row is not positive, or has more than {MOST_VALUES} values")
+        classes, features = (tuple(read_list(schema, key, str)) for key in ("classes", "features"))
+        targets = tuple(read_list(schema, "targets", str))
+        tokens, form = read_scalar(schema, "tokens", bool), read_scalar(schema, "form", str)
+        regression = read_scalar(schema, "regression", bool)
+        if regression is bool(classes) and (regression or any((*rows["train_rows"], *rows["test_rows"]))):
+            raise MessageError("its labels are numbers and it has classes, or they are classes and it has none")
+        symbols = {name for name in classes if tokens and len(name) == 1}
+        for what, texts in {"site": names, "class": classes, "feature": features, "target": targets}.items():
+            if len(set(texts)) < len(texts):
+                raise MessageError(f"two {PLURALS[what]} have the same name")
+            if bad := first_bad_name(text for text in texts if text not in symbols):
+                raise MessageError(f"the {what} {bad}")
+        if features and shape != (len(features),):
+            raise MessageError("its rows have another length than its list of features")
+        if len(form) > LONGEST_FORM or not (form.isascii() and form.isprintable()):
+            raise MessageError("the form of its tasks is no digest")
         return cls(
             names=names,
             train_rows=rows["train_rows"],
             test_rows=rows["test_rows"],
-            classes=tuple(read_list(schema, "classes", str)),
-            features=tuple(read_list(schema, "features", str)),
+            classes=classes,
+            features=features,
             shape=shape,
-            regression=read_scalar(schema, "regression", bool),
-            tokens=read_scalar(schema, "tokens", bool),
+            regression=regression,
+            tokens=tokens,
             weights=weights,
-            form=read_scalar(schema, "form", str),
+            form=form,
             held_out=read_scalar(schema, "held_out", bool),
-            targets=tuple(read_list(schema, "targets", str)),
+            targets=targets,
         )
 
 
 @dataclass(frozen=True)
 class SumsRequest:
-    """Asks a node for the feature sums of some of its sites, which are training sites."""
+    """Asks a node for the feature sums of some of its sites, which are training sites.
+
+    Attributes:
+        names: The sites.
+        per_site: Whether each site's own sums are wanted in place of their sum.
+    """
 
     names: tuple[str, ...]
+    per_site: bool = False
 
     def pack(self) -> RecordDict:
         """Returns the message's content."""
-        return RecordDict({"sites": write_names(self.names)})
+        return RecordDict({"sites": write_names(self.names), "sums": ConfigRecord({"per_site": self.per_site})})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> SumsRequest:
         """Reads a message; raises `MessageError` where it is not one."""
-        only(content, "sites")
-        return cls(read_names(content))
+        only(content, "sites", "sums")
+        own = read_record(content, "sums", ConfigRecord, "per_site")
+        return cls(read_names(content), read_scalar(own, "per_site", bool))
 
 
 @dataclass(frozen=True)
@@ -149,6 +190,8 @@ class SumsReply:
         target_count: The same of each target of a regression [targets], or of its logarithm; empty for classes.
         target_total: Their sum.
         target_square: The sum of their squares.
+
+    Where the request asked so (`per_site`), each array has a leading axis [sites, ...], with each site's own.
     """
 
     count: Floats
@@ -171,14 +214,16 @@ class SumsReply:
         only(sums, *SUMS)
         for prefix in ("", "target_"):
             count, total, square = (sums[f"{prefix}{name}"] for name in ("count", "total", "square"))
-            _check_sums(count, total, square)
-        if sums["target_count"].ndim != 1:
-            raise MessageError("the sums of targets are not a list")
+            _check_possible(count, total, square)
         return cls(**sums)
 
 
-def _check_sums(count: Floats, total: Floats, square: Floats) -> None:
-    """Checks that sums can be those of numbers; raises `MessageError` otherwise."""
+def _check_possible(count: Floats, total: Floats, square: Floats) -> None:
+    """Checks that there can be finite float32 values with these sums; raises `MessageError` otherwise.
+
+    Of n values the sum is at most n times the largest number, and the sum of squares lies between total^2 / n (Cauchy
+    and Schwarz) and n times its square.
+    """
     every = (count, total, square)
     if len({value.shape for value in every}) != 1:
         raise MessageError("the sums are not of one shape")
@@ -186,5 +231,11 @@ def _check_sums(count: Floats, total: Floats, square: Floats) -> None:
         raise MessageError("the sums are not finite float64 numbers")
     if (count < 0).any() or (square < 0).any():
         raise MessageError("a count or a sum of squares is negative")
-    if (np.abs(total) > np.maximum(count, 1.0) * np.finfo(np.float32).max).any():
+    largest = float(np.finfo(np.float32).max)
+    # The slack is for the rounding of sums of many values.
+    if (np.abs(total) > count * largest * (1 + SLACK)).any() or (square > count * largest**2 * (1 + SLACK)).any():
         raise MessageError("a sum is of larger numbers than sites may have")
+    if (square * (1 + SLACK) + np.finfo(np.float64).tiny < total**2 / np.maximum(count, 1.0)).any():
+        raise MessageError("a sum of squares is smaller than the sum allows")
+    if (count != np.floor(count)).any():
+        raise MessageError("a count is not a whole number")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -34,6 +34,15 @@ TASK_KEYS = (
     "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "baseline", "engine", "budget", "per_site",
     "groups",
 )  # fmt: skip
+LARGEST_LOSS = float(np.finfo(np.float32).max)
+"""The largest loss that a site may have."""
+
+MOST_EVALUATIONS = 1 << 40
+"""The most evaluations of its objective that a site may report."""
+
+MOST_BUDGET = 1 << 36
+"""The most that a node may offer to the sites which are computed together (bytes): a sixteenth of 1 TiB."""
+
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """One part of a path and no more: a site makes a folder of this name."""
 BASELINES = ("", "local_only", "classical", "optimum")
@@ -160,8 +169,10 @@ class EngineReply:
         times = read_record(content, "seconds", MetricRecord)
         seconds = {name: read_scalar(times, name, float) for name in times}
         budget = read_scalar(choice, "budget", int)
-        if budget < 0:
-            raise MessageError("the budget is negative")
+        if not 0 <= budget <= MOST_BUDGET:
+            raise MessageError(f"the budget is not between 0 and {MOST_BUDGET} bytes")
+        if not all(0 <= value < float("inf") for value in seconds.values()):
+            raise MessageError("the seconds of a trial are not a finite number of at least 0")
         engine = read_scalar(choice, "engine", str)
         if unknown := {engine, *seconds} - set(ENGINES):
             raise MessageError(f'there is no engine "{min(unknown)}"')
@@ -224,13 +235,19 @@ class TrainReply:
         weight = read_scalar(cohort, "weight", float)
         if not (np.isfinite(weight) and weight >= 0):
             raise MessageError("the weight is not a finite number of at least 0")
-        return cls(
+        finite = read_list(cohort, "finite", int, len(names))
+        if not set(finite) <= {0, 1}:
+            raise MessageError("whether a gradient is finite is neither 0 nor 1")
+        reply = cls(
             gradient=gradient,
             weight=weight,
             names=names,
-            query_loss=np.array(read_list(cohort, "query_loss", float, len(names))),
-            finite=np.array(read_list(cohort, "finite", int, len(names)), dtype=bool),
+            query_loss=np.array(read_list(cohort, "query_loss", float, len(names)), dtype=np.float64),
+            finite=np.array(finite, dtype=bool),
         )
+        if not (np.abs(reply.query_loss[reply.finite]) <= LARGEST_LOSS).all():
+            raise MessageError("the query loss of a site whose gradient is finite is not a number in range")
+        return reply
 
 
 @dataclass(frozen=True)
@@ -284,10 +301,10 @@ class EvaluateReply:
 
         Args:
             content: The reply's content.
-            metrics: The run's metrics, whose names and ranges the figures must have; None for any.
+            metrics: The run's metrics, whose names the figures must have; None for any.
 
         Raises:
-            MessageError: It is not one, or a figure is impossible.
+            MessageError: It is not one.
         """
         only(content, "figures", "counts", "sites", "pooled")
         names = read_names(content)
@@ -303,7 +320,7 @@ class EvaluateReply:
             for name in record
         }
         if metrics is not None:
-            _check_figures(figures, metrics)
+            only(figures, *dict.fromkeys((LOSS, *(metric.name for metric in metrics))))
         chosen = np.array(read_list(counts, "chosen", int, shape[0]), dtype=np.int64)
         if ((chosen < 0) | (chosen >= shape[1])).any():
             raise MessageError("a site takes more steps than there are")
@@ -314,19 +331,33 @@ class EvaluateReply:
         if any(not 0 <= count <= shape[0] for count in pooled_sites):
             raise MessageError("more sites are pooled than there are")
         evaluations = tuple(read_list(counts, "evaluations", int))
-        if len(evaluations) not in (0, len(names)) or any(count < 0 for count in evaluations):
+        if len(evaluations) not in (0, len(names)) or any(not 0 <= count <= MOST_EVALUATIONS for count in evaluations):
             raise MessageError("the evaluations are not a count for each site")
         return cls(names, figures, chosen, pooled, pooled_sites, evaluations)
 
+    def impossible(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+        """Returns the sites with a figure that cannot be, and what is wrong with it; NaN, for undefined, can be.
 
-def _check_figures(figures: Mapping[str, Floats], metrics: Sequence[Metric]) -> None:
-    """Checks that figures are those of the run's metrics, and each within what is possible, or NaN."""
-    only(figures, *dict.fromkeys((LOSS, *(metric.name for metric in metrics))))
-    for metric in metrics:
-        values = figures[metric.name]
-        slack = 1e-6 * max(1.0, abs(metric.low) if isfinite(metric.low) else 1.0)
-        if (values < metric.low - slack).any() or (values > metric.high + slack).any():
-            raise MessageError(f"{metric.name} is outside of [{metric.low:g}, {metric.high:g}]")
+        Args:
+            ranges: The lowest and the highest value of each figure; none may be infinite or larger than float32 has.
+        """
+        found: dict[str, str] = {}
+        for name, values in self.figures.items():
+            low, high = ranges[name]
+            low, high = max(low, -LARGEST_LOSS), min(high, LARGEST_LOSS)
+            slack = 1e-6 * max(1.0, *(abs(bound) for bound in (low, high) if abs(bound) < LARGEST_LOSS), 0.0)
+            wrong = ((values < low - slack) | (values > high + slack)).any(axis=1)
+            for site in np.flatnonzero(wrong).tolist():
+                found.setdefault(self.names[site], f"its {name} is outside of [{low:g}, {high:g}]")
+        return found
+
+    def without(self, sites: Collection[str]) -> EvaluateReply:
+        """Returns the reply without some sites, and without the sums that those are part of."""
+        kept = np.array([name not in sites for name in self.names], dtype=bool)
+        names = tuple(name for name in self.names if name not in sites)
+        figures = {key: own[kept] for key, own in self.figures.items()}
+        counts = tuple(count for count, is_kept in zip(self.evaluations, kept.tolist(), strict=False) if is_kept)
+        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts)
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:

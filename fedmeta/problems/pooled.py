@@ -23,6 +23,9 @@ from fedmeta.problems.rows import BINS as CALIBRATION_BINS
 Floats = NDArray[np.float64]
 Sums = dict[str, Floats]
 
+SMALLEST = 1e-300
+"""What a probability counts as at least in a sum of losses."""
+
 CURVES = ("auroc", "auprc")
 
 
@@ -81,7 +84,7 @@ def sums_of(found: Predictions, rows: int, metrics: Sequence[Metric], bins: Bins
     sums: Sums = {
         "rows": np.array([rows, n], dtype=np.float64),
         "confusion": confusion,
-        "losses": np.array([-np.log(np.maximum(own, 1e-300)).sum(), squares]),
+        "losses": np.array([-np.log(np.maximum(own, SMALLEST)).sum(), squares]),
         "calibration": calibration,
     }
     if {metric.name for metric in metrics} & set(CURVES):
@@ -95,6 +98,56 @@ def sums_of(found: Predictions, rows: int, metrics: Sequence[Metric], bins: Bins
                 np.add.at(histogram[k], ((found.y == code).astype(int), bins.places(odds)), 1.0)
         sums["histogram"] = histogram
     return sums
+
+
+def _regression_impossible(sums: Floats, rows: float) -> str:
+    """Returns why no predictions of one target have these sums [5], or "" where some may."""
+    n, total, square, squared_error, absolute_error = (float(value) for value in sums)
+    slack = 1e-6 * max(1.0, n)
+    if not 0 <= n <= rows + slack:
+        return "they are of more rows than there are"
+    if square * (1 + 1e-6) + slack < total**2 / max(n, 1.0) or min(square, squared_error, absolute_error) < 0:
+        return "a sum of squares or of errors is too small"
+    most = math.sqrt(squared_error * n)
+    return "the errors do not fit their squares" if absolute_error > most * (1 + 1e-6) + slack else ""
+
+
+def impossible(sums: Mapping[str, Floats], metrics: Sequence[Metric], classes: int, targets: int, rows: float) -> str:
+    """Returns why no predictions have these sums, or "" where some may.
+
+    Args:
+        sums: What some sites added up, of one group before or after adaptation; finite numbers.
+        metrics: What is to be pooled.
+        classes: How many classes the run has; 0 for regression.
+        targets: How many targets a regression has.
+        rows: The most test rows that these sites have; infinite where that is not known.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"regression": (max(1, targets), 5)}
+    if classes:
+        shapes = {"rows": (2,), "confusion": (classes, classes), "losses": (2,), "calibration": (CALIBRATION_BINS, 2)}
+        if {metric.name for metric in metrics} & set(CURVES):
+            shapes["histogram"] = (1 if classes == 2 else classes, 2, Bins().for_classes(classes).count)
+    if {name: value.shape for name, value in sums.items()} != shapes:
+        return "they have other names or shapes than they should"
+    if not classes:
+        found = (_regression_impossible(own, rows) for own in sums["regression"])
+        return next((problem for problem in found if problem), "")
+    every, n = (float(value) for value in sums["rows"])
+    slack = 1e-6 * max(1.0, n)
+    if not 0 <= n <= every <= rows + slack:
+        return "they are of more rows than there are"
+    if any((value < 0).any() for value in sums.values()):
+        return "a count or a sum is negative"
+    counted = [sums["confusion"].sum()]
+    counted += [one.sum() for one in sums["histogram"]] if "histogram" in sums else []
+    if any(abs(float(count) - n) > slack for count in counted):
+        return "their counts do not add up to their rows"
+    confidence, right = (float(value) for value in sums["calibration"].sum(0))
+    if confidence > n + slack or abs(right - float(np.trace(sums["confusion"]))) > slack:
+        return "their calibration does not fit their rows"
+    losses = sums["losses"]
+    high = losses[0] > n * -math.log(SMALLEST) + slack or losses[1] > 2 * n + slack
+    return "their losses are larger than losses can be" if high else ""
 
 
 def pooled(sums: Mapping[str, Floats], metrics: Sequence[Metric], positive: int) -> dict[str, float]:

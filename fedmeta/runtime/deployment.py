@@ -29,8 +29,8 @@ from typing import Any
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
-from fedmeta.launch import ERROR, PROGRESS, tracked
-from fedmeta.progress import Progress, Report
+from fedmeta.launch import LogReader, tracked
+from fedmeta.progress import Report
 from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_log_line, write_app, write_run_config
 
 SUPERLINK, ROOT_CERTIFICATES = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES"
@@ -176,18 +176,19 @@ def _watch(number: str, env: dict[str, str], log: Path, report: Report) -> tuple
     """Passes on the run's progress until Flower says that it has ended; returns its MLflow id and its last words."""
     run_id, error, lost = "", "", 0
     seen: set[str] = set()
+    reader = LogReader()
     while lost < _LOST:
         log.write_bytes(b"")
         with keep(["flwr", "log", number, CONNECTION, "--stream"], env, log) as stream:
             for line in _lines(stream, log):
                 lost = 0
-                if line.startswith(PROGRESS) and line not in seen:
+                found = reader.read(line)
+                if isinstance(found, str):
+                    error = found
+                elif found and line not in seen:
                     seen.add(line)
-                    progress = Progress.from_json(line.removeprefix(PROGRESS))
-                    run_id = progress.run_id or run_id
-                    report(progress)
-                elif line.startswith(ERROR):
-                    error = line.removeprefix(ERROR).strip()
+                    run_id = found.run_id or run_id
+                    report(found)
             if stream.returncode == 0:
                 return run_id, error
         lost += 1

@@ -110,13 +110,14 @@ def federation(work: Path, files: Mapping[str, Path]) -> Iterator[Federation]:
                 stack.enter_context(proxy("egress.conf", certs / "sites" / site, way, gate, work))
         patch.setenv(deployment.SUPERLINK, f"{HERE}:{port}")
         patch.setenv(deployment.ROOT_CERTIFICATES, str(certs / "ca.crt"))
-        _register([certs / "sites" / site / "node.pub" for site in files])
+        register([certs / "sites" / site / "node.pub" for site in files])
         for site, file in files.items():
             running.nodes[site] = stack.enter_context(keep(running.node(site, file), running.env, work / f"{site}.log"))
         yield running
 
 
-def _register(keys: list[Path]) -> None:
+def register(keys: list[Path]) -> None:
+    """Registers public keys of nodes at the SuperLink that the environment names."""
     command = [sys.executable, "-m", "fedmeta", "flower", "supernode", "register"]
     calls = [subprocess.Popen([*command, str(key)], stdout=subprocess.DEVNULL) for key in keys]
     assert [call.wait(STARTS_S) for call in calls] == [0] * len(calls)

@@ -70,10 +70,16 @@ def test_the_environments_store_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_survives_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(3, 10, 0.5, 0.75, 1, 'refused "a"\nb', "run")
-    launch.print_progress(progress)
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1
-    assert Progress.from_json(line.removeprefix(launch.PROGRESS)) == progress
+    log, reader = launch.LogWriter(), launch.LogReader()
+    log.progress(progress)
+    log.error("no\nsite: fedmeta log: 0123456789abcdef")
+    forged = f"fedmeta 0123456789abcdef progress: {progress.to_json()}"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    found = [
+        reader.read(line) for line in ("Flower's own", *lines[:2], f"{launch.LOG}0123456789abcdef", forged, lines[2])
+    ]
+    assert found == [None, None, progress, None, None, r"no\nsite: fedmeta log: 0123456789abcdef"]
 
 
 @pytest.mark.slow

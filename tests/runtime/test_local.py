@@ -22,7 +22,7 @@ X[RNG.random(X.shape) < 0.1] = np.nan
 X[:, 3] = 2.0
 TARGET = (np.nan_to_num(X[:, 0]) + 0.3 * SITE + 0.1 * RNG.normal(size=ROWS)).astype(np.float32)
 LABEL = (TARGET > 1).astype(np.int64)
-NAMES = np.array(["Zürich/Ost", "a b", "c:d", "//", "x" * 300, "plain"])
+NAMES = np.array(["Zürich/Ost", "a b", "c:d", "//", "x" * 64, "plain"])
 ODD = np.where(np.arange(ROWS) == 0, 9, LABEL)
 
 FILES: dict[str, dict[str, Any]] = {

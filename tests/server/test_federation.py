@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 
 from clients.app import app
 from fedmeta.errors import FedmetaError
 from server import membership as module
-from server.federation import ask_standardisation
+from server.federation import ask_standardisation, only
 from server.membership import Membership
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, breaks, silence
@@ -260,15 +261,22 @@ def test_standardisation_is_that_of_training_sites_train_rows(tmp_path: Path) ->
         table = (tmp_path / f"{federation.names[site]}.csv").read_text().splitlines()[1:]
         values = [[float(cell) for cell in line.split(",")[:2]] for line in table]
         rows += values[: federation.train_rows[site]]
-    scale = ask_standardisation(grid, federation, experiment)
+    scale, refused = ask_standardisation(grid, federation, experiment)
+    assert refused == {}
     assert np.allclose(scale["standardisation.mean"].numpy(), np.mean(rows, axis=0), atol=1e-6)
     assert np.allclose(scale["standardisation.scale"].numpy(), np.std(rows, axis=0), rtol=1e-6)
 
 
-def test_a_run_does_not_start_without_a_nodes_sums(tmp_path: Path) -> None:
+def test_a_run_starts_without_a_nodes_sums_where_min_sites_allows(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, name) for name in ("abbey", "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
     federation = Membership(grid, grid.experiment).federation
+    alone, _ = ask_standardisation(grid, only(federation, {"abbey"}), grid.experiment)
     grid.faults[NODE_IDS[1]] = silence
-    with pytest.raises(FedmetaError, match=r"^no feature sums from the node of mercy: no reply within 0\.5 s$"):
-        ask_standardisation(grid, federation, grid.experiment)
+    scale, refused = ask_standardisation(grid, federation, grid.experiment)
+    assert refused == {"mercy": "no feature sums: no reply within 0.5 s"}
+    assert all(torch.equal(value, alone[name]) for name, value in scale.items())
+    both = hospitals(tmp_path, "server.min_sites=2")
+    said = "1 sites sent usable feature sums; mercy: no feature sums: no reply within 0.5 s"
+    with pytest.raises(FedmetaError, match=f"^{re.escape(said)}$"):
+        ask_standardisation(grid, federation, both)

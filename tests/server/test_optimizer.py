@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -97,3 +98,25 @@ def test_a_displacement_is_taken_whole() -> None:
     optimizer.step(displacement)
     reached = optimizer.meta_state
     assert all(torch.equal(reached[key], start[key] - displacement[key]) for key in start)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("size", [1.0, 1e11, 1e13, 1e20, 1e30, math.inf, math.nan])
+def test_a_step_stands_where_it_is_finite_and_is_undone_where_not(name: str, size: float) -> None:
+    settings = Server(optimizer=name, lr=0.5, weight_decay=0.01)
+    start = {"theta": torch.tensor([1.0, -2.0]), "alpha": torch.tensor(0.5)}
+    checked, plain = (ServerOptimizer(settings, "gradient", start) for _ in range(2))
+    usual = {"theta": torch.tensor([0.5, 1.0]), "alpha": torch.tensor(-1.0)}
+    for _ in range(3):
+        assert checked.step_if_finite(usual)
+        plain.step(usual)
+    before = checked.meta_state, {key: value.clone() for key, value in checked.state().items()}
+    large = {"theta": torch.tensor([size, 1.0], dtype=torch.float64), "alpha": torch.tensor(1.0)}
+    stands = checked.step_if_finite(large)
+    plain.step(large)
+    expected = (plain.meta_state, plain.state()) if plain.finite else before
+    assert stands is plain.finite
+    for found, wanted in zip((checked.meta_state, checked.state()), expected, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[key]) for key, value in found.items())
+    assert checked.step_if_finite(usual)

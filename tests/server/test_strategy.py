@@ -38,7 +38,7 @@ def strategy_over(grid: SeveralNodes) -> MetaGradientStrategy:
     learner = learner_of(grid.experiment, federation.shape, federation.classes)
     settings = grid.experiment.server.model_copy(update={"optimizer": "sgd", "lr": 1.0})
     optimizer = ServerOptimizer(settings, learner.update, learner.init(0))
-    constants = ask_standardisation(grid, federation, grid.experiment)
+    constants, _ = ask_standardisation(grid, federation, grid.experiment)
     return MetaGradientStrategy(grid.experiment, federation, optimizer, constants, "a-run", learner=learner)
 
 
