@@ -18,7 +18,7 @@ from clients.policy import ROUNDED, Policy
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
-from fedmeta.engines.step_selection import FOLDS, choose_steps
+from fedmeta.engines.step_selection import FOLDS, choose_steps, last_good_steps
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
@@ -71,14 +71,19 @@ class Evaluator:
         return engines.evaluate(self.learner, self.meta_state, batch, self.engine, steps=self.steps, budget=self.budget)
 
     def select_steps(self, batch: Batch, own: Parameters | None) -> Tensor:
-        """Returns the number of steps [sites] that each site selects on its support rows."""
+        """Returns the number of steps [sites] that each site selects on its support rows.
+
+        Where the selected steps, taken on all of these rows, blow up, the site goes back to the last good one.
+        """
         together = max(1, GROUP_ROWS // (FOLDS * batch.support[2].shape[1]))
         chosen = []
         for start in range(0, batch.sites, together):
             few = slice(start, start + together)
             repeated = own and {name: value[few].repeat_interleave(FOLDS, 0) for name, value in own.items()}
             evaluate = partial(self.figures, own=repeated)
-            chosen.append(choose_steps(evaluate, tuple(tensor[few] for tensor in batch.support)))
+            support = tuple(tensor[few] for tensor in batch.support)
+            here = partial(self.figures, own=own and {name: value[few] for name, value in own.items()})
+            chosen.append(last_good_steps(here, support, choose_steps(evaluate, support)))
         return torch.cat(chosen)
 
 

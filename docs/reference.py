@@ -14,7 +14,7 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 
 import fedmeta
-from fedmeta import engines, learners, messages
+from fedmeta import engines, learners, messages, noise
 from fedmeta.messages import EngineReply, EvaluateReply, RoundRequest, SitesReply, SumsReply, SumsRequest, TrainReply
 from fedmeta.search import compare, comparison, comparison_report
 
@@ -25,6 +25,7 @@ BY_HAND = "Made by `python docs/reference.py` from docstrings; do not edit."
 API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta", (fedmeta.load_experiment, fedmeta.Experiment, fedmeta.run, fedmeta.Result, fedmeta.Task)),
     ("fedmeta.problems", (fedmeta.Problem, fedmeta.Metric, fedmeta.Solver, fedmeta.TaskSource, fedmeta.implicit)),
+    ("fedmeta.noise", (noise.noise_key, noise.dropout, noise.uniform, noise.normal)),
     ("fedmeta.learners", (learners.build, learners.Learner)),
     ("fedmeta.engines", (engines.meta_gradients,)),
     ("fedmeta.search.compare", (compare.compare,)),

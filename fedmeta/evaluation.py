@@ -19,6 +19,9 @@ NEW, TRAINING, VALIDATION = "new", "training", "validation"
 GROUPS = {NEW: "new_sites", TRAINING: "training_sites"}
 """The two kinds of sites, and what summaries call them."""
 
+DIVERGED = 100.0
+"""How many times the global model's loss, or 1, the adapted one's may be before the site counts as diverged."""
+
 RESAMPLES = 2000
 """How many bootstrap samples of sites an interval comes from."""
 
@@ -107,8 +110,9 @@ def summarize(
         `summarize_scores`), helped and harmed (the shares of sites whose personalized score is strictly better, or
         worse, than the global one; a diverged site is harmed), beats_local (the share strictly better than what the
         site does alone), classical and optimum where the problem has them (as scores, classical with the mean number of
-        evaluations), the mean gain, the mean score "ungated" (all sites take all steps), and undefined: how many
-        sites a metric is undefined at.
+        evaluations), the mean gain, personalized_with_diverged
+        (the mean score over diverged sites too), the mean score "ungated" (all sites take all steps), and undefined:
+        how many sites a metric is undefined at.
     """
     sums: dict[int, dict[str, dict[str, NDArray[np.float64]]]] = {}
     for key, value in (pooled or {}).items():
@@ -160,6 +164,8 @@ def _summarize_group(
     lead = (alone[f"personalized_{score.name}"] - alone[f"local_{score.name}"]) * score.sign
     summary["beats_local"] = _mean((lead > 0) & ~gone[alone.index])
     summary["gain"] = _mean(scored["gain"])
+    # The means above leave diverged sites out; with them this is the personalized one, None where it is not finite.
+    summary["personalized_with_diverged"] = _mean(everyone[f"personalized_{score.name}"].fillna(np.inf))
     summary["ungated"] = _mean(scored[f"ungated_{score.name}"])
     tested = frame[frame["test_rows"] > 0]
     undefined = {m.name: int(tested[f"personalized_{m.name}"].isna().sum()) for m in metrics}
@@ -188,16 +194,17 @@ def summarize_scores(scores: pd.Series, metric: Metric) -> dict[str, Any]:
     if not len(values):
         return {**dict.fromkeys(("mean", "std", "worst_decile", "min", "low", "high")), "n": 0}
     worst = np.sort(values)[:: 1 if metric.higher_is_better else -1][: math.ceil(len(values) / 10)]
-    low, high = bootstrap_interval(values)
-    return {
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-        "worst_decile": float(worst.mean()),
-        "min": float(values.min()),
-        "n": len(values),
-        "low": low,
-        "high": high,
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest; such a figure is None
+        low, high = bootstrap_interval(values)
+        figures = {
+            "mean": values.mean(),
+            "std": values.std(),
+            "worst_decile": worst.mean(),
+            "min": values.min(),
+            "low": low,
+            "high": high,
+        }
+    return {**{name: _finite(value) for name, value in figures.items()}, "n": len(values)}
 
 
 def bootstrap_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float | None, float | None]:
@@ -214,13 +221,16 @@ def bootstrap_interval(values: NDArray[np.float64], level: float = 0.95) -> tupl
 
 
 def diverged(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Returns per site whether its adapted parameters have no finite loss on its test data, or an infinite score.
+    """Returns per site whether its adaptation diverged: no finite loss on its test data, or an infinite score.
 
-    A metric that is undefined at a site, such as AUROC with one class, is no divergence.
+    A finite loss counts as diverged too where it is more than `DIVERGED` times the global one (or 1, if that is less:
+    losses of classes are in nats, those of targets in standard deviations squared). A metric that is undefined at a
+    site, such as AUROC with one class, is no divergence.
     """
     loss = frame["personalized_loss"].to_numpy(dtype=np.float64)
     score = frame[f"personalized_{score_of(frame).name}"].to_numpy(dtype=np.float64)
-    ran_away = ~np.isfinite(loss) | np.isinf(score)
+    before = np.abs(np.nan_to_num(frame["global_loss"].to_numpy(dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0))
+    ran_away = ~np.isfinite(loss) | np.isinf(score) | (loss > DIVERGED * np.maximum(before, 1.0))
     return pd.Series((frame["test_rows"].to_numpy() > 0) & ran_away, index=frame.index)
 
 

@@ -1,4 +1,4 @@
-"""Signatures of what a federation hands on: starts for new sites, and the models that sites make of them.
+"""Signatures of what a federation leaves: starts for new sites, and the models that sites make of them.
 
 `fedmeta certs` makes an Ed25519 key for the server, `server/signing/signing.key`, and gives every site its public part,
 `public/signing.pub`. Where the environment variable FEDMETA_SIGNING_KEY names a private key, what is written is signed

@@ -94,6 +94,16 @@ def groups(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(label, summary[key]) for key, label in named.items() if summary[key]["n"]]
 
 
+def with_diverged(group: Mapping[str, Any]) -> list[str]:
+    """Returns a phrase on a group's sites whose adaptation diverged, which means leave out; none where none did."""
+    count = group.get("diverged", 0)
+    if not count:
+        return []
+    mean = group.get("personalized_with_diverged")
+    shown = "not finite" if mean is None or not math.isfinite(mean) else number(mean)
+    return [f"{count} diverged and left out of the means (with them the personalized mean is {shown})"]
+
+
 def score_label(summary: Mapping[str, Any]) -> str:
     """Returns a run's score with its unit and which way is better, such as "snr (dB), higher is better"."""
     score = summary["score"]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fedmeta.adapt.handing_on import export_meta_model
+from fedmeta.adapt.export_meta_model import export_meta_model
 from fedmeta.checkpoint import UNFINISHED, Checkpoint, Evaluation
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarize

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fedmeta import evaluation as evaluation_module
 from fedmeta.checkpoint import Evaluation
 from fedmeta.evaluation import headline, left_behind, sites_frame, summarize_scores
-from fedmeta.problems import Metric
+from fedmeta.problems import BUILT_IN, Metric
+from fedmeta.tables import with_diverged
 
 
 def frame_of(
@@ -203,3 +204,26 @@ def test_the_headline_is_of_new_sites_where_there_are_any() -> None:
     assert headline(mixed) == (0.5, 0.7)
     assert headline(summarize(frame_of([0.9], [0.8], kinds=["training"]))) == (0.9, 0.8)
     assert headline(summarize(frame_of([0.9], [0.8], kinds=["training"], test_rows=[0]))) == (None, None)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 1e6])
+def test_means_are_given_with_and_without_sites_whose_steps_blew_up(loss: float) -> None:
+    """A finite loss of a hundred times the global one counts as diverged too."""
+    score = 1000.0 if np.isfinite(loss) else np.nan
+    figures = {
+        "rmse": np.array([[2.0, 1.0], [2.0, score], [4.0, 3.0]]),
+        "loss": np.array([[4.0, 1.0], [4.0, loss], [16.0, 9.0]]),
+    }
+    evaluation = Evaluation(3, np.arange(3), figures, np.ones(3, dtype=np.int64))
+    metrics = [BUILT_IN["rmse"]]
+    frame = sites_frame(["a", "b", "c"], ["new"] * 3, [9] * 3, [9] * 3, evaluation, metrics)
+    summary = evaluation_module.summarize(frame, metrics)["new_sites"]
+    assert (summary["n"], summary["diverged"], summary["harmed"]) == (2, 1, pytest.approx(1 / 3))
+    assert summary["personalized"]["mean"] == 2.0
+    assert summary["personalized_with_diverged"] == (pytest.approx(1004 / 3) if np.isfinite(loss) else None)
+    said = with_diverged(summary)[0]
+    assert "1 diverged" in said
+    assert ("334.667" if np.isfinite(loss) else "not finite") in said
+    calm = evaluation_module.summarize(frame.assign(personalized_loss=1.0, personalized_rmse=1.0), metrics)["new_sites"]
+    assert with_diverged(calm) == []
+    assert calm["personalized_with_diverged"] == calm["personalized"]["mean"] == 1.0

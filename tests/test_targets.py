@@ -208,3 +208,25 @@ def test_several_columns_of_tables_are_targets(tmp_path: Path) -> None:
     (folder / "clinic-9.csv").write_text("age,dose,weight,motor,total\n1,2,3,4,5\n1,2,3,high,5\n")
     with pytest.raises(FedmetaError, match=r'clinic-9.csv: line 3, column "motor" is "high": targets must be numbers'):
         load(made.data)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_site_whose_steps_blow_up_takes_no_mean_with_it(tmp_path: Path, gate: bool) -> None:
+    """One new site's features are forty times as large: its steps diverge at the rate that suits all others."""
+    path, _ = federation(tmp_path / "sites.npz", 29.0, 11.0)
+    arrays = dict(np.load(path))
+    arrays["x"][arrays["site"] == 5] *= 40
+    np.savez(path, **arrays)
+    overrides = ['data.new_sites=["site-4", "site-5"]', f"evaluation.gate={str(gate).lower()}"]
+    result = fedmeta.run(experiment(tmp_path, path, *overrides))
+    new = result.summary["new_sites"]
+    sites = result.sites.set_index("site")
+    assert np.isfinite(new["personalized"]["mean"])
+    if gate:
+        assert new["diverged"] == 0
+        assert sites.loc["site-5", "personalized_rmse"] <= 2 * sites.loc["site-5", "global_rmse"]
+    else:
+        assert (new["n"], new["diverged"], new["harmed"]) == (1, 1, 0.5)
+        assert new["personalized"]["mean"] == pytest.approx(sites.loc["site-4", "personalized_rmse"])
+        with_it = new["personalized_with_diverged"]
+        assert with_it is None or with_it > 10 * new["personalized"]["mean"]

@@ -182,7 +182,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            # A run computes round after round by one engine: whoever follows another, which fills the caches and takes
+            # A run computes round after round by one engine: one that follows another, which fills the caches and takes
             # the memory, would pay for it.
             ways[name]()
             runs[name].append(seconds(ways[name]))

@@ -145,7 +145,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def claim(results: list[dict[str, Any]]) -> str:
-    """Returns in words what the population costs a round; the empty string where that was not measured."""
+    """Returns as text what the population costs a round; the empty string where that was not measured."""
     by_size = {result["population"]: result for result in results if result["group"] == CLAIM}
     if SMALL not in by_size or LARGE not in by_size:
         return ""

@@ -1,4 +1,4 @@
-"""A new site joins: its rows are read, it adapts, and it is told what that is worth and what to use."""
+"""A new site joins: its rows are read, it adapts, and is shown what that is worth and what to use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmeta.adapt.estimate import NestedCVResult, Report, ignore_progress, judge
+from fedmeta.adapt.estimate import PERSONAL, UNDECIDED, NestedCVResult, Report, ignore_progress, judge
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.model import SiteModel
 from fedmeta.adapt.rows import SiteRows, read_rows
 from fedmeta.problems.rows import score
+from fedmeta.tables import number
 
 SENSIBLE_ROWS = 20
 """With fewer rows an estimate says little: nine right of ten may be anything from 61 to 99 %."""
@@ -41,7 +42,7 @@ class Adapted:
     """What came of a site's rows.
 
     Attributes:
-        start: What the run handed on.
+        start: What the run exported.
         name: The site's name: its file's.
         source: Its file's name.
         rows: Its rows.
@@ -68,14 +69,31 @@ class Adapted:
         found = self.judgement
         if not self.start.learner.adapts:
             return f"{self.start.name} serves every site with the global model, and so is this."
-        if found.steps:
-            return f"Use the personal model: {found.steps} inner steps on these rows make it the better one."
+        here = f"This is the {'personalized' if found.steps else 'global'} model."
+        if found.advice == PERSONAL:
+            return (
+                f"Use the personal model: {found.chosen} inner steps on these rows make it significantly better "
+                f"({self.difference}). {here}"
+            )
+        if found.advice == UNDECIDED:
+            return (
+                f"No significant difference ({self.difference}): keep the global model unless you know that this site "
+                f"differs from the others, or further rows show it; --use personal writes the other one. {here}"
+            )
         if found.chosen:
             return (
                 f"Use the global model: {found.chosen} inner steps looked better, but on rows that had no part in that "
-                "choice they made it worse. This is the global model."
+                f"choice they made it significantly worse ({self.difference}). {here}"
             )
-        return "Use the global model: adapting to these rows does not make it better. This is the global model."
+        return f"Use the global model: adapting to these rows does not make it better. {here}"
+
+    @property
+    def difference(self) -> str:
+        """How much better the personalized model is on the same rows, with the interval."""
+        gain, metric = self.judgement.gain, self.judgement.before.metric
+        what = f"reduction of {metric}" if metric == "rmse" else f"gain in {metric}"
+        low, high = (number(end, sign=True) for end in (gain.low, gain.high))
+        return f"{what} {number(gain.score, sign=True)}, {LEVEL:.0%} interval {low} to {high}"
 
     def summary(self) -> dict[str, Any]:
         """Returns what the command line prints as JSON."""
@@ -90,7 +108,12 @@ class Adapted:
             "level": LEVEL,
             "steps": found.steps,
             "steps_chosen": found.chosen,
-            "advice": "personal" if found.steps else "global",
+            "advice": found.advice,
+            "model": "personal" if found.steps else "global",
+            "difference": {
+                name: value if np.isfinite(value) else None
+                for name, value in (("estimate", found.gain.score), ("low", found.gain.low), ("high", found.gain.high))
+            },
             "global": _figures(found.before, test.before if test else None),
             "personalized": _figures(found.after, test.after if test else None),
             "test_rows": test.rows if test else 0,
@@ -98,14 +121,17 @@ class Adapted:
         }
 
 
-def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_progress) -> Adapted:
+def adapt(
+    start: MetaModel, data: str, test: str = "", report: Report = ignore_progress, use: str = "advice"
+) -> Adapted:
     """Adapts a run's model to a site's rows.
 
     Args:
-        start: What the run hands on.
+        start: What the run leaves.
         data: The site's file.
-        test: A file of further rows of the site, which only judge the result; "" where there is none.
+        test: A file of further rows of the site, which only score the result; "" where there is none.
         report: Takes progress.
+        use: Which model the site gets: "advice", "global" or "personal" (see `estimate.judge`).
 
     Raises:
         FedmetaError: A file cannot be read, or is not of the run's form.
@@ -116,7 +142,7 @@ def adapt(start: MetaModel, data: str, test: str = "", report: Report = ignore_p
     bare = SiteModel.of(start, start.learner.theta(start.state))
     x, y = bare.prepare(rows.x), start.target.standardize(rows.y)
     y = y.to(x.dtype) if start.form.regression else y
-    found = judge(start, x, y, report)
+    found = judge(start, x, y, report, use)
     model = SiteModel.of(start, found.parameters)
     tested = None
     if apart:
@@ -163,5 +189,5 @@ def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
 
 
 def _figures(estimate: Estimate, test: float | None) -> dict[str, float | None]:
-    high = estimate.high if np.isfinite(estimate.high) else None
-    return {"estimate": estimate.score, "low": estimate.low, "high": high, "test": test}
+    values = {"estimate": estimate.score, "low": estimate.low, "high": estimate.high, "test": test}
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}

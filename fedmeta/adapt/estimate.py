@@ -12,7 +12,7 @@ by a model that neither adapted nor chose on it, and that had nearly as many row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fedmeta import engines
 from fedmeta.adapt.initialization import MetaModel
-from fedmeta.adapt.intervals import Estimate, accuracy, rmse, shared_excess
+from fedmeta.adapt.intervals import Estimate, Gain, accuracy, paired_gain, rmse, shared_excess
 from fedmeta.data.stratified import stratified
-from fedmeta.engines.step_selection import FOLDS, choose_steps
+from fedmeta.engines.step_selection import FOLDS, choose_steps, last_good_steps
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import Learner
 from fedmeta.models import Parameters
@@ -57,6 +57,10 @@ GROUP_VALUES = 1 << 24
 """How many features are adapted on at once while steps are chosen: 64 MB."""
 
 
+PERSONAL, GLOBAL, UNDECIDED = "personal", "global", "undecided"
+"""What a site is advised to use; undecided = no significant difference."""
+
+
 @dataclass(frozen=True)
 class NestedCVResult:
     """What the rows say.
@@ -66,6 +70,7 @@ class NestedCVResult:
         chosen: The inner steps that cross-validation chose, before they had to prove themselves.
         before: The global model's score.
         after: The score of the model after `chosen` steps; that of the global model where it is 0.
+        gain: How much better the latter is, paired by rows.
         parameters: The site's own parameters, after `steps` steps on all rows.
     """
 
@@ -73,7 +78,15 @@ class NestedCVResult:
     chosen: int
     before: Estimate
     after: Estimate
+    gain: Gain
     parameters: Parameters
+
+    @property
+    def advice(self) -> str:
+        """What the rows say: "personal" or "global" where one is significantly better, else "undecided"."""
+        if not self.chosen or self.gain.high < 0:
+            return GLOBAL
+        return PERSONAL if self.gain.low > 0 else UNDECIDED
 
     @property
     def best(self) -> Estimate:
@@ -81,37 +94,45 @@ class NestedCVResult:
         return self.after if self.steps else self.before
 
 
-def judge(start: MetaModel, x: Tensor, y: Tensor, report: Report = ignore_progress) -> NestedCVResult:
-    """Chooses how far a site adapts, and gradient_kind what that does.
+def judge(
+    start: MetaModel, x: Tensor, y: Tensor, report: Report = ignore_progress, use: str = "advice"
+) -> NestedCVResult:
+    """Chooses how far a site adapts, and estimates what that does.
 
     Args:
-        start: What the run hands on.
+        start: What the run leaves for new sites.
         x: Standardised features [n, *shape].
         y: Codes of classes [n], or targets in standard units [n] or [n, targets].
         report: Takes progress.
+        use: Which model the site gets: "advice" (the personalized one where it is significantly better), "global" or
+            "personal".
     """
     learner, state = start.learner, start.state
-    desk = _Desk.of(start, x, y)
+    desk = _NestedCV.of(start, x, y)
     parts = desk.parts()
     others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
     chosen, *inner = desk.choices([np.arange(len(y)), *others], report)
+    chosen = desk.last_good_step(chosen)
     score = rmse if start.form.regression else accuracy
     before, after = desk.set_aside(parts, inner)
-    rows = np.bincount(parts)
-    unadapted, adapted = score(before, rows), score(after, rows, shared_excess(rows))
+    rows, excess = np.bincount(parts), shared_excess(np.bincount(parts))
+    unadapted, adapted = score(before, rows), score(after, rows, excess)
     adapted = adapted if chosen else unadapted
-    steps = chosen if adapted.better_or_equal(unadapted) else 0
+    gain = paired_gain(unadapted.metric, before, after if chosen else before, rows, excess)
+    found = NestedCVResult(0, chosen, unadapted, adapted, gain, {})
+    steps = chosen if use == PERSONAL or (use == "advice" and found.advice == PERSONAL) else 0
     own = learner.adaptation_path(state, (x, y), steps)[-1]
-    return NestedCVResult(steps, chosen, unadapted, adapted, {name: value.detach() for name, value in own.items()})
+    return replace(found, steps=steps, parameters={name: value.detach() for name, value in own.items()})
 
 
 def choose(start: MetaModel, x: Tensor, y: Tensor) -> int:
     """Returns the number of inner steps that rows choose, without an estimate of what that does."""
-    return _Desk.of(start, x, y).choices([np.arange(len(y))])[0]
+    desk = _NestedCV.of(start, x, y)
+    return desk.last_good_step(desk.choices([np.arange(len(y))])[0])
 
 
 @dataclass(frozen=True)
-class _Desk:
+class _NestedCV:
     """A site's rows, in the order in which they are dealt to folds, and who adapts on them.
 
     Attributes:
@@ -133,7 +154,7 @@ class _Desk:
     target: TargetScale = field(default_factory=TargetScale)
 
     @classmethod
-    def of(cls, start: MetaModel, x: Tensor, y: Tensor) -> _Desk:
+    def of(cls, start: MetaModel, x: Tensor, y: Tensor) -> _NestedCV:
         learner, blocks = start.learner, start.experiment.data.split == "blocks"
         order = torch.from_numpy(np.arange(len(y)) if blocks else _spread(y, start.experiment.runtime.seed))
         most = learner.evaluation_steps(LONGEST * max(start.steps, learner.inner_steps))
@@ -159,6 +180,11 @@ class _Desk:
             steps += choose_steps(self._evaluate, support, self.most // LONGEST, margin=MARGIN, between=MARGIN).tolist()
             report(len(steps), len(sets))
         return steps
+
+    def last_good_step(self, chosen: int) -> int:
+        """Returns the chosen number of steps, or fewer where the rows' own loss blows up on the way there."""
+        rows = (self.x[None], self.y[None], torch.ones(1, len(self.y), dtype=self._kind))
+        return int(last_good_steps(self._evaluate, rows, torch.tensor([chosen]))[0])
 
     def set_aside(self, parts: NDArray[np.int64], steps: list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns each part's score [parts] before and after adapting on all other parts, by their own steps.

@@ -1,4 +1,4 @@
-"""A site's model as ONNX, checked against torch before it is handed on."""
+"""A site's model as ONNX, checked against torch before it is exported."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
     """Reads a site's file, of any form that a deployed node's may have.
 
     Args:
-        start: What the run hands on.
+        start: What the run leaves.
         path: A `.csv`, `.parquet` or `.npz` file.
         classes: What the codes stand for, where other rows of the site fixed that; None = the run's classes, or those
             of a few-shot site's file.
@@ -178,9 +178,9 @@ def _check_names(origin: str, names: list[str], form: Form) -> tuple[str, ...]:
     lacking = [name for name in form.features if name not in own]
     foreign = [name for name in names if name not in wanted]
     if lacking:
-        told = f" and has {_listed(foreign)} besides" if foreign else ""
+        given = f" and has {_listed(foreign)} besides" if foreign else ""
         raise FedmetaError(
-            f"{origin} lacks {_listed(lacking)}{told}: it needs the columns that the run was trained on"
+            f"{origin} lacks {_listed(lacking)}{given}: it needs the columns that the run was trained on"
             f"{nearest(lacking[0], foreign)}"
         )
     twice = [name for name in form.features if names.count(name) > 1] if len(own) < len(names) else []

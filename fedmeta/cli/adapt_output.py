@@ -76,6 +76,6 @@ def show_solved(solved: Solved, written: Written) -> None:
 
 
 def _cells(estimate: Estimate, test: float | None, bold: bool) -> list[str]:
-    score = f"{estimate.score:.3f}"
-    cells = [f"[bold]{score}[/]" if bold else score, f"{estimate.low:.3f} to {estimate.high:.3f}"]
-    return [*cells, *([f"{test:.3f}"] if test is not None else [])]
+    score = number(estimate.score)
+    cells = [f"[bold]{score}[/]" if bold else score, f"{number(estimate.low)} to {number(estimate.high)}"]
+    return [*cells, *([number(test)] if test is not None else [])]

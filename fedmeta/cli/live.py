@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -15,12 +16,14 @@ from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress as Stand
 from fedmeta.progress import Report, ignore_progress
 from fedmeta.search.space import describe
+from fedmeta.tables import number
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
     from fedmeta.search.study import SearchConfig
 
 BARS = "▁▂▃▄▅▆▇█"
+NO_BAR = "!"
 MOST_BARS = 24
 
 
@@ -82,7 +85,7 @@ def trials(config: SearchConfig, *, quiet: bool = False) -> Iterator[Callable[[S
         def update(result: StudyResult) -> None:
             finished = sum(each.state != "waiting" for each in result.trials)
             if result.completed:
-                best = f"best {result.best.score:.3f}, {describe(result.best.settings)}"
+                best = f"best {number(result.best.score)}, {describe(result.best.settings)}"
                 view.update(task, completed=finished, best=best)
             if finished == config.total:
                 shown.close()  # what follows has its own view
@@ -109,7 +112,7 @@ class RunView:
         """Takes the run's progress."""
         self._bar.update(self._task, completed=stand.round_number, total=stand.rounds)
         score = stand.personalized_score
-        if score is not None and (not self._scores or self._scores[-1] != score):
+        if score is not None and (not self._scores or not _same(self._scores[-1], score)):
             self._scores.append(score)
         self._line.plain = ""
         self._line.style = ""
@@ -117,15 +120,31 @@ class RunView:
             self._line.append("new sites: no score yet", style="dim")
         else:
             self._line.append("new sites ").append(sparkline(self._scores), style="cyan")
-            self._line.append(f" personalized {score:.3f}", style="bold").append(f", global {stand.global_score:.3f}")
+            self._line.append(f" personalized {number(score)}", style="bold")
+            self._line.append(f", global {number(stand.global_score)}")
         if stand.failures:
             self._line.append(f"   {stand.failures} failed", style="red")
 
 
 def sparkline(values: Sequence[float], most: int = MOST_BARS) -> str:
-    """Returns values as bars between their lowest and their highest; of too many, evenly chosen ones and the last."""
+    """Returns values as bars between their lowest and their highest; of too many, evenly chosen ones and the last.
+
+    What is not finite is shown as `NO_BAR`.
+    """
     if len(values) > most:
         values = [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
-    low, high = min(values), max(values)
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     top = len(BARS) - 1
-    return "".join(BARS[round(top * (value - low) / (high - low)) if high > low else top // 2] for value in values)
+
+    def bar(value: float) -> str:
+        if not math.isfinite(value):
+            return NO_BAR
+        # Halved, for the difference of two finite numbers may not be one.
+        return BARS[round(top * (value / 2 - low / 2) / (high / 2 - low / 2)) if high / 2 > low / 2 else top // 2]
+
+    return "".join(map(bar, values))
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))

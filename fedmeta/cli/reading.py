@@ -1,10 +1,11 @@
-"""Commands that look at sites and at finished runs: sites, adapt, report."""
+"""Commands that look at sites and at finished runs: sites, check, adapt, report, landscape."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def sites(
 
     experiment = load_experiment(file, overrides or [])
     if node_config:
-        from fedmeta.runtime.dry_run import dry_run, granted, told
+        from fedmeta.runtime.dry_run import dry_run, format_messages, granted
 
         # Where the messages are for a program, what is for people goes beside them.
         aside = sys.stderr if as_json else sys.stdout
@@ -51,7 +52,7 @@ def sites(
             from fedmeta.certs import validities
 
             print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
-        print(told(dry_run(experiment, node_config), as_json))
+        print(format_messages(dry_run(experiment, node_config), as_json))
         return
     frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
     if as_json:
@@ -75,6 +76,14 @@ def check(
         print(f"not verified  {line}")
 
 
+class Use(StrEnum):
+    """Which model a site gets."""
+
+    ADVICE = "advice"
+    GLOBAL = "global"
+    PERSONAL = "personal"
+
+
 @app.command()
 def adapt(
     run: Annotated[
@@ -95,6 +104,9 @@ def adapt(
     test: Annotated[
         str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
     ] = "",
+    use: Annotated[
+        Use, typer.Option(help="The model to write: as advised, or the global or the personalized one.")
+    ] = Use.ADVICE,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
     code: Annotated[
         list[str] | None,
@@ -131,7 +143,7 @@ def adapt(
     if not data or site:
         raise FedmetaError("the run's data are rows: give the site's file with --data FILE, and no --site")
     with adapt_output.progress() as report:
-        adapted = adaptation.adapt(start, data, test, report)
+        adapted = adaptation.adapt(start, data, test, report, use.value)
     written = writing.write(adapted, out)
     adapt_output.show(adapted, written)
     if as_json:
@@ -160,3 +172,35 @@ def report(
 
     for path in write(runs, out, Path(Tracking().folder), uri or default_uri()):
         print(path)
+
+
+@app.command()
+def landscape(
+    run: Annotated[
+        str, typer.Argument(help="A run's folder, that folder's name, or its MLflow id.", show_default=False)
+    ],
+    sites: Annotated[int, typer.Option(min=1, help="How many training sites' tasks make the objective.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Lanczos steps from each random start.")] = 60,
+    probes: Annotated[int, typer.Option(min=1, help="Random starts.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Measures a run's meta-objective: its curvature by stochastic Lanczos quadrature, and how far sites agree.
+
+    The run's data must be readable here, as in simulation. Figures and a picture go to the run's folder and to MLflow.
+    """
+    from fedmeta.cli import landscape_output
+    from fedmeta.trust import allow_code
+
+    found = landscape_output.measure(
+        run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []), sites, steps, probes, out
+    )
+    if as_json:
+        print(json.dumps(found))

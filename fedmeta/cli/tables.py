@@ -16,7 +16,7 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, number, percent, score_label
+from fedmeta.tables import groups, number, percent, score_label, with_diverged
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -76,6 +76,7 @@ def _other_metrics(summary: Mapping[str, Any]) -> list[str]:
         if optimum := own.get("optimum"):
             parts.append(f"optimum {number(optimum['mean'])}")
         parts += [f"{name} undefined at {count}" for name, count in own["undefined"].items()]
+        parts += with_diverged(own)
         lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines
 

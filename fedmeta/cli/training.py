@@ -33,7 +33,7 @@ class PrunerName(StrEnum):
 
 
 COMPARED = ("local", "fedavg", "fedavg-ft", "maml")
-"""What `compare` compares unless told: a random start, one solution for all without and with adaptation, and a learned
+"""What `compare` compares by default: a random start, one solution for all without and with adaptation, and a learned
 start; of an own problem also the average of the sites' own solutions, which is hard to beat there."""
 
 

@@ -196,8 +196,8 @@ def _explained(path: str) -> Iterator[None]:
     except FedmetaError:
         raise
     except _BROKEN as error:
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FedmetaError(f"data.path: {path} cannot be read as a Hugging Face data set: {told}") from None
+        given = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FedmetaError(f"data.path: {path} cannot be read as a Hugging Face data set: {given}") from None
 
 
 @contextlib.contextmanager

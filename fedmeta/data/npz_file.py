@@ -78,8 +78,8 @@ def read_arrays(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> dic
             raise FedmetaError(f'{path}: array "{name}" is a single value, and needs one entry per row')
     lengths = {name: len(arrays[name]) for name in by_row}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f'"{name}" {length}' for name, length in lengths.items())
-        raise FedmetaError(f"{path}: the arrays have different lengths, and each needs one entry per row: {told}")
+        given = ", ".join(f'"{name}" {length}' for name, length in lengths.items())
+        raise FedmetaError(f"{path}: the arrays have different lengths, and each needs one entry per row: {given}")
     return arrays
 
 

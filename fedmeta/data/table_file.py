@@ -152,10 +152,10 @@ def _read_csv(path: Path, data: Data) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
-        told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        if "field larger" in told:
+        given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        if "field larger" in given:
             raise FedmetaError(f"{path}: a cell of its first line is longer than any name") from None
-        raise FedmetaError(f"{path}: lines have different numbers of cells ({told})") from None
+        raise FedmetaError(f"{path}: lines have different numbers of cells ({given})") from None
     except OSError as error:
         raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
     if data.columns and len(frame) and list(frame.iloc[0].astype(str).str.strip()) == names:

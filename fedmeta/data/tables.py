@@ -118,10 +118,10 @@ def _same_columns(first: Table, other: Table) -> None:
     absent = [name for name in first.columns if name not in there]
     foreign = [name for name in other.columns if name not in here]
     if absent or foreign:
-        told = [f"lacks {listed([repr(name) for name in absent])}"] if absent else []
-        told += [f"has {listed([repr(name) for name in foreign])} besides"] if foreign else []
+        given = [f"lacks {listed([repr(name) for name in absent])}"] if absent else []
+        given += [f"has {listed([repr(name) for name in foreign])} besides"] if foreign else []
         raise FedmetaError(
-            f"{other.path} {' and '.join(told)}: every file needs the columns of {first.path}"
+            f"{other.path} {' and '.join(given)}: every file needs the columns of {first.path}"
             + (nearest(absent[0], foreign) if absent else "")
         )
 

@@ -95,7 +95,7 @@ def check_labels(learner: Learner, batch: Batch) -> None:
 
 
 def _usual_loss(learner: Learner) -> bool:
-    """Whether labels are classes by their numbers: neither learner nor problem has a loss of its own."""
+    """Whether labels are classes by their numbers: neither learner nor problem has its own loss."""
     kind, problem = type(learner), type(learner.problem)
     own = any(getattr(kind, name) is not getattr(Learner, name) for name in ("inner", "outer", "all_data"))
     return not own and problem.inner is Supervised.inner and problem.outer is Problem.outer

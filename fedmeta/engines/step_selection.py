@@ -48,6 +48,10 @@ LARGEST_ERROR = 1e12
 """The same for a mean squared error: anything finite, so that steps which diverge can be compared with others."""
 
 
+BLOWN_UP = 10.0
+"""How many times its value at the start (1 where that is less) a loss may be before steps count as diverging."""
+
+
 def choose_steps(
     evaluate: Callable[[Batch], Figures],
     support: Rows,
@@ -84,7 +88,13 @@ def choose_steps(
     judged = judges.sum(1).reshape(-1, folds, 1).double()
     last = costs.shape[2] - 1
     none = torch.zeros(len(costs), dtype=torch.long, device=costs.device)
-    same, best = none + (last if usual is None else min(usual, last)), _mean(costs, judged).argmin(1)
+    # Steps after which any fold blew up are out of the question: few folds of which one diverges are no significant
+    # difference, for their spread is as large as their mean.
+    good = _steps_before_blow_up(_losses(found, y.is_floating_point()).reshape(costs.shape), judged)
+    mean = _mean(costs, judged)
+    best = mean.where(torch.arange(last + 1, device=mean.device) <= good[:, None], torch.inf).argmin(1)
+    same = none + (last if usual is None else min(usual, last))
+    same = torch.where(good < same, best, same)
     stays = _significantly_better(costs, judged, none, same, margin)
     better = _significantly_better(costs, judged, best, same, between) & _significantly_better(
         costs, judged, best, none, between
@@ -95,6 +105,38 @@ def choose_steps(
         stays, better = stays & (of_none < of_same), better & (of_best < of_same)
     chosen = torch.where(better, best, torch.where(stays, none, same))
     return torch.where(support[2].sum(1) > 1, chosen, 0)
+
+
+def last_good_steps(evaluate: Callable[[Batch], Figures], support: Rows, chosen: Tensor) -> Tensor:
+    """Returns the chosen number of steps [sites], or where the support's own loss blows up on the way a smaller one.
+
+    That is the number, before the blow-up, at which this loss was smallest; 0 at the worst.
+
+    Args:
+        evaluate: Scores and losses [sites, steps + 1] of a batch.
+        support: x [sites, n, *shape], y [sites, n], mask [sites, n]: the rows that the sites adapt on.
+        chosen: The numbers of steps [sites].
+    """
+    losses = evaluate(Batch(support, support))["loss"].double()
+    rows = torch.ones(len(losses), 1, 1, dtype=torch.float64, device=losses.device)
+    good = _steps_before_blow_up(losses[:, None], rows).to(chosen.device)
+    steps = torch.arange(losses.shape[1], device=losses.device)
+    best = losses.where(steps <= good.to(losses.device)[:, None], torch.inf).argmin(1).to(chosen.device)
+    return torch.where(good < chosen, best, chosen)
+
+
+def _steps_before_blow_up(losses: Tensor, rows: Tensor) -> Tensor:
+    """Returns up to how many steps [sites] no fold's loss [sites, folds, steps + 1] was infinite or had blown up."""
+    start = losses[:, :, :1].nan_to_num(nan=0.0, posinf=0.0).clamp(min=1.0)
+    bad = (~losses.isfinite() | (losses > BLOWN_UP * start)) & (rows > 0)
+    blown = bad[:, :, 1:].any(1).cumsum(1) > 0
+    return (~blown).sum(1)
+
+
+def _losses(found: Figures, regression: bool) -> Tensor:
+    """Returns the losses that may blow up; of classes only infinite ones, for a confident mistake is no divergence."""
+    losses = found["loss"].double()
+    return losses if regression else losses.where(~losses.isfinite(), 0.0)
 
 
 def _significantly_better(costs: Tensor, rows: Tensor, one: Tensor, other: Tensor, margin: float) -> Tensor:

@@ -234,7 +234,7 @@ def _derivative(
 
 
 def _sends_exact(learner: Learner) -> tuple[bool, bool]:
-    """Returns whether a learner sends the exact meta-gradient, and whether by a method of its own, which may differ."""
+    """Returns whether a learner sends the exact meta-gradient, and whether by its own method, which may differ."""
     from fedmeta.learners import Maml
     from fedmeta.learners.maml import Fomaml
 

@@ -35,7 +35,7 @@ def gradient_kind(kind: str) -> Callable[[Method], Method]:
 
 
 def estimator(kind: type, base: type) -> str:
-    """Returns what the `meta_gradient` of a learner's class computes, or "custom" where only the method itself tells.
+    """Returns what the `meta_gradient` of a learner's class computes, or "custom" where only the method itself shows.
 
     That is where it carries no mark, where any class overrides one of the base's methods other than `SETTINGS`, and
     where one that inherits the marked method overrides anything else.

@@ -33,7 +33,7 @@ HESSIANS: tuple[str, ...] = get_args(experiment.Hessian)
 class PerFedAvg(Learner):
     """Sends the displacement of tau local meta-steps; at evaluation a site takes one step (`inner_steps` is unused).
 
-    A local step adapts on one mini-batch and is judged by another, of `batch_size` rows each or half of what an epoch
+    A local step adapts on one mini-batch and is scored by another, of `batch_size` rows each or half of what an epoch
     has left; the Hessian is that of the first (the paper draws a third). A task that comes without an order of its
     rows, and that of an own problem, is used as it is in each local step: adapt on support, judge by query.
 
@@ -86,7 +86,7 @@ class PerFedAvg(Learner):
         return displacement(meta_state, own), {"query_loss": loss}
 
     def _parts(self, task: Task) -> Iterator[tuple[Task, Tensor]]:
-        """Yields what each local step adapts on and is judged by, and whether there is anything."""
+        """Yields what each local step adapts on and is scored by, and whether there is anything."""
         if not isinstance(task, OrderedTask):
             for step in range(self.local_steps):
                 with at_step(step):

@@ -1,4 +1,4 @@
-"""What a problem is: parameters, an inner objective that a site descends, an outer one that judges, and metrics.
+"""What a problem is: parameters, an inner objective that a site descends, an outer one that scores, and metrics.
 
 phi = solver(theta; inner(., support))   what a site does with its own data
 outer(phi, query)                        how good that is, and what the federation learns theta by
@@ -27,7 +27,7 @@ Parameters = dict[str, Tensor]
 """A problem's parameters by name."""
 
 Data = Any
-"""What a site adapts on or is judged by: a tensor, or a tree (dictionaries, tuples, lists) of tensors."""
+"""What a site adapts on or is scored by: a tensor, or a tree (dictionaries, tuples, lists) of tensors."""
 
 RESERVED = ("theta.", "alpha.", "frozen.", "standardisation.")
 
@@ -67,7 +67,7 @@ class Problem(ABC):
         """Returns the scalar that a site descends; differentiable twice for exact meta-gradients."""
 
     def outer(self, parameters: Parameters, data: Data) -> Tensor:
-        """Returns the scalar that judges adapted parameters; the inner objective unless overridden."""
+        """Returns the scalar that scores adapted parameters; the inner objective unless overridden."""
         return self.inner(parameters, data)
 
     def all_data(self, parameters: Parameters, support: Data, query: Data) -> Tensor:

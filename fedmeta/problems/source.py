@@ -1,4 +1,4 @@
-"""A task source: who the sites are, and what each adapts on and is judged by in a round."""
+"""A task source: who the sites are, and what each adapts on and is scored by in a round."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fedmeta.tracking.metrics import latest, left_behind, worst_first
 
 CAPTIONS = {
     "sites": "Every site: {score} of the global model (ring) and of its personalized one (dot). New sites are bold.",
-    "adaptation": "{score} by inner step; the band holds the middle 80 % of sites, lines what new sites reach otherwise.",
+    "adaptation": "{score} by inner step; the band holds the middle 80 % of sites, lines what new sites reach else.",
     "rounds": "{score} on test data while the start was learned.",
     "heat_map": "Personalized {score}, evaluation by evaluation; the best at the end on top.",
     "gain_by_rows": "Gain of each site in {score} by adapting, against the rows that it has to train on.",

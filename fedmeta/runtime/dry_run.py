@@ -108,7 +108,7 @@ def granted(node_config: str) -> list[str]:
     return policy.lines(counted(config)) if policy else []
 
 
-def told(replies: Sequence[Reply], as_json: bool) -> str:
+def format_messages(replies: Sequence[Reply], as_json: bool) -> str:
     """Returns messages as text: with every value, arrays by type and shape; as JSON lines with every byte."""
     if as_json:
         return "\n".join(

@@ -101,7 +101,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 def spread(mean: float, sd: float) -> str:
     """Returns a mean with its standard deviation over seeds as text; without one where there is one seed."""
-    return number(mean) if np.isnan(sd) else f"{mean:.3f} ± {sd:.3f}"
+    return number(mean) if not np.isfinite(sd) else f"{number(mean)} ± {number(sd)}"
 
 
 def against(comparison: Comparison, row: pd.Series) -> str:

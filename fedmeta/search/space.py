@@ -27,10 +27,17 @@ Settings = dict[str, Scalar]
 DIGITS = 3
 """Values drawn from a range are rounded to this many significant digits."""
 
-FACTORS = {"learner.mu": 10.0, "learner.lam": 10.0, "learner.local_lr": 8.0}
+FACTORS = {
+    "learner.mu": 10.0,
+    "learner.lam": 10.0,
+    "learner.local_lr": 8.0,
+    "learner.local_epochs": 3.0,
+    "learner.batch_size": 3.0,
+}
+ROUNDS_FACTOR = 2.0
 RATE_FACTOR, DELTA_RATE_FACTOR = 8.0, 3.0
-"""How far the default space reaches below and above an experiment's own value: a learner's own keys, learning rates,
-and the server's rate where sites send model deltas (1 is a plain mean of their models)."""
+"""How far the default space reaches below and above an experiment's own value: a learner's own keys, the number of
+rounds, learning rates, and the server's rate where sites send model deltas (1 is a plain mean of their models)."""
 
 FIXED = (
     "data.source", "data.path", "data.new_sites", "data.test", "data.split", "data.support", "data.positive",
@@ -165,7 +172,7 @@ def _value(text: str, key: str, item: str, experiment: Experiment) -> Scalar:
 
 
 def default_space(experiment: Experiment) -> tuple[Range, ...]:
-    """Returns what is worth tuning of any learner: its inner rate, the server's rate, and its own weights and rates.
+    """Returns what is worth tuning of any learner: rates, rounds, and its own weights, rates, epochs and batch size.
 
     Each range reaches equally far below and above the experiment's own value by factor, so that the middle of the
     space is the experiment as it stands.
@@ -181,12 +188,16 @@ def default_space(experiment: Experiment) -> tuple[Range, ...]:
         _around("learner.inner_lr", learner.inner_lr, RATE_FACTOR),
         _around("server.lr", rate, RATE_FACTOR if kind.update == "gradient" else DELTA_RATE_FACTOR),
     ]
+    if server.rounds:
+        ranges.append(_around("server.rounds", server.rounds, ROUNDS_FACTOR))
     names = {key: key.partition(".")[2] for key in FACTORS}
-    own = {key: float(getattr(learner, name)) for key, name in names.items() if name in settings_of(kind)}
+    own = {key: getattr(learner, name) for key, name in names.items() if name in settings_of(kind)}
     return (*ranges, *(_around(key, value, FACTORS[key]) for key, value in own.items() if value > 0))
 
 
 def _around(key: str, value: float, factor: float) -> Range:
+    if isinstance(value, int):
+        return Range(key, max(1, round(value / factor)), round(value * factor), log=True, whole=True)
     return Range(key, value / factor, value * factor, log=True)
 
 

@@ -58,8 +58,11 @@ def traffic(table: pd.DataFrame, score: Metric) -> Figure:
         megabytes, scores, s=36, color=[color_of(n, list(table["learner"])) for n in table["learner"]], zorder=3
     )
     # Learners that send as much and do as well share a line of text.
-    height = max(float(np.ptp(scores)) / LINES, 1e-9) if len(scores) else 1.0
-    places = list(zip(np.round(megabytes, 1), np.round(scores / height).astype(int), strict=True))
+    # Halved, for the difference of two finite numbers may not be one.
+    height = max(2 * (float(np.ptp(scores / 2)) / LINES), 1e-9) if len(scores) else 1.0
+    with np.errstate(over="ignore"):
+        levels = np.clip(np.round(scores / height), -1e9, 1e9).astype(int)
+    places = list(zip(np.round(megabytes, 1), levels, strict=True))
     for place in dict.fromkeys(places):
         here = [index for index, other in enumerate(places) if other == place]
         names = ", ".join(str(table["learner"].iloc[index]) for index in here)

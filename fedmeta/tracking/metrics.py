@@ -64,6 +64,7 @@ def evaluation_metrics(sites: pd.DataFrame, groups: Mapping[str, Any], suffixes:
                 metrics[f"{group}/personalized_{name}_mean"] = values.get("mean")
         if summary.get("diverged"):
             metrics[f"{group}/diverged"] = summary["diverged"]
+            metrics[f"{group}/personalized_with_diverged"] = summary.get("personalized_with_diverged")
         metrics |= {f"{group}/undefined_{name}": count for name, count in (summary.get("undefined") or {}).items()}
     curved = sites[sites["site"].isin(list(suffixes))]
     for name in (f"personalized_{score}", f"global_{score}"):
@@ -129,5 +130,8 @@ def site_columns(sites: pd.DataFrame) -> list[str]:
 def per_site(sites: pd.DataFrame) -> pd.DataFrame:
     """Returns the table that MLflow compares across runs: the last evaluation, the worst site first."""
     final = worst_first(latest(sites))
-    table: pd.DataFrame = final[site_columns(final)].round(4)
+    table: pd.DataFrame = final[site_columns(final)].copy()
+    for column in table.select_dtypes("float"):
+        # Digits and not decimals: the errors of small targets are small.
+        table[column] = [float(f"{value:.5g}") for value in table[column]]
     return table

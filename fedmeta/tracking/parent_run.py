@@ -168,3 +168,27 @@ def annotate(uri: str, run_id: str, tags: Mapping[str, str], killed: bool = Fals
             client.set_terminated(run_id, "KILLED")
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+
+
+def add_results(
+    uri: str, run_id: str, metrics: Mapping[str, float], pictures: Mapping[str, Path], files: Sequence[Path]
+) -> None:
+    """Adds figures, pictures and files to a run that has ended; a store that does not take them is a notice on stderr.
+
+    Args:
+        uri: The store.
+        run_id: The run.
+        metrics: Figures by name.
+        pictures: PNG files by the name of their chart.
+        files: Further files.
+    """
+    try:
+        client = open_client(checked_uri(uri))
+        for key, value in metrics.items():
+            client.log_metric(run_id, key, value)
+        for key, path in pictures.items():
+            log_picture(client, run_id, path, key, step=len(picture_steps(client, run_id, key)))
+        for path in [*files, *pictures.values()]:
+            client.log_artifact(run_id, str(path), "pictures" if path.suffix == ".png" else None)
+    except Exception as error:
+        log_notice(f"{uri} did not take the results: {reason_of(error)}")

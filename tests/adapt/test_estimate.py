@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fedmeta.adapt import estimate
-from fedmeta.adapt.estimate import _Desk, choose, judge
+from fedmeta.adapt.estimate import _NestedCV, choose, judge
 from fedmeta.adapt.initialization import MetaModel
-from fedmeta.adapt.intervals import LEVEL, accuracy, rmse, shared_excess
+from fedmeta.adapt.intervals import LEVEL, accuracy, paired_gain, rmse, shared_excess
 from tests.adapt.finished import hospitals, rows, run
 
 
@@ -71,7 +71,7 @@ def test_rmse_has_students_interval_on_the_logarithm() -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 101, 1003])
 def test_each_row_is_set_aside_once(start: MetaModel, count: int, blocks: bool) -> None:
     x, y = patients(start, 0, count)
-    desk = _Desk(start.learner, start.state, x, y, 3, blocks)
+    desk = _NestedCV(start.learner, start.state, x, y, 3, blocks)
     parts = desk.parts()
     sizes = np.bincount(parts)
     assert len(parts) == count
@@ -83,7 +83,7 @@ def test_each_row_is_set_aside_once(start: MetaModel, count: int, blocks: bool) 
 def test_what_a_part_scores_is_what_the_learner_gives_without_it(start: MetaModel) -> None:
     """The estimate against its definition: one part at a time, by the learner's own adaptation."""
     x, y = patients(start, 3, 33)
-    desk = _Desk(start.learner, start.state, x, y, 6, False)
+    desk = _NestedCV(start.learner, start.state, x, y, 6, False)
     parts = desk.parts()
     steps = [part % 4 for part in range(parts.max() + 1)]
     before, after = desk.set_aside(parts, steps)
@@ -98,11 +98,11 @@ def test_what_a_part_scores_is_what_the_learner_gives_without_it(start: MetaMode
 def test_the_labels_set_aside_do_not_choose(start: MetaModel) -> None:
     """Turning the labels of one part round changes no choice but those of the others."""
     x, y = patients(start, 4, 40)
-    desk = _Desk.of(start, x, y)
+    desk = _NestedCV.of(start, x, y)
     parts = desk.parts()
     others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
     turned = torch.where(torch.from_numpy(parts == 5), 1 - desk.y, desk.y)
-    other = _Desk(desk.learner, desk.state, desk.x, turned, desk.most, desk.blocks)
+    other = _NestedCV(desk.learner, desk.state, desk.x, turned, desk.most, desk.blocks)
     assert desk.choices(others)[5] == other.choices(others)[5]
 
 
@@ -132,3 +132,52 @@ def test_intervals_cover_the_truth_on_many_rows(kind: str, request: pytest.Fixtu
             truth = float((outputs.argmax(-1) == y[30:]).float().mean())
         covered += found.best.low <= truth <= found.best.high
     assert 0.83 <= covered / 150 <= 0.99
+
+
+def test_the_paired_difference_covers_the_true_one() -> None:
+    """Two predictors of the same rows, whose true difference is known; 500 draws of 40 rows each."""
+    draw, ones = np.random.default_rng(1), np.ones(40, dtype=np.int64)
+    covered = {"accuracy": 0, "rmse": 0}
+    for _ in range(500):
+        common = draw.uniform(size=40)
+        before, after = (common < 0.7).astype(float), ((common < 0.6) | (draw.uniform(size=40) < 0.5)).astype(float)
+        gain = paired_gain("accuracy", before, after, ones, 1.0)
+        covered["accuracy"] += gain.low <= 0.8 - 0.7 <= gain.high
+        errors = draw.normal(size=(2, 40))
+        errors[1] = 0.8 * errors[0] + 0.3 * errors[1]
+        gain = paired_gain("rmse", np.abs(errors[0]), np.abs(errors[1]), ones, 1.0)
+        covered["rmse"] += gain.low <= 1 - np.sqrt(0.64 + 0.09) <= gain.high
+    assert all(0.85 <= count / 500 <= 0.97 for count in covered.values()), covered
+
+
+def test_a_difference_that_few_rows_show_is_no_proof() -> None:
+    one = np.ones(2, dtype=np.int64)
+    assert paired_gain("accuracy", np.zeros(2), np.ones(2), one, 1.0).low < 0
+    alone = paired_gain("rmse", np.ones(1), np.zeros(1), one[:1], 1.0)
+    assert (alone.low, alone.high) == (-np.inf, np.inf)
+    twenty = np.full(20, 2, dtype=np.int64)
+    assert paired_gain("accuracy", np.full(20, 0.25), np.full(20, 0.75), twenty, shared_excess(twenty)).low > 0
+    for worst in (np.inf, np.nan):
+        blown = np.where(np.arange(20) == 3, worst, 0.1)
+        gain = paired_gain("rmse", np.ones(20), blown, twenty, 1.0)
+        assert gain.score == gain.high == -np.inf
+        assert rmse(blown, twenty).score == np.inf
+
+
+def test_there_are_three_answers(start: MetaModel) -> None:
+    """A site that differs much, one that is as the average of all, and one whose steps are far too long."""
+    far = judge(start, *patients(start, 100, 60))
+    assert (far.advice, far.steps) == ("personal", far.chosen)
+    x, score = rows(7, 40, 0.0)
+    prepared = ((torch.from_numpy(x) - start.mean) / start.scale).float()
+    labels = torch.from_numpy((score < 0).astype(np.int64))
+    found = [judge(start, prepared[part], labels[part]) for part in (slice(0, 20), slice(20, 40))]
+    assert all(each.advice != "personal" for each in found)
+    undecided = next((each for each in [judge(start, *patients(start, 100, 6)), *found] if each.chosen), None)
+    assert undecided is not None
+    assert undecided.advice == "undecided"
+    assert undecided.steps == 0
+    assert undecided.gain.low <= 0 <= undecided.gain.high
+    forced = judge(start, *patients(start, 100, 6), use="personal")
+    assert forced.steps == forced.chosen
+    assert judge(start, *patients(start, 100, 60), use="global").steps == 0

@@ -10,7 +10,7 @@ import pytest
 from fedmeta.certs import make_certs
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.runtime.dry_run import dry_run, read_node_config, told
+from fedmeta.runtime.dry_run import dry_run, format_messages, read_node_config
 from tests.deployment.processes import write_sites
 
 SETTINGS = """
@@ -71,7 +71,7 @@ def test_what_a_federation_may_ask_a_site_alone_is_shown_too(site: str, settings
 
 def test_nothing_of_a_row_is_in_a_message(site: str) -> None:
     replies = dry_run(Experiment.from_toml(SETTINGS), site)
-    text = told(replies, as_json=True)
+    text = format_messages(replies, as_json=True)
     cells = {
         cell
         for line in Path(site.split('"')[3]).read_text().splitlines()[1:]
@@ -84,9 +84,12 @@ def test_nothing_of_a_row_is_in_a_message(site: str) -> None:
 
 def test_bytes_add_up_in_both_views(site: str) -> None:
     replies = dry_run(Experiment.from_toml(SETTINGS), site)
-    lines = [json.loads(line) for line in told(replies, as_json=True).splitlines()]
+    lines = [json.loads(line) for line in format_messages(replies, as_json=True).splitlines()]
     total = sum(line["bytes"] for line in lines)
-    assert told(replies, as_json=False).splitlines()[-1] == f"{len(lines)} messages, {total} bytes; nothing was sent"
+    assert (
+        format_messages(replies, as_json=False).splitlines()[-1]
+        == f"{len(lines)} messages, {total} bytes; nothing was sent"
+    )
 
 
 def test_the_command_line_shows_it(site: str, tmp_path: Path) -> None:

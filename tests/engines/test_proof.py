@@ -87,8 +87,8 @@ def test_a_check_that_raised_is_not_remembered_as_passed(engine: str) -> None:
     assert distance(engines.meta_gradients(learner, own, given, engine)[0], expected) < 1e-5
 
 
-@pytest.mark.parametrize("module", [vmap, lowrank_engine])
-def test_where_no_site_proves_anything_the_loop_computes_and_the_next_cohort_is_asked_again(module: object) -> None:
+@pytest.mark.parametrize("module", [vmap, lowrank_engine], ids=["vmap", "lowrank"])
+def test_where_no_site_proves_anything_the_loop_computes_and_another_cohort_may(module: object) -> None:
     learner = build("maml", net, inner_steps=2)
     own, given = learner.init(0), tasks()
     silent = stack([EDGES["labels unseen"](task) for task in given])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmeta import engines
-from fedmeta.engines.step_selection import FOLDS, choose_steps
+from fedmeta.engines.step_selection import FOLDS, choose_steps, last_good_steps
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.learners import build
 from fedmeta.task import Batch, Rows
@@ -175,6 +175,38 @@ def test_sites_that_gain_adapt_and_most_that_adapting_hurts_do_not() -> None:
     assert min(gained, lost) > 0.1
     assert (gated - usual)[gaining:].mean() > 0.6 * lost, "most of what adapting costs is won back"
     assert (usual - gated)[:gaining].mean() < 0.15 * gained, "little of what it gains is lost"
+
+
+@pytest.mark.parametrize("worst", [30.0, 1e9, math.inf, math.nan])
+def test_steps_that_blow_up_in_one_fold_are_out_of_the_question(worst: float) -> None:
+    """One fold of many that diverges is no significant difference: its spread is as large as its mean."""
+
+    def evaluate(batch: Batch) -> Figures:
+        losses = torch.tensor([1.0, 0.6, 0.5, 0.4]).repeat(PARTS, 1).double()
+        losses[2, 2:] = worst
+        return {"rmse": losses.sqrt(), "loss": losses}
+
+    x, _, mask = rows(1, 10)
+    assert choose_steps(evaluate, (x, torch.zeros(1, 10), mask), folds=PARTS).tolist() == [1]
+    assert choose_steps(evaluate, (x, torch.zeros(1, 10), mask), usual=1, folds=PARTS).tolist() == [1]
+
+
+def test_a_site_goes_back_to_its_last_good_step() -> None:
+    """Where all of a site's rows together blow up, though its folds did not."""
+    inf, nan = math.inf, math.nan
+    losses = torch.tensor(
+        [
+            [1.0, 0.5, 0.4, 0.3],
+            [1.0, 0.5, 8.0, 80.0],
+            [1.0, 40.0, 0.1, 0.1],
+            [0.1, 0.05, inf, nan],
+            [nan, nan, nan, nan],
+        ]
+    )
+    found = last_good_steps(lambda batch: {"loss": losses}, rows(5, 4), torch.tensor([3, 3, 3, 3, 3]))
+    assert found.tolist() == [3, 1, 0, 1, 0]
+    found = last_good_steps(lambda batch: {"loss": losses}, rows(5, 4), torch.tensor([1, 1, 0, 1, 0]))
+    assert found.tolist() == [1, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(("errors", "chosen"), [(0.0, STEPS), (1.0, STEPS), (1.2, STEPS), (1.3, 0), (3.0, 0)])

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.gallery import measure
 from experiments.gallery.lithography import lithography as litho
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import build
@@ -73,18 +72,3 @@ def test_the_source_stays_on_a_symmetric_simplex_and_the_mask_begins_at_the_targ
     own = problem.constrain(learner.adapt(state, task.support))
     assert float(own["source"].sum()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(own["source"], problem.constrain(learner.theta(state))["source"])
-
-
-@needs_clips
-@pytest.mark.slow
-def test_a_learned_source_beats_textbook_sources_on_a_clip_that_it_has_not_seen(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
-    result, problem = measure.run("lithography", 'data.new_sites=["clip-02"]'), litho.Lithography(str(CLIPS))
-    learner, data = build("maml", problem, inner_steps=5, inner_lr=200.0), problem.task("clip-02", "test", 0, 0).support
-
-    def loss(state):
-        return float(learner.outer(learner.adapt(state, data), data))
-
-    learned = loss(result.meta_state)
-    for name in ("annular", "quadrupole", "conventional"):
-        assert learned < loss(measure.started(learner, {"source": litho.shape_of(name)}))

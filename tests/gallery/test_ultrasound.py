@@ -68,4 +68,4 @@ def test_where_bodies_share_a_layer_a_learned_start_comes_close_to_true_delays_i
 @pytest.mark.slow
 def test_where_they_share_nothing_it_does_not_help():
     learned, zero = trained("chest")
-    assert abs(learned - zero) < 0.02
+    assert abs(learned - zero) < 0.03

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmeta import models
+from fedmeta import Task, models
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import build
@@ -54,6 +54,8 @@ def test_frozen_parameters_travel_and_are_never_trained(pattern: str, file: Path
     }
     assert frozen == expected[pattern]
     support = (torch.randn(5, 8), torch.randint(0, 3, (5,)))
+    gradient, _ = learner.meta_gradient(state, Task(support, support))
+    assert gradient.keys() == state.keys() - {f"frozen.{name}" for name in frozen}
     adapted = learner.adapt(state, support)
     for name in learner.problem.names:
         assert torch.equal(adapted[name], learner.theta(state)[name]) == (name in frozen)

@@ -69,6 +69,25 @@ def _flat(history: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([plain, *wide], axis=1)
 
 
+@pytest.mark.slow
+def test_ray_and_local_agree_on_an_own_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    experiment = Experiment.from_toml(
+        (REPOSITORY / "examples" / "own_problem.toml").read_text(),
+        overrides=[
+            "server.rounds=3",
+            "server.round_timeout=300",
+            "runtime.nodes=2",
+            "tracking.uri=none",
+            f"tracking.folder={tmp_path}",
+        ],
+    )
+    local, ray = run(experiment), run(experiment, runtime="ray")
+    assert_agree(local, ray)
+    assert ray.summary["score"] == {"name": "coherence", "higher_is_better": True, "unit": "dB"}
+    assert ray.summary["new_sites"]["personalized"]["mean"] < 0
+
+
 def test_ray_and_local_agree_on_digits(tmp_path: Path) -> None:
     told: list[Progress] = []
     experiment = digits(tmp_path, "runtime.nodes=2")

@@ -40,7 +40,7 @@ def test_quasi_random_points_cover_the_space() -> None:
     space = default_space(EXPERIMENT)
     points = drawn("qmc", 16)
     high = [tuple(point[each.key] > each.at(0.5) for each in space) for point in points]
-    assert len(set(high)) == 4
+    assert len(set(high)) == 2 ** len(space)
     for each in space:
         edges = [each.at(place / 8) for place in range(1, 8)]
         assert len({sum(point[each.key] > edge for edge in edges) for point in points}) == 8

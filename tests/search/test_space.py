@@ -61,4 +61,14 @@ def test_the_default_space_has_the_experiment_in_its_middle(learner: str) -> Non
     middle = {each.key: each.at(0.5) for each in default_space(experiment)}
     assert middle["learner.inner_lr"] == 0.05
     assert middle["server.lr"] in (1.0, 0.003)
+    assert middle["server.rounds"] == experiment.server.rounds
+    assert {middle[key] for key in middle if key.endswith("epochs")} <= {experiment.learner.local_epochs}
+    assert {middle[key] for key in middle if key.endswith("batch_size")} <= {experiment.learner.batch_size}
     experiment.with_overrides([f"{key}={value}" for key, value in middle.items()])
+
+
+def test_epochs_and_batches_are_tuned_where_a_learner_has_them_and_rounds_for_all() -> None:
+    for learner, own in (("fedavg", {"local_epochs", "batch_size"}), ("pfedme", {"batch_size"}), ("maml", set())):
+        keys = {each.key for each in default_space(Experiment().with_overrides([f"learner.name={learner}"]))}
+        assert {key.partition(".")[2] for key in keys} & {"local_epochs", "batch_size"} == own
+        assert {"server.rounds", "learner.inner_lr", "server.lr"} <= keys

@@ -107,8 +107,8 @@ def main() -> None:
             np.repeat(rest[:, None], STEPS + 1, axis=1))  # fmt: skip
         if seed == 0:
             for name, kind in (("Optuna TPE", optuna.samplers.TPESampler), ("Optuna GP", optuna.samplers.GPSampler)):
-                few = searched(problem, new[:6], seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
-                rows.setdefault(f"{name} (6 patients, one seed)", []).append(few)
+                few = searched(problem, new[:4], seed, by_optuna(lambda key, kind=kind: kind(seed=key)))
+                rows.setdefault(f"{name} (4 patients)", []).append(few)
         for name, limited in (("without", False), ("with", True)):
             other, patients = learner_of(limit=limited)
             found = measure.scores(other, result.meta_state, patients, new, STEPS, seed)
@@ -154,11 +154,11 @@ def main() -> None:
     drifted = {name: np.stack(found) for name, found in drifts.items()}
     lines = [[name, *[measure.interval(found[..., k], 2) for k in (15, 16, 20, 30)]] for name, found in drifted.items()]
     measure.put(ENTRY, "drift", measure.table(["memory", "15 trials", "16", "20", "30"], lines))
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.4, 3.4), layout="constrained")
     for name, found in values.items():
         axis.plot(np.nanmean(found, axis=(0, 1)), "-" if "**" in name else "--", label=name.strip("*"))
     axis.set(xlabel="trials", ylabel="regret", xticks=range(0, 21, 5), ylim=(0, None))
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(Path(__file__).parent / "regret.png", dpi=80)
 
 
