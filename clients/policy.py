@@ -1,7 +1,7 @@
 """What a site grants to the runs that ask it: its own policy, which no experiment can change.
 
 A deployed node's config may hold each key, as in `--node-config 'site="a" data="/data/a.csv" min_test=30'`, and so may
-the TOML file `fedmeta-policy.toml` beside its data, which the config overrules. A request that goes beyond is answered
+the TOML file `fedmeta-policy.toml` beside its data, which the config overrules. A request for more is answered
 with the code `beyond-policy`; the reason stays in the node's log. In simulation there is no site to protect, and
 nothing is refused.
 """
@@ -47,7 +47,7 @@ MOST_RUNS = 1000
 
 
 class PolicyError(FedmetaError):
-    """A request that goes beyond what the site grants."""
+    """A request for more than the site grants."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def count_request(policy: Policy, context: Context, run: str, *, evaluation: boo
         evaluation: Whether it is an evaluation.
 
     Raises:
-        PolicyError: It goes beyond what is granted; it is not counted then.
+        PolicyError: It asks for more than is granted; it is not counted then.
         StorageError: It cannot be counted.
     """
     with _ledger(context) as counts:

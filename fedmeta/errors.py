@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 1500
+"""A longer message is cut in its middle: a file's content may be in it (characters)."""
+
 LONGEST_WORD = 200
 """To compare longer texts with names takes long, and none is near (characters)."""
 
@@ -18,7 +21,9 @@ class FedmetaError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """Returns a text without line breaks and without characters that do not print, which are escaped as in Python."""
+    """Returns a text on one line, cut if long; characters that do not print are escaped as in Python."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 3 :]}"
     if text.isprintable():
         return text
     plain = " ".join(text.splitlines()) if "\n" in text or "\r" in text else text

@@ -24,3 +24,10 @@ def test_an_error_is_one_line_of_what_prints(text: str, line: str) -> None:
     assert str(error) == one_line(text) == line
     assert len(line.splitlines()) <= 1
     assert str(pickle.loads(pickle.dumps(error))) == str(copy.copy(error)) == line
+
+
+def test_a_long_text_is_cut_in_its_middle() -> None:
+    line = str(FedmetaError("where: " + "x" * 10_000 + ": what to do"))
+    assert len(line) < 2000
+    assert line.startswith("where: x")
+    assert line.endswith("x: what to do")

@@ -1,4 +1,4 @@
-"""A site's own policy: what goes beyond it is answered with a code, whatever the experiment says."""
+"""A site's own policy: a request for more is answered with a code, whatever the experiment says."""
 
 import json
 import time

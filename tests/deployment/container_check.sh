@@ -88,7 +88,7 @@ podman logs "${P}_hospital-a-app_1" >"$WORK/app.log" 2>&1
 ! grep "no copy of a process could be had" "$WORK/app.log" || die "a hospital's app started a process where a copy would have done"
 say "it is the local run, and MLflow has every site"
 
-# A run that loses a hospital, and strangers meanwhile. A reply is given up after twice the time that a round took.
+# A run that loses a hospital, and clients that must not get in meanwhile. A reply is given up after twice the time that a round took.
 round_s=$(last 'int(s["wall_s"] / (s["rounds"] + 1)) + 1' "$WORK/deployed.json")
 say "a round took about $round_s s"
 second_rounds() { podman logs "${P}_hospital-c-node_1" 2>&1 | grep -c "ROUND 2\]" || true; }
@@ -130,7 +130,7 @@ refused "$PLAIN" "$WORK/eavesdropper.log" || { cat "$WORK/eavesdropper.log"; die
 refused "$BARE" "$WORK/uncertified.log" || { cat "$WORK/uncertified.log"; die "a client without certificate was not refused"; }
 say "an unregistered key, a plain-text client and one without certificate are refused"
 wait "$RUN" || { cat "$WORK/killed.log"; die "the run did not survive a hospital's end"; }
-grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "nobody says who failed"; }
+grep -q "hospital-c" "$WORK/killed.log" || { cat "$WORK/killed.log"; die "who failed is not named"; }
 [ "$(last 's["rounds"]' "$WORK/killed.json")" = 2 ] || die "the second run is too short"
 [ "$(last 's["failures"]' "$WORK/killed.json")" -ge 1 ] || die "no failure was counted"
 server python -c "import sys; from mlflow import MlflowClient
