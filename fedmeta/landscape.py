@@ -113,21 +113,22 @@ def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Floats, Floats
     Every new vector is made orthogonal to all earlier ones twice: the three-term recurrence alone loses that in
     floating point, and finds eigenvalues more than once.
     """
-    basis = [start / start.norm()]
+    basis = start.new_empty(steps + 1, len(start))
+    basis[0] = start / start.norm()
     diagonal: list[float] = []
     beside: list[float] = []
-    for _ in range(steps):
-        found = product(basis[-1])
-        diagonal.append(float(found @ basis[-1]))
-        stacked = torch.stack(basis)
+    for step in range(steps):
+        found = product(basis[step])
+        diagonal.append(float(found @ basis[step]))
+        earlier = basis[: step + 1]
         for _ in range(2):
-            found = found - stacked.T @ (stacked @ found)
+            found = found - earlier.T @ (earlier @ found)
         length = float(found.norm())
         # The start lies in an invariant subspace, whose spectrum is complete.
         if length <= 1e-12 * max(1.0, abs(diagonal[-1])):
             break
         beside.append(length)
-        basis.append(found / length)
+        basis[step + 1] = found / length
     values, vectors = eigh_tridiagonal(diagonal, beside[: len(diagonal) - 1])
     return values, vectors[0]
 

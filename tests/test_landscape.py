@@ -37,6 +37,7 @@ def exact(energies):
     return ellipk(1 - (energies / 4) ** 2) / (2 * np.pi**2)
 
 
+@pytest.mark.slow
 def test_the_density_at_the_saddle_is_the_known_one(lattice):
     energies = np.linspace(-3.9999, 3.9999, 20000)
     for place in (0.0, 0.5, 1.0, 2.0):
@@ -47,6 +48,7 @@ def test_the_density_at_the_saddle_is_the_known_one(lattice):
     assert float(lattice.density(np.array([0.0]), WIDTH)[0]) == pytest.approx(0.3006, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_distribution_is_the_known_one(lattice):
     energies = np.linspace(-3.9999, 3.9999, 20000)
     shares = np.cumsum(exact(energies)) * (energies[1] - energies[0])
