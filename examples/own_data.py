@@ -16,7 +16,7 @@ Path("data").mkdir(exist_ok=True)
 np.savez(
     "data/diabetes.npz",
     x=patients[features].to_numpy(np.float32),  # [rows, features], or [rows, height, width] for images
-    y=patients["target"].to_numpy(np.float32) / 100,  # numbers of the size of 1, or class codes
+    y=patients["target"].to_numpy(np.float32),  # numbers in their own unit, or class codes
     site=site,  # which site each row belongs to
     site_names=names.astype(str),
     feature_names=np.array(features),

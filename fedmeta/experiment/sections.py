@@ -65,10 +65,11 @@ class Model(OpenSection):
     )
     freeze: Texts = Field(
         default=(),
-        description='Parameters that travel and are never trained: names or patterns, such as "body.*"',
+        description='Names, or patterns such as "body.*", of parameters that travel and are never trained',
     )
     weights: str = Field(
-        default="", description="safetensors file to start from, read where the run starts; empty = drawn by the seed"
+        default="",
+        description="Parameters to start from, a safetensors file at the run's start; empty = drawn by the seed",
     )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"

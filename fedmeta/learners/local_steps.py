@@ -84,6 +84,8 @@ def order_of(task: Task, minibatches: Minibatches) -> Tensor:
 def row_batches(task: Task, order: Tensor) -> Iterator[tuple[Rows, Tensor]]:
     """Yields the rows (x, y, mask) of each mini-batch of an order [epochs, batches, size], and if there are any."""
     x, y, mask = all_rows(*task)
+    if not len(x):
+        return  # a site without a row takes no step
     for epoch, batches in enumerate(order):
         for number, places in enumerate(batches):
             own = places.clamp(min=0)

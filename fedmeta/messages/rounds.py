@@ -43,7 +43,7 @@ MOST_EVALUATIONS = 1 << 40
 MOST_BUDGET = 1 << 36
 """The most that a node may offer to the sites which are computed together (bytes): a sixteenth of 1 TiB."""
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 """One part of a path and no more: a site makes a folder of this name."""
 BASELINES = ("", "local_only", "classical", "optimum")
 """What an evaluation may be of: adaptation (""), or what it is compared with."""

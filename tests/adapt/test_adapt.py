@@ -60,7 +60,7 @@ def call(*arguments: Any) -> tuple[int, dict[str, Any] | None, str]:
 def test_a_site_gets_its_model_an_estimate_and_advice(tables: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, found, _ = call(
-        tables / START, "--data", site(tmp_path), "--test", site(tmp_path, 400, seed=101), "--out", out
+        tables / START, "--data", site(tmp_path, 300), "--test", site(tmp_path, 400, seed=101), "--out", out
     )
     assert code == 0
     assert found is not None
@@ -74,7 +74,7 @@ def test_a_site_gets_its_model_an_estimate_and_advice(tables: Path, tmp_path: Pa
     assert set(found["files"]) >= {"card.md", "mlflow-model", "model.onnx", "model.safetensors"}
     assert found["onnx_difference"] <= NEAR
     text = (out / "card.md").read_text()
-    for fact in (found["run_id"], "maml", found["digest"], "40 (mine-100.csv)", "Use the personal model"):
+    for fact in (found["run_id"], "maml", found["digest"], "300 (mine-100.csv)", "Use the personal model"):
         assert fact in text
 
 

@@ -154,8 +154,8 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
         outputs, first = network(parameters, x.clone()), network(parameters, x[:-1].clone())
     if drawn:
         raise UnsupportedModelError("the model draws noise")
-    scale = outputs.abs().max().clamp(min=1e-30)
-    if outputs.shape[0] != len(x) or bool((outputs[:-1] - first).abs().max() / scale > 1e-9):
+    mixed = first.numel() and bool((outputs[:-1] - first).abs().max() > 1e-9 * outputs.abs().max().clamp(min=1e-30))
+    if outputs.shape[0] != len(x) or mixed:
         raise UnsupportedModelError(ROWS_MIX)
     calls, in_place = _observe(network, parameters, adapting, x)
     fewer, _ = _observe(network, parameters, adapting, x[:-1])
