@@ -161,7 +161,7 @@ def _numbers(column: pd.Series, place: str) -> NDArray[np.float64]:
     if wrong.any():
         row = int(np.argmax(wrong.to_numpy()))
         raise FedmetaError(f'{place} row {row} (from 0) is "{str(column.iloc[row])[:40]}", not a number')
-    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(numbers.to_numpy(dtype=np.float64, na_value=np.nan), dtype=np.float64)
 
 
 def _check_table(path: str, data: Data, form: Form, labels: Sequence[str]) -> tuple[str, ...]:

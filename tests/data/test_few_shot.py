@@ -209,7 +209,7 @@ def test_what_has_no_classes_to_number() -> None:
         replace(population([4]), class_names=(), y=np.zeros(4)),
         replace(population([4]), tokens=True),
     ):
-        with pytest.raises(FedmetaError, match=r"data\.ways = 2: few-shot tasks number a site's own classes anew"):
+        with pytest.raises(FedmetaError, match=r"data\.ways = 2: few-shot tasks renumber a site's own classes"):
             few_shot(there, Data(ways=2))
 
 

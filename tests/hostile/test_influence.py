@@ -15,6 +15,7 @@ from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.build import learner_of
 from fedmeta.data.sums import FeatureSums, median_sums, standardisation
+from fedmeta.errors import FedmetaError
 from fedmeta.messages import EngineReply, TrainReply
 from fedmeta.progress import Progress, ignore_progress
 from server import training_loop
@@ -172,7 +173,8 @@ def test_min_sites_is_not_met_by_replies_that_count_for_nothing(tmp_path: Path) 
 
     grid.faults[LIAR_NODE] = in_rounds(1, change=nothing)
     notes: list[Progress] = []
-    training_loop.run(grid, grid.experiment, notes.append)
+    with pytest.raises(FedmetaError, match="none of 1 rounds had a usable reply"):
+        training_loop.run(grid, grid.experiment, notes.append)
     assert "round 1 skipped: mercy: its meta-gradient was not finite" in [note.note for note in notes]
 
 

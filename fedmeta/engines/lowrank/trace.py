@@ -143,13 +143,15 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
         network: The model.
         parameters: Its parameters.
         adapting: Those that the inner loop moves.
-        x: A few rows [n, *shape], at least 3.
+        x: A few rows [n, *shape]; fewer than 3 are repeated, scaled where they are numbers.
 
     Raises:
         UnsupportedModelError: An adapting parameter is not used, or not by an operation that is known here; or a
         row's outputs
             depend on other rows or on how many there are.
     """
+    if 0 < len(x) < 3:
+        x = torch.cat([x, *(x * (1 + 0.25 * k) if x.is_floating_point() else x for k in range(1, 3))])
     with torch.no_grad(), noise.asked() as drawn:
         outputs, first = network(parameters, x.clone()), network(parameters, x[:-1].clone())
     if drawn:
