@@ -192,6 +192,11 @@ def validated_learner(
         FedmetaError: The learner or the model cannot be built, or the model does not take such rows or returns
             something else than outputs for each.
     """
+    if len(classes) == 1:
+        raise FedmetaError(
+            f'every label of every site is "{classes[0]}": with one class there is nothing to learn; check the label '
+            "column, or data.label and data.binarise"
+        )
     learner, name = learner_of(experiment, shape, classes, targets), experiment.model.name
     outputs = len(classes) or max(1, targets)
     if not isinstance(learner.problem, Supervised):

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import tomli_w
 from pydantic import ValidationError
@@ -27,7 +27,9 @@ from fedmeta.experiment.sections import (
 )
 from fedmeta.experiment.tracking_uri import default_uri, keep_user_info, without_user_info
 from fedmeta.experiment.validation import Scalar, Section, describe_type, from_text, on_one_line, report, to_param
-from fedmeta.targets import TargetKind
+
+if TYPE_CHECKING:
+    from fedmeta.targets import TargetKind  # torch takes seconds to import
 
 Table = dict[str, Any]
 
@@ -166,7 +168,7 @@ class Experiment(Section):
         return type(self)(data=self.data, problem=self.problem if own else Problem())
 
     @property
-    def target_kind(self) -> TargetKind:
+    def target_kind(self) -> "TargetKind":
         """What targets of a regression are standardized by: an own loss may need them as they are."""
         if self.data.target != "auto":
             return self.data.target
