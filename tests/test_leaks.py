@@ -19,6 +19,7 @@ SETTINGS = [
     "data.query=4",
     "model.hidden=8",
     "learner.inner_steps=2",
+    "learner.solve_steps=5",
     "server.rounds=3",
     "server.sites_per_round=0",
     "evaluation.every=0",

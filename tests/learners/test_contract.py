@@ -25,7 +25,10 @@ STANDARDISATION = {
 
 
 def make(name: str, **keys: object) -> Learner:
-    return build(name, build_model("mlp", (4,), 3, hidden=(5,), activation="tanh"), **{"inner_steps": 2, **keys})
+    short = {"solve_steps": 3} if name == "average" else {}
+    return build(
+        name, build_model("mlp", (4,), 3, hidden=(5,), activation="tanh"), **{"inner_steps": 2, **short, **keys}
+    )
 
 
 @pytest.fixture(params=LEARNERS)
