@@ -1,7 +1,7 @@
 """Personal parameters on the site's own disk: they survive rounds, restarts and resumes, and never travel.
 
 One file per site and round, `FOLDER/RUN/SITE/round-NNNNNN.safetensors`, written atomically. A round reads the newest
-file of an earlier round, so that a run that goes on from a checkpoint finds what its sites had kept by then: the two
+file of an earlier round, so that a run that resumes from a checkpoint finds what its sites had kept by then: the two
 newest files stay, and the newest one that each of the run's checkpoints covers. Files of later rounds are of a course
 that the run took before it went back to a checkpoint, and go.
 """
@@ -76,7 +76,7 @@ class LocalStateStore:
 def read(folder: Path, site: str, before: int) -> dict[str, Tensor] | None:
     """Returns what a site kept in its last round before round `before`; None where it has kept nothing.
 
-    A file that cannot be read counts as none: the site then begins anew, as a site that lost its disk would.
+    A file that cannot be read counts as none: the site then begins again, as a site that lost its disk would.
     """
     rounds = [number for number in _rounds(folder / _slug(site)) if number < before]
     if not rounds:
@@ -97,7 +97,7 @@ def write(
         site: The site's name.
         round_number: The round in which it was trained.
         personal: The personal part.
-        saved_rounds: The rounds of the run's checkpoints, from each of which it may go on.
+        saved_rounds: The rounds of the run's checkpoints, from each of which it may continue.
 
     Raises:
         StorageError: The folder or the disk does not take it.

@@ -288,7 +288,7 @@ def _experiment(text: str) -> Experiment:
 
 
 def invalidate_stale_caches(data: Data) -> None:
-    """Lets what was read of an experiment's data go where its files have changed since: a new run reads them anew."""
+    """Lets what was read of an experiment's data go where its files have changed since: a new run reads them again."""
     path = Path(data.path).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if data.path and path.exists() else []
     found = [(file.name, file.stat()) for file in files]

@@ -41,8 +41,8 @@ from fedmeta.targets import TARGET_MEAN, TARGET_SCALE
 NO_NODE = 0
 """In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
 
-SITE_UNAVAILABLE = "it was not there, or refused, when the run was gone on with"
-"""Why a site whose node is nobody does not answer."""
+SITE_UNAVAILABLE = "it was not there, or refused, when the run was resumed"
+"""Why a site without a node does not answer."""
 
 FEWEST_TO_COMPARE = 3
 """From how many nodes on their sums are compared: of two, nothing says which one is usual."""
@@ -132,7 +132,7 @@ class Federation:
 def ask(
     grid: Grid, contents: Mapping[int, RecordDict], message_type: str, timeout: float
 ) -> dict[int, RecordDict | str]:
-    """Sends a message to each node; returns each node's reply, or in words why there is none."""
+    """Sends a message to each node; returns each node's reply, or why there is none."""
     messages = [grid.create_message(content, message_type, node, "0") for node, content in contents.items()]
     answers: dict[int, RecordDict | str] = dict.fromkeys(contents, f"no reply within {timeout:g} s")
     for reply in grid.send_and_receive(messages, timeout=timeout):
@@ -338,7 +338,7 @@ def uses_validation_sites(experiment: Experiment) -> bool:
 
 
 def _split_off(federation: Federation, experiment: Experiment) -> tuple[str, ...]:
-    """Returns the training sites that are split off to choose or to judge by."""
+    """Returns the training sites that are split off to choose or to evaluate on."""
     names = [federation.names[site] for site in federation.training]
     return draw_validation_sites(names, experiment.evaluation.validation_sites, experiment.runtime.seed)
 

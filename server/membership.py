@@ -1,4 +1,4 @@
-"""Who is there as time goes on: nodes that come, come back under another id, fail, or claim a site of another's."""
+"""Tracks node membership: joins, reconnects under a new id, failures, duplicate site claims."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Membership:
         Args:
             grid: Flower's grid.
             experiment: The run's description.
-            earlier: The checkpoint to go on from: all its sites are waited for, and what it fixed stays.
+            earlier: The checkpoint to resume from: all its sites are waited for, and what it fixed stays.
 
-        Sites whose rows have another form than most nodes' are refused, and the others go on without them. A run that
-        goes on from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
+        Sites whose rows have another form than most nodes' are refused, and the others continue. A run that
+        resumes from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
 
         Raises:
             FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
@@ -82,7 +82,7 @@ class Membership:
     def _assemble(self) -> Federation:
         required, earlier = self._experiment.server.wait_for, self._earlier
         wanted = earlier.names if earlier else required
-        # Where all sites live in this process nobody else will come, however long one waits.
+        # Where all sites live in this process no other node will come, however long one waits.
         patience = 0.0 if getattr(self._grid, "complete", False) else self._experiment.server.round_timeout
         deadline = time.monotonic() + patience
         replies: dict[int, SitesReply] = {}
@@ -105,7 +105,7 @@ class Membership:
             self.refused |= self._impostors
             present = [name for reply in accepted.values() for name in reply.names]
             over = time.monotonic() >= deadline
-            # What a checkpoint says of its sites is enough to go on without those that are lost.
+            # What a checkpoint says of its sites is enough to continue without those that are lost.
             missing = _missing(required if over and earlier and earlier.train_rows else wanted, present)
             if accepted and not missing:
                 federation = build_federation(accepted, self._experiment, earlier)
@@ -118,7 +118,7 @@ class Membership:
             time.sleep(POLL_S)
 
     def _ask_sites(self, nodes: set[int]) -> tuple[dict[int, SitesReply], dict[int, str]]:
-        """Returns what nodes host, and in words why the others could not say that; those are asked again later."""
+        """Returns what nodes host, and why the others could not; those are asked again later."""
         started = time.monotonic()
         self._seen |= nodes
         answers: dict[int, SitesReply] = {}
@@ -146,7 +146,7 @@ class Membership:
         """Returns the nodes among those that answered that may not have the names they bring, and who is refused why.
 
         Where nodes have keys, a name belongs to one (`server.site_keys`), and the node is refused under its number: the
-        name's own node goes on. Else a name that another living node serves too is refused at both; a node that comes
+        name's own node continues. Else a name that another living node serves too is refused at both; a node that comes
         back under another id is none of these, since the one that it was does not answer any more.
 
         Args:
@@ -202,7 +202,7 @@ class Membership:
             known = set(federation.names)
             joined = [name for name in reply.names if name not in known]
             if joined and uses_validation_sites(self._experiment):
-                said.append(f"{', '.join(joined[:5])} left out: the run is judged on validation sites")
+                said.append(f"{', '.join(joined[:5])} left out: the run is scored on validation sites")
                 federation = only(add_sites(federation, {node: reply}, as_new=True), known)
                 continue
             if joined:
@@ -238,7 +238,7 @@ def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
 
 
 def _no_sites_error(problems: Sequence[str], missing: str, refused: Mapping[str, str], some: bool) -> str:
-    """Returns in words why a run cannot start; `some` says whether at least one node answered."""
+    """Describes why a run cannot start; `some` says whether at least one node answered."""
     if refused:
         site, difference = next(iter(refused.items()))
         if missing:

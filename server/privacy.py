@@ -5,7 +5,7 @@ Sites shorten their meta-gradients to `clip_norm`. A round then releases
     (sum of what the drawn sites sent + N(0, (noise_multiplier clip_norm)^2)) / expected number of sites
 
 Draws and noise come from the system's entropy and from no seed: noise that can be computed can be subtracted. The
-denominator is fixed, and a round in which nobody was drawn releases noise alone, for who was there is not to be seen.
+denominator is fixed, and a round in which no site was drawn releases noise alone, for who was there is not to be seen.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SiteLevelDP:
         return max(0, self.accountant.rounds_within(self.budget, self.spent + most) - self.spent)
 
     def sample(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the training sites that take part in a round: each one by a draw of its own."""
+        """Returns the training sites that take part in a round: each one by its own draw."""
         share = self.accountant.expected / self.accountant.sites
         return training[_uniform(len(training)) <= share]
 
@@ -174,7 +174,7 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
         (
             server.min_sites > 1,
             f"[server] min_sites = {server.min_sites}: must be 1",
-            "a round that is skipped tells who was there",
+            "a round that is skipped reveals who was there",
         ),
         (
             learner.update == "nothing",
@@ -184,7 +184,7 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
         (
             keeps,
             f'[learner] name = "{name}": must be one that keeps nothing at the sites',
-            "what a site kept tells in which rounds it was drawn, which the accountant takes for secret",
+            "what a site kept reveals in which rounds it was drawn, which the accountant takes for secret",
         ),
     )
     for broken, refused, reason in rules:

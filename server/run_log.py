@@ -41,7 +41,7 @@ class RunLogger:
     Args:
         experiment: The run's description.
         folder: The run's folder; created.
-        earlier: The checkpoint that the run goes on from; what tracking has not had of it is sent first.
+        earlier: The checkpoint that the run resumes from; what tracking has not had of it is sent first.
 
     Raises:
         FedmetaError: The folder cannot be written.
@@ -157,7 +157,7 @@ class RunLogger:
         return summary
 
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
-        """Ends the tracked run before its time, with who log_failures what in it."""
+        """Ends the tracked run before its time, with the failures in it."""
         if self.tracker:
             self.tracker.stop(status, [path for path in (self.folder / FAILURES_FILE,) if path.exists()])
 
@@ -213,14 +213,14 @@ def _start_tracker(
 
 
 def _missed_before(path: Path, earlier: Checkpoint | None) -> list[dict[str, Any]]:
-    """Returns who had log_failures a round up to the checkpoint; later rounds come a second time."""
+    """Returns the failures of each round up to the checkpoint; later rounds come a second time."""
     if earlier is None or not path.exists():
         return []
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text())
         return [entry for entry in entries if entry["round"] <= earlier.round_number]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FedmetaError(f"{path}: not the list of who log_failures a round; move it away to go on") from error
+        raise FedmetaError(f"{path}: not the list of failures by round; move it away to continue") from error
 
 
 def remove_unused(folder: Path) -> None:

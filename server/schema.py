@@ -58,7 +58,7 @@ def select_majority_schema(
 
     Args:
         replies: What nodes host.
-        fixed: The form, where it is fixed already, as in a run that is gone on with.
+        fixed: The form, where it is fixed already, as in a run that is resumed.
     """
     ordered = sorted(replies.items(), key=lambda reply: reply[1].names)
     if fixed is not None:
@@ -104,7 +104,7 @@ def excess_classes(replies: Mapping[int, SitesReply]) -> dict[int, str]:
 
 
 def difference(reply: Schema, federation: Schema) -> str:
-    """Returns in words how a node's schema differs from the federation's, or the empty string."""
+    """Describes how a node's schema differs from the federation's, or the empty string."""
     if reply.regression != federation.regression:
         kinds = ("classes", "numbers")
         return f"its labels are {kinds[reply.regression]}, the federation's {kinds[federation.regression]}"

@@ -7,7 +7,7 @@ in which each site's name belongs to a node id:
     {"hospital-a": "4242", "hospital-b": "1717"}
 
 The server adds names that are new. The operator may write the file before the first run, and takes a line out to let
-another key have a name. Without node authentication ids change whenever a node starts, and names belong to nobody.
+another key have a name. Without node authentication ids change whenever a node starts, and names are not bound to keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTESTED_NAME = "two nodes bring this new name at once"
 
 
 def keys_file() -> Path | None:
-    """Returns the file that the environment names; None where names belong to nobody."""
+    """Returns the file that the environment names; None where names are not bound to keys."""
     path = os.environ.get(SITE_KEYS)
     return Path(path) if path else None
 

@@ -87,7 +87,7 @@ class RoundLog:
     bytes_up: int = 0
 
     def reasons(self, advise: bool = False) -> str:
-        """Returns the first failure in words, with who gave it, how many others there are, and what may help."""
+        """Returns the first failure, with who gave it, how many others there are, and what may help."""
         if not self.failed:
             return "no site was asked, or too few gave a finite gradient"
         site, reason = next(iter(self.failed.items()))
@@ -219,7 +219,7 @@ class MetaGradientStrategy(Strategy):
         Returns:
             The new meta-state and the round's query loss; or (None, None) where fewer than `server.min_sites` sites
             gave a usable gradient, or fewer than the aggregator needs, or the step would make it infinite, and the
-            meta-state stays as it is. A private round always steps, and has no loss where nobody was drawn.
+            meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
         usable = self._train_replies(replies)
         norms = self.norms

@@ -101,7 +101,7 @@ def _run(
                 rounds.save()
             finally:
                 rounds.journal.stop("KILLED")
-            rounds.tell(f"stopped after round {rounds.round_number}; to go on: --resume {rounds.journal.folder.name}")
+            rounds.tell(f"stopped after round {rounds.round_number}; to resume: --resume {rounds.journal.folder.name}")
         raise
     except BaseException:
         with defer_keyboard_interrupt():
@@ -165,7 +165,7 @@ class TrainingLoop:
         """Opens the tracked run, and has the engine chosen where that is not done.
 
         A checkpoint stands on the disk before the tracked run is opened: whenever the process dies from here on, the
-        run can be gone on with, and in the same tracked run.
+        run can be resumed, and in the same tracked run.
         """
         fresh = self.experiment.runtime.checkpoint_every and not self.opened
         if fresh:
@@ -190,13 +190,13 @@ class TrainingLoop:
             self.tell(f"standardisation without {site}: {reason}")
         self.journal.log_failures(self.round_number, dict.fromkeys(self.roll.absent, SITE_UNAVAILABLE), "start")
         for site in self.roll.absent:
-            self.tell(f"goes on without {site}: {SITE_UNAVAILABLE}")
+            self.tell(f"continues without {site}: {SITE_UNAVAILABLE}")
         every, last = self.experiment.evaluation.every, self.last
         if last < self.experiment.server.rounds:
             budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
             self.tell(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
         saves = self.experiment.runtime.checkpoint_every
-        # A run that was stopped between a round and its evaluation goes on with the evaluation.
+        # A run that was stopped between a round and its evaluation continues with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
             self._evaluate()
         while self.round_number < last:
@@ -298,7 +298,7 @@ class TrainingLoop:
         with defer_keyboard_interrupt():
             _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
-            # A private round steps also where nobody answered, for who was asked is not to be seen.
+            # A private round steps also where no node answered, for who was asked is not to be seen.
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.idle = self.idle + 1 if idle else 0
             self.useful = self.useful or not idle
@@ -338,12 +338,12 @@ class TrainingLoop:
             self.tell(note.removeprefix("; "))
 
     def _evaluate(self, last: bool = False) -> None:
-        """Judges all sites; at the end of a run also against training alone, and as far as the schedule lets them."""
+        """Evaluates all sites; at the end also local-only, and after as many steps as the schedule allows."""
         counted = self.totals
         try:
             found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
         except BaseException:
-            # It comes a second time, should the run be gone on with, and is then counted.
+            # It comes a second time, should the run be resumed, and is then counted.
             self.totals = counted
             raise
         if found is None:

@@ -19,14 +19,14 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 V = TypeVar("V", bool, int, float, str)
 
 PLAIN = {np.dtype(name): name for name in ("float32", "float64", "int64", "uint8", "bool")}
-"""Types of arrays whose headers are kept, and their names, which NumPy makes anew each time."""
+"""Types of arrays whose headers are kept, and their names, which NumPy makes again each time."""
 
 LARGEST = 2**63 - 1
 """The largest whole number that a message may hold."""
 
 
 LONGEST_REASON = 300
-"""How much is told of what is wrong with a message, which may hold its sender's text (characters)."""
+"""How much is reported of what is wrong with a message, which may hold its sender's text (characters)."""
 
 
 class MessageError(ValueError):

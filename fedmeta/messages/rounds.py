@@ -62,7 +62,7 @@ class RoundRequest:
         classes: The run's class list; empty for regression.
         names: The sites, in site order.
         run: The name of the run's folder, under which sites keep what stays with them.
-        saved_rounds: The rounds of the run's checkpoints, from each of which it may go on; 0 where there are fewer.
+        saved_rounds: The rounds of the run's checkpoints, from each of which it may continue; 0 where there are fewer.
         steps: The number of inner steps (`evaluate`).
         rate: What the inner rates are multiplied by (`evaluate`).
         gate: Whether each site chooses its number of steps on its support rows (`evaluate`).

@@ -48,7 +48,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
 
     Args:
         experiment: The run's description; its paths are those of the server's machine.
-        resume: A run to go on with, as the server knows it; "auto" = its newest unfinished one of this experiment.
+        resume: A run to resume, as the server knows it; "auto" = its newest unfinished one of this experiment.
         report: Takes progress.
 
     Returns:
@@ -56,7 +56,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
 
     Raises:
         FedmetaError: The SuperLink or the store cannot be reached, or the run failed.
-        KeyboardInterrupt: The user stopped it; the SuperLink was told to stop the run.
+        KeyboardInterrupt: The user stopped it; the SuperLink was asked to stop the run.
     """
     # MLflow and all that it needs take seconds to import, and `flower` needs none of it.
     from fedmeta.tracking.mlflow_client import FINISHED, fetch_run, status_of
@@ -77,7 +77,7 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         raise FedmetaError(said or f"run {number} ended before it began; see: fedmeta flower log {number}")
     if status_of(uri, run_id) != FINISHED:
         why = said or f"its server ended without a word; see: fedmeta flower log {number}"
-        resume = f"; to go on: --resume {run_id}" if experiment.runtime.checkpoint_every else ""
+        resume = f"; to resume: --resume {run_id}" if experiment.runtime.checkpoint_every else ""
         raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {why}{resume}")
     folder = Path(experiment.tracking.folder) / run_id
     return fetch_run(uri, run_id, folder), folder
@@ -100,7 +100,7 @@ def connection() -> str:
         raise FedmetaError(f'{SUPERLINK} = "{address}": give HOST:PORT, without a scheme')
     certificate = os.environ.get(ROOT_CERTIFICATES, "")
     if certificate == PLAIN_TEXT:
-        print(f"fedmeta: WARNING: plain text to {address}: whoever listens on the way reads it all", file=sys.stderr)
+        print(f"fedmeta: WARNING: plain text to {address}: anyone on the network can read it", file=sys.stderr)
         security = "insecure = true"
     elif not certificate:
         raise FedmetaError(f'{ROOT_CERTIFICATES} is not set: name the federation\'s ca.crt ("none" = plain text)')
@@ -167,8 +167,8 @@ def _submit(arguments: Sequence[str], env: dict[str, str]) -> str:
     found = re.search(r'"run-id":\s*"?(\d+)', answer.stdout)
     if answer.returncode or not found:
         words = " ".join((answer.stdout + answer.stderr).split())
-        told = re.search(r'"error-message":\s*"(.*?)"', words)
-        raise FedmetaError(f"the SuperLink at {address} did not take the run: {(told[1] if told else words)[-300:]}")
+        given = re.search(r'"error-message":\s*"(.*?)"', words)
+        raise FedmetaError(f"the SuperLink at {address} did not take the run: {(given[1] if given else words)[-300:]}")
     return found[1]
 
 

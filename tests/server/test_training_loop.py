@@ -268,8 +268,8 @@ def test_a_resumed_run_waits_for_all_its_sites_and_goes_on_without_the_lost(
             grid.join(NODE_IDS[4], configs[2])
 
     outcome = training_loop.run(grid, experiment, report, folder)
-    lost = "it was not there, or refused, when the run was gone on with"
-    assert f"goes on without hope: {lost}" in notes
+    lost = "it was not there, or refused, when the run was resumed"
+    assert f"continues without hope: {lost}" in notes
     assert f"round 3 without hope: {lost}" in notes
     before = checkpoint.newest(Path(unbroken.folder))[0]
     after = checkpoint.newest(folder)[0]
@@ -322,7 +322,7 @@ def test_a_resumed_run_refuses_sites_whose_columns_have_changed(
     assert said == dict.fromkeys(names[1:], "columns too many: weight; columns missing: pressure")
 
 
-# ---------------------------------------------------------------- stopped and gone on with
+# ---------------------------------------------------------------- stopped and resumed
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
