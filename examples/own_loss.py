@@ -1,5 +1,7 @@
 """A loss of one's own on ordinary rows: rare classes count more, and what is learned is scored as ever."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -11,7 +13,7 @@ from fedmeta.problems import Parameters, Supervised
 class Weighted(Supervised):
     """Cross-entropy in which class c counts `growth ** c` times."""
 
-    def __init__(self, model, growth: float = 1.2, **settings) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, model: Any, growth: float = 1.2, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.growth = growth
 

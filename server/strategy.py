@@ -35,8 +35,9 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
-from fedmeta.problems import Supervised, has_payload
+from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
+from fedmeta.problems.problem import has_outer_step
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
@@ -260,20 +261,16 @@ class MetaGradientStrategy(Strategy):
         grow with a site's rows, they are refused.
         """
         cap = self.experiment.server.norm_cap
-        found = influence.bound(replies, self.norms, cap**2 if self._own_step else cap, shorten=not self._own_step)
+        own_step = has_outer_step(self.learner.problem)
+        found = influence.bound(replies, self.norms, cap**2 if own_step else cap, shorten=not own_step)
         for place, times in found.excess.items():
             what = f"its reply was {times:.3g} times as long as server.norm_cap = {cap:g} allows, and was"
             names = replies[place].names
-            if self._own_step:
+            if own_step:
                 self.log.failed.update(dict.fromkeys(names, f"{what} refused"))
             else:
                 self.log.shortened.update(dict.fromkeys(names, f"{what} shortened"))
         return found.replies, found.norms
-
-    @property
-    def _own_step(self) -> bool:
-        problem = self.learner.problem
-        return has_payload(problem) and callable(getattr(problem, "outer_step", None))
 
     def _step(self, mean: Gradient, replies: list[TrainReply]) -> bool:
         """Steps the meta-state along the sites' mean, or by the problem's own step where it has one.
@@ -282,14 +279,14 @@ class MetaGradientStrategy(Strategy):
             Whether the step stands; one that is not finite, or a step of the problem's that fails, is undone.
         """
         problem = self.learner.problem
-        if not self._own_step:
+        if not has_outer_step(problem):
             return self.optimizer.step_if_finite(mean)
         weight = sum(reply.weight for reply in replies)
         state = self.meta_state
         whole = self.learner.theta(state)
         total = {name: value * weight for name, value in mean.items()}
         try:
-            stepped = problem.outer_step(whole, total, weight)  # type: ignore[attr-defined]
+            stepped = problem.outer_step(whole, total, weight)
         except Exception as error:  # whatever a user's own code makes of what sites sent
             logging.getLogger("fedmeta.server").warning("outer_step failed: %s: %s", type(error).__name__, error)
             return False

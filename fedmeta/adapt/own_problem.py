@@ -8,8 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedmeta.adapt.initialization import MetaModel
-from fedmeta.adapt.writing import CARD, SUMMARY, Written, check_folder
+from fedmeta.adapt.writing import CARD, SUMMARY, Written, names_in, whole_folder
 from fedmeta.build import dtype_of, load_code, source_of
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.pictures import before_and_after
@@ -194,20 +192,9 @@ def write(solved: Solved, out: Path) -> Written:
     Raises:
         FedmetaError: The folder is there already, or the disk does not take it.
     """
-    check_folder(out)
-    try:
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    except OSError as error:
-        raise FedmetaError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    try:
-        part.chmod(0o755)
+    with whole_folder(out) as part:
         note = _fill(part, solved)
-        files = tuple(sorted(path.name for path in part.iterdir()))
-        part.replace(out)
-    except OSError as error:
-        raise FedmetaError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        files = names_in(part)
     return Written(out, files, None, note)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +53,9 @@ def check_folder(out: Path) -> None:
         raise FedmetaError(f"--out {out}: cannot be made: {error.strerror or error}") from error
 
 
-def write(adapted: Adapted, out: Path) -> Written:
-    """Writes everything into a folder beside `out`, and then gives it its name.
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out` to be filled, which then gets that name: the whole folder is there, or none.
 
     Raises:
         FedmetaError: The folder is there already, or the disk does not take it.
@@ -60,17 +63,30 @@ def write(adapted: Adapted, out: Path) -> Written:
     check_folder(out)
     try:
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+        try:
+            part.chmod(0o755)
+            yield part
+            part.replace(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise FedmetaError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    try:
-        part.chmod(0o755)
+
+
+def names_in(folder: Path) -> tuple[str, ...]:
+    """Returns the names of what lies in a folder, sorted."""
+    return tuple(sorted(path.name for path in folder.iterdir()))
+
+
+def write(adapted: Adapted, out: Path) -> Written:
+    """Writes everything into a new folder.
+
+    Raises:
+        FedmetaError: The folder is there already, or the disk does not take it.
+    """
+    with whole_folder(out) as part:
         difference, note = _fill(part, adapted)
-        files = tuple(sorted(path.name for path in part.iterdir()))
-        part.replace(out)
-    except OSError as error:
-        raise FedmetaError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        files = names_in(part)
     return Written(out, files, difference, note)
 
 

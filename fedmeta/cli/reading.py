@@ -15,6 +15,12 @@ from fedmeta.cli.application import File, Overrides, app
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking, default_uri, load_experiment
 
+AllowedCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
+    ),
+]
 DEFAULT_STORE = f"MLFLOW_TRACKING_URI, or {Tracking().uri}"
 
 
@@ -108,12 +114,7 @@ def adapt(
         Use, typer.Option(help="The model to write: as advised, or the global or the personalized one.")
     ] = Use.ADVICE,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
-    code: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
-        ),
-    ] = None,
+    code: AllowedCode = None,
     key: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Public keys, one of which must have signed the start: signing.pub."),
@@ -184,23 +185,19 @@ def landscape(
     probes: Annotated[int, typer.Option(min=1, help="Random starts.")] = 4,
     out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
-    code: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PACKAGE", help="A package or module whose code the run may name; may be repeated. None by default."
-        ),
-    ] = None,
+    code: AllowedCode = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Measures a run's meta-objective: its curvature by stochastic Lanczos quadrature, and how far sites agree.
 
     The run's data must be readable here, as in simulation. Figures and a picture go to the run's folder and to MLflow.
     """
-    from fedmeta.cli import landscape_output
+    from fedmeta.cli import tables
+    from fedmeta.runtime.landscape import measure
     from fedmeta.trust import allow_code
 
-    found = landscape_output.measure(
-        run, Path(Tracking().folder), uri or default_uri(), allow_code(code or []), sites, steps, probes, out
-    )
+    allowed = allow_code(code or [])
+    measured = measure(run, Path(Tracking().folder), uri or default_uri(), allowed, sites, steps, probes, out)
+    tables.landscape(measured.figures, measured.title, measured.folder)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(measured.figures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,6 +26,20 @@ MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
 MAX_TRIALS = 10
 """How many trials a table shows; of more, the best ones."""
+LANDSCAPE = {
+    "loss": "meta-objective: mean query loss after adapting",
+    "gradient_norm": "norm of its gradient",
+    "largest_eigenvalue": "largest eigenvalue of its Hessian",
+    "smallest_eigenvalue": "smallest eigenvalue",
+    "negative_share": "share of negative curvature",
+    "flat_share": "share of flat directions (below 1e-4 of the largest)",
+    "condition": "largest size over the median size of the others",
+    "gradient_cosine": "mean cosine of two sites' meta-gradients",
+    "gradient_product": "mean inner product of them",
+    "path_cosine": "mean cosine of two sites' adaptation paths",
+    "path_product": "mean inner product of them",
+}
+"""The figures of a landscape, as its table names them."""
 
 
 def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
@@ -142,6 +157,20 @@ def search(result: StudyResult) -> None:
     lines = {"page": folder / "tuning.md", "run it": f"fedmeta run {shlex.quote(str(folder / 'best.toml'))}"}
     for name, value in (lines | _see(result.config.experiment)).items():
         console.print(f"{name:<12}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def landscape(figures: Mapping[str, Any], title: str, folder: Path) -> None:
+    """Shows the landscape of a run."""
+    console = Console(stderr=True)
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for key, label in LANDSCAPE.items():
+        table.add_row(label, number(figures[key]))
+    console.print(table)
+    about = f"{figures['sites']} sites, {int(figures['parameters']):,} parameters, {figures['probes']} random starts"
+    console.print(f"{about} of {figures['steps']} Lanczos steps", highlight=False)
+    console.print(f"files       {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sites(frame: pd.DataFrame) -> None:

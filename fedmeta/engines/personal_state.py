@@ -6,6 +6,7 @@ A personal part is a dictionary of tensors by the module's own names; here each 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _one_by_one(site: Callable[..., Any], batch: Batch, own: Parameters) -> Any:
     """Returns what `vmap` would, for models and learners that it does not take; padding stays, masked."""
     keys, every = batch.noise_keys(), []
     for k in range(batch.sites):
-        parts = (tree_map(lambda leaf: leaf[k], part) for part in (batch.support, batch.query))  # noqa: B023
+        parts = (tree_map(itemgetter(k), part) for part in (batch.support, batch.query))
         with exact_attention():
             kept = {name: value[k] for name, value in own.items()}
             every.append(site(*parts, kept, keys[k], *(order[k] for order in orders(batch))))

@@ -27,7 +27,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     Raises:
         FedmetaError: One does not; names it.
     """
-    first: dict[str, tuple[object, ...]] = {}
+    first: dict[str, tuple[tuple[int, ...], bool]] = {}
     for number, task in enumerate(tasks):
         if not isinstance(task, tuple) or len(task) != 2:
             raise FedmetaError(f"task {number} is {type(task).__name__}: make it fedmeta.Task(support, query)")
@@ -47,7 +47,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                 if name != "mask" and first.setdefault(name, form) != form:
                     raise FedmetaError(
                         f"{place} has rows of {name} with shape {list(form[0])} and type {value.dtype}, and the first "
-                        f"task others, with shape {list(first[name][0])}: all sites need rows of one form"  # type: ignore[call-overload]
+                        f"task others, with shape {list(first[name][0])}: all sites need rows of one form"
                     )
 
 

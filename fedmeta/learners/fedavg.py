@@ -21,43 +21,23 @@ from fedmeta.learners.learner import (
     Learner,
     MetaState,
     Metrics,
-    check_counts,
     key_of,
     trained,
     with_theta,
     zeros_like,
 )
-from fedmeta.learners.local_steps import descend, minibatches_of
-from fedmeta.minibatches import Minibatches
+from fedmeta.learners.local_epochs import LocalEpochs
+from fedmeta.learners.local_steps import descend
 from fedmeta.models import Parameters
 from fedmeta.problems.solvers import BLACK_BOX
 from fedmeta.task import Task
 
 
 @dataclass(frozen=True)
-class FedAvgFinetuned(Learner):
-    """FedAvg whose sites take K steps on their support rows at evaluation ("FedAvg(Meta)", Chen et al. 2018).
-
-    Attributes:
-        local_epochs: E, how often a site goes through all its train rows in a round.
-        batch_size: B, the rows of a local step; 0 for all.
-    """
-
-    local_epochs: int = DEFAULTS.local_epochs
-    batch_size: int = DEFAULTS.batch_size
-
-    update: ClassVar[str] = "delta"
+class FedAvgFinetuned(LocalEpochs):
+    """FedAvg whose sites take K steps on their support rows at evaluation ("FedAvg(Meta)", Chen et al. 2018)."""
 
     differentiates: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, local_epochs=1, batch_size=0)
-
-    @property
-    def minibatches(self) -> Minibatches | None:
-        """E epochs over all the site's rows, B a step; None on an own problem."""
-        return minibatches_of(self.problem, self.batch_size, self.local_epochs)
 
     def local_objective(self, objective: Objective, theta: Parameters) -> Objective:
         """Returns what a local step descends, from the loss on its rows: the loss itself."""

@@ -202,14 +202,14 @@ class Learner(ABC):
         if not has_payload(self.problem):
             return self.meta_gradient(meta_state, task)
         path = self.adaptation_path(meta_state, task.support, self.inner_steps)
-        sent = self.problem.payload(path, task)  # type: ignore[attr-defined]
+        sent = self.problem.payload(path, task)
         return sent, {"query_loss": self.outer(path[-1], task.query)}
 
     def message_template(self, meta_state: MetaState) -> dict[str, Tensor]:
         """Returns tensors with the keys and shapes of what a site sends."""
         if not has_payload(self.problem):
             return trained(meta_state)
-        shapes = self.problem.payload_shapes(self.theta(meta_state))  # type: ignore[attr-defined]
+        shapes = self.problem.payload_shapes(self.theta(meta_state))
         like = next(iter(trained(meta_state).values()))
         return {name: like.new_zeros(tuple(shape)) for name, shape in shapes.items()}
 

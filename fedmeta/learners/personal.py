@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fedmeta.learners.fedavg import FedAvgFinetuned, displacement
 from fedmeta.learners.inner import Objective, proximal
-from fedmeta.learners.learner import DEFAULTS, Learner, MetaState, Metrics, check_counts
+from fedmeta.learners.learner import DEFAULTS, MetaState, Metrics
+from fedmeta.learners.local_epochs import LocalEpochs
 from fedmeta.learners.local_steps import descend, minibatches_of
 from fedmeta.minibatches import Minibatches
 from fedmeta.models import Parameters
@@ -32,28 +33,10 @@ from fedmeta.task import Task
 
 
 @dataclass(frozen=True)
-class PersonalLearner(Learner):
-    """A learner whose sites keep a personal part.
+class PersonalLearner(LocalEpochs):
+    """A learner whose sites keep a personal part."""
 
-    Attributes:
-        local_epochs: E, how often a site goes through all its train rows in a round.
-        batch_size: B, the rows of a local step; 0 for all.
-    """
-
-    local_epochs: int = DEFAULTS.local_epochs
-    batch_size: int = DEFAULTS.batch_size
-
-    update: ClassVar[str] = "delta"
     differentiates: ClassVar[str] = "by proximal steps"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, local_epochs=1, batch_size=0)
-
-    @property
-    def minibatches(self) -> Minibatches | None:
-        """E epochs over all the site's rows, B a step; None on an own problem."""
-        return minibatches_of(self.problem, self.batch_size, self.local_epochs)
 
     @abstractmethod
     def personal_adaptation_path(

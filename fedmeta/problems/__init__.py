@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedmeta.problems.implicit_function import implicit
     from fedmeta.problems.metric import Metric, metric_of
     from fedmeta.problems.problem import Data, Parameters, Problem, has_payload
     from fedmeta.problems.row_metrics import BUILT_IN, Predictions, RowMetric, choose_metrics
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
         Solver,
         ascent,
         descent,
-        implicit,
     )
     from fedmeta.problems.source import TaskSource
     from fedmeta.problems.supervised import Supervised
 
 _HOMES = {
+    "implicit_function": ("implicit",),
     "metric": ("Metric", "metric_of"),
     "problem": ("Data", "Parameters", "Problem", "has_payload"),
     "row_metrics": ("BUILT_IN", "Predictions", "RowMetric", "choose_metrics"),
     "solvers": (
         "Adam", "Clipped", "ClosedForm", "CrossEntropy", "Descent", "GaussianProcessSearch", "Momentum",
-        "OptimalityCriteria", "Solver", "ascent", "descent", "implicit",
+        "OptimalityCriteria", "Solver", "ascent", "descent",
     ),
     "source": ("TaskSource",),
     "supervised": ("Supervised",),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -206,6 +206,28 @@ def own_baselines(problem: Problem) -> tuple[str, ...]:
     )
 
 
-def has_payload(problem: Problem) -> bool:
+class WithPayload(Protocol):
+    """What a problem has whose sites send additive statistics, such as sums for EM, in place of a gradient."""
+
+    def payload(self, path: list[Parameters], task: Any) -> Parameters:
+        """Returns what a site sends, from its path of parameters and its task."""
+
+    def payload_shapes(self, state: Parameters) -> dict[str, tuple[int, ...]]:
+        """Returns the keys and shapes of what every site sends."""
+
+
+class WithOuterStep(WithPayload, Protocol):
+    """What a problem has beside, where the server's optimizer does not step along what sites send."""
+
+    def outer_step(self, state: Parameters, total: Parameters, weight: float) -> Parameters:
+        """Returns the parameters that the server makes of the weighted sum of what sites sent."""
+
+
+def has_payload(problem: object) -> TypeGuard[WithPayload]:
     """Returns whether a problem's sites send statistics of their own in place of a gradient."""
     return callable(getattr(problem, "payload", None))
+
+
+def has_outer_step(problem: object) -> TypeGuard[WithOuterStep]:
+    """Returns whether a problem makes its own step of what its sites send."""
+    return has_payload(problem) and callable(getattr(problem, "outer_step", None))

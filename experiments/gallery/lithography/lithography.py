@@ -104,7 +104,7 @@ class FromTheTarget(fedmeta.Solver):
         path = [{**parameters, "correction": torch.zeros_like(parameters["correction"])}]
         for _ in range(steps):
             own = path[-1]
-            found = gradient(lambda p: problem.inner(p, data), own, ("correction",))  # type: ignore[arg-type]
+            found = gradient(lambda p: problem.inner(p, data), own, ("correction",))
             path.append({**own, "correction": own["correction"] - rates["correction"] * found["correction"]})
         return path
 

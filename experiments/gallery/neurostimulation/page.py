@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,9 +23,9 @@ SHOWN = (0, 1, 3, 5, 10, 20)
 NAME = "problem.name=experiments.gallery.neurostimulation.neurostimulation:ByGradients"
 
 
-def learner_of(**settings: float) -> tuple[Learner, stim.Neurostimulation]:
+def learner_of(**settings: Any) -> tuple[Learner, stim.Neurostimulation]:
     """Returns the learner of a problem with these settings, and the problem."""
-    problem = stim.Neurostimulation(**settings)  # type: ignore[arg-type]
+    problem = stim.Neurostimulation(**settings)
     return build("fedavg-ft", problem, inner_steps=1), problem
 
 

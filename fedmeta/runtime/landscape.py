@@ -1,17 +1,15 @@
-"""The landscape of a run: from its checkpoint and its data to figures, a picture and a table. On stderr."""
+"""The landscape of a finished run: from its checkpoint and its data, read here, to figures and a picture."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from clients.app import app as client_app
 from clients.node import learner_for, node_of, split_meta_state
@@ -21,30 +19,30 @@ from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import write_atomic
 from fedmeta.landscape import Landscape, landscape
 from fedmeta.runtime.local import LocalGrid
-from fedmeta.tables import number
 from fedmeta.tracking.plots import finish, new_figure, set_titles, write
 from fedmeta.trust import refuse_foreign_code
 
 FOLDER = "landscape"
-LABELS = {
-    "loss": "meta-objective: mean query loss after adapting",
-    "gradient_norm": "norm of its gradient",
-    "largest_eigenvalue": "largest eigenvalue of its Hessian",
-    "smallest_eigenvalue": "smallest eigenvalue",
-    "negative_share": "share of negative curvature",
-    "flat_share": "share of flat directions (below 1e-4 of the largest)",
-    "condition": "largest size over the median size of the others",
-    "gradient_cosine": "mean cosine of two sites' meta-gradients",
-    "gradient_product": "mean inner product of them",
-    "path_cosine": "mean cosine of two sites' adaptation paths",
-    "path_product": "mean inner product of them",
-}
+
+
+class Measured(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        figures: The figures by name; None for one that is not finite.
+        title: The run, and after which round.
+        folder: Where figures and picture lie.
+    """
+
+    figures: dict[str, float | int | None]
+    title: str
+    folder: Path
 
 
 def measure(
     run: str, root: Path, uri: str, code: Collection[str], sites: int, steps: int, probes: int, out: Path | None
-) -> dict[str, Any]:
-    """Measures a run's landscape, shows it, and writes it into a folder and to MLflow; returns the figures.
+) -> Measured:
+    """Measures a run's landscape, and writes it into a folder and to MLflow.
 
     Args:
         run: The run's folder, that folder's name, or its MLflow id.
@@ -81,15 +79,14 @@ def measure(
     target.mkdir(parents=True, exist_ok=True)
     picture = write(draw(found), target / f"{FOLDER}.png")
     write_atomic(target / f"{FOLDER}.json", json.dumps(figures).encode())
-    _show(figures, f"{folder.name}, after round {state.round_number}", target)
     if experiment.tracking.uri != UNTRACKED and state.run_id:
         from fedmeta.tracking.parent_run import add_results
 
-        numbers = {f"{FOLDER}/{key}": value for key, value in figures.items() if key in LABELS and value is not None}
+        numbers = {f"{FOLDER}/{key}": value for key, value in figures.items() if value is not None}
         add_results(
             experiment.tracking.uri or uri, state.run_id, numbers, {FOLDER: picture}, [target / f"{FOLDER}.json"]
         )
-    return figures
+    return Measured(figures, f"{folder.name}, after round {state.round_number}", target)
 
 
 def draw(found: Landscape) -> Figure:
@@ -112,16 +109,3 @@ def draw(found: Landscape) -> Figure:
 def _name(node: Any, site: int) -> str:
     names = node.population.names if hasattr(node, "population") else node.names
     return str(names[site])
-
-
-def _show(figures: Mapping[str, Any], title: str, folder: Path) -> None:
-    console = Console(stderr=True)
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
-    for key, label in LABELS.items():
-        table.add_row(label, number(figures[key]))
-    console.print(table)
-    about = f"{figures['sites']} sites, {int(figures['parameters']):,} parameters, {figures['probes']} random starts"
-    console.print(f"{about} of {figures['steps']} Lanczos steps", highlight=False)
-    console.print(f"files       {folder}", highlight=False, markup=False, soft_wrap=True)
