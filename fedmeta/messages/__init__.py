@@ -25,11 +25,12 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedmeta.messages.records import MessageError, payload_bytes, write_arrays
 from fedmeta.messages.registration import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.rounds import LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
+from fedmeta.messages.rounds import LOCAL_METHODS, LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
 
 __all__ = [
     "EVALUATE",
     "FAILURES",
+    "LOCAL_METHODS",
     "LOSS",
     "QUERY_ENGINE",
     "QUERY_SITES",
