@@ -110,8 +110,8 @@ FAULTS = {
     # targets
     "targets that keep their spread": (
         "targets.py",
-        "- mean) / scale",
-        "- mean)",
+        "own) - mean) / scale",
+        "own) - mean)",
         "test_targets.py::test_what_is_standardized_is_restored",
     ),
     "errors in standard units": (

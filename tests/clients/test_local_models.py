@@ -39,7 +39,7 @@ def solved(*tasks, outputs=2, hidden=16):
 
 
 def line(x):
-    return (x @ [1.0, -1.3] + np.random.default_rng(9).logistic(scale=0.3, size=len(x)) > 0).astype(np.int64)
+    return (x @ [1.0, -1.3] + np.random.default_rng(9).logistic(scale=1.0, size=len(x)) > 0).astype(np.int64)
 
 
 def checkers(x):
@@ -54,7 +54,7 @@ def test_what_no_line_divides_is_solved_by_a_rival_and_what_one_does_by_the_line
     figures, methods = solved(task(line, 120, 0), task(checkers, 240, 1), task(ring, 240, 2))
     assert methods[0] == "linear"
     assert set(methods[1:]) <= {"network", "trees"}
-    assert (figures["accuracy"][:, 0] > 0.8).all()
+    assert (figures["accuracy"][1:, 0] > 0.85).all()
 
 
 def test_a_rival_that_is_better_by_luck_only_is_not_taken():
