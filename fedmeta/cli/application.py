@@ -21,4 +21,4 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the experiment; may be repeated."),
 ]
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show neither progress nor tables; errors are still said.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show neither progress nor tables; errors are still printed.")]

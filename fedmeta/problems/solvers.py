@@ -37,7 +37,7 @@ class Solver(ABC):
     kind: ClassVar[str] = DIFFERENTIABLE
 
     memoryless: ClassVar[bool] = False
-    """Whether K steps are K times one step, so that each may have rates of its own."""
+    """Whether K steps are K times one step, so that each may have its own rates."""
 
     @abstractmethod
     def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
