@@ -234,6 +234,8 @@ class TrainingLoop:
             [evaluation_frame(self.membership.federation, evaluation, self.metrics) for evaluation in self.evaluations],
             ignore_index=True,
         )
+        if (evaluations := self.learner.problem.solver.evaluations) > 1:
+            sites["step_evaluations"] = evaluations
         privacy = self.privacy.summary() if self.privacy else {}
         groups = self._summarize(self.evaluations[-1])
         trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at

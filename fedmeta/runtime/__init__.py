@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, ProgressCallback, ignore_progress
+from fedmeta.tables import groups, number, results_table, text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +35,24 @@ class Result:
     meta_state: dict[str, Tensor]
     history: pd.DataFrame
     folder: Path
+
+    def __repr__(self) -> str:
+        """Returns a line: the learner, the rounds, the new sites' score before and after adapting, the folder."""
+        summary, score = self.summary, self.summary["score"]["name"]
+        means = [
+            f"{label} {number(own['global']['mean'])} -> {number(own['personalized']['mean'])}"
+            for label, own in groups(summary)
+        ]
+        rounds = f"{summary['rounds']} rounds"
+        return f"<Result: {summary['learner']}, {rounds}, {score}: {', '.join(means)}; {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        """Returns the run's table for notebooks."""
+        import pandas as pd  # takes a third of a second to import
+
+        table = results_table(self.summary)
+        frame = pd.DataFrame([[text(cell) for cell in row] for row in table.rows], columns=list(table.headings))
+        return f"<p>{escape(repr(self))}</p>{frame.to_html(index=False)}"
 
 
 def run(
