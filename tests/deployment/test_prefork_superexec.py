@@ -72,6 +72,7 @@ def test_without_an_answer_flowers_command_runs(tmp_path: Path) -> None:
     assert "no copy of a process could be had" in asked.stderr
 
 
+@pytest.mark.slow
 def test_it_takes_the_words_of_flowers_command() -> None:
     command = [sys.executable, "-P", "-m", "fedmeta.prefork_superexec"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True, timeout=120)
