@@ -17,12 +17,12 @@ from fedmeta.learners import Learner, build
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-ENTRY, STEPS, LONG, RATE = "anchors", 3, 60, 0.05
+ENTRY, STEPS, LONG, RATE = "anchors", 3, 30, 0.05
 RATES = (0.1, 0.3, 1.0, 3.0)
 BOXES = (
     "problem.name=experiments.gallery.anchors.anchors:Boxes",
     "data.new_sites=9",
-    "server.rounds=300",
+    "server.rounds=100",
     "server.sites_per_round=12",
     "server.lr=0.01",
 )

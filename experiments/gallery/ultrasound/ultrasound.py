@@ -10,7 +10,7 @@ with scatterers m of strength a_m at distance r_im, and r_i0 the distance to the
 ways, element i's signal is s_i = w_i sum_j K_f[i, j] w_j, w = exp(-2 pi i f c). Its coherence factor (Mallart and Fink
 1994) is |sum_i s_i|^2 / (N sum_i |s_i|^2): 2/3 for speckle in perfect focus, without noise.
 
-Inner problem: K gradient steps on coherence at one focus, over 32 smooth modes of delay. Outer problem: the modes that
+Inner problem: K gradient steps on coherence at three foci, over 32 smooth modes of delay. Outer problem: the modes that
 all bodies start from. A site is a body. Two kinds of tissue:
 
 - "chest": random screens of mean 0, rms 21.3 +- 8.4 ns, correlation length 2.5 mm (chest wall: Hinkelman et al. 1997).
@@ -40,7 +40,7 @@ UNIT = 1e-8
 """Seconds (rms) per unit of a mode."""
 
 SCATTERERS = 60
-FOCI, APART = 10, 0.75e-3
+FOCI, APART = 14, 0.6e-3
 
 
 def cosines(count: int) -> Tensor:
@@ -183,8 +183,9 @@ class Ultrasound(fedmeta.Problem, fedmeta.TaskSource):
         return [f"body-{number:02d}" for number in range(self.bodies)]
 
     def task(self, site: str, purpose: str, round: int, seed: int) -> fedmeta.Task:
-        """Returns one focus to adapt on and four to score by; the test has every other one, never trained on."""
+        """Returns three foci to adapt on and four between and beside them; the test has every other one of all foci."""
         echoes, delays = self.body(int(site.rpartition("-")[2]))
         own = list(range(0, FOCI, 2)) if purpose == "test" else list(range(1, FOCI, 2))
-        first = own.pop(len(own) // 2 if purpose == "test" else round % len(own))
-        return fedmeta.Task(*({"echoes": echoes[part], "delays": delays} for part in ([first], own)))
+        turn = 0 if purpose == "test" else round % len(own)
+        own = own[turn:] + own[:turn]
+        return fedmeta.Task(*({"echoes": echoes[part], "delays": delays} for part in (own[1::2], own[::2])))
