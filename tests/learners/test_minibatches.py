@@ -148,7 +148,7 @@ def test_the_plan_weighs_all_rows_against_the_layer() -> None:
         rows = stack([make_task(0, (features,), 3, support=4, query=rows_there)])
         forms[features] = lowrank.plan_of(learner, with_order(learner, rows), make_state(learner))
     assert "1.weight" in forms[2].dense
-    assert "1.weight" in forms[700].spans
+    assert "1.weight" in forms[700].lowrank
 
 
 @pytest.mark.quick("fedavg", "fedrep")
