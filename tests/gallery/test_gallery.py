@@ -1,4 +1,4 @@
-"""Every entry of the gallery is whole: short code, a file to run, a page with its figures, a test, a row in the table."""
+"""Every entry of the gallery is whole: short code, a file to run, a page with figures, a test, a row in the table."""
 
 from pathlib import Path
 

@@ -4,9 +4,9 @@ The contest's lens is a sum of coherent kernels h_k of weight w_k, one set in fo
 
     I = sum_k w_k |h_k * (dose M)|^2,   print = 1 / (1 + exp(-50 (I - .225)))
 
-on 2 048 x 2 048 pixels of 1 nm. Mask M = 1 / (1 + exp(-4 P)) is free in the middle 1 024 nm; P begins at 2 target - 1 and
-takes twenty steps of .5 along the gradient of the squared errors of the nominal, the strongest and the weakest print
-(doses 1, 1.02, and .98 out of focus). The best of them, made binary, is scored.
+on 2 048 x 2 048 pixels of 1 nm. Mask M = 1 / (1 + exp(-4 P)) is free in the middle 1 024 nm; P begins at 2 target - 1
+and takes twenty steps of .5 along the gradient of the squared errors of the nominal, the strongest and the weakest
+print (doses 1, 1.02, and .98 out of focus). The best of them, made binary, is scored.
 """
 
 from __future__ import annotations
