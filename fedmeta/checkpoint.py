@@ -211,7 +211,7 @@ def newest(folder: Path) -> tuple[Checkpoint, Path]:
     """Returns the newest undamaged checkpoint in a run's folder, and its file.
 
     Raises:
-        FedmetaError: There is none; says what is wrong with the newest.
+        FedmetaError: There is none; the message has what is wrong with the newest.
     """
     problems = []
     for path in _files(folder):

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -26,7 +27,21 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 SUPEREXEC, CLIENTAPP = "flower-superexec", "flwr-clientapp"
-LIBRARIES = ("torch", "torch.func", "numpy", "pandas", "pydantic", "safetensors.torch", "flwr.app", "flwr.clientapp")
+LIBRARIES = (
+    *(
+        "torch",
+        "torch.func",
+        "numpy",
+        "pandas",
+        "safetensors.torch",
+        "flwr.app",
+        "flwr.clientapp",
+        "tomllib",
+        "tomli_w",
+    ),
+    *("pydantic.main", "pydantic.json_schema", "pydantic.type_adapter"),  # pydantic leaves these to their first use
+    "torch._dynamo",  # which torch leaves to the first gradient of a transform, and which takes as long as torch itself
+)
 """What a site's app imports that is not the submitted code."""
 ANSWERS_S = 120.0
 """How long a copy may take (seconds); the first one waits for the imports."""
@@ -126,20 +141,40 @@ def serve(
 
 
 def _first_transform() -> None:
-    """Has torch import what it leaves to the first `vmap`, which takes longer than torch itself."""
+    """Has torch import and build what it leaves to the first `vmap` and the first `jvp`."""
     with suppress(ImportError):
         import torch
 
-        torch.func.vmap(torch.neg)(torch.zeros(1))
+        zero = torch.zeros(1)
+        torch.func.vmap(torch.neg)(zero)
+        torch.func.jvp(torch.neg, (zero,), (zero,))
 
 
 def run_clientapp(arguments: Sequence[str]) -> None:
-    """Runs Flower's command: it gets a message from the node, has the submitted app reply, and gives the reply back."""
+    """Runs Flower's command: it gets a message from the node, has the submitted app reply, and gives the reply back.
+
+    Does not return. What torch does when an interpreter ends takes over a second of processor time, for each message,
+    and the copy leaves nothing that it is needed for.
+    """
     import numpy as np
 
     np.random.seed()  # noqa: NPY002  (copies must not draw alike from NumPy's common generator)
     sys.argv = [CLIENTAPP, *arguments]
-    _flowers_command()()
+    code: object = 0
+    try:
+        _flowers_command()()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _flowers_command() -> Callable[[], None]:

@@ -45,7 +45,7 @@ SITE_UNAVAILABLE = "it was not there, or refused, when the run was resumed"
 """Why a site without a node does not answer."""
 
 FEWEST_TO_COMPARE = 3
-"""From how many nodes on their sums are compared: of two, nothing says which one is usual."""
+"""From how many nodes on their sums are compared: of two, nothing shows which one is usual."""
 
 OUTLIER = 1e3
 """How many times as large as is usual a node's feature may be (root mean square)."""
@@ -309,7 +309,7 @@ def build_federation(
         federation = only(federation, set(federation.names) - set(new))
         new = _split_off(federation, experiment)
     federation = _with_kinds(federation, new, ())
-    # How far to adapt is chosen on sites of its own, not on those that judge.
+    # How far to adapt is chosen on separate sites, not on those that are scored.
     choosing = experiment.evaluation.schedule == "auto" and len(federation.training) > 1
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 

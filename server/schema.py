@@ -20,7 +20,7 @@ FEWEST_TO_COMPARE = 3
 
 
 class Schema(Protocol):
-    """The form of rows and labels, as a node or a federation has it."""
+    """The schema of rows and labels, as a node or a federation has it."""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def select_majority_schema(
 ) -> tuple[dict[int, SitesReply], dict[str, str]]:
     """Returns the replies of the form that most nodes share, and the other sites with how they differ from it.
 
-    A node has one voice: a key admits one, and a node that makes names up does not outvote the others. Of two forms
+    A node counts once: a key admits one, and a node that makes names up does not outvote the others. Of two forms
     with equally many nodes the one with more sites is taken, then the one with the first site by name, so that neither
     the order in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
 
@@ -62,22 +62,22 @@ def select_majority_schema(
     """
     ordered = sorted(replies.items(), key=lambda reply: reply[1].names)
     if fixed is not None:
-        differences = {node: difference(reply, fixed) for node, reply in ordered}
+        differences = {node: schema_mismatch(reply, fixed) for node, reply in ordered}
         return (
             {node: reply for node, reply in ordered if not differences[node]},
             {name: differences[node] for node, reply in ordered if differences[node] for name in reply.names},
         )
     counts: dict[tuple[object, ...], tuple[int, int]] = {}
     for _, reply in ordered:
-        nodes, sites = counts.get(_form(reply), (0, 0))
-        counts[_form(reply)] = (nodes + 1, sites + len(reply.names))
+        nodes, sites = counts.get(_schema_of(reply), (0, 0))
+        counts[_schema_of(reply)] = (nodes + 1, sites + len(reply.names))
     if not counts:
         return {}, {}
     chosen = max(counts, key=counts.__getitem__)  # of equal counts the first one, whose site came first
-    accepted = {node: reply for node, reply in ordered if _form(reply) == chosen}
+    accepted = {node: reply for node, reply in ordered if _schema_of(reply) == chosen}
     example = next(iter(accepted.values()))
     refused = {
-        name: difference(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
+        name: schema_mismatch(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
     }
     return accepted, refused
 
@@ -103,7 +103,7 @@ def excess_classes(replies: Mapping[int, SitesReply]) -> dict[int, str]:
     return found
 
 
-def difference(reply: Schema, federation: Schema) -> str:
+def schema_mismatch(reply: Schema, federation: Schema) -> str:
     """Describes how a node's schema differs from the federation's, or the empty string."""
     if reply.regression != federation.regression:
         kinds = ("classes", "numbers")
@@ -127,5 +127,5 @@ def difference(reply: Schema, federation: Schema) -> str:
     return ""
 
 
-def _form(reply: SitesReply) -> tuple[object, ...]:
+def _schema_of(reply: SitesReply) -> tuple[object, ...]:
     return (reply.features, reply.shape, reply.regression, reply.targets, reply.tokens, reply.form)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmeta.adapt.estimate import PERSONAL, UNDECIDED, NestedCVResult, Report, ignore_progress, judge
+from fedmeta.adapt.estimate import PERSONAL, UNDECIDED, NestedCVResult, SplitProgress, cross_validate, ignore_progress
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.model import SiteModel
@@ -19,7 +19,7 @@ from fedmeta.problems.rows import score
 from fedmeta.tables import number
 
 SENSIBLE_ROWS = 20
-"""With fewer rows an estimate says little: nine right of ten may be anything from 61 to 99 %."""
+"""With fewer rows an estimate is vague: nine right of ten may be anything from 61 to 99 %."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Adapted:
 
 
 def adapt(
-    start: MetaModel, data: str, test: str = "", report: Report = ignore_progress, use: str = "advice"
+    start: MetaModel, data: str, test: str = "", report: SplitProgress = ignore_progress, use: str = "advice"
 ) -> Adapted:
     """Adapts a run's model to a site's rows.
 
@@ -131,7 +131,7 @@ def adapt(
         data: The site's file.
         test: A file of further rows of the site, which only score the result; "" where there is none.
         report: Takes progress.
-        use: Which model the site gets: "advice", "global" or "personal" (see `estimate.judge`).
+        use: Which model the site gets: "advice", "global" or "personal" (see `estimate.cross_validate`).
 
     Raises:
         FedmetaError: A file cannot be read, or is not of the run's form.
@@ -142,7 +142,7 @@ def adapt(
     bare = SiteModel.of(start, start.learner.theta(start.state))
     x, y = bare.prepare(rows.x), start.target.standardize(rows.y)
     y = y.to(x.dtype) if start.form.regression else y
-    found = judge(start, x, y, report, use)
+    found = cross_validate(start, x, y, report, use)
     model = SiteModel.of(start, found.parameters)
     tested = None
     if apart:
@@ -166,26 +166,28 @@ def _score(model: SiteModel, rows: SiteRows) -> float:
 
 
 def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
-    said = []
+    warnings = []
     if not start.finished:
-        said.append(f"The run has not ended: this is its state after round {start.round_number}.")
+        warnings.append(f"The run has not ended: this is its state after round {start.round_number}.")
     if len(rows) < SENSIBLE_ROWS:
-        said.append(
-            f"There are {len(rows)} rows: below about {SENSIBLE_ROWS} neither the choice nor its estimate says much."
+        warnings.append(
+            f"There are {len(rows)} rows: below about {SENSIBLE_ROWS} neither the choice nor its estimate is reliable."
         )
     if not start.form.regression:
         seen = np.unique(rows.y.numpy())
         absent = [name for code, name in enumerate(rows.classes) if code not in seen]
         if len(seen) == 1:
-            said.append(f'All rows are of class "{rows.classes[int(seen[0])]}": nothing is known about other classes.')
+            warnings.append(
+                f'All rows are of class "{rows.classes[int(seen[0])]}": nothing is known about other classes.'
+            )
         elif absent and not start.experiment.data.ways:
-            said.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
+            warnings.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
     if start.experiment.data.split == "blocks":
-        said.append(
+        warnings.append(
             "Neighbouring rows resemble each other (data.split = blocks), so that they say less than as many others: "
             "the true interval is wider."
         )
-    return said
+    return warnings
 
 
 def _figures(estimate: Estimate, test: float | None) -> dict[str, float | None]:

@@ -58,7 +58,8 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
             of a few-shot site's file.
 
     Raises:
-        FedmetaError: The file cannot be read, or its columns, shape, labels or classes are not the run's; says which.
+        FedmetaError: The file cannot be read, or its columns, shape, labels or classes are not the
+            run's; the message names it.
     """
     form, data = start.form, start.experiment.data
     task = "regression" if form.regression else "classification"
@@ -103,7 +104,7 @@ def read_inputs(form: Form, data: Data, path: str) -> tuple[NDArray[Any], tuple[
         Raw rows [n, *shape], and notes on what was left out.
 
     Raises:
-        FedmetaError: The file cannot be read, or its columns or shape are not the run's; says which.
+        FedmetaError: The file cannot be read, or its columns or shape are not the run's; the message names it.
     """
     if Path(path).suffix.lower() != ".npz":
         notes = _check_table(path, data, form, labels=data.label_names)
@@ -215,7 +216,7 @@ def _own_classes(path: str, population: Population, form: Form) -> tuple[str, ..
     """Returns a few-shot site's own classes, filled up to as many as the run's tasks had."""
     own, ways = population.class_names, len(form.classes)
     if len(own) > ways:
-        raise FedmetaError(f"{path}: it has {len(own)} classes, but the run learned to tell {ways} apart")
+        raise FedmetaError(f"{path}: it has {len(own)} classes, but the run learned to distinguish {ways}")
     return (*own, *(f"(no class {number})" for number in range(len(own) + 1, ways + 1)))
 
 

@@ -65,7 +65,7 @@ def load(data: Data) -> Population:
 
 
 def load_site(data: Data, path: str, name: str = "", only: Sequence[str] | None = None) -> Population:
-    """Returns the population of a deployed node: one site that holds all rows of one file of its own.
+    """Returns the population of a deployed node: one site that holds all rows of its own file.
 
     Args:
         data: What a file's columns mean; its `source` and `path` do not matter.
@@ -85,7 +85,7 @@ def _check_names(population: Population, where: str) -> None:
     """Checks that sites, classes and features have names that may be shown (`fedmeta.text.name_problem`).
 
     Raises:
-        FedmetaError: One has not; says which.
+        FedmetaError: One has not; the message names it.
     """
     names = {"feature": population.feature_names}
     if isinstance(population, ArrayPopulation):  # others make their names themselves

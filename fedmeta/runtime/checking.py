@@ -28,7 +28,7 @@ def check_experiment(experiment: Experiment) -> Checked:
     """Checks an experiment's learner on the tasks of a few sites (`fedmeta.learners.check`).
 
     Raises:
-        FedmetaError: Something does not hold; says what.
+        FedmetaError: Something does not hold; the message names it.
     """
     experiment = experiment.absolute()
     node = node_of(LocalGrid(app, experiment).context)
@@ -47,7 +47,7 @@ def check_own_code(experiment: Experiment) -> list[str]:
     """Checks an experiment that names own code or weights, once before its run; returns notes on what was not verified.
 
     Raises:
-        FedmetaError: Something does not hold; says what.
+        FedmetaError: Something does not hold; the message names it.
     """
     names = (experiment.problem.name, experiment.model.name, experiment.learner.name)
     own = [name for name in names if ":" in name]

@@ -36,6 +36,7 @@ def legend(figure: Figure) -> set[str]:
     return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
+@pytest.mark.quick("8-32-*")
 @pytest.mark.parametrize(("new", "training", "score"), [(1, 3, SNR), (8, 32, RMSE), (200, 800, ACCURACY)])
 def test_all_plots_are_drawn(tmp_path, new, training, score):
     rounds = [evaluation(new, training, r / 2, round_number=r, score=score) for r in range(3)]
@@ -93,6 +94,16 @@ def test_adaptation_shows_the_mean_at_every_step():
     np.testing.assert_allclose(line.get_ydata(), expected)
 
 
+def test_adaptation_has_an_axis_of_evaluations_where_a_step_takes_several():
+    sites = evaluation(4, 6)
+    assert not plots.adaptation(sites, ACCURACY).axes[0].child_axes
+    (above,) = plots.adaptation(sites.assign(step_evaluations=32), ACCURACY).axes[0].child_axes
+    assert above.get_xlabel() == "evaluations of the objective"
+    above.apply_aspect()
+    steps = np.array(plots.adaptation(sites, ACCURACY).axes[0].get_xlim())
+    np.testing.assert_allclose(above._functions[0](steps), 32 * steps)
+
+
 def test_rounds_show_the_worst_decile():
     run = history(4, 6, 20, 5)
     figure = plots.by_round(run, ACCURACY)
@@ -132,6 +143,7 @@ def test_names_are_shown_as_they_are(tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_any_scores_are_drawn(data):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmeta.engines.lowrank.flat_batch import FlatBatch
 from fedmeta.engines.lowrank.matmul import products, summed_outer
-from fedmeta.engines.lowrank.per_site_forward import PerSiteForward, Product, Trace, same_memory
+from fedmeta.engines.lowrank.per_site_forward import CallRecord, LinearRecord, PerSiteForward, same_memory
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.models import FunctionalModel, Parameters
 
@@ -85,7 +85,7 @@ class Adaptation:
         self.exact = exact
         self.by_site = by_site
         self.corrections: dict[int, Correction] = {}
-        self.products: list[Product] = []
+        self.products: list[LinearRecord] = []
         self.start = {name: theta[name].expand(sites, *theta[name].shape) for name in forms.dense}
         if by_site:
             self.start = {name: value.detach().clone().requires_grad_() for name, value in self.start.items()}
@@ -129,28 +129,28 @@ class Adaptation:
         return {trace.place: scaled for trace, scaled in found}, moved
 
     def _errors(
-        self, rows: FlatBatch, outputs: Tensor, traces: list[Trace], rates: Rates
-    ) -> tuple[list[tuple[Trace, Tensor]], Parameters]:
+        self, rows: FlatBatch, outputs: Tensor, traces: list[CallRecord], rates: Rates
+    ) -> tuple[list[tuple[CallRecord, Tensor]], Parameters]:
         calls = self.forms.calls
-        spans = [trace for trace in traces if calls[trace.place].weight in rates]
+        lowrank = [trace for trace in traces if calls[trace.place].weight in rates]
         dense = [name for name in self.dense if name in rates]
         common = common_rate(rates)
         with torch.set_grad_enabled(self.exact):
             gradient = rows.errors(outputs, -1.0 if common is None else -common)
         errors = torch.autograd.grad(
             outputs,
-            [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],
+            [*(trace.outputs for trace in lowrank), *(self.dense[name] for name in dense)],
             gradient,
             create_graph=self.exact,
             allow_unused=True,
             materialize_grads=True,
         )
         found = []
-        for trace, error in zip(spans, errors, strict=False):
+        for trace, error in zip(lowrank, errors, strict=False):
             rate = 1.0 if common is not None else rates[str(calls[trace.place].weight)]
             found.append((trace, error if common is not None else error * rate))
         moved = {}
-        for name, error in zip(dense, errors[len(spans) :], strict=True):
+        for name, error in zip(dense, errors[len(lowrank) :], strict=True):
             moved[name] = self.dense[name] + (error if common is not None else error * rates[name])
         return found, {**self.dense, **moved}
 
@@ -161,7 +161,7 @@ class Adaptation:
         """
         calls = self.forms.calls
         places = [
-            place for place, call in enumerate(calls) if (place, "a") in rows.kept and call.weight in self.forms.spans
+            place for place, call in enumerate(calls) if (place, "a") in rows.kept and call.weight in self.forms.lowrank
         ]
         for place in places:
             for source in places:
@@ -189,7 +189,7 @@ class Adaptation:
             total[name] = torch.tensordot(weights.to(value.dtype), self.theta[name] - value, dims=1)
         return total
 
-    def _run(self, rows: FlatBatch, dense: Parameters) -> tuple[Tensor, list[Trace]]:
+    def _run(self, rows: FlatBatch, dense: Parameters) -> tuple[Tensor, list[CallRecord]]:
         with PerSiteForward(self, rows, dense) as models:
             outputs = self.network(self.theta, rows.x.clone() if self.forms.in_place else rows.x)
         return outputs, models.traces
