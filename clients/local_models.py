@@ -293,7 +293,7 @@ def _strongest(rows: _Rows, site: int, linear: Tensor, network: Local, meta_stat
     """
     here = rows.present[site] > 0
     y, folds = rows.y[site][here], rows.folds[site][here]
-    if not rows.regression and len(y.unique()) < 2:
+    if not rows.regression and len(set(y.tolist())) < 2:
         return "linear", linear
     losses = {"linear": row_losses(rows.linear_held_out(site)[here], y)}
     losses["network"], steps = _network_losses(rows.x[site][here], y, folds, network, meta_state)
