@@ -16,14 +16,18 @@ from torch import Tensor
 
 from fedmeta.engines import ENGINES
 from fedmeta.messages.records import (
+    CATEGORY_KEYS,
+    Categories,
     MessageError,
     only,
     read_arrays,
+    read_categories,
     read_list,
     read_names,
     read_record,
     read_scalar,
     write_arrays,
+    write_categories,
     write_names,
 )
 from fedmeta.problems.metric import Metric
@@ -32,7 +36,7 @@ Floats = NDArray[np.float64]
 
 TASK_KEYS = (
     "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "baseline", "engine", "budget", "per_site",
-    "groups",
+    "groups", *CATEGORY_KEYS,
 )  # fmt: skip
 LARGEST_LOSS = float(np.finfo(np.float32).max)
 """The largest loss that a site may have."""
@@ -73,6 +77,7 @@ class RoundRequest:
         per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
         groups: The group that each site's pooled sums are added to, -1 = none; empty where no pooled figures are
             wanted (`evaluate`).
+        categories: The columns of categories, and the names that the run knows of each.
     """
 
     meta_state: Mapping[str, Tensor]
@@ -89,6 +94,7 @@ class RoundRequest:
     budget: int = 0
     per_site: bool = False
     groups: tuple[int, ...] = ()
+    categories: Categories = ()
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -106,6 +112,7 @@ class RoundRequest:
             "budget": self.budget,
             "per_site": self.per_site,
             "groups": list(self.groups),
+            **write_categories(self.categories),
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -132,6 +139,7 @@ class RoundRequest:
             budget=read_scalar(task, "budget", int),
             per_site=read_scalar(task, "per_site", bool),
             groups=tuple(read_list(task, "groups", int)),
+            categories=read_categories(task),
         )
 
 
