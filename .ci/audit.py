@@ -1,8 +1,8 @@
-"""Checks what is installed against PyPI's list of known vulnerabilities; without that list it says so and passes.
+"""Checks what is installed against PyPI's list of known vulnerabilities; without that list it reports so and passes.
 
     python .ci/audit.py        what `make audit` runs: the virtual environment of that Python
 
-pip-audit does the asking. It lives in an environment of its own, for its dependencies would move those that it judges.
+pip-audit does the asking. It lives in a separate environment, for its dependencies would change those that it checks.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def main() -> int:
     try:
         report = json.loads(answer.stdout)
     except ValueError:
-        return skipped(f"pip-audit did not end: {(answer.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    known, mended = judge(report, ACCEPTED)
+        return skipped(f"pip-audit did not end: {(answer.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
+    known, mended = unaccepted(report, ACCEPTED)
     print("\n".join([*known, f"audit: {len(report['dependencies'])} packages, {len(known)} known vulnerabilities"]))
     return 1 if mended else 0
 
 
 def list_answers() -> bool:
-    """Returns whether PyPI tells vulnerabilities here: a mirror may have its packages and not its lists."""
+    """Returns whether PyPI lists vulnerabilities here: a mirror may have its packages and not its lists."""
     try:
         with urllib.request.urlopen(PROBE, timeout=ANSWERS_S) as answer:
             return "vulnerabilities" in json.load(answer)
@@ -57,8 +57,8 @@ def list_answers() -> bool:
         return False
 
 
-def judge(report: dict[str, Any], accepted: dict[str, str]) -> tuple[list[str], int]:
-    """Returns each vulnerability of a report in words, and how many of them a newer version mends."""
+def unaccepted(report: dict[str, Any], accepted: dict[str, str]) -> tuple[list[str], int]:
+    """Returns a line per vulnerability of a report, and how many of them a newer version mends."""
     known, mended = [], 0
     for package in report["dependencies"]:
         for entry in package.get("vulns", ()):
@@ -72,7 +72,7 @@ def judge(report: dict[str, Any], accepted: dict[str, str]) -> tuple[list[str], 
 
 
 def skipped(reason: str) -> int:
-    """Says why nothing was audited; that is no failure."""
+    """Reports why nothing was audited; that is no failure."""
     print(f"audit: skipped: {reason}")
     return 0
 

@@ -72,7 +72,7 @@ def error_coded(answer: Callable[[RecordDict, Context], RecordDict]) -> Callable
 @app.query("sites")
 @error_coded
 def sites(content: RecordDict, context: Context) -> RecordDict:
-    """Says which sites are here, how many rows they have, and what their rows look like."""
+    """Reports which sites are here, how many rows they have, and their schema."""
     return node_of(context).describe().pack()
 
 
@@ -107,10 +107,10 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 @app.query("engine")
 @error_coded
 def engine(content: RecordDict, context: Context) -> RecordDict:
-    """Says which cohort engine is fastest here for the first cohort, and how much memory it may take."""
+    """Reports which cohort engine is fastest here for the first cohort, and how much memory it may take."""
     node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
-    _use_machine(node.experiment.runtime.threads)
+    _configure_runtime(node.experiment.runtime.threads)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
     here = node.find(request.names)
@@ -128,7 +128,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
-    _use_machine(node.experiment.runtime.threads)
+    _configure_runtime(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
@@ -178,7 +178,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
     node, request = _node_and_request(content, context)
     policy = _granted(node, context, request, evaluation=True)
-    _use_machine(node.experiment.runtime.threads)
+    _configure_runtime(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes)
@@ -222,6 +222,6 @@ def memory_budget(gib: float, device: str = "cpu") -> int:
     return min(max(free // 16, 1 << 26), 1 << 29)
 
 
-def _use_machine(threads: int) -> None:
+def _configure_runtime(threads: int) -> None:
     if threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

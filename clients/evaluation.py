@@ -104,7 +104,7 @@ def evaluate_sites(
         request: What was asked.
         evaluator: How to evaluate.
         scale: The run's standardisation; metrics of a regression are given in the targets' own units.
-        kept: What each site kept of its own, where the learner has such.
+        kept: What each site keeps locally, where the learner has such.
         policy: What the site grants; None in simulation.
 
     Raises:

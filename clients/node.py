@@ -252,7 +252,7 @@ Node = RowNode | TaskNode
 def node_of(context: Context) -> Node:
     """Returns what the node of a context hosts.
 
-    A deployed node's config names its site and its file (`site`, `data`); a simulated one's says which share of the
+    A deployed node's config names its site and its file (`site`, `data`); a simulated one's has which share of the
     experiment's sites it hosts (`partition-id`, `num-partitions`): every `num-partitions`-th site by name. A deployed
     node imports code of the user's own only from the packages that its config allows (`code`), and without `data` it
     reads nothing: the paths of an experiment are for the machine of the person who wrote it.

@@ -146,11 +146,13 @@ def _first(kind: type) -> str:
 def _fields(kind: type) -> Iterator[str]:
     """Returns a message's fields as a table, in the words of its docstring."""
     text = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
-    said = {found[1]: " ".join(found[2].split()) for found in re.finditer(r"^ {4}(\w+): ((?:.|\n {8})*)", text, re.M)}
-    if not said:
+    described = {
+        found[1]: " ".join(found[2].split()) for found in re.finditer(r"^ {4}(\w+): ((?:.|\n {8})*)", text, re.M)
+    }
+    if not described:
         yield ", ".join(f"`{field.name}`: `{field.type}`" for field in dataclasses.fields(kind)) + "."
         return
-    rows = [f"| `{field.name}` | `{field.type}` | {said[field.name]} |" for field in dataclasses.fields(kind)]
+    rows = [f"| `{field.name}` | `{field.type}` | {described[field.name]} |" for field in dataclasses.fields(kind)]
     yield "\n".join(["| field | type | what it is |", "|---|---|---|", *rows])
 
 

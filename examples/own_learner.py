@@ -1,4 +1,4 @@
-"""Learners of one's own: subclasses that say only what is theirs."""
+"""Custom learners: subclasses that define only what differs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

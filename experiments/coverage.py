@@ -10,7 +10,7 @@ A writer's other rows are 75 to 95, so that the accuracy on them is itself uncer
 that is never wrong would miss some. Two figures are beside the raw one for that. `ideal` is what the raw figure would
 be if each row of the site were scored by the final model, independently (simulated from the spread of accuracies that
 the test rows show). `at least` is the mean probability that the interval holds the true accuracy, given the test rows
-alone, under that spread; it leaves out what the interval's own rows say of the site, and so errs on the low side.
+alone, under that spread; it leaves out what the interval's own rows show of the site, and so errs on the low side.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scipy.special import betainc, betaln
 
 import fedmeta
 from fedmeta import checkpoint, data
-from fedmeta.adapt.estimate import judge
+from fedmeta.adapt.estimate import cross_validate
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import accuracy
 from fedmeta.adapt.model import SiteModel
@@ -54,7 +54,7 @@ def trained(file: str, folder: Path, earlier: str) -> tuple[MetaModel, checkpoin
     return MetaModel.of(found), found
 
 
-def judged(start: MetaModel, run: checkpoint.Checkpoint, rows: int) -> dict[str, NDArray[np.float64]]:
+def scored(start: MetaModel, run: checkpoint.Checkpoint, rows: int) -> dict[str, NDArray[np.float64]]:
     """Returns, per new site, the estimate with its interval and the accuracy on the site's other rows."""
     population = data.load(Experiment.from_toml(run.experiment).data)
     model = SiteModel.of(start, start.learner.theta(start.state))
@@ -66,12 +66,12 @@ def judged(start: MetaModel, run: checkpoint.Checkpoint, rows: int) -> dict[str,
         if len(own) < rows + FEWEST_TEST_ROWS:
             continue
         x, y = model.prepare(population.features(own).float()), torch.from_numpy(population.labels(own))
-        judgement = judge(start, x[:rows], y[:rows])
+        result = cross_validate(start, x[:rows], y[:rows])
         found["test_rows"].append(len(own) - rows)
-        found["steps"].append(judgement.steps)
+        found["steps"].append(result.steps)
         for name, estimate, parameters in (
-            ("global", judgement.before, start.learner.theta(start.state)),
-            ("model", judgement.best, judgement.parameters),
+            ("global", result.before, start.learner.theta(start.state)),
+            ("model", result.best, result.parameters),
         ):
             outputs = start.learner.predict(parameters, x[rows:]).detach()
             truth = float((outputs.argmax(-1) == y[rows:]).double().mean())
@@ -140,10 +140,10 @@ def cold(start: MetaModel, run: checkpoint.Checkpoint, folder: Path) -> dict[str
     command = [sys.executable, "-m", "fedmeta", "adapt", str(folder / "meta_model.safetensors"), "--json"]
     command += ["--data", str(folder / "mine.npz"), "--test", str(folder / "later.npz"), "--out", str(folder / "out")]
     before, started = os.times(), time.perf_counter()
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, after = time.perf_counter() - started, os.times()
     processor = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": seconds, "processor": processor, **json.loads(said.strip().splitlines()[-1])}
+    return {"seconds": seconds, "processor": processor, **json.loads(output.strip().splitlines()[-1])}
 
 
 def main() -> None:
@@ -158,7 +158,7 @@ def main() -> None:
         lines = []
         started = time.perf_counter()
         for rows in SIZES:
-            found = judged(start, run, rows)
+            found = scored(start, run, rows)
             for name, label in (("global", "global"), ("model", "as advised")):
                 own = coverage(found, name, rows)
                 cells = [str(rows), label, f"{own['sites']:.0f}", f"{np.median(found['test_rows']):.0f}"]

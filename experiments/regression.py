@@ -30,7 +30,7 @@ def clinics(kind: str) -> tuple[Floats, Floats, NDArray[np.int64]]:
 
     Args:
         kind: "shared": common weights, a small shift of each clinic's own, and an offset; "drifting": a level of the
-            clinic's own that drifts with time, and features that say little, as scores of patients followed at home;
+            clinic's own that drifts with time, and weak features, as scores of patients followed at home;
             "nonlinear": a common nonlinear map under weights close to common ones; "own": weights that are mostly the
             clinic's own.
     """

@@ -59,6 +59,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """Returns the public names, those not yet imported included."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: a client need not load what only the server needs."""
     if name in _HOMES:

@@ -18,7 +18,7 @@ from fedmeta.learners import Learner, build, learner_class, settings_of
 from fedmeta.problems import Problem, Supervised, TaskSource, choose_metrics
 
 DEFAULT_OPTIMIZERS = {"gradient": ("adam", 0.003), "delta": ("sgd", 1.0), "nothing": ("sgd", 1.0)}
-"""The server's optimizer and learning rate by what a learner's sites send, where the experiment says "auto"."""
+"""The server's optimizer and learning rate by what a learner's sites send, where the experiment has "auto"."""
 
 SUPERVISED = "supervised"
 

@@ -150,6 +150,11 @@ class Checkpoint:
     targets: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def categorical(self) -> tuple[str, ...]:
+        """Which features are columns of categories."""
+        return tuple(name for name, _ in self.categories)
+
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:
     """Writes a checkpoint into a run's folder, atomically, and removes all but the newest two.
@@ -213,7 +218,7 @@ def newest(folder: Path) -> tuple[Checkpoint, Path]:
     """Returns the newest undamaged checkpoint in a run's folder, and its file.
 
     Raises:
-        FedmetaError: There is none; says what is wrong with the newest.
+        FedmetaError: There is none; the message has what is wrong with the newest.
     """
     problems = []
     for path in _files(folder):

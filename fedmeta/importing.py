@@ -21,7 +21,7 @@ def load_object(path: str, key: str) -> Any:
         key: The key that it was given for, such as "[model] name", for messages.
 
     Raises:
-        FedmetaError: It cannot be imported; says where it was looked for.
+        FedmetaError: It cannot be imported; the message has where it was looked for.
     """
     module, _, attribute = path.partition(":")
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Progress, Report
+from fedmeta.progress import Progress, ProgressCallback
 from fedmeta.text import visible
 
 RESULT_VARIABLE = "FEDMETA_RESULT"
@@ -56,7 +56,7 @@ def server_process(folder: Path) -> int | None:
         return None
 
 
-def reporter(folder: Path) -> Report:
+def reporter(folder: Path) -> ProgressCallback:
     """Returns what the ServerApp reports to; it raises `KeyboardInterrupt` once the launcher asked to stop."""
 
     def report(progress: Progress) -> None:

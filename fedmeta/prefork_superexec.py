@@ -26,7 +26,21 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 SUPEREXEC, CLIENTAPP = "flower-superexec", "flwr-clientapp"
-LIBRARIES = ("torch", "torch.func", "numpy", "pandas", "pydantic", "safetensors.torch", "flwr.app", "flwr.clientapp")
+LIBRARIES = (
+    *(
+        "torch",
+        "torch.func",
+        "numpy",
+        "pandas",
+        "safetensors.torch",
+        "flwr.app",
+        "flwr.clientapp",
+        "tomllib",
+        "tomli_w",
+    ),
+    *("pydantic.main", "pydantic.json_schema", "pydantic.type_adapter"),  # pydantic leaves these to their first use
+    "torch._dynamo",  # which torch leaves to the first gradient of a transform, and which takes as long as torch itself
+)
 """What a site's app imports that is not the submitted code."""
 ANSWERS_S = 120.0
 """How long a copy may take (seconds); the first one waits for the imports."""
@@ -126,11 +140,13 @@ def serve(
 
 
 def _first_transform() -> None:
-    """Has torch import what it leaves to the first `vmap`, which takes longer than torch itself."""
+    """Has torch import and build what it leaves to the first `vmap` and the first `jvp`."""
     with suppress(ImportError):
         import torch
 
-        torch.func.vmap(torch.neg)(torch.zeros(1))
+        zero = torch.zeros(1)
+        torch.func.vmap(torch.neg)(zero)
+        torch.func.jvp(torch.neg, (zero,), (zero,))
 
 
 def run_clientapp(arguments: Sequence[str]) -> None:

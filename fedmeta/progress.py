@@ -17,7 +17,7 @@ class Progress:
         global_score: The global score of new sites at the last evaluation (of training sites where none is new).
         personalized_score: Their personalized score.
         failures: How many sites or nodes have failed so far, counted once per round.
-        note: Something to tell the user once; empty most of the time.
+        note: A message to the user; empty most of the time.
         run_id: The run's id, once there is one.
     """
 
@@ -39,12 +39,12 @@ class Progress:
         return cls(**json.loads(line))
 
 
-Report = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 """Takes a run's progress as it comes."""
 
 
 def ignore_progress(progress: Progress) -> None:
-    """Takes progress and says nothing."""
+    """Ignores progress."""
 
 
 class FailureThrottle:
@@ -65,7 +65,7 @@ class FailureThrottle:
         """Returns the note of a round in which something failed, or "" where that has been reported often enough.
 
         Args:
-            note: What to tell.
+            note: What to report.
             failed: Sites, and why each failed.
         """
         news = set(failed.items()) - self.known

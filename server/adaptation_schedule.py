@@ -22,7 +22,7 @@ FEWEST_TO_CUT = 3
 """Of fewer sites none is left out."""
 
 
-class Schedule(NamedTuple):
+class AdaptationSchedule(NamedTuple):
     """How far sites adapt.
 
     Attributes:
@@ -36,7 +36,9 @@ class Schedule(NamedTuple):
     losses: dict[str, list[float]]
 
 
-def tune_adaptation(losses_at: Callable[[float, int], NDArray[np.float64] | None], inner_steps: int) -> Schedule | None:
+def tune_adaptation(
+    losses_at: Callable[[float, int], NDArray[np.float64] | None], inner_steps: int
+) -> AdaptationSchedule | None:
     """Returns the steps and the rate with the smallest middle mean of validation sites' losses; None without an answer.
 
     Args:
@@ -54,7 +56,7 @@ def tune_adaptation(losses_at: Callable[[float, int], NDArray[np.float64] | None
         for step, mean in enumerate(means.tolist()):
             if np.isfinite(mean) and (best is None or (mean, step, rate) < best):
                 best = (mean, step, rate)
-    return Schedule(best[1], best[2], grid) if best else None
+    return AdaptationSchedule(best[1], best[2], grid) if best else None
 
 
 def middle_mean(losses: NDArray[np.float64]) -> NDArray[np.float64]:

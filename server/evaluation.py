@@ -12,7 +12,7 @@ from fedmeta.checkpoint import Evaluation
 from fedmeta.learners import Learner
 from fedmeta.messages import LOSS, EvaluateReply, write_arrays
 from fedmeta.problems.problem import own_baselines
-from server.adaptation_schedule import Schedule, tune_adaptation
+from server.adaptation_schedule import AdaptationSchedule, tune_adaptation
 from server.strategy import MetaGradientStrategy
 
 
@@ -25,7 +25,7 @@ class EvaluateFn(Protocol):
 
 def evaluate_all_sites(
     ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner, round_number: int, last: bool
-) -> tuple[Evaluation, Schedule | None] | None:
+) -> tuple[Evaluation, AdaptationSchedule | None] | None:
     """Returns the sites' figures and, where that was chosen, how far they adapted; None where no node answered.
 
     Args:
@@ -71,7 +71,7 @@ def _aligned(alone: EvaluateReply, names: tuple[str, ...]) -> dict[str, NDArray[
     return {key: np.where(order >= 0, values[order], np.nan) for key, values in figures.items()}
 
 
-def _schedule(ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner) -> Schedule | None:
+def _schedule(ask: EvaluateFn, strategy: MetaGradientStrategy, learner: Learner) -> AdaptationSchedule | None:
     """Returns how far sites adapt, by the validation sites; None where there are none or no node answered."""
     if not learner.adapts or not strategy.federation.validation.any():
         return None

@@ -24,7 +24,7 @@ FIRST = 10
 """From which reply on there is a bound."""
 
 FEWEST_TO_COMPARE = 3
-"""From how many figures on they are compared: of two, nothing says which one is usual."""
+"""From how many figures on they are compared: of two, nothing shows which one is usual."""
 
 
 @dataclass(frozen=True)

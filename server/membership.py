@@ -21,7 +21,7 @@ POLL_S = 3.0
 """How long to wait before asking again who is there, while sites that must be present are missing."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
-"""How long a node that could not say whom it hosts, or may not, is left alone before it is asked again."""
+"""How long a node that could not report whom it hosts, or may not, is left alone before it is asked again."""
 
 BACKOFF_FACTOR = 4.0
 """How many times as long as it took to fail a node is left alone at least: one that hangs must not hold up the rest."""
@@ -52,7 +52,7 @@ class Membership:
         resumes from a checkpoint does so after `server.round_timeout` also without those of its sites that are lost.
 
         Raises:
-            FedmetaError: Nobody answered, or sites that must be present are missing after `server.round_timeout` or
+            FedmetaError: No node answered, or sites that must be present are missing after `server.round_timeout` or
                 refused.
         """
         self._grid = grid
@@ -68,10 +68,10 @@ class Membership:
         absent = [self.federation.names[site] for site in np.flatnonzero(self.federation.node_ids == NO_NODE)]
         self.absent = [name for name in absent if name not in self.refused]
 
-    def refresh(self) -> list[str]:
-        """Asks nodes that were not there before which sites they host; returns what there is to say about them."""
+    def poll_new_nodes(self) -> list[str]:
+        """Asks nodes that were not there before which sites they host; returns notes about them."""
         fresh = self._pending_nodes()
-        return self._join(fresh) if fresh else []
+        return self._register(fresh) if fresh else []
 
     def _pending_nodes(self) -> set[int]:
         """Returns the nodes to ask: those that were not there before, and those whose pause is over."""
@@ -91,7 +91,7 @@ class Membership:
             answers, failed = self._ask_sites(self._pending_nodes())
             problems |= failed
             node_ids = {name: node for node, reply in replies.items() for name in reply.names}
-            contested = self._contested(node_ids, answers)
+            contested = self._duplicate_claims(node_ids, answers)
             for node, reply in answers.items():
                 if node not in contested:
                     for gone in {node_ids[name] for name in reply.names if name in node_ids}:
@@ -100,12 +100,14 @@ class Membership:
             accepted, self.refused = schema.select_majority_schema(replies, earlier)
             for node, why in schema.excess_classes({} if earlier else accepted).items():
                 self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
+            for node, why in schema.text_where_numbers({} if earlier else accepted).items():
+                self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
             for reasons in contested.values():
                 self.refused |= reasons
             self.refused |= self._impostors
             present = [name for reply in accepted.values() for name in reply.names]
             over = time.monotonic() >= deadline
-            # What a checkpoint says of its sites is enough to continue without those that are lost.
+            # What a checkpoint holds of its sites is enough to continue without those that are lost.
             missing = _missing(required if over and earlier and earlier.train_rows else wanted, present)
             if accepted and not missing:
                 federation = build_federation(accepted, self._experiment, earlier)
@@ -142,7 +144,9 @@ class Membership:
         self._paused[node] = Backoff(time.monotonic() + seconds, seconds)
         self._seen.discard(node)
 
-    def _contested(self, node_ids: Mapping[str, int], answers: Mapping[int, SitesReply]) -> dict[int, dict[str, str]]:
+    def _duplicate_claims(
+        self, node_ids: Mapping[str, int], answers: Mapping[int, SitesReply]
+    ) -> dict[int, dict[str, str]]:
         """Returns the nodes among those that answered that may not have the names they bring, and who is refused why.
 
         Where nodes have keys, a name belongs to one (`server.site_keys`), and the node is refused under its number: the
@@ -183,36 +187,36 @@ class Membership:
         answers = ask(self._grid, contents, QUERY_SITES, self._experiment.server.round_timeout)
         return {node for node, content in answers.items() if not isinstance(content, str)}
 
-    def _join(self, nodes: set[int]) -> list[str]:
+    def _register(self, nodes: set[int]) -> list[str]:
         answers, problems = self._ask_sites(nodes)
-        said = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
+        notes = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
         federation = self.federation
         node_ids = dict(zip(federation.names, federation.node_ids.tolist(), strict=True)) if answers else {}
-        for node, reasons in self._contested(node_ids, answers).items():
+        for node, reasons in self._duplicate_claims(node_ids, answers).items():
             del answers[node]
             if any(self.refused.get(name) != why for name, why in reasons.items()):
-                said.append(f"refused {', '.join([*reasons][:5])}: {next(iter(reasons.values()))}")
+                notes.append(f"refused {', '.join([*reasons][:5])}: {next(iter(reasons.values()))}")
             self.refused |= reasons
         for node, reply in answers.items():
-            difference = schema.difference(reply, federation)
+            difference = schema.schema_mismatch(reply, federation)
             if difference:
                 self.refused.update(dict.fromkeys(reply.names, difference))
-                said.append(f"refused {', '.join(reply.names[:5])}: {difference}")
+                notes.append(f"refused {', '.join(reply.names[:5])}: {difference}")
                 continue
             known = set(federation.names)
             joined = [name for name in reply.names if name not in known]
             if joined and uses_validation_sites(self._experiment):
-                said.append(f"{', '.join(joined[:5])} left out: the run is scored on validation sites")
+                notes.append(f"{', '.join(joined[:5])} left out: the run is scored on validation sites")
                 federation = only(add_sites(federation, {node: reply}, as_new=True), known)
                 continue
             if joined:
-                said.append(
+                notes.append(
                     f"{', '.join(joined[:5])} joined as {'training' if self._experiment.server.admit else 'new'}"
                 )
-            said += _changed(federation, reply)
+            notes += _changed(federation, reply)
             federation = add_sites(federation, {node: reply}, as_new=not self._experiment.server.admit)
         self.federation = federation
-        return said
+        return notes
 
 
 def _claims(names: Mapping[str, str]) -> str:
@@ -238,14 +242,14 @@ def _missing(wanted: int | Sequence[str], present: Sequence[str]) -> str:
 
 
 def _no_sites_error(problems: Sequence[str], missing: str, refused: Mapping[str, str], some: bool) -> str:
-    """Describes why a run cannot start; `some` says whether at least one node answered."""
+    """Describes why a run cannot start; `some` is whether at least one node answered."""
     if refused:
         site, difference = next(iter(refused.items()))
         if missing:
             return f"server.wait_for is not met, still missing: {missing}; {site} cannot take part: {difference}"
         return f"no site can take part; {site}: {difference}"
     if problems and not some:
-        return f"no node could say which sites it hosts: {problems[0]}"
+        return f"no node could report which sites it hosts: {problems[0]}"
     if missing:
         return "; ".join([f"server.wait_for is not met, still missing: {missing}", *problems[:1]])
     return "no node is connected"

@@ -61,7 +61,7 @@ class SiteLevelDP:
         self._ledger = folder / BUDGET_FILE
         self.spent = _read(self._ledger, sites) if done or self._ledger.exists() else 0
         self.budget = settings.epsilon
-        first = self.accountant.epsilon(1)  # says now if the accountant is not installed
+        first = self.accountant.epsilon(1)  # fails now if the accountant is not installed
         if self.budget and first > self.budget:
             raise FedmetaError(
                 f"[privacy] epsilon = {self.budget:g}: the first round already takes {first:.3g}: "
@@ -128,7 +128,7 @@ class SiteLevelDP:
             self.spent = spent
 
     def summary(self) -> dict[str, float]:
-        """Returns what the run's summary says of it."""
+        """Returns its entries of the run's summary."""
         return {"epsilon": self.epsilon, "delta": self.accountant.delta, "rounds": self.spent}
 
 
@@ -216,7 +216,7 @@ def _read(ledger: Path, sites: int) -> int:
         rounds, population = int(entries["rounds"]), int(entries["sites"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedmetaError(
-            f"{ledger}: it says how much privacy the run has spent, and cannot be read: {error}"
+            f"{ledger}: it records how much privacy the run has spent, and cannot be read: {error}"
         ) from error
     if population != sites:
         raise FedmetaError(f"{ledger}: the run had {population} training sites and now has {sites}: start a new one")

@@ -28,11 +28,11 @@ from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
 from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
 from fedmeta.versions import versions
-from server.adaptation_schedule import Schedule
+from server.adaptation_schedule import AdaptationSchedule
 from server.federation import Federation
 
 FAILURES_FILE = "failures.json"
-"""The file that says who did not take part in which round, and why."""
+"""The file of who did not take part in which round, and why."""
 
 
 class RunLogger:
@@ -63,7 +63,7 @@ class RunLogger:
         self.run_id = earlier.run_id if earlier else "" if tracked else secrets.token_hex(16)
 
     def start(self, federation: Federation) -> None:
-        """Opens the tracked run, and says again what it may not have heard before the checkpoint.
+        """Starts the MLflow run and replays metrics logged before the checkpoint.
 
         Raises:
             FedmetaError: Tracking cannot be reached.
@@ -104,7 +104,7 @@ class RunLogger:
             _write(self.folder / FAILURES_FILE, json.dumps(self._missed, indent=1))
 
     def evaluation(
-        self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any], schedule: Schedule | None = None
+        self, number: int, frame: pd.DataFrame, groups: Mapping[str, Any], schedule: AdaptationSchedule | None = None
     ) -> None:
         """Writes down one evaluation, and how far sites adapted in it where that was chosen."""
         if schedule:
@@ -195,8 +195,8 @@ def _write(path: Path, content: str | bytes) -> None:
         raise FedmetaError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _schedule_of(entries: Mapping[str, Any]) -> Schedule:
-    return Schedule(entries["steps"], entries["rate"], entries["validation_losses"])
+def _schedule_of(entries: Mapping[str, Any]) -> AdaptationSchedule:
+    return AdaptationSchedule(entries["steps"], entries["rate"], entries["validation_losses"])
 
 
 def _start_tracker(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ FEWEST_TO_COMPARE = 3
 
 
 class Schema(Protocol):
-    """The form of rows and labels, as a node or a federation has it."""
+    """The schema of rows and labels, as a node or a federation has it."""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -43,6 +43,10 @@ class Schema(Protocol):
         """What each target of a regression is called; empty for classes."""
 
     @property
+    def categorical(self) -> tuple[str, ...]:
+        """Which features are columns of categories."""
+
+    @property
     def form(self) -> str:
         """A digest of the form of an own source's tasks; empty for rows."""
 
@@ -52,7 +56,7 @@ def select_majority_schema(
 ) -> tuple[dict[int, SitesReply], dict[str, str]]:
     """Returns the replies of the form that most nodes share, and the other sites with how they differ from it.
 
-    A node has one voice: a key admits one, and a node that makes names up does not outvote the others. Of two forms
+    A node counts once: a key admits one, and a node that makes names up does not outvote the others. Of two forms
     with equally many nodes the one with more sites is taken, then the one with the first site by name, so that neither
     the order in which nodes answer nor their ids decide. Replies come in the order of their first site's name.
 
@@ -62,22 +66,22 @@ def select_majority_schema(
     """
     ordered = sorted(replies.items(), key=lambda reply: reply[1].names)
     if fixed is not None:
-        differences = {node: difference(reply, fixed) for node, reply in ordered}
+        differences = {node: schema_mismatch(reply, fixed) for node, reply in ordered}
         return (
             {node: reply for node, reply in ordered if not differences[node]},
             {name: differences[node] for node, reply in ordered if differences[node] for name in reply.names},
         )
     counts: dict[tuple[object, ...], tuple[int, int]] = {}
     for _, reply in ordered:
-        nodes, sites = counts.get(_form(reply), (0, 0))
-        counts[_form(reply)] = (nodes + 1, sites + len(reply.names))
+        nodes, sites = counts.get(_schema_of(reply), (0, 0))
+        counts[_schema_of(reply)] = (nodes + 1, sites + len(reply.names))
     if not counts:
         return {}, {}
     chosen = max(counts, key=counts.__getitem__)  # of equal counts the first one, whose site came first
-    accepted = {node: reply for node, reply in ordered if _form(reply) == chosen}
+    accepted = {node: reply for node, reply in ordered if _schema_of(reply) == chosen}
     example = next(iter(accepted.values()))
     refused = {
-        name: difference(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
+        name: schema_mismatch(reply, example) for node, reply in ordered if node not in accepted for name in reply.names
     }
     return accepted, refused
 
@@ -103,7 +107,28 @@ def excess_classes(replies: Mapping[int, SitesReply]) -> dict[int, str]:
     return found
 
 
-def difference(reply: Schema, federation: Schema) -> str:
+def usual_categorical(replies: Mapping[int, SitesReply]) -> tuple[str, ...]:
+    """Returns the columns that are categories at half of the nodes or more, in the order of the features."""
+    counts: dict[str, int] = {}
+    for reply in replies.values():
+        for name in reply.categorical:
+            counts[name] = counts.get(name, 0) + 1
+    first = next(iter(replies.values()), None)
+    return tuple(name for name in (first.features if first else ()) if 2 * counts.get(name, 0) >= len(replies))
+
+
+def text_where_numbers(replies: Mapping[int, SitesReply]) -> dict[int, str]:
+    """Returns the nodes with a column of categories that is numbers at most of the others, with the reason."""
+    usual = set(usual_categorical(replies))
+    found = {node: [name for name in reply.categorical if name not in usual] for node, reply in replies.items()}
+    return {node: _text_column(names) for node, names in found.items() if names}
+
+
+def _text_column(names: Sequence[str]) -> str:
+    return f"its column {', '.join(names[:5])} holds categories, and numbers at most sites"
+
+
+def schema_mismatch(reply: Schema, federation: Schema) -> str:
     """Describes how a node's schema differs from the federation's, or the empty string."""
     if reply.regression != federation.regression:
         kinds = ("classes", "numbers")
@@ -124,8 +149,10 @@ def difference(reply: Schema, federation: Schema) -> str:
         return "its tasks have another structure, other shapes or other types than the federation's"
     if reply.tokens != federation.tokens:
         return "its features are codes where the federation's are numbers, or the other way round"
+    if text := [name for name in reply.categorical if name not in federation.categorical]:
+        return _text_column(text)
     return ""
 
 
-def _form(reply: SitesReply) -> tuple[object, ...]:
+def _schema_of(reply: SitesReply) -> tuple[object, ...]:
     return (reply.features, reply.shape, reply.regression, reply.targets, reply.tokens, reply.form)

@@ -144,7 +144,7 @@ class MetaGradientStrategy(Strategy):
         )
 
     def summary(self) -> None:
-        """Prints nothing: what a run is, the experiment says."""
+        """Prints nothing: the experiment describes the run."""
 
     @property
     def meta_state(self) -> dict[str, Tensor]:

@@ -11,14 +11,14 @@ PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of `ru_maxrss`."""
 
 
-class Machine:
+class ProcessMonitor:
     """Measures from one call to the next."""
 
     def __init__(self) -> None:
         self._processors = os.cpu_count() or 1
         self._clock, self._processor = time.perf_counter(), time.process_time()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Returns the share of all processors since the last call (per cent) and the largest memory so far (MB).
 
         MLflow shows metrics of such names under "System metrics".

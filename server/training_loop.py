@@ -22,17 +22,17 @@ from fedmeta.files import locked, remove_parts
 from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
-from fedmeta.progress import FailureThrottle, Progress, Report
+from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
 from server import aggregation
 from server.evaluation import evaluate_all_sites
-from server.federation import SITE_UNAVAILABLE, ask_standardisation, remap_site_indices
+from server.federation import SITE_UNAVAILABLE, ask_categories, ask_standardisation, remap_site_indices
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
 from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
 from server.signals import defer_keyboard_interrupt
 from server.strategy import MetaGradientStrategy
-from server.system_metrics import Machine
+from server.system_metrics import ProcessMonitor
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
@@ -59,14 +59,19 @@ class Outcome:
 
 
 def run(
-    grid: Grid, experiment: Experiment, report: Report, resume: Path | None = None, *, data_here: bool = False
+    grid: Grid,
+    experiment: Experiment,
+    on_progress: ProgressCallback,
+    resume: Path | None = None,
+    *,
+    data_here: bool = False,
 ) -> Outcome:
     """Runs an experiment over the nodes of a grid.
 
     Args:
         grid: Flower's grid.
         experiment: The run's description.
-        report: Takes progress.
+        on_progress: Called with the progress after each round.
         resume: The folder of an unfinished run of this experiment to resume.
         data_here: Whether this machine holds the sites' data, as in simulation; then a problem's pictures are drawn.
 
@@ -78,34 +83,39 @@ def run(
     make_run_folder(folder)
     with locked(folder / LOCK):
         earlier = checkpoints.newest(folder)[0] if resume else None
-        return _run(grid, experiment, report, folder, earlier, data_here)
+        return _run(grid, experiment, on_progress, folder, earlier, data_here)
 
 
 def _run(
-    grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None, data_here: bool
+    grid: Grid,
+    experiment: Experiment,
+    on_progress: ProgressCallback,
+    folder: Path,
+    earlier: Checkpoint | None,
+    data_here: bool,
 ) -> Outcome:
     try:
         remove_parts(folder)
-        rounds = TrainingLoop(grid, experiment, report, folder, earlier)
+        loop = TrainingLoop(grid, experiment, on_progress, folder, earlier)
     except BaseException:
         if earlier is None:
             remove_unused(folder)
         raise
     try:
-        rounds.begin()
-        rounds.train()
-        return rounds.finish(data_here)
+        loop.start()
+        loop.run()
+        return loop.finish(data_here)
     except (KeyboardInterrupt, SystemExit):  # Flower exits a ServerApp whose run was stopped
         with defer_keyboard_interrupt():
             try:
-                rounds.save()
+                loop.save()
             finally:
-                rounds.journal.stop("KILLED")
-            rounds.tell(f"stopped after round {rounds.round_number}; to resume: --resume {rounds.journal.folder.name}")
+                loop.logger.stop("KILLED")
+            loop.report(f"stopped after round {loop.round_number}; to resume: --resume {loop.logger.folder.name}")
         raise
     except BaseException:
         with defer_keyboard_interrupt():
-            rounds.journal.stop("FAILED")
+            loop.logger.stop("FAILED")
         raise
 
 
@@ -113,16 +123,22 @@ class TrainingLoop:
     """A run in progress; what it is made of is in its checkpoint."""
 
     def __init__(
-        self, grid: Grid, experiment: Experiment, report: Report, folder: Path, earlier: Checkpoint | None
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        on_progress: ProgressCallback,
+        folder: Path,
+        earlier: Checkpoint | None,
     ) -> None:
-        self.grid, self.experiment, self.report = grid, experiment, report
-        self.roll = Membership(grid, experiment, earlier)
-        federation = self.roll.federation
+        self.grid, self.experiment, self.on_progress = grid, experiment, on_progress
+        self.membership = Membership(grid, experiment, earlier)
+        self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
+        federation = self.membership.federation
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
         self.learner = learner = validated_learner(
-            experiment, federation.shape, federation.classes, len(federation.targets), tokens=federation.tokens
+            experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
@@ -133,11 +149,12 @@ class TrainingLoop:
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
         optimizer = ServerOptimizer(experiment.server, learner.update, start)
-        self.without_sums: dict[str, str] = {}
+        self.without_sums: dict[str, str] = without_names
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
-            scale, self.without_sums = ask_standardisation(grid, federation, experiment)
+            scale, without_sums = ask_standardisation(grid, federation, experiment)
+            self.without_sums = without_names | without_sums
             constants |= scale
         self.strategy = MetaGradientStrategy(
             experiment, federation, optimizer, constants, folder.name, self.privacy, learner=learner
@@ -151,17 +168,17 @@ class TrainingLoop:
             self.last = self.round_number + self.privacy.rounds_left(self.last - self.round_number)
         self.finished = bool(earlier and earlier.finished)
         self.opened = bool(earlier and earlier.run_id)
-        self.idle = 0
+        self.empty_rounds = 0
         self.useful = bool(self.round_number)
         self.failure_throttle = FailureThrottle(see=FAILURES_FILE)
         self.influence_throttle = FailureThrottle(see=FAILURES_FILE)
-        self.machine = Machine()
+        self.monitor = ProcessMonitor()
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
             self.strategy.norms = earlier.norms
-        self.journal = RunLogger(experiment, folder, earlier, self.metrics)
+        self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Opens the tracked run, and has the engine chosen where that is not done.
 
         A checkpoint stands on the disk before the tracked run is opened: whenever the process dies from here on, the
@@ -171,30 +188,30 @@ class TrainingLoop:
         if fresh:
             self.save()
         with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended
-            self.journal.start(self.roll.federation)
+            self.logger.start(self.membership.federation)
         if not self.round_number and self.experiment.server.rounds:
-            self.journal.engine(self.strategy.choose_engine(self.grid))
+            self.logger.engine(self.strategy.choose_engine(self.grid))
         if fresh:
             self.save()
 
-    def train(self) -> None:
+    def run(self) -> None:
         """Runs the rounds that are left, with an evaluation before the first one."""
-        self.tell()
-        self.journal.log_failures(0, self.roll.refused, "start")
-        for site, difference in self.roll.refused.items():
-            self.tell(f"refused {site}: {difference}")
-        for note in self.roll.notes:
-            self.tell(note)
-        self.journal.log_failures(0, self.without_sums, "standardisation")
+        self.report()
+        self.logger.log_failures(0, self.membership.refused, "start")
+        for site, difference in self.membership.refused.items():
+            self.report(f"refused {site}: {difference}")
+        for note in self.membership.notes:
+            self.report(note)
+        self.logger.log_failures(0, self.without_sums, "standardisation")
         for site, reason in self.without_sums.items():
-            self.tell(f"standardisation without {site}: {reason}")
-        self.journal.log_failures(self.round_number, dict.fromkeys(self.roll.absent, SITE_UNAVAILABLE), "start")
-        for site in self.roll.absent:
-            self.tell(f"continues without {site}: {SITE_UNAVAILABLE}")
+            self.report(f"standardisation without {site}: {reason}")
+        self.logger.log_failures(self.round_number, dict.fromkeys(self.membership.absent, SITE_UNAVAILABLE), "start")
+        for site in self.membership.absent:
+            self.report(f"continues without {site}: {SITE_UNAVAILABLE}")
         every, last = self.experiment.evaluation.every, self.last
         if last < self.experiment.server.rounds:
             budget, rounds = self.experiment.privacy.epsilon, self.experiment.server.rounds
-            self.tell(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
+            self.report(f"the privacy budget of epsilon {budget:g} ends the run after {last} of {rounds} rounds")
         saves = self.experiment.runtime.checkpoint_every
         # A run that was stopped between a round and its evaluation continues with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
@@ -206,7 +223,7 @@ class TrainingLoop:
                 self._evaluate()
             if saves and self.round_number % saves == 0:
                 self.save()
-            self.tell()
+            self.report()
 
     def finish(self, data_here: bool) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
@@ -216,22 +233,24 @@ class TrainingLoop:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save()
         sites = pd.concat(
-            [evaluation_frame(self.roll.federation, evaluation, self.metrics) for evaluation in self.evaluations],
+            [evaluation_frame(self.membership.federation, evaluation, self.metrics) for evaluation in self.evaluations],
             ignore_index=True,
         )
+        if (evaluations := self.learner.problem.solver.evaluations) > 1:
+            sites["step_evaluations"] = evaluations
         privacy = self.privacy.summary() if self.privacy else {}
         groups = self._summarize(self.evaluations[-1])
         trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at
         if data_here and has_picture(self.learner.problem) and not trial:
             self._draw(sites[sites["round"] == self.round_number])
-        held_out, totals = self.roll.federation.held_out, self.totals
+        held_out, totals = self.membership.federation.held_out, self.totals
         outcome: Outcome | None = None
         try:
             with defer_keyboard_interrupt():
-                summary = self.journal.finish(
+                summary = self.logger.finish(
                     sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out
                 )
-                outcome = Outcome(summary, sites, self.strategy.meta_state, self.journal.folder)
+                outcome = Outcome(summary, sites, self.strategy.meta_state, self.logger.folder)
         except (KeyboardInterrupt, SystemExit):
             if outcome is None:
                 raise  # else all is done, and there is nothing left to stop
@@ -243,16 +262,16 @@ class TrainingLoop:
         from fedmeta.pictures import write_pictures  # matplotlib takes a second to import
 
         try:
-            write_pictures(self.experiment, self.learner, self.strategy.meta_state, sites, self.journal.folder)
+            write_pictures(self.experiment, self.learner, self.strategy.meta_state, sites, self.logger.folder)
         except Exception as error:  # whatever a user's own code raises
-            self.tell(f"the problem's pictures could not be drawn: {error}")
+            self.report(f"the problem's pictures could not be drawn: {error}")
 
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
-        federation = self.roll.federation
+        federation = self.membership.federation
         checkpoint = Checkpoint(
             experiment=self.experiment.to_toml(),
-            run_id=self.journal.run_id,
+            run_id=self.logger.run_id,
             round_number=self.round_number,
             meta_state=self.strategy.meta_state,
             optimizer=self.strategy.optimizer.state(),
@@ -266,6 +285,7 @@ class TrainingLoop:
             test_rows=tuple(federation.test_rows.tolist()),
             regression=federation.regression,
             targets=federation.targets,
+            categories=federation.categories,
             tokens=federation.tokens,
             weights=tuple(federation.weights.tolist()),
             form=federation.form,
@@ -275,24 +295,24 @@ class TrainingLoop:
             totals=self.totals,
             engine=self.strategy.engine,
             budget=self.strategy.budget,
-            metrics=self.journal.metrics,
-            schedule=self.journal.schedule,
+            metrics=self.logger.metrics,
+            schedule=self.logger.schedule,
             finished=self.finished,
         )
-        path = checkpoints.write(checkpoint, self.journal.folder)
-        self.strategy.saved_rounds = checkpoints.rounds(self.journal.folder, self.round_number)
+        path = checkpoints.write(checkpoint, self.logger.folder)
+        self.strategy.saved_rounds = checkpoints.rounds(self.logger.folder, self.round_number)
         return path
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
-        strategy, before = self.strategy, self.roll.federation.names
-        refused = set(self.roll.refused)
-        for note in self.roll.refresh():
-            self.tell(note)
-        fresh = {site: why for site, why in self.roll.refused.items() if site not in refused}
-        self.journal.log_failures(number, fresh, "start")
-        self.evaluations = remap_site_indices(self.evaluations, before, self.roll.federation)
-        strategy.federation = self.roll.federation
+        strategy, before = self.strategy, self.membership.federation.names
+        refused = set(self.membership.refused)
+        for note in self.membership.poll_new_nodes():
+            self.report(note)
+        fresh = {site: why for site, why in self.membership.refused.items() if site not in refused}
+        self.logger.log_failures(number, fresh, "start")
+        self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
+        strategy.federation = self.membership.federation
         messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         with defer_keyboard_interrupt():
@@ -300,42 +320,44 @@ class TrainingLoop:
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
-            self.idle = self.idle + 1 if idle else 0
+            self.empty_rounds = self.empty_rounds + 1 if idle else 0
             self.useful = self.useful or not idle
             seconds = time.perf_counter() - started
             self._count(seconds)
             figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
             figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
-            figures |= self.machine.figures()
+            figures |= self.monitor.metrics()
             if self.privacy:
                 figures["privacy/epsilon"] = self.privacy.epsilon
             loss = metrics.get("query_loss") if metrics else None
-            self.journal.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
-            self.journal.log_failures(number, strategy.log.failed)
-            self.journal.log_failures(number, strategy.log.shortened, "shortened")
-            self.journal.log_failures(number, strategy.log.outlying, "query loss")
+            self.logger.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
+            self.logger.log_failures(number, strategy.log.failed)
+            self.logger.log_failures(number, strategy.log.shortened, "shortened")
+            self.logger.log_failures(number, strategy.log.outlying, "query loss")
             if strategy.log.shortened or strategy.log.undone:
                 self._report_influence(number)
         if metrics is None or strategy.log.failed:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
             if note := self.failure_throttle.filter(what, strategy.log.failed):
-                self.tell(note)
-        if self.idle == MAX_EMPTY_ROUNDS or (number == self.last and not self.useful):
-            raise FedmetaError(f"none of {self.idle} rounds had a usable reply: {strategy.log.reasons(advise=True)}")
+                self.report(note)
+        if self.empty_rounds == MAX_EMPTY_ROUNDS or (number == self.last and not self.useful):
+            raise FedmetaError(
+                f"none of {self.empty_rounds} rounds had a usable reply: {strategy.log.reasons(advise=True)}"
+            )
 
     def _report_influence(self, number: int) -> None:
         """Keeps a checkpoint from before a round whose replies were out of the ordinary, and reports them."""
-        kept = checkpoints.keep_before(self.journal.folder, number)
+        kept = checkpoints.keep_before(self.logger.folder, number)
         note = f"; the checkpoint from before is kept as {kept.name}" if kept else ""
         shortened = self.strategy.log.shortened
         if shortened:
             site, why = next(iter(shortened.items()))
             others = f" (and {len(shortened) - 1} more)" if len(shortened) > 1 else ""
             note = f"round {number}: {site}{others}: {why}{note}"
-            if said := self.influence_throttle.filter(note, dict.fromkeys(shortened, "shortened")):
-                self.tell(said)
+            if line := self.influence_throttle.filter(note, dict.fromkeys(shortened, "shortened")):
+                self.report(line)
         elif note:
-            self.tell(note.removeprefix("; "))
+            self.report(note.removeprefix("; "))
 
     def _evaluate(self, last: bool = False) -> None:
         """Evaluates all sites; at the end also local-only, and after as many steps as the schedule allows."""
@@ -353,30 +375,30 @@ class TrainingLoop:
             if self._evaluated():
                 self.evaluations.pop()
             self.evaluations.append(evaluation)
-            frame = evaluation_frame(self.roll.federation, evaluation, self.metrics)
+            frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
             groups = self._summarize(evaluation)
             self.scores = headline(groups)
-            self.journal.evaluation(self.round_number, frame, groups, schedule)
+            self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
-        self.tell()
+        self.report()
 
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
-        """Returns the scores of one message to all nodes; None where no site was evaluated, which is said."""
+        """Returns the scores of one message to all nodes; None where no site was evaluated, which is reported."""
         started = time.perf_counter()
         strategy = self.strategy
         messages = strategy.configure_evaluate(self.round_number, arrays, ConfigRecord(dict(how)), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         strategy.aggregate_evaluate(self.round_number, replies)
         self._count(time.perf_counter() - started)
-        self.journal.log_failures(self.round_number, strategy.log.failed, "evaluation")
+        self.logger.log_failures(self.round_number, strategy.log.failed, "evaluation")
         if strategy.evaluated is None:
-            self.tell(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
+            self.report(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
         elif strategy.log.failed:
-            self.tell(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
+            self.report(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
         return strategy.evaluated
 
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-        frame = evaluation_frame(self.roll.federation, evaluation, self.metrics)
+        frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
         positive = getattr(self.learner.problem, "positive", 1)
         return summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
 
@@ -389,7 +411,7 @@ class TrainingLoop:
         gains["failures"] = len(log.failed)
         self.totals = {name: self.totals.get(name, 0.0) + gain for name, gain in gains.items()}
 
-    def tell(self, note: str = "") -> None:
-        """Reports how far the run is, and what there is to say about it."""
+    def report(self, note: str = "") -> None:
+        """Reports the run's progress, with a note where there is one."""
         failures = int(self.totals.get("failures", 0))
-        self.report(Progress(self.round_number, self.last, *self.scores, failures, note, self.journal.run_id))
+        self.on_progress(Progress(self.round_number, self.last, *self.scores, failures, note, self.logger.run_id))

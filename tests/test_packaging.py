@@ -59,8 +59,8 @@ def test_an_audit_fails_for_what_a_newer_version_mends(audit: ModuleType) -> Non
             {"name": "open", "version": "3.0", "vulns": [{"id": "PYSEC-2", "fix_versions": []}]},
         ]
     }
-    assert audit.judge(report, {}) == (["holey 2.0: PYSEC-1, mended in 2.1", "open 3.0: PYSEC-2, open"], 1)
-    assert audit.judge(report, {"PYSEC-1": "a part that is not used"}) == (["open 3.0: PYSEC-2, open"], 0)
+    assert audit.unaccepted(report, {}) == (["holey 2.0: PYSEC-1, mended in 2.1", "open 3.0: PYSEC-2, open"], 1)
+    assert audit.unaccepted(report, {"PYSEC-1": "a part that is not used"}) == (["open 3.0: PYSEC-2, open"], 0)
 
 
 class _Index(BaseHTTPRequestHandler):

@@ -89,7 +89,7 @@ def test_nobody_joins_such_a_run(tmp_path: Path) -> None:
     before = roll.federation.names
     assert len(before) == 3
     grid.join(NODE_IDS[4], hospital(tmp_path, "grace"))
-    assert roll.refresh() == ["grace left out: the run is scored on validation sites"]
+    assert roll.poll_new_nodes() == ["grace left out: the run is scored on validation sites"]
     assert roll.federation.names == before
 
 

@@ -170,11 +170,11 @@ def table(result: dict[str, Any]) -> str:
     ]
     rows += [(name, "-", f"not measured: {reason}", "-") for name, reason in result["skipped"].items()]
     text = machine.markdown(("round of 64 sites, 784-128-10, 3 steps", "rounds", "median ms", "fastest ms"), rows)
-    said = [
+    lines = [
         (f"local runtime, {entry['learner']}", entry["rival"], f"{entry['ratio']} x", f"{entry['target']} x")
         for entry in result["ratios"]
     ]
-    return text + "\n\n" + machine.markdown(("", "faster than", "by", "target"), said)
+    return text + "\n\n" + machine.markdown(("", "faster than", "by", "target"), lines)
 
 
 def main() -> None:

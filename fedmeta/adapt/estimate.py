@@ -2,7 +2,7 @@
 
 The number of inner steps is chosen by cross-validation on the rows (`fedmeta.engines.step_selection`): zero, the
 usual number or
-more. Any number need beat the usual one by one standard error only, for the rows are all there is to tell. The figures
+more. Any number need beat the usual one by one standard error only, for there is no other evidence. The figures
 of that cross-validation favour the choice that it made, so they are no estimate. The estimate comes from a second
 cross-validation around the first: a part of the rows is set aside, the others choose their own number of steps and
 adapt, and the rows set aside judge the result (Varma and Simon, BMC Bioinformatics 7:91, 2006). Each row is so judged
@@ -33,7 +33,7 @@ from fedmeta.randomness import row_draws, site_keys
 from fedmeta.targets import TargetScale
 from fedmeta.task import Batch, Rows, Task, stack
 
-Report = Callable[[int, int], None]
+SplitProgress = Callable[[int, int], None]
 """Takes how many of how many choices are made."""
 
 
@@ -41,7 +41,7 @@ def ignore_progress(done: int, count: int) -> None:
     """Takes progress and shows nothing."""
 
 
-JUDGED = 20
+MIN_SCORED_ROWS = 20
 """Into how many parts rows are set aside in turn: with more, each model has nearly as many rows as the final one."""
 
 MANY_ROWS = 1000
@@ -63,7 +63,7 @@ PERSONAL, GLOBAL, UNDECIDED = "personal", "global", "undecided"
 
 @dataclass(frozen=True)
 class NestedCVResult:
-    """What the rows say.
+    """What the rows show.
 
     Attributes:
         steps: The inner steps that the site's model takes; 0 for the global model.
@@ -83,7 +83,7 @@ class NestedCVResult:
 
     @property
     def advice(self) -> str:
-        """What the rows say: "personal" or "global" where one is significantly better, else "undecided"."""
+        """What the rows show: "personal" or "global" where one is significantly better, else "undecided"."""
         if not self.chosen or self.gain.high < 0:
             return GLOBAL
         return PERSONAL if self.gain.low > 0 else UNDECIDED
@@ -94,8 +94,8 @@ class NestedCVResult:
         return self.after if self.steps else self.before
 
 
-def judge(
-    start: MetaModel, x: Tensor, y: Tensor, report: Report = ignore_progress, use: str = "advice"
+def cross_validate(
+    start: MetaModel, x: Tensor, y: Tensor, report: SplitProgress = ignore_progress, use: str = "advice"
 ) -> NestedCVResult:
     """Chooses how far a site adapts, and estimates what that does.
 
@@ -163,12 +163,12 @@ class _NestedCV:
     def parts(self) -> NDArray[np.int64]:
         """Returns in which part each row is set aside [n]."""
         rows = len(self.y)
-        count = min(rows, JUDGED if rows < MANY_ROWS else JUDGED // 2)
+        count = min(rows, MIN_SCORED_ROWS if rows < MANY_ROWS else MIN_SCORED_ROWS // 2)
         if not self.blocks:
             return np.arange(rows) % count
         return np.repeat(np.arange(count), [len(part) for part in np.array_split(np.arange(rows), count)])
 
-    def choices(self, sets: list[NDArray[np.int64]], report: Report = ignore_progress) -> list[int]:
+    def choices(self, sets: list[NDArray[np.int64]], report: SplitProgress = ignore_progress) -> list[int]:
         """Returns the number of steps that each set of rows (indices, in order) chooses."""
         if not self.most:
             return [0] * len(sets)

@@ -82,7 +82,7 @@ class Form:
 
     @property
     def named(self) -> bool:
-        """Whether each feature of a row has a name of its own."""
+        """Whether each feature of a row has its own name."""
         return len(self.shape) == 1 and len(set(self.features)) == self.shape[0]
 
     @property

@@ -19,7 +19,7 @@ class Estimate:
         metric: "accuracy", or "rmse", of which less is better.
         score: The estimate.
         low: The interval's lower end.
-        high: Its upper end; infinite where one row says nothing.
+        high: Its upper end; infinite where there is one row.
         rows: From how many rows.
     """
 
@@ -67,7 +67,7 @@ def rmse(scores: NDArray[np.float64], rows: NDArray[np.int64], excess: float = 1
 
     Squared errors are skewed; the logarithm of their mean is far less so. Its standard error is that of the mean over
     parts, divided by the mean (delta method). Where inner steps are so long that models of nearly the same rows differ
-    wildly, the parts say little of the final model, and the interval covers its error less often than it should.
+    wildly, the parts are far from the final model, and the interval covers its error less often than it should.
 
     Args:
         scores: Each part's RMSE.

@@ -107,7 +107,7 @@ class SiteModel(nn.Module):
         Raises:
             FedmetaError: A column is missing, a value is not a number, or rows have another shape.
         """
-        return said(self._outputs(x), self.form)
+        return decode(self._outputs(x), self.form)
 
     def predict_proba(self, x: Any) -> NDArray[Any]:
         """Returns the probability of each class [n, classes] for raw rows, in the order of `form.classes`.
@@ -180,7 +180,7 @@ class SiteModel(nn.Module):
         return model
 
 
-def said(outputs: Tensor, form: Form) -> NDArray[Any]:
+def decode(outputs: Tensor, form: Form) -> NDArray[Any]:
     """Returns class names (text) or numbers for a model's outputs [n, classes], [n] or [n, targets]."""
     if form.regression:
         numbers: NDArray[Any] = outputs.double().numpy()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedmeta.adapt.adaptation import Adapted
-from fedmeta.adapt.estimate import Report
+from fedmeta.adapt.estimate import SplitProgress
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
@@ -20,7 +20,7 @@ from fedmeta.tables import number
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[SplitProgress]:
     """Shows a bar of the choices made, where stderr is a terminal; yields what feeds it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
@@ -30,7 +30,7 @@ def progress() -> Iterator[Report]:
 
 
 def show(adapted: Adapted, written: Written) -> None:
-    """Shows what the site's rows say and where its model lies."""
+    """Shows what the site's rows show and where its model lies."""
     console = Console(stderr=True)
     start, found, test = adapted.start, adapted.judgement, adapted.test
     # The names are a file's and a run's own, and may hold what Rich takes for a style.

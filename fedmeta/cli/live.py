@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress as Stand
-from fedmeta.progress import Report, ignore_progress
+from fedmeta.progress import ProgressCallback, ignore_progress
 from fedmeta.search.space import describe
 from fedmeta.tables import number
 from fedmeta.text import visible
@@ -29,7 +29,7 @@ MOST_BARS = 24
 
 
 @contextmanager
-def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) -> Iterator[Report]:
+def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) -> Iterator[ProgressCallback]:
     """Shows how far a run is, the time that is left, new sites' score over the evaluations, and how many sites failed.
 
     The view needs a terminal. Notes, such as a round that was skipped or a site that joined, are printed wherever
@@ -61,11 +61,11 @@ def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) ->
 
 
 @contextmanager
-def several(experiment: Experiment, *, quiet: bool = False) -> Iterator[Callable[[str, int, int], Report]]:
+def several(experiment: Experiment, *, quiet: bool = False) -> Iterator[Callable[[str, int, int], ProgressCallback]]:
     """Shows the progress of one run after the other; yields what gives each run (title, number, count) its view."""
     with ExitStack() as views:
 
-        def next_run(title: str, number: int, count: int) -> Report:
+        def next_run(title: str, number: int, count: int) -> ProgressCallback:
             views.close()
             return views.enter_context(progress(experiment, f"{number}/{count} {title}", quiet=quiet))
 

@@ -71,7 +71,7 @@ def load_site(
     only: Sequence[str] | None = None,
     categorical: Collection[str] | None = None,
 ) -> Population:
-    """Returns the population of a deployed node: one site that holds all rows of one file of its own.
+    """Returns the population of a deployed node: one site that holds all rows of its own file.
 
     Args:
         data: What a file's columns mean; its `source` and `path` do not matter.
@@ -92,7 +92,7 @@ def _check_names(population: Population, where: str) -> None:
     """Checks that sites, classes and features have names that may be shown (`fedmeta.text.name_problem`).
 
     Raises:
-        FedmetaError: One has not; says which.
+        FedmetaError: One has not; the message names it.
     """
     names: dict[str, Sequence[str]] = {"feature": population.feature_names}
     if isinstance(population, ArrayPopulation):  # others make their names themselves

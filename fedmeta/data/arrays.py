@@ -1,4 +1,4 @@
-"""From arrays that say for each row its features, label and site, to a population; with checks on the features."""
+"""From arrays with each row's features, label and site to a population; with checks on the features."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def build_population(
         labels: Labels of the rows.
         owners: The site of each row [rows], as a number into `names`.
         names: The sites' names, all different, in any order.
-        place: Says where a cell is, for errors.
+        place: Returns where a cell is, for errors.
         order: What a site's rows are ordered by [rows]; None = as they come.
         feature_names: The features' names where a row is a vector.
         min_rows: Sites with fewer rows are left out.

@@ -195,10 +195,11 @@ class Columns:
             codes[name] = np.array([np.nan if pd.isna(each) else places.get(each, -1) for each in named], dtype=float)
             foreign = named[codes[name] == -1]
             if len(foreign):
-                found = listed([f'"{each}"' for each in dict.fromkeys(foreign)], 5)
+                found, own = (
+                    listed([f'"{each}"' for each in names], 5) for names in (dict.fromkeys(foreign), known[name])
+                )
                 notes.append(
-                    f'column "{name}": {found} in {len(foreign)} rows count as "other": the run knows '
-                    f"{listed([f'"{each}"' for each in known[name]], 8) or 'no name'}"
+                    f'column "{name}": {found} in {len(foreign)} rows count as "other": the run knows {own or "no name"}'
                 )
         return self.encode(codes), tuple(notes)
 
@@ -323,7 +324,7 @@ def column_values(
                 "leave the column out with data.ignore, or list it in data.categorical"
             ]
         else:
-            advice = "correct it, or list it in data.missing if it means a missing value"
+            advice = "correct it, or list it in data.missing if it means a missing value (fedmeta adapt: --missing)"
             problems = _wrong_cells(table, name, column, wrong, f"not a number: {advice}")
     values = found.to_numpy(dtype=np.float64, na_value=np.nan) if found.dtype.kind not in "biu" else None
     if values is not None:

@@ -1,6 +1,6 @@
 """Few-shot tasks: N classes of a site's own, renumbered, and k rows of each to adapt on (Vinyals et al. 2016).
 
-Such a population's labels tell a site's classes apart and mean nothing elsewhere; what a model learns is a task's own
+Such a population's labels distinguish a site's classes and mean nothing elsewhere; what a model learns is a task's own
 numbering, the classes "way 0" to "way N-1". A task depends on the seed, the round, the site's name and its own rows.
 """
 
@@ -80,7 +80,7 @@ def training_tasks(split: Split, sites: IntArray, round_number: int, data: Data)
 def evaluation_tasks(split: Split, sites: IntArray, tasks: int, data: Data) -> Episodes:
     """Returns the tasks that score sites, the same at every evaluation: those of the first site, of the second, ...
 
-    A task adapts on `data.shots` train rows of each of its classes, and all test rows of these classes judge it.
+    A task adapts on `data.shots` train rows of each of its classes, and all test rows of these classes score it.
 
     Args:
         split: The population, which of its rows train, and the run's seed.
@@ -96,11 +96,11 @@ def evaluation_tasks(split: Split, sites: IntArray, tasks: int, data: Data) -> E
     places = {pair: place for place, pair in enumerate(held_out.pairs())}
     there = np.array([places.get(pair, -1) for pair in own.pairs()], dtype=np.int64)
     drawn = _draw(own, there >= 0, ways, data.rotations)
-    judged = drawn._replace(places=there[drawn.places])
+    scored = drawn._replace(places=there[drawn.places])
     table = _Table(len(repeated), ways, data.rotations)
     return Episodes(
         table.of(own, drawn, own.starts, np.minimum(data.shots, own.counts)),
-        table.of(held_out, judged, held_out.starts, held_out.counts),
+        table.of(held_out, scored, held_out.starts, held_out.counts),
         scored=True,
     )
 

@@ -40,7 +40,7 @@ def encode_labels(
 
     Args:
         values: The labels as read [rows]: integers, floating point or text; of several targets [rows, targets].
-        place: Says where a label is, for errors.
+        place: Returns where a label is, for errors.
         task: "classification", "regression", or "auto": regression where `values` are floating point and no class names
             are given.
         binarise: Where given, labels above it are class "1", others class "0".

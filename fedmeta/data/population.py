@@ -93,7 +93,7 @@ class Population(ABC):
 
         Of several targets each row has them along a last axis.
 
-        Of rows that few-shot tasks are drawn from: codes that tell a site's own classes apart.
+        Of rows that few-shot tasks are drawn from: codes that distinguish a site's own classes.
         """
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 Sums are float64. The variance comes from the difference of two sums, whose error is a few parts in 10^16 of the mean
 square for every thousandfold of additions; a column whose standard deviation is below a millionth of its mean
-can therefore not be told from a constant one, and its scale is set so that values stay of the size of 1.
+cannot therefore be distinguished from a constant one, and its scale is set so that values stay of the size of 1.
 """
 
 from dataclasses import dataclass, field

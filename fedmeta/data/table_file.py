@@ -459,11 +459,24 @@ def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool)
 
 def refuse(problems: Sequence[str]) -> None:
     """Raises `FedmetaError` with all problems in one message, where there are any; each is named once."""
-    distinct = list(dict.fromkeys(problems))
+    distinct = _grouped(list(dict.fromkeys(problems)))
     if len(distinct) == 1:
         raise FedmetaError(distinct[0])
     if distinct:
         raise ManyProblems(distinct)
+
+
+def _grouped(problems: Sequence[str]) -> list[str]:
+    """Returns problems, those that several files have in the same words as one that names the files."""
+    words: dict[str, list[tuple[str, str]]] = {}
+    for problem in problems:
+        path, _, rest = problem.partition(": ")
+        words.setdefault(rest or problem, []).append((path, problem))
+    found = []
+    for rest, same in words.items():
+        files = [path for path, _ in same]
+        found += [problem for _, problem in same] if len(same) == 1 else [f"{listed(files, 5)}: {rest}"]
+    return found
 
 
 class ManyProblems(FedmetaError):

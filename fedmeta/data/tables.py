@@ -172,6 +172,12 @@ def _read(file: Path, data: Data, categorical: Collection[str] = ()) -> RawTable
     return read_raw(file, data, (*data.label_names, *data.categorical, *categorical, data.site_column))
 
 
+def table_files(path: Path, data: Data) -> list[Path]:
+    """Returns the tables that a folder holds, or the file itself; raises `FedmetaError` where there is none."""
+    path = _existing(str(path))
+    return _files(path, data, []) if path.is_dir() else [path]
+
+
 def _existing(path: str) -> Path:
     if not path:
         raise FedmetaError("data.path is not set: name the folder with one file per site")

@@ -18,7 +18,7 @@ BUDGET = 1 << 29
 CACHE = 1 << 20
 """How much a convolution's outputs may take on a processor: it loops over sites, and many gain only in the cache."""
 
-EVEN = 0.6
+MIN_FILL = 0.6
 """The share of the longest site's rows that a shorter one must have to be padded to it, where many are shorter."""
 
 
@@ -67,7 +67,7 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
         return
     lengths = row_ends(batch.support) + row_ends(batch.query)
     longest = batch.support[0].shape[1] + batch.query[0].shape[1]
-    if batch.sites == 0 or float(lengths.double().mean()) >= EVEN * longest:
+    if batch.sites == 0 or float(lengths.double().mean()) >= MIN_FILL * longest:
         everyone = torch.arange(batch.sites, device=lengths.device)
         for start in range(0, batch.sites, size):
             yield everyone[start : start + size], batch.chunk(start, start + size)
@@ -76,7 +76,7 @@ def chunks(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     ranked = lengths[order].tolist()
     start = 0
     while start < batch.sites:
-        stop = next((i for i in range(start, batch.sites) if ranked[i] < EVEN * ranked[start]), batch.sites)
+        stop = next((i for i in range(start, batch.sites) if ranked[i] < MIN_FILL * ranked[start]), batch.sites)
         for sites in torch.split(order[start:stop].sort().values, size):
             yield sites, batch.take(sites).cut()
         start = stop

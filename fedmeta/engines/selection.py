@@ -85,7 +85,7 @@ def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str,
     return "vmap" if vmap.fits(learner, batch, meta_state) is None else "loop"
 
 
-def unsure(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
+def needs_autotuning(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
     """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site anyway."""
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
@@ -103,7 +103,7 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     """
     check_rows(learner, meta_state, batch)
     check_labels(learner, batch)
-    if not unsure(learner, batch, meta_state):
+    if not needs_autotuning(learner, batch, meta_state):
         return choose_engine(learner, batch, meta_state), {}
     few = batch.chunk(0, TRIAL_SITES)
     fitting = {"lowrank": lowrank.fits, "vmap": vmap.fits}

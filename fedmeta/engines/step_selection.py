@@ -77,30 +77,30 @@ def choose_steps(
     fold = (place * folds // rows.clamp(min=1)).repeat_interleave(folds, 0)
     turn = torch.arange(folds, device=mask.device).repeat(len(support[2]))[:, None]
     held = mask * (fold == turn)
-    train, judges = mask - held, held
+    train, scored = mask - held, held
     if not y.is_floating_point():
-        judges = judges * _known(y, train)
+        scored = scored * _known(y, train)
     # The rows that are held out alone: all others would be computed for nothing.
     kept = held.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(held.sum(1).max()))]
     task = torch.arange(len(held), device=mask.device)[:, None]
-    found = evaluate(Batch((x, y, train), (x[task, kept], y[task, kept], judges[task, kept])))
+    found = evaluate(Batch((x, y, train), (x[task, kept], y[task, kept], scored[task, kept])))
     costs = _costs(found, y.is_floating_point()).reshape(len(support[2]), folds, -1)
-    judged = judges.sum(1).reshape(-1, folds, 1).double()
+    counts = scored.sum(1).reshape(-1, folds, 1).double()
     last = costs.shape[2] - 1
     none = torch.zeros(len(costs), dtype=torch.long, device=costs.device)
     # Steps after which any fold blew up are out of the question: few folds of which one diverges are no significant
     # difference, for their spread is as large as their mean.
-    good = _steps_before_blow_up(_losses(found, y.is_floating_point()).reshape(costs.shape), judged)
-    mean = _mean(costs, judged)
+    good = _steps_before_blow_up(_losses(found, y.is_floating_point()).reshape(costs.shape), counts)
+    mean = _mean(costs, counts)
     best = mean.where(torch.arange(last + 1, device=mean.device) <= good[:, None], torch.inf).argmin(1)
     same = none + (last if usual is None else min(usual, last))
     same = torch.where(good < same, best, same)
-    stays = _significantly_better(costs, judged, none, same, margin)
-    better = _significantly_better(costs, judged, best, same, between) & _significantly_better(
-        costs, judged, best, none, between
+    stays = _significantly_better(costs, counts, none, same, margin)
+    better = _significantly_better(costs, counts, best, same, between) & _significantly_better(
+        costs, counts, best, none, between
     )
     if not y.is_floating_point():
-        wrong = _mean(_errors(found).reshape(costs.shape), judged)
+        wrong = _mean(_errors(found).reshape(costs.shape), counts)
         of_none, of_same, of_best = (wrong.gather(1, each[:, None])[:, 0] for each in (none, same, best))
         stays, better = stays & (of_none < of_same), better & (of_best < of_same)
     chosen = torch.where(better, best, torch.where(stays, none, same))
@@ -144,8 +144,8 @@ def _significantly_better(costs: Tensor, rows: Tensor, one: Tensor, other: Tenso
     first, second = (costs.gather(2, choice[:, None, None].expand(-1, costs.shape[1], 1)) for choice in (one, other))
     gain = _mean(second - first, rows)
     spread = _mean((second - first - gain[:, None]).square(), rows).sqrt()
-    judging = (rows > 0).sum(1)
-    return (gain > margin * spread / (judging.clamp(min=2) - 1).sqrt())[:, 0]
+    folds = (rows > 0).sum(1)
+    return (gain > margin * spread / (folds.clamp(min=2) - 1).sqrt())[:, 0]
 
 
 def _known(y: Tensor, train: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ STEP = 1e-5
 """The finite difference's step, relative to the size of the parameters."""
 
 MOST_PARAMETERS = 2_000_000
-"""Beyond so many parameters the start of a run skips the check, which a note says; `fedmeta check` never does."""
+"""Beyond so many parameters the start of a run skips the check, which a note reports; `fedmeta check` never does."""
 
 
 Function = Callable[[Mapping[str, Tensor]], Tensor]
@@ -85,7 +85,7 @@ def check(learner: Learner, tasks: Sequence[Task], seed: int = 0, straight_throu
         What was verified and what was not.
 
     Raises:
-        FedmetaError: Something does not hold; says what.
+        FedmetaError: Something does not hold; the message names it.
     """
     found = Checked()
     state = _double(learner.init(seed))

@@ -1,7 +1,7 @@
 """What a learner's `meta_gradient` computes, as a mark beside its implementation.
 
 An engine that computes a cohort's meta-gradients in another way than by calling `meta_gradient` must know what it
-computes. The mark says so, and it holds for as long as nothing that `meta_gradient` builds on is overridden.
+computes. The mark declares it, and it holds for as long as nothing that `meta_gradient` builds on is overridden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Method = TypeVar("Method", bound=Callable[..., object])
 
 CUSTOM = "custom"
 
-SETTINGS = frozenset({"init", "rates", "query_weights", "for_round", "personal", "train", "minibatches"})
+SAFE_OVERRIDES = frozenset({"init", "rates", "query_weights", "for_round", "personal", "train", "minibatches"})
 """What a learner may override without changing what its `meta_gradient` computes."""
 
 
@@ -37,8 +37,8 @@ def gradient_kind(kind: str) -> Callable[[Method], Method]:
 def estimator(kind: type, base: type) -> str:
     """Returns what the `meta_gradient` of a learner's class computes, or "custom" where only the method itself shows.
 
-    That is where it carries no mark, where any class overrides one of the base's methods other than `SETTINGS`, and
-    where one that inherits the marked method overrides anything else.
+    That is where it carries no mark, where any class overrides one of the base's methods other than `SAFE_OVERRIDES`,
+    and where one that inherits the marked method overrides anything else.
 
     Args:
         kind: The learner's class.
@@ -48,7 +48,7 @@ def estimator(kind: type, base: type) -> str:
     inherits = True
     for each in classes:
         names = {name for name, value in vars(each).items() if callable(value) or isinstance(value, property)}
-        changed = {name for name in names - SETTINGS - {"meta_gradient"} if not name.startswith("__")}
+        changed = {name for name in names - SAFE_OVERRIDES - {"meta_gradient"} if not name.startswith("__")}
         inherits = inherits and "meta_gradient" not in names
         if changed if inherits else changed & vars(base).keys():
             return CUSTOM

@@ -111,7 +111,7 @@ def descend(
     """Returns a site's parameters after its local steps.
 
     Args:
-        learner: The learner; its `minibatches` say how the rows are taken.
+        learner: The learner; its `minibatches` define how the rows are taken.
         start: The parameters to start from.
         task: The site's task.
         rates: The rate of each parameter that moves; the others stay.

@@ -53,7 +53,7 @@ def checked(learner: Learner, sent: Any, template: Mapping[str, Tensor]) -> tupl
         template: Tensors with the keys and shapes that it must have.
 
     Raises:
-        FedmetaError: It is something else; says what.
+        FedmetaError: It is something else; the message names it.
     """
     name = type(learner).__name__
     if not (isinstance(sent, tuple) and len(sent) == 2 and all(isinstance(part, Mapping) for part in sent)):

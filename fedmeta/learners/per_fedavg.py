@@ -35,7 +35,7 @@ class PerFedAvg(Learner):
 
     A local step adapts on one mini-batch and is scored by another, of `batch_size` rows each or half of what an epoch
     has left; the Hessian is that of the first (the paper draws a third). A task that comes without an order of its
-    rows, and that of an own problem, is used as it is in each local step: adapt on support, judge by query.
+    rows, and that of an own problem, is used as it is in each local step: adapt on support, score on query.
 
     Attributes:
         local_steps: tau, the number of local meta-steps.

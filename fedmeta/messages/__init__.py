@@ -66,11 +66,11 @@ TRAIN, EVALUATE = "train", "evaluate"
 
 
 FAILURES = {
-    "bad-experiment": "the node could not use the experiment it was sent; its own log says why",
+    "bad-experiment": "the node could not use the experiment it was sent; its own log has the reason",
     "bad-data": "the site's data could not be read; its own log names the file and the cell",
     "bad-message": "the node could not read the message",
-    "bad-storage": "the site could not write to its disk what stays with it; its own log says why",
-    "beyond-policy": "the site's policy does not grant what was asked; its own log says which limit it is",
+    "bad-storage": "the site could not write to its disk what stays with it; its own log has the reason",
+    "beyond-policy": "the site's policy does not grant what was asked; its own log names the limit",
     "unknown-site": "the node does not host a site that it was asked for",
     "out-of-memory": "the node ran out of memory",
     "internal": "the node failed for another reason; its own log has the traceback",
@@ -79,7 +79,7 @@ FAILURES = {
 
 
 def pack_failure(code: str) -> RecordDict:
-    """Returns the content of a reply that says why there is no answer: a code of `FAILURES`."""
+    """Returns the content of a reply with the reason for no answer: a code of `FAILURES`."""
     return RecordDict({"failure": ConfigRecord({"code": code if code in FAILURES else "internal"})})
 
 

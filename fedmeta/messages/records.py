@@ -30,7 +30,7 @@ LONGEST_REASON = 300
 
 
 class MessageError(ValueError):
-    """A message that does not hold what the contract says."""
+    """A message that does not hold what the contract requires."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(visible(reason[:LONGEST_REASON]))

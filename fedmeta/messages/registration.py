@@ -1,4 +1,4 @@
-"""What a node says when it joins: which sites it hosts, and the feature sums of those that train."""
+"""What a node sends when it joins: which sites it hosts, and the feature sums of those that train."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class TrainReply:
     Attributes:
         gradient: The sum, with the keys and shapes of the learned part of the meta-state. It travels in float32 where
             that loses nothing, as for one site of weight 1, and otherwise in float64, in which it was added up: a
-            node's share of the sum is not rounded before the whole is. Where the request said `per_site`: the sites'
+            node's share of the sum is not rounded before the whole is. Where the request has `per_site`: the sites'
             own gradients, not weighted, along a leading axis [sites, ...]; 0 where one was not finite.
         weight: The sum of the weights of the sites with a finite gradient.
         names: The sites, in the order of the figures.

@@ -93,12 +93,12 @@ def image_shape(shape: Shape, model: str) -> tuple[int, int, int]:
     )
 
 
-def _poolable(shape: Shape, model: str, poolings: int, cure: str) -> tuple[int, int, int]:
+def _poolable(shape: Shape, model: str, poolings: int, advice: str) -> tuple[int, int, int]:
     planes, height, width = image_shape(shape, model)
     if min(height, width) < 2**poolings:
         raise FedmetaError(
             f'[model] name = "{model}" halves an image once per convolution: {height} x {width} pixels are too few for '
-            f"{poolings} of them; {cure}"
+            f"{poolings} of them; {advice}"
         )
     return planes, height, width
 

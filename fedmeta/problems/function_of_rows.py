@@ -38,7 +38,7 @@ def check_model(problem: Supervised, parameters: Parameters, x: Tensor) -> tuple
         The shape of one row's outputs.
 
     Raises:
-        FedmetaError: They are not; says how.
+        FedmetaError: They are not; the message has the reason.
     """
     parameters = {n: v.detach().double() if v.is_floating_point() else v.detach() for n, v in parameters.items()}
     x = _varied(problem, parameters, x.detach()[:ROWS])

@@ -1,6 +1,6 @@
 """Figures over all test rows of a group of sites, from sums and histograms that sites add up.
 
-Where sites are tiny or outcomes rare, per-site figures say little. Counts and sums give accuracy, F1, Brier score and
+Where sites are tiny or outcomes rare, per-site figures are noise. Counts and sums give accuracy, F1, Brier score and
 the
 like exactly. AUROC and AUPRC come from histograms of the log odds over bins that the server fixes: rows in one bin
 count

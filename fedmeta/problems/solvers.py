@@ -37,7 +37,12 @@ class Solver(ABC):
     kind: ClassVar[str] = DIFFERENTIABLE
 
     memoryless: ClassVar[bool] = False
-    """Whether K steps are K times one step, so that each may have rates of its own."""
+    """Whether K steps are K times one step, so that each may have its own rates."""
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations of the objective, a gradient counted as one, a step takes."""
+        return 1
 
     @abstractmethod
     def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
@@ -247,6 +252,11 @@ class CrossEntropy(Solver):
     samples: int = 32
     elite: int = 8
     spread: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Returns the number of candidates of a step."""
+        return self.samples
 
     def solve(self, problem: Problem, parameters: Parameters, data: Data, steps: int, rates: Rates) -> list[Parameters]:
         """Returns the means of `steps` fits; draws are keyed by `data["seed"]` where there is one, else by 0."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Progress, Report, ignore_progress
+from fedmeta.progress import Progress, ProgressCallback, ignore_progress
+from fedmeta.tables import groups, number, results_table, text
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
+
+    from fedmeta.data import Population
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,31 @@ class Result:
     history: pd.DataFrame
     folder: Path
 
+    def __repr__(self) -> str:
+        """Returns a line: the learner, the rounds, the new sites' score before and after adapting, the folder."""
+        summary, score = self.summary, self.summary["score"]["name"]
+        means = [
+            f"{label} {number(own['global']['mean'])} -> {number(own['personalized']['mean'])}"
+            for label, own in groups(summary)
+        ]
+        rounds = f"{summary['rounds']} rounds"
+        return f"<Result: {summary['learner']}, {rounds}, {score}: {', '.join(means)}; {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        """Returns the run's table for notebooks."""
+        import pandas as pd  # takes a third of a second to import
+
+        table = results_table(self.summary)
+        frame = pd.DataFrame([[text(cell) for cell in row] for row in table.rows], columns=list(table.headings))
+        return f"<p>{escape(repr(self))}</p>{frame.to_html(index=False)}"
+
 
 def run(
-    experiment: Experiment, *, runtime: str = "local", resume: str | None = None, report: Report = ignore_progress
+    experiment: Experiment,
+    *,
+    runtime: str = "local",
+    resume: str | None = None,
+    report: ProgressCallback = ignore_progress,
 ) -> Result:
     """Runs an experiment to its end.
 
@@ -49,7 +75,7 @@ def run(
         report: Takes progress.
 
     Raises:
-        FedmetaError: Something that the user can mend; the message says what, where and how.
+        FedmetaError: Something that the user can mend; the message has what, where and what to do.
     """
     if runtime not in (*RUNTIMES, "deployment"):
         known = (*RUNTIMES, "deployment")
@@ -83,7 +109,7 @@ def _check_same(given: Experiment, stored: Experiment, folder: Path) -> None:
             )
 
 
-def _local(experiment: Experiment, resume: Path | None, report: Report) -> Result:
+def _local(experiment: Experiment, resume: Path | None, report: ProgressCallback) -> Result:
     import torch
 
     from clients.app import app
@@ -98,12 +124,29 @@ def _local(experiment: Experiment, resume: Path | None, report: Report) -> Resul
     for note in check_own_code(experiment):
         report(Progress(0, experiment.server.rounds, note=note))
     grid = LocalGrid(app, experiment)
-    node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
+    node = node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
+    for note in data_notes(getattr(node, "population", None), experiment):
+        report(Progress(0, experiment.server.rounds, note=note))
     outcome = training_loop.run(grid, experiment, report, resume, data_here=True)
     return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
 
 
-def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
+MOST_NOTES = 12
+"""How many notes on the data a run reports; `fedmeta sites` shows all of them."""
+
+
+def data_notes(population: Population | None, experiment: Experiment) -> list[str]:
+    """Returns what reading the sites' files left out or decided, and what is probably not meant in them."""
+    from fedmeta.data.findings import findings
+
+    if population is None or experiment.tracking.parent:
+        return []
+    notes = [*getattr(population, "notes", ()), *findings(population, experiment.data)]
+    more = len(notes) - MOST_NOTES
+    return [*notes[:MOST_NOTES], *([f"and {more} more notes on the data: fedmeta sites shows them"] if more > 0 else [])]
+
+
+def _ray(experiment: Experiment, resume: Path | None, report: ProgressCallback) -> Result:
     from fedmeta.runtime import ray
     from fedmeta.runtime.checking import check_own_code
 
@@ -112,7 +155,7 @@ def _ray(experiment: Experiment, resume: Path | None, report: Report) -> Result:
     return _result_in(*ray.run(experiment, resume, report))
 
 
-def _deployment(experiment: Experiment, resume: str | None, report: Report) -> Result:
+def _deployment(experiment: Experiment, resume: str | None, report: ProgressCallback) -> Result:
     from fedmeta.runtime import deployment
 
     return _result_in(*deployment.run(experiment, resume, report))
@@ -133,5 +176,5 @@ def result_of(summary: dict[str, Any], history: pd.DataFrame, meta_state: dict[s
     return Result(summary, last, meta_state, history, folder)
 
 
-RUNTIMES: dict[str, Callable[[Experiment, Path | None, Report], Result]] = {"local": _local, "ray": _ray}
+RUNTIMES: dict[str, Callable[[Experiment, Path | None, ProgressCallback], Result]] = {"local": _local, "ray": _ray}
 """The runtimes of this machine by their names on the command line; a deployment is elsewhere."""

@@ -28,10 +28,12 @@ def check_experiment(experiment: Experiment) -> Checked:
     """Checks an experiment's learner on the tasks of a few sites (`fedmeta.learners.check`).
 
     Raises:
-        FedmetaError: Something does not hold; says what.
+        FedmetaError: Something does not hold; the message names it.
     """
     experiment = experiment.absolute()
     node = node_of(LocalGrid(app, experiment).context)
+    if isinstance(node, RowNode):
+        node = node.with_categories(node.categories(node.hosted, node.categorical) if node.categorical else ())
     sites = np.unique(np.linspace(0, len(node.hosted) - 1, SITES).astype(np.int64))
     classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
     here, learner = node.hosted[sites], learner_for(node, classes)
@@ -47,7 +49,7 @@ def check_own_code(experiment: Experiment) -> list[str]:
     """Checks an experiment that names own code or weights, once before its run; returns notes on what was not verified.
 
     Raises:
-        FedmetaError: Something does not hold; says what.
+        FedmetaError: Something does not hold; the message names it.
     """
     names = (experiment.problem.name, experiment.model.name, experiment.learner.name)
     own = [name for name in names if ":" in name]

@@ -1,9 +1,9 @@
 """The deployment runtime: a run is submitted to a SuperLink that others started, and its result read from MLflow.
 
-Three environment variables say where things are, since an experiment is the same wherever it runs:
+Three environment variables hold where things are, since an experiment is the same wherever it runs:
 
     FEDMETA_SUPERLINK           HOST:PORT of the SuperLink; 127.0.0.1:8000 where not set
-    FEDMETA_ROOT_CERTIFICATES   the federation's ca.crt; or "none" for plain text, which is said each time
+    FEDMETA_ROOT_CERTIFICATES   the federation's ca.crt; or "none" for plain text, which is reported each time
     FEDMETA_TRACKING_URI        the MLflow store as seen from here, in place of the experiment's `tracking.uri`
 
 The ServerApp runs where the SuperLink's operator put it, has its own FEDMETA_TRACKING_URI there, and prints its
@@ -30,7 +30,7 @@ from typing import Any
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.launch import LogReader, tracked
-from fedmeta.progress import Report
+from fedmeta.progress import ProgressCallback
 from fedmeta.runtime.superlink import CONNECTION, environment, keep, last_log_line, write_app, write_run_config
 
 SUPERLINK, ROOT_CERTIFICATES = "FEDMETA_SUPERLINK", "FEDMETA_ROOT_CERTIFICATES"
@@ -43,7 +43,7 @@ _LOST = 12
 """After so many tries in a row to reach the SuperLink again, the submitter gives up watching."""
 
 
-def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dict[str, Any], Path]:
+def run(experiment: Experiment, resume: str | None, report: ProgressCallback) -> tuple[dict[str, Any], Path]:
     """Submits an experiment, watches it, and fetches its result.
 
     Args:
@@ -69,14 +69,14 @@ def run(experiment: Experiment, resume: str | None, report: Report) -> tuple[dic
         config = write_run_config(work / "run.toml", experiment.to_toml(), resume or "")
         number = _submit([str(app), CONNECTION, "--run-config", str(config), "--format", "json"], env)
         try:
-            run_id, said = _watch(number, env, work / "log.txt", report)
+            run_id, last_line = _watch(number, env, work / "log.txt", report)
         except KeyboardInterrupt:
             _call(["stop", number, CONNECTION], env)
             raise
     if not run_id:
-        raise FedmetaError(said or f"run {number} ended before it began; see: fedmeta flower log {number}")
+        raise FedmetaError(last_line or f"run {number} ended before it began; see: fedmeta flower log {number}")
     if status_of(uri, run_id) != FINISHED:
-        why = said or f"its server ended without a word; see: fedmeta flower log {number}"
+        why = last_line or f"its server ended without output; see: fedmeta flower log {number}"
         resume = f"; to resume: --resume {run_id}" if experiment.runtime.checkpoint_every else ""
         raise FedmetaError(f"run {number} failed (in MLflow {run_id}): {why}{resume}")
     folder = Path(experiment.tracking.folder) / run_id
@@ -172,8 +172,8 @@ def _submit(arguments: Sequence[str], env: dict[str, str]) -> str:
     return found[1]
 
 
-def _watch(number: str, env: dict[str, str], log: Path, report: Report) -> tuple[str, str]:
-    """Passes on the run's progress until Flower says that it has ended; returns its MLflow id and its last words."""
+def _watch(number: str, env: dict[str, str], log: Path, report: ProgressCallback) -> tuple[str, str]:
+    """Passes on the run's progress until Flower reports its end; returns its MLflow id and its last line."""
     run_id, error, lost = "", "", 0
     seen: set[str] = set()
     reader = LogReader()

@@ -1,7 +1,7 @@
 """The ray runtime: the same ServerApp and ClientApp through `flwr run`, on Flower's simulation.
 
 Every simulated node hosts a share of the sites. Nodes run in parallel as far as there are processors, each with its
-part of them: torch takes as many threads as `runtime.threads` says, or else as many as a node's part has. More than
+part of them: torch takes as many threads as `runtime.threads`, or else as many as a node's part has. More than
 one thread changes the last bits of a float; so may the batches, since a node computes its own sites only. Across
 runtimes results therefore agree to 1e-6 and not to the bit.
 
@@ -36,7 +36,7 @@ from fedmeta.launch import (
     server_process,
 )
 from fedmeta.problems import TaskSource
-from fedmeta.progress import Report
+from fedmeta.progress import ProgressCallback
 from fedmeta.runtime.process_guard import is_alive
 from fedmeta.runtime.superlink import (
     CONNECTION,
@@ -64,7 +64,7 @@ _STOP_S = 60.0
 """How long a stopped run may take for its checkpoint (seconds)."""
 
 
-def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[dict[str, Any], Path]:
+def run(experiment: Experiment, resume: Path | None, report: ProgressCallback) -> tuple[dict[str, Any], Path]:
     """Runs an experiment on Flower's simulation, with its own SuperLink that is gone afterwards.
 
     Args:
@@ -76,7 +76,7 @@ def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[di
         The summary and the run's folder.
 
     Raises:
-        FedmetaError: The data or the experiment is not usable, or the run failed; the message says where its log is.
+        FedmetaError: The data or the experiment is not usable, or the run failed; the message has the path of its log.
         KeyboardInterrupt: The user stopped it; a checkpoint has been written where training had begun.
     """
     # Errors in the data are reported in full here, since they are the user's own.
@@ -95,7 +95,7 @@ def run(experiment: Experiment, resume: Path | None, report: Report) -> tuple[di
 
 
 def _launch(
-    experiment: Experiment, nodes: int, resume: Path | None, report: Report, work: Path, log: Path
+    experiment: Experiment, nodes: int, resume: Path | None, report: ProgressCallback, work: Path, log: Path
 ) -> tuple[dict[str, Any], Path]:
     folder, home = work / "run", work / "flwr"
     folder.mkdir()
@@ -121,7 +121,7 @@ def _launch(
 def _wait(
     experiment: Experiment,
     folder: Path,
-    report: Report,
+    report: ProgressCallback,
     processes: Sequence[subprocess.Popen[bytes]],
     log: Path,
 ) -> dict[str, Any]:

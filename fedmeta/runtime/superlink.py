@@ -88,16 +88,16 @@ def keep(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[
     Args:
         command: A command of Flower's, and its arguments.
         env: Its environment.
-        log: The file that takes what it says.
+        log: The file that takes its output.
     """
     program = shutil.which(command[0], path=env["PATH"])
     if program is None:
         raise FedmetaError(f'{command[0]} is not installed: pip install "flwr[simulation]"')
-    keeper = [sys.executable, "-I", str(Path(__file__).with_name("process_guard.py")), program, *command[1:]]
+    guard = [sys.executable, "-I", str(Path(__file__).with_name("process_guard.py")), program, *command[1:]]
     with log.open("ab") as file:
         # Its own session, so that Ctrl-C comes to this process alone and the run can end in order.
         process = subprocess.Popen(
-            keeper, stdin=subprocess.PIPE, stdout=file, stderr=file, env=dict(env), start_new_session=True
+            guard, stdin=subprocess.PIPE, stdout=file, stderr=file, env=dict(env), start_new_session=True
         )
     try:
         yield process
@@ -116,7 +116,7 @@ def superlink(home: Path, env: Mapping[str, str], log: Path) -> Iterator[subproc
     """Runs a SuperLink for simulations on a free port, and writes Flower's configuration for `flwr run APP fedmeta`.
 
     Raises:
-        FedmetaError: It does not start; says what it said last.
+        FedmetaError: It does not start; the message has its last line.
     """
     for attempt in range(_TRIES):
         port = free_port()
@@ -143,11 +143,11 @@ def free_port() -> int:
 
 
 def last_log_line(log: Path) -> str:
-    """Returns the last line of a log that says something, or that there is none."""
+    """Returns the last informative line of a log, or that there is none."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     spoken = [line.strip() for line in lines if any(letter.isalpha() for letter in line)]
     telling = [line for line in spoken if "Error" in line or "rror:" in line]
-    return (telling or spoken or ["it said nothing"])[-1][:300]
+    return (telling or spoken or ["it printed nothing"])[-1][:300]
 
 
 def answers(process: subprocess.Popen[bytes], port: int) -> bool:

@@ -11,7 +11,7 @@ from fedmeta.data import draw_new_sites
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import learner_class
-from fedmeta.progress import Report
+from fedmeta.progress import ProgressCallback
 from fedmeta.runtime import Result
 from fedmeta.search.comparison import Comparison, build_table
 from fedmeta.search.comparison_report import comparison_run, publish, write
@@ -67,7 +67,7 @@ def compare(
         trials, left_out, searched = dict[str, list[Trial]](), dict[str, str](), list[Path]()
         for place, (name, variant) in enumerate(list(variants.items()) if tune else ()):
 
-            def progress(title: str, number: int, earlier: int = place * tune) -> Report:
+            def progress(title: str, number: int, earlier: int = place * tune) -> ProgressCallback:
                 return report(f"tune {title}", earlier + number, len(learners) * tune)
 
             config = SearchConfig(

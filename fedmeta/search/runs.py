@@ -12,14 +12,14 @@ from fedmeta import checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import write_atomic
-from fedmeta.progress import Report
+from fedmeta.progress import ProgressCallback
 from fedmeta.runtime import Result, result_of, run
 
-ProgressOf = Callable[[str, int, int], Report]
+ProgressOf = Callable[[str, int, int], ProgressCallback]
 """Returns what takes a run's progress, given the run's title, its number (from 1) and the number of runs."""
 
 
-def run_or_load(experiment: Experiment, folder: Path, runtime: str, report: Report) -> Result:
+def run_or_load(experiment: Experiment, folder: Path, runtime: str, report: ProgressCallback) -> Result:
     """Returns a run's result: from an earlier command, finished or interrupted, or from a new run.
 
     Args:

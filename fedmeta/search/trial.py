@@ -12,7 +12,7 @@ import optuna
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import UNTRACKED
-from fedmeta.progress import Progress, Pruned, Report
+from fedmeta.progress import Progress, ProgressCallback, Pruned
 from fedmeta.runtime import run
 from fedmeta.search.runs import resumable
 from fedmeta.search.space import Settings
@@ -22,7 +22,7 @@ from fedmeta.tracking.parent_run import annotate
 State = Literal["done", "pruned", "failed", "waiting"]
 """Completed, stopped early, failed, or interrupted and waiting to be repeated."""
 
-TrialProgress = Callable[[str, int], Report]
+TrialProgress = Callable[[str, int], ProgressCallback]
 """Returns what takes a trial's progress, given its run's name and its place in the search from 1."""
 
 
@@ -101,7 +101,7 @@ class _Watch:
     """Takes a run's progress: reports its intermediate scores to Optuna, and ends the run where that prunes it."""
 
     def __init__(self, trial: optuna.Trial, every: int) -> None:
-        self.forward: Report | None = None
+        self.forward: ProgressCallback | None = None
         self.run_id = ""
         self.round_number = 0
         self._trial, self._every = trial, every

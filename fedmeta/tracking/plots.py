@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +113,13 @@ def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
     for name, value, style in _rivals(latest(sites), score):
         axes.axhline(value, color=INK, linestyle=style, linewidth=1.0, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    each = sites.get("step_evaluations")
+    if each is not None:
+        # A step of a method that samples is no step of another's: evaluations compare with a classical method's.
+        taken = int(each.max())
+        above = axes.secondary_xaxis("top", functions=(partial(np.multiply, taken), partial(np.multiply, 1 / taken)))
+        above.set_xlabel("evaluations of the objective", fontsize=8, color=INK)
+        above.tick_params(labelsize=7)
     set_titles(axes, "Adapting: mean and middle 80 % of sites", "inner step (0 = global)", score.label)
     return finish(figure, axes)
 

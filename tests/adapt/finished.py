@@ -33,7 +33,7 @@ def write_csv(path: Path, x: NDArray[Any], labels: list[Any], columns: tuple[str
     return path
 
 
-def said(score: NDArray[Any]) -> list[str]:
+def labels_of(score: NDArray[Any]) -> list[str]:
     return ["ill" if value > 0 else "well" for value in score]
 
 
@@ -42,7 +42,7 @@ def hospitals(folder: Path, regression: bool = False, missing: float = 0.0) -> P
     folder.mkdir()
     for number in range(8):
         x, score = rows(number, 60, 3.0 if number % 2 else -3.0, missing)
-        labels = score.round(3).tolist() if regression else said(score)
+        labels = score.round(3).tolist() if regression else labels_of(score)
         write_csv(folder / f"hospital-{number}.csv", x, labels)
     return folder
 

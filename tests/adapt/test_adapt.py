@@ -22,7 +22,7 @@ from fedmeta.adapt.serving import _load_pyfunc
 from fedmeta.cli.main import app
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import LEARNERS
-from tests.adapt.finished import COLUMNS, hospitals, rows, run, said, write_csv
+from tests.adapt.finished import COLUMNS, hospitals, labels_of, rows, run, write_csv
 
 NEAR = 1e-5
 
@@ -44,7 +44,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def site(tmp: Path, count: int = 40, seed: int = 100, tilt: float = 3.0, missing: float = 0.1) -> Path:
     x, score = rows(seed, count, tilt, missing)
-    return write_csv(tmp / f"mine-{seed}.csv", x, said(score))
+    return write_csv(tmp / f"mine-{seed}.csv", x, labels_of(score))
 
 
 def call(*arguments: Any) -> tuple[int, dict[str, Any] | None, str]:
@@ -110,8 +110,8 @@ def test_every_form_of_the_model_says_the_same(tables: Path, tmp_path: Path) -> 
 def test_columns_may_come_in_any_order(tables: Path, tmp_path: Path) -> None:
     x, score = rows(3, 30, 3.0)
     start = MetaModel.read(tables / START)
-    one = read_rows(start, str(write_csv(tmp_path / "a.csv", x, said(score))))
-    turned = write_csv(tmp_path / "b.csv", x[:, ::-1], said(score), COLUMNS[::-1])
+    one = read_rows(start, str(write_csv(tmp_path / "a.csv", x, labels_of(score))))
+    turned = write_csv(tmp_path / "b.csv", x[:, ::-1], labels_of(score), COLUMNS[::-1])
     assert torch.equal(one.x, read_rows(start, str(turned)).x)
 
 
@@ -346,9 +346,9 @@ def test_other_columns_of_a_file_are_left_out_with_a_note(tables: Path, tmp_path
     """Texts and dates too, which could not be features."""
     x, score = rows(3, 30, 3.0)
     start = MetaModel.read(tables / START)
-    bare = read_rows(start, str(write_csv(tmp_path / "a.csv", x, said(score))))
+    bare = read_rows(start, str(write_csv(tmp_path / "a.csv", x, labels_of(score))))
     wide = np.concatenate([np.full((30, 1), "P. Smith"), x.astype(object)], 1)
-    path = write_csv(tmp_path / "b.csv", wide, said(score), ("name", *COLUMNS))
+    path = write_csv(tmp_path / "b.csv", wide, labels_of(score), ("name", *COLUMNS))
     found = read_rows(start, str(path))
     assert torch.equal(found.x, bare.x)
     assert len(found.notes) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedmeta.adapt import estimate
-from fedmeta.adapt.estimate import _NestedCV, choose, judge
+from fedmeta.adapt.estimate import _NestedCV, choose, cross_validate
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import LEVEL, accuracy, paired_gain, rmse, shared_excess
 from tests.adapt.finished import hospitals, rows, run
@@ -109,9 +109,9 @@ def test_the_labels_set_aside_do_not_choose(start: MetaModel) -> None:
 def test_the_choice_is_the_same_however_rows_are_grouped(start: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, y = patients(start, 4, 40)
-    found = judge(start, x, y)
+    found = cross_validate(start, x, y)
     monkeypatch.setattr(estimate, "GROUP_VALUES", 1)
-    again = judge(start, x, y)
+    again = cross_validate(start, x, y)
     assert (found.chosen, found.before, found.after) == (again.chosen, again.before, again.after)
     assert choose(start, x, y) == found.chosen
 
@@ -124,7 +124,7 @@ def test_intervals_cover_the_truth_on_many_rows(kind: str, request: pytest.Fixtu
     covered = 0
     for seed in range(150):
         x, y = patients(start, 1000 + seed, 4030)
-        found = judge(start, x[:30], y[:30])
+        found = cross_validate(start, x[:30], y[:30])
         outputs = start.learner.predict(found.parameters, x[30:]).detach()
         if start.form.regression:
             truth = float((outputs[:, 0] - y[30:]).square().mean().sqrt())
@@ -166,18 +166,18 @@ def test_a_difference_that_few_rows_show_is_no_proof() -> None:
 
 def test_there_are_three_answers(start: MetaModel) -> None:
     """A site that differs much, one that is as the average of all, and one whose steps are far too long."""
-    far = judge(start, *patients(start, 100, 60))
+    far = cross_validate(start, *patients(start, 100, 60))
     assert (far.advice, far.steps) == ("personal", far.chosen)
     x, score = rows(7, 40, 0.0)
     prepared = ((torch.from_numpy(x) - start.mean) / start.scale).float()
     labels = torch.from_numpy((score < 0).astype(np.int64))
-    found = [judge(start, prepared[part], labels[part]) for part in (slice(0, 20), slice(20, 40))]
+    found = [cross_validate(start, prepared[part], labels[part]) for part in (slice(0, 20), slice(20, 40))]
     assert all(each.advice != "personal" for each in found)
-    undecided = next((each for each in [judge(start, *patients(start, 100, 6)), *found] if each.chosen), None)
+    undecided = next((each for each in [cross_validate(start, *patients(start, 100, 6)), *found] if each.chosen), None)
     assert undecided is not None
     assert undecided.advice == "undecided"
     assert undecided.steps == 0
     assert undecided.gain.low <= 0 <= undecided.gain.high
-    forced = judge(start, *patients(start, 100, 6), use="personal")
+    forced = cross_validate(start, *patients(start, 100, 6), use="personal")
     assert forced.steps == forced.chosen
-    assert judge(start, *patients(start, 100, 60), use="global").steps == 0
+    assert cross_validate(start, *patients(start, 100, 60), use="global").steps == 0

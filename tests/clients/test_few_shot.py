@@ -58,8 +58,8 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
     names = tuple(node.population.names[site] for site in (3, 0, 4))
     request = RoundRequest(state, 1, classes, names, "run", steps=2, gate=gate, engine="loop")
     own = learned.personal(state)
-    judge = Evaluator.of(learned, state, request)
-    reply = evaluate_sites(node, node.find(names), request, judge, AS_IS, [own, None, own] if own else None)
+    evaluator = Evaluator.of(learned, state, request)
+    reply = evaluate_sites(node, node.find(names), request, evaluator, AS_IS, [own, None, own] if own else None)
     assert reply.figures["accuracy"].shape == (3, 3)
     assert ((reply.chosen >= 0) & (reply.chosen <= 2)).all()
     if own:
@@ -83,16 +83,16 @@ def test_the_select_steps_do_not_hang_on_how_many_sites_choose_together(
     classes = node.classes()
     learned = replace(learner_for(node, classes), inner_lr=inner_lr)
     state = learned.init(0)
-    judge = Evaluator.of(learned, state, RoundRequest(state, 1, classes, (), "run", steps=2, engine="loop"))
+    evaluator = Evaluator.of(learned, state, RoundRequest(state, 1, classes, (), "run", steps=2, engine="loop"))
     (_, batch), *_ = node.evaluation_batches(node.hosted, AS_IS, classes)
     own = None
     if learned.personal(state):
         draw = torch.Generator().manual_seed(0)
         kept = learned.personal(state)
         own = {name: torch.randn(batch.sites, *value.shape, generator=draw) for name, value in kept.items()}
-    together = judge.select_steps(batch, own)
+    together = evaluator.select_steps(batch, own)
     monkeypatch.setattr("clients.evaluation.GROUP_ROWS", 1)
-    assert torch.equal(judge.select_steps(batch, own), together)
+    assert torch.equal(evaluator.select_steps(batch, own), together)
     assert len(together.unique()) > 1
 
 

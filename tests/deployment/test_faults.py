@@ -309,7 +309,7 @@ def test_a_server_that_is_killed_and_restarted_and_a_deployed_run_that_is_gone_o
     with meanwhile(strike), pytest.raises(FedmetaError) as refusal:
         fedmeta.run(experiment, runtime="deployment", report=lambda progress: over.append(progress.round_number))
     assert re.fullmatch(
-        r"run \d+ failed \(in MLflow \w+\): its server ended without a word; see: fedmeta flower log \d+; "
+        r"run \d+ failed \(in MLflow \w+\): its server ended without output; see: fedmeta flower log \d+; "
         r"to resume: --resume \w+",
         str(refusal.value),
     )

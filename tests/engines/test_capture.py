@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fedmeta import engines, models
 from fedmeta.engines import lowrank, selection
 from fedmeta.engines.lowrank import capture
-from fedmeta.engines.lowrank.capture import MOST, WARMUP_CALLS, UnrecordableError, record, run_captured
+from fedmeta.engines.lowrank.capture import CACHE_SIZE, WARMUP_CALLS, UnrecordableError, capture_graph, run_captured
 from fedmeta.engines.lowrank.flat_batch import adjacent, concatenate
 from fedmeta.learners import build
 from fedmeta.models import FunctionalModel
@@ -139,15 +139,15 @@ def test_replays_run_without_python_and_give_the_same_bits_with_it(model: str, m
 def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, batch = build("maml", Transformer(), inner_steps=1), tasks([(3, 2)] * 2, (4,), tokens=True)
     own, replays = state(learner, torch.float32), []
-    assert selection.unsure(learner, batch, own)
-    faithful = capture._faithful
+    assert selection.needs_autotuning(learner, batch, own)
+    faithful = capture._verified
 
     def counted(*arguments: Any) -> Any:
         replay = faithful(*arguments)
         assert replay is not None
         return lambda *inputs: (replays.append(1), replay(*inputs))[1]
 
-    monkeypatch.setattr(capture, "_faithful", counted)
+    monkeypatch.setattr(capture, "_verified", counted)
     _, figures = engines.trial(learner, own, batch)
     assert "lowrank" in figures
     assert replays
@@ -155,10 +155,10 @@ def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_recordings_make_room() -> None:
     network = FunctionalModel(nn.Linear(2, 2))
-    for key in range(MOST + 5):
+    for key in range(CACHE_SIZE + 5):
         for _ in range(WARMUP_CALLS):
             run_captured(network, key, lambda x: [x.exp() + x.exp()], [torch.ones(3)])
-    assert len(known(network)) == MOST
+    assert len(known(network)) == CACHE_SIZE
     assert all(callable(found) for found in known(network))
 
 
@@ -185,7 +185,7 @@ def test_what_differs_from_time_to_time_is_computed_each_time() -> None:
 def test_a_buffer_is_read_anew_in_each_replay() -> None:
     module = nn.Linear(2, 2)
     module.register_buffer("offset", torch.ones(2))
-    replay = record(lambda x: [x + module.offset], [torch.ones(2)], module.buffers())
+    replay = capture_graph(lambda x: [x + module.offset], [torch.ones(2)], module.buffers())
     module.offset.fill_(5)
     assert replay(torch.ones(2))[0].tolist() == [6, 6]
 
@@ -198,7 +198,7 @@ def test_what_is_written_in_place_is_so_in_a_replay() -> None:
         return [first, y.sum(), y]
 
     x = torch.tensor([0.5, 1.5])
-    replay = record(compute, [torch.zeros(2)])
+    replay = capture_graph(compute, [torch.zeros(2)])
     assert all(torch.equal(one, other) for one, other in zip(replay(x), compute(x), strict=True))
 
 
@@ -216,14 +216,14 @@ def test_what_is_written_in_place_is_so_in_a_replay() -> None:
 )
 def test_what_depends_on_more_than_its_inputs_is_not_recorded(compute: Callable[[Tensor], list[Tensor]]) -> None:
     with pytest.raises(UnrecordableError):
-        record(compute, [torch.ones(2)])
+        capture_graph(compute, [torch.ones(2)])
 
 
 def test_a_computation_without_end_is_not_recorded() -> None:
     def compute(x: Tensor) -> list[Tensor]:
-        for number in range(capture.LONGEST + 2):
+        for number in range(capture.MAX_OPS + 2):
             x = x + number
         return [x]
 
     with pytest.raises(UnrecordableError, match="so long"):
-        record(compute, [torch.ones(2)])
+        capture_graph(compute, [torch.ones(2)])

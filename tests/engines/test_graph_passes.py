@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from fedmeta.engines.lowrank import capture, graph_passes
-from fedmeta.engines.lowrank.capture import record
+from fedmeta.engines.lowrank.capture import capture_graph
 
 SITES, ROWS = 3, 4
 SHAPE = (SITES, ROWS, ROWS)
@@ -66,7 +66,7 @@ def test_any_computation_keeps_its_bits_and_its_inputs(steps: list[tuple[str, in
         return [values[-1 - place % len(values)] for place in wanted]
 
     torch.manual_seed(0)
-    replay = record(compute, [torch.randn(SHAPE), torch.randn(SHAPE)])
+    replay = capture_graph(compute, [torch.randn(SHAPE), torch.randn(SHAPE)])
     for _ in range(2):
         inputs = [torch.randn(SHAPE), torch.randn(SHAPE)]
         before = [value.clone() for value in inputs]
@@ -76,7 +76,7 @@ def test_any_computation_keeps_its_bits_and_its_inputs(steps: list[tuple[str, in
 
 
 def test_a_result_may_be_used_like_any_tensor() -> None:
-    (value,) = record(lambda x: [x * 2], [torch.ones(3)])(torch.ones(3))
+    (value,) = capture_graph(lambda x: [x * 2], [torch.ones(3)])(torch.ones(3))
     value.requires_grad_()
     value.square().sum().backward()
     assert value.grad is not None

@@ -133,8 +133,8 @@ def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
     # One row of each class: the usual number. One pair: it judges. A single row: no number at all.
     assert choose_steps(evaluate, (x, y, mask)).tolist() == [1, 0, 0]
     assert seen[0].query[2].reshape(3, -1).sum(1).tolist() == [0, 2, 0]
-    judge = seen[0].query[2].flatten() > 0
-    assert sorted(seen[0].query[0].flatten(0, 1)[judge].tolist()) == sorted(x[1, 3:].tolist())
+    scored = seen[0].query[2].flatten() > 0
+    assert sorted(seen[0].query[0].flatten(0, 1)[scored].tolist()) == sorted(x[1, 3:].tolist())
 
 
 def test_no_rows_and_diverging_steps_mean_no_adaptation() -> None:

@@ -249,7 +249,7 @@ def test_every_key_that_imports_is_known() -> None:
 
 def test_own_code_adapts_and_serves_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedmeta.adapt import adaptation, writing
-    from tests.adapt.finished import hospitals, rows, said, write_csv
+    from tests.adapt.finished import hospitals, labels_of, rows, write_csv
 
     monkeypatch.syspath_prepend(str(ROOT))
     own = ("model.name=examples.own_model:residual", "model.width=8", "server.rounds=2", "learner.inner_steps=1")
@@ -262,7 +262,7 @@ def test_own_code_adapts_and_serves_where_it_is_allowed(tmp_path: Path, monkeypa
         find_start(str(result.folder), tmp_path, "none")
     found = find_start(str(result.folder), tmp_path, "none", trust.allow_code(["examples"]))
     x, score = rows(99, 30, 3.0)
-    adapted = adaptation.adapt(found, str(write_csv(tmp_path / "site.csv", x, said(score))))
+    adapted = adaptation.adapt(found, str(write_csv(tmp_path / "site.csv", x, labels_of(score))))
     writing.write(adapted, tmp_path / "out")
     card = (tmp_path / "out" / "card.md").read_text()
     assert "FEDMETA_CODE=examples.own_model:residual mlflow models predict" in card

@@ -38,7 +38,9 @@ def test_a_name_belongs_to_the_node_that_it_first_came_with(tmp_path: Path, keys
     # Also while its node is silent, and for good: another key does not take it over.
     grid.faults[ABBEY] = silence
     grid.join(LIAR, hospital(tmp_path, "abbey", 40))
-    assert roll.refresh() == [f"refused node {LIAR}: it claims abbey: its name belongs to the key of another node"]
+    assert roll.poll_new_nodes() == [
+        f"refused node {LIAR}: it claims abbey: its name belongs to the key of another node"
+    ]
     assert roll.federation.node_ids.tolist() == [ABBEY, MERCY]
     assert roll.federation.train_rows.tolist() == [6, 6]
     grid.leave(ABBEY)
@@ -126,7 +128,7 @@ def test_rows_and_weights_are_those_of_joining(tmp_path: Path) -> None:
     (tmp_path / "later").mkdir()
     grid.join(LIAR, hospital(tmp_path / "later", "abbey", 4000))
     grid.leave(ABBEY)
-    assert roll.refresh() == ["abbey announces 2000 train rows and joined with 6: the first number stays"]
+    assert roll.poll_new_nodes() == ["abbey announces 2000 train rows and joined with 6: the first number stays"]
     assert roll.federation.node_ids.tolist() == [LIAR, MERCY]
     assert roll.federation.train_rows.tolist() == [6, 6]
     assert roll.federation.weights.tolist() == [6.0, 6.0]

@@ -20,7 +20,7 @@ from fedmeta.adapt.model import FILE, SiteModel
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress
-from tests.adapt.finished import hospitals, rows, said, write_csv
+from tests.adapt.finished import hospitals, labels_of, rows, write_csv
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_everything_that_a_run_leaves_has_its_frozen_part(case: str, data: Path,
     start.write(tmp_path / START)
     start = MetaModel.read(tmp_path / START, code=["tests"])
     x, score = rows(100, 40, 3.0)
-    adapted = adaptation.adapt(start, str(write_csv(tmp_path / "mine.csv", x, said(score))))
+    adapted = adaptation.adapt(start, str(write_csv(tmp_path / "mine.csv", x, labels_of(score))))
     written = writing.write(adapted, tmp_path / "out")
     state = {name: v for name, v in result.meta_state.items() if not name.startswith("standardisation.")}
     raw = torch.from_numpy(rows(7, 50, 3.0)[0])
@@ -118,7 +118,7 @@ def test_everything_that_a_run_leaves_has_its_frozen_part(case: str, data: Path,
 
 
 def adaptation_of(start, state, x, score, mean, scale, steps):
-    classes = [start.form.classes.index(name) for name in said(score)]
+    classes = [start.form.classes.index(name) for name in labels_of(score)]
     support = (((torch.from_numpy(x) - mean) / scale).float(), torch.tensor(classes))
     return start.learner.adapt(state, support, steps)
 

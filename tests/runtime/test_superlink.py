@@ -110,8 +110,8 @@ def test_a_command_that_is_not_installed_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("log", "said"),
     [
-        ("", "it said nothing"),
-        ("\n---\n\n", "it said nothing"),
+        ("", "it printed nothing"),
+        ("\n---\n\n", "it printed nothing"),
         ("starting\nlistening on 8000\n", "listening on 8000"),
         ("Traceback:\n  File x\nImportError: no module named torch\nstopping\n", "ImportError: no module named torch"),
         ("x" * 999, "x" * 300),
@@ -123,4 +123,4 @@ def test_the_last_words_of_a_log_are_one_telling_line(tmp_path: Path, log: str, 
 
 
 def test_a_log_that_is_not_there_says_nothing(tmp_path: Path) -> None:
-    assert last_log_line(tmp_path / "log") == "it said nothing"
+    assert last_log_line(tmp_path / "log") == "it printed nothing"

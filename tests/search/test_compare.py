@@ -9,7 +9,7 @@ import pytest
 from fedmeta.data import draw_new_sites, load
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
-from fedmeta.progress import Progress, Report, ignore_progress
+from fedmeta.progress import Progress, ProgressCallback, ignore_progress
 from fedmeta.search.compare import compare
 from fedmeta.search.comparison import Comparison
 from fedmeta.search.comparison_report import write
@@ -29,7 +29,7 @@ def started(
     """Returns what came of a comparison, and which runs were started; with `stop_in` such a run is ended by Ctrl-C."""
     titles: list[str] = []
 
-    def report(title: str, number: int, count: int) -> Report:
+    def report(title: str, number: int, count: int) -> ProgressCallback:
         def take(progress: Progress) -> None:
             if title not in titles:
                 titles.append(title)

@@ -10,7 +10,7 @@ import pytest
 from fedmeta import load_experiment
 from fedmeta.data import draw_new_sites
 from fedmeta.errors import FedmetaError
-from fedmeta.progress import Progress, Report
+from fedmeta.progress import Progress, ProgressCallback
 from fedmeta.search import search_report
 from fedmeta.search.optimize import open_study, optimize, tune
 from fedmeta.search.results import MIN_TRIALS_FOR_IMPORTANCE, StudyResult
@@ -47,7 +47,7 @@ def test_a_search_in_two_parts_is_the_unbroken_one(tmp_path: Path, sampler: str)
 def test_an_interrupted_trial_is_repeated(tmp_path: Path) -> None:
     asked = config(tmp_path / "stopped", 4)
 
-    def interrupt(name: str, number: int) -> Report:
+    def interrupt(name: str, number: int) -> ProgressCallback:
         def take(progress: Progress) -> None:
             if number == 2 and progress.round_number == 2:
                 raise KeyboardInterrupt

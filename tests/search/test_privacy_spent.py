@@ -10,7 +10,7 @@ from fedmeta.progress import ignore_progress
 from fedmeta.search import compare, search_report
 from fedmeta.search.comparison_report import markdown
 from fedmeta.search.privacy_spent import privacy_spent
-from tests.adapt.finished import COLUMNS, hospitals, rows, run, said, write_csv
+from tests.adapt.finished import COLUMNS, hospitals, labels_of, rows, run, write_csv
 from tests.search.searches import config, described, searched
 
 NOISY = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=2.0")
@@ -48,6 +48,6 @@ def test_the_card_of_an_adapted_model_states_what_epsilon_covers(noisy: bool, tm
     overrides = ("server.rounds=2", "privacy.delta=0.01", *(NOISY if noisy else ()))
     _, start = run(tmp_path, hospitals(tmp_path / "data"), *overrides)
     x, score = rows(77, 40, 3.0)
-    file = write_csv(tmp_path / "own.csv", x, said(score), COLUMNS)
+    file = write_csv(tmp_path / "own.csv", x, labels_of(score), COLUMNS)
     card = model_card.card(adaptation.adapt(start, str(file), ""), [])
     assert ("It does not cover this model" in card) is noisy

@@ -92,7 +92,7 @@ def test_a_run_without_any_node_says_so(tmp_path: Path) -> None:
 def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: object, reason: str) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
     grid.faults[NODE_IDS[0]] = fault
-    expected = f"no node could say which sites it hosts: node {NODE_IDS[0]}: {reason}"
+    expected = f"no node could report which sites it hosts: node {NODE_IDS[0]}: {reason}"
     with pytest.raises(FedmetaError, match=f"^{re.escape(expected)}$"):
         Membership(grid, grid.experiment)
 
@@ -139,16 +139,16 @@ def test_a_run_that_needs_a_refused_site_says_how_it_differs(tmp_path: Path, wai
 def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
     roll = Membership(grid, grid.experiment)
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", rows=8, classes=("ill", "unheard of")))
-    assert roll.refresh() == ["abbey joined as new"]
+    assert roll.poll_new_nodes() == ["abbey joined as new"]
     federation = roll.federation
     assert federation.names == ("abbey", "mercy")
     assert federation.new.tolist() == [True, False]
     assert federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[0]]
     assert federation.train_rows.tolist() == [4, 6]
     assert federation.classes == ("healthy", "ill")
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
 
 
 def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> 
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "mercy")])
     roll = Membership(grid, experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey"))
-    assert roll.refresh() == ["abbey joined as training"]
+    assert roll.poll_new_nodes() == ["abbey joined as training"]
     assert roll.federation.training.tolist() == [0, 1]
 
 
@@ -165,7 +165,7 @@ def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_pat
     roll = Membership(grid, grid.experiment)
     before = roll.federation
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", columns=("age", "weight")))
-    assert roll.refresh() == ["refused abbey: columns too many: weight; columns missing: pressure"]
+    assert roll.poll_new_nodes() == ["refused abbey: columns too many: weight; columns missing: pressure"]
     assert roll.federation is before
     assert set(roll.refused) == {"abbey"}
 
@@ -176,7 +176,7 @@ def test_a_node_that_comes_back_under_a_new_id_keeps_its_site(tmp_path: Path) ->
     roll = Membership(grid, grid.experiment)
     before = roll.federation
     grid.join(NODE_IDS[4], grid.leave(NODE_IDS[0]))
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
     assert roll.federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[1]]
     assert roll.federation.names == before.names
     assert roll.federation.new.tolist() == before.new.tolist()
@@ -188,7 +188,7 @@ def test_a_node_that_comes_back_while_its_old_id_still_stands_keeps_its_site(tmp
     # For the better part of a minute Flower lists a node that was killed.
     grid.faults[NODE_IDS[0]] = breaks
     grid.join(NODE_IDS[4], dict(grid.contexts[NODE_IDS[0]].node_config))
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
     assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
     assert roll.refused == {}
 
@@ -211,12 +211,12 @@ def test_a_second_node_of_a_site_is_refused_and_taken_once_the_first_is_gone(
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
     roll = Membership(grid, grid.experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", 20))
-    assert roll.refresh() == ["refused abbey: another node serves this site too; stop one of the two"]
+    assert roll.poll_new_nodes() == ["refused abbey: another node serves this site too; stop one of the two"]
     assert roll.federation.node_ids.tolist() == [NODE_IDS[0]]
     monkeypatch.setattr(module, "BACKOFF_FACTOR", 0.0)
     grid.leave(NODE_IDS[0])
     roll._paused.clear()
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
     assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
 
 
@@ -229,11 +229,11 @@ def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
     roll = Membership(grid, grid.experiment)
     assert roll.federation.names == ("abbey",)
     del grid.faults[NODE_IDS[1]]
-    assert roll.refresh() == []
+    assert roll.poll_new_nodes() == []
     asked = [message.metadata.dst_node_id for message in grid.sent]
     assert sorted(asked) == sorted(NODE_IDS[:2])
     monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
-    assert roll.refresh() == ["mercy joined as new"]
+    assert roll.poll_new_nodes() == ["mercy joined as new"]
     # A site that is waited for is asked for again until then.
     monkeypatch.undo()
     monkeypatch.setattr(module, "POLL_S", 0.01)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmeta.messages import SitesReply
-from server.schema import difference, select_majority_schema
+from server.schema import schema_mismatch, select_majority_schema
 
 FORMS = st.sampled_from([("age", "chol"), ("chol", "age"), ("age",), ()])
 
@@ -30,7 +30,7 @@ def test_the_most_frequent_form_wins_whatever_the_order(forms: list[Any], random
         most = max(forms.count(form) for form in forms)
         assert len(accepted) == most
         first = next(iter(accepted.values()))
-        assert all(difference(answer, first) == "" for answer in accepted.values())
+        assert all(schema_mismatch(answer, first) == "" for answer in accepted.values())
     shuffled = list(replies.items())
     random.shuffle(shuffled)
     ids = {node + 100: answer for node, answer in shuffled}
@@ -49,9 +49,11 @@ def test_a_node_with_many_names_has_one_voice() -> None:
 
 def test_each_difference_is_said() -> None:
     here = reply("a", ("age", "chol"))
-    assert difference(here, here) == ""
-    assert difference(reply("b", ("chol", "age")), here) == "its columns are in another order"
-    assert difference(reply("b", ("age",)), here) == "columns missing: chol"
-    assert difference(reply("b", ("age", "chol"), True), here) == "its labels are numbers, the federation's classes"
-    assert "codes" in difference(reply("b", ("age", "chol"), tokens=True), here)
-    assert "columns missing" in difference(reply("b", ()), here)
+    assert schema_mismatch(here, here) == ""
+    assert schema_mismatch(reply("b", ("chol", "age")), here) == "its columns are in another order"
+    assert schema_mismatch(reply("b", ("age",)), here) == "columns missing: chol"
+    assert (
+        schema_mismatch(reply("b", ("age", "chol"), True), here) == "its labels are numbers, the federation's classes"
+    )
+    assert "codes" in schema_mismatch(reply("b", ("age", "chol"), tokens=True), here)
+    assert "columns missing" in schema_mismatch(reply("b", ()), here)

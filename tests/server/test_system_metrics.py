@@ -6,17 +6,17 @@ from pathlib import Path
 from fedmeta import checkpoint
 from fedmeta.experiment import Experiment
 from fedmeta.runtime import run
-from server.system_metrics import Machine
+from server.system_metrics import ProcessMonitor
 
 
 def test_a_busy_process_is_told_from_an_idle_one() -> None:
-    machine = Machine()
+    machine = ProcessMonitor()
     time.sleep(0.2)
-    idle = machine.figures()
+    idle = machine.metrics()
     until = time.process_time() + 0.2
     while time.process_time() < until:
         sum(range(1000))
-    busy = machine.figures()
+    busy = machine.metrics()
     assert 0 <= idle["system/process_cpu_percentage"] < busy["system/process_cpu_percentage"] < 150
     assert 10 < busy["system/process_peak_memory_megabytes"] < 1e6
 

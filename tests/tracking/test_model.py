@@ -20,7 +20,7 @@ from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.locate import find_start
 from fedmeta.tracking import model as module
 from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS
-from tests.adapt.finished import experiment, hospitals, rows, said
+from tests.adapt.finished import experiment, hospitals, labels_of, rows
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_it_predicts_class_names_for_raw_rows(finished: tuple[str, fedmeta.Resul
 def test_with_a_support_it_becomes_a_sites_own(finished: tuple[str, fedmeta.Result, MetaModel], loaded: Any) -> None:
     _, _, start = finished
     x, score = rows(31, 540, 3.0)
-    labels = np.array(said(score))
+    labels = np.array(labels_of(score))
     support = [[None if value != value else value for value in row] for row in x[:40].tolist()]
     params = {"support_x": json.dumps(support), "support_y": json.dumps(labels[:40].tolist())}
     test = frame(start, x[40:])

@@ -93,6 +93,16 @@ def test_adaptation_shows_the_mean_at_every_step():
     np.testing.assert_allclose(line.get_ydata(), expected)
 
 
+def test_adaptation_has_an_axis_of_evaluations_where_a_step_takes_several():
+    sites = evaluation(4, 6)
+    assert not plots.adaptation(sites, ACCURACY).axes[0].child_axes
+    (above,) = plots.adaptation(sites.assign(step_evaluations=32), ACCURACY).axes[0].child_axes
+    assert above.get_xlabel() == "evaluations of the objective"
+    above.apply_aspect()
+    steps = np.array(plots.adaptation(sites, ACCURACY).axes[0].get_xlim())
+    np.testing.assert_allclose(above._functions[0](steps), 32 * steps)
+
+
 def test_rounds_show_the_worst_decile():
     run = history(4, 6, 20, 5)
     figure = plots.by_round(run, ACCURACY)

@@ -1,7 +1,7 @@
 """Bridges of least compliance under private loads, at three levels: sizing, shape, topology (Bendsoe and Sigmund 2003).
 
 A bridge of given volume should yield as little as it can: compliance c = f . u, with u = K^-1 f the displacements under
-its loads f. A site is a bridge with loads of its own, which it does not show.
+its loads f. A site is a bridge with its own loads, which stay private.
 
 - `Topology`: where material is, the SIMP method (Andreassen et al. 2011, the 88 lines): densities x of square elements,
   stiffness x^3, sensitivities filtered over a radius, optimality criteria as solver. The start is shared.

@@ -71,7 +71,7 @@ def capture(delays: Tensor, foci: int, random: torch.Generator, snr: float) -> T
 
     Args:
         delays: What the tissue adds to the way of each element [elements] (s).
-        foci: How many, each of speckle of its own.
+        foci: How many, each with its own speckle.
         random: Draws scatterers and noise.
         snr: Signal over noise in a single channel (dB); infinite for none.
     """

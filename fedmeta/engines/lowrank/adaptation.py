@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmeta.engines.lowrank.flat_batch import FlatBatch
 from fedmeta.engines.lowrank.matmul import products, summed_outer
-from fedmeta.engines.lowrank.per_site_forward import PerSiteForward, Product, Trace, same_memory
+from fedmeta.engines.lowrank.per_site_forward import CallRecord, LinearRecord, PerSiteForward, same_memory
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.models import FunctionalModel, Parameters
 
@@ -85,7 +85,7 @@ class Adaptation:
         self.exact = exact
         self.by_site = by_site
         self.corrections: dict[int, Correction] = {}
-        self.products: list[Product] = []
+        self.products: list[LinearRecord] = []
         self.start = {name: theta[name].expand(sites, *theta[name].shape) for name in forms.dense}
         if by_site:
             self.start = {name: value.detach().clone().requires_grad_() for name, value in self.start.items()}
@@ -129,8 +129,8 @@ class Adaptation:
         return {trace.place: scaled for trace, scaled in found}, moved
 
     def _errors(
-        self, rows: FlatBatch, outputs: Tensor, traces: list[Trace], rates: Rates
-    ) -> tuple[list[tuple[Trace, Tensor]], Parameters]:
+        self, rows: FlatBatch, outputs: Tensor, traces: list[CallRecord], rates: Rates
+    ) -> tuple[list[tuple[CallRecord, Tensor]], Parameters]:
         calls = self.forms.calls
         spans = [trace for trace in traces if calls[trace.place].weight in rates]
         dense = [name for name in self.dense if name in rates]
@@ -189,7 +189,7 @@ class Adaptation:
             total[name] = torch.tensordot(weights.to(value.dtype), self.theta[name] - value, dims=1)
         return total
 
-    def _run(self, rows: FlatBatch, dense: Parameters) -> tuple[Tensor, list[Trace]]:
+    def _run(self, rows: FlatBatch, dense: Parameters) -> tuple[Tensor, list[CallRecord]]:
         with PerSiteForward(self, rows, dense) as models:
             outputs = self.network(self.theta, rows.x.clone() if self.forms.in_place else rows.x)
         return outputs, models.traces

@@ -24,7 +24,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedmeta.engines.lowrank.graph_passes import note, optimize_graph
+from fedmeta.engines.lowrank.graph_passes import annotate_layout, optimize_graph
 from fedmeta.models import FunctionalModel
 
 Computation = Callable[..., list[Tensor]]
@@ -33,10 +33,10 @@ Computation = Callable[..., list[Tensor]]
 WARMUP_CALLS = 8
 """How often a computation is seen before it is recorded, which takes as long as some thirty replays save."""
 
-MOST = 16
+CACHE_SIZE = 16
 """How many of a model's computations are known at a time: cohorts of unequal sites have many shapes."""
 
-LONGEST = 3000
+MAX_OPS = 3000
 """The most lines of a recording."""
 
 SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
@@ -78,11 +78,11 @@ def run_captured(
     if isinstance(found, int):
         outputs = compute(*inputs)
         found = found + 1
-        known[key] = found if found < _sights.get() else _faithful(network, compute, inputs, outputs)
+        known[key] = found if found < _sights.get() else _verified(network, compute, inputs, outputs)
     else:
         outputs = found(*inputs) if found else compute(*inputs)
     known.move_to_end(key)
-    if len(known) > MOST:
+    if len(known) > CACHE_SIZE:
         known.popitem(last=False)
     return outputs
 
@@ -97,7 +97,7 @@ def capture_immediately() -> Iterator[None]:
         _sights.reset(token)
 
 
-def record(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[Tensor] = ()) -> Computation:
+def capture_graph(compute: Computation, inputs: Sequence[Tensor], constants: Iterable[Tensor] = ()) -> Computation:
     """Returns a function that does on tensors of the same shapes what `compute` does on these.
 
     Args:
@@ -149,13 +149,13 @@ def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
     return run
 
 
-def _faithful(
+def _verified(
     network: FunctionalModel, compute: Computation, inputs: Sequence[Tensor], outputs: list[Tensor]
 ) -> Computation | None:
     """Returns a recording, or None where there can be none or its results are not bit for bit those known."""
     module = network.module
     try:
-        replay = record(compute, inputs, [*module.buffers(), *module.parameters()])
+        replay = capture_graph(compute, inputs, [*module.buffers(), *module.parameters()])
     except UnrecordableError:
         return None
     pairs = zip(replay(*inputs), outputs, strict=True)
@@ -239,7 +239,7 @@ class _Recorder(TorchDispatchMode):
         """Returns the node of an operation on these operands, the earlier one where it was done before."""
         key = (func, repr(operands))
         if key not in self.lines:
-            if len(self.used) > LONGEST:
+            if len(self.used) > MAX_OPS:
                 raise UnrecordableError("it is so long that deciding on it takes no time beside doing it")
             self.lines[key] = self.graph.call_function(func, *operands)
         return self.lines[key]
@@ -248,7 +248,7 @@ class _Recorder(TorchDispatchMode):
         if node in self.used:
             self.kept.add(node)
         else:
-            note(node, value, memory or node)
+            annotate_layout(node, value, memory or node)
         self.used.add(node)
         self.nodes[value] = node
 
@@ -259,7 +259,7 @@ class _Recorder(TorchDispatchMode):
             raise UnrecordableError("an operation writes into a tensor that is used elsewhere")
         self.lines.clear()
         self.nodes[result] = self.graph.call_function(func, *operands)
-        note(self.nodes[result], result, written.meta["memory"])
+        annotate_layout(self.nodes[result], result, written.meta["memory"])
 
     def _same(self, func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
         """Returns the argument that a result equals by the operation's nature, or None."""

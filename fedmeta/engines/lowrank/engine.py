@@ -41,8 +41,8 @@ from fedmeta.engines.lowrank.adaptation import Adaptation
 from fedmeta.engines.lowrank.capture import run_captured
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, adjacent, concatenate
 from fedmeta.engines.lowrank.minibatch_descent import descend
-from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, sharing
-from fedmeta.engines.lowrank.trace import ModuleTrace, survey
+from fedmeta.engines.lowrank.plan import ParameterPlan, Rates, make_plan, rate_groups
+from fedmeta.engines.lowrank.trace import ModuleTrace, trace_module
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import FROZEN, THETA, Learner
@@ -307,7 +307,7 @@ def _forms(
     Raises:
         UnsupportedModelError: The low-rank form does not fit.
     """
-    groups = sharing(rates)
+    groups = rate_groups(rates)
     x = batch.support[0]
     adapting = frozenset(name for step in groups for name, _ in step)
     key = (type(learner), adapting, x.shape[2:], x.is_floating_point())
@@ -318,7 +318,7 @@ def _forms(
         try:
             with exact_attention():
                 # Needed by what is checked, and forgotten unless it passes.
-                known[key] = survey(learner.network, double(learner.theta(state)), adapting, first)
+                known[key] = trace_module(learner.network, double(learner.theta(state)), adapting, first)
                 check(learner, state, batch, _uncaptured, evaluate)
         except UnprovenError:
             del known[key]

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedmeta.engines.gradcheck import UnprovenError, check
 from fedmeta.engines.lowrank import engine
 from fedmeta.engines.lowrank.plan import ParameterPlan
-from fedmeta.engines.lowrank.trace import Call
+from fedmeta.engines.lowrank.trace import OpCall
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import WeightedSum, by_site
 from fedmeta.learners import FROZEN, THETA, Learner
@@ -47,7 +47,7 @@ class FactoredGradients:
     products: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, call: Call, inputs: Tensor, errors: Tensor, bias: bool) -> None:
+    def add(self, call: OpCall, inputs: Tensor, errors: Tensor, bias: bool) -> None:
         """Adds one product's, and with `bias` its bias's."""
         self.products.setdefault(str(call.weight), []).append((inputs, errors))
         if bias and call.bias is not None:
@@ -108,21 +108,21 @@ def add_sites(
     joined = pieces.joined()
     squares = torch.zeros_like(losses, dtype=torch.float64)
     for inputs, errors in joined.values():
-        squares += _squares(inputs, errors)
+        squares += _squared_norms(inputs, errors)
     for value in pieces.own.values():
         squares += by_site(value).double().square().sum(1)
     finite = losses.isfinite() & squares.isfinite()
     shares = torch.where(finite, weights, 0.0) * total.clip_norm / squares.sqrt().clamp(min=total.clip_norm)
     if not bool(finite.all()):
         shares = torch.where(finite, shares, 0.0)
-        joined = {name: (_without(a, finite), _without(g, finite)) for name, (a, g) in joined.items()}
-        pieces.own = {name: _without(value, finite) for name, value in pieces.own.items()}
+        joined = {name: (_mask_sites(a, finite), _mask_sites(g, finite)) for name, (a, g) in joined.items()}
+        pieces.own = {name: _mask_sites(value, finite) for name, value in pieces.own.items()}
     summed = _sums(meta_state, joined, pieces.own, shares)
     weight = float(torch.where(finite, weights, 0.0).sum())
     total.merge(WeightedSum(summed, weight, {"query_loss": [losses.double()], "finite": [finite.double()]}))
 
 
-def _parts(call: Call, forms: ParameterPlan) -> bool:
+def _parts(call: OpCall, forms: ParameterPlan) -> bool:
     """Whether a call's parameters have gradients per site: by its rows, or by values of their own at every site."""
     if call.kind == "linear" and call.weight not in forms.dense:
         return call.by_rows
@@ -155,7 +155,7 @@ def _pieces(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
     return pieces, losses
 
 
-def _squares(inputs: Tensor, errors: Tensor) -> Tensor:
+def _squared_norms(inputs: Tensor, errors: Tensor) -> Tensor:
     """Returns |A^T G|^2 [sites], by the pairs of rows or by the product itself, whichever is smaller.
 
     In float64: pairs of rows may cancel, and a norm that is too small would let a site send more than it may.
@@ -183,7 +183,7 @@ def _sums(
     return {name: value.double() for name, value in with_theta(meta_state, sums).items()}
 
 
-def _without(value: Tensor, finite: Tensor) -> Tensor:
+def _mask_sites(value: Tensor, finite: Tensor) -> Tensor:
     """Returns a value [sites, ...] with zeros for the sites that are not finite."""
     return torch.where(finite.reshape(-1, *[1] * (value.dim() - 1)), value, 0.0)
 

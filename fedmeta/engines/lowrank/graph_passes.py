@@ -1,6 +1,6 @@
 """A recording's lines made fewer, and its arrays too, without another bit in what comes out.
 
-Each line of the graph says in its `meta` where its result lies: "memory", the line whose result owns the memory, which
+Each line of the graph holds in its `meta` where its result lies: "memory", the line whose result owns the memory, which
 is the line itself unless it is a view of another's; and "layout", the result's shape, strides, offset and type.
 """
 
@@ -25,7 +25,7 @@ IN_PLACE = {
 """Operations that can write over their first operand, and how."""
 
 COMPARED = 4000
-"""How many numbers are compared at the least to tell that two ways to a sum have the same bits."""
+"""How many numbers are compared at the least to establish that two ways to a sum have the same bits."""
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype, torch.device]
 
@@ -33,7 +33,7 @@ COMMUTING = frozenset({aten.add.Tensor, aten.mul.Tensor})
 """Those that can write over their second one too."""
 
 
-def note(node: fx.Node, value: Tensor, memory: fx.Node) -> None:
+def annotate_layout(node: fx.Node, value: Tensor, memory: fx.Node) -> None:
     """Notes where the result of a line lies: in its own memory, or in another's."""
     node.meta["memory"] = memory
     node.meta["layout"] = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device)
@@ -134,7 +134,7 @@ def _reuse_memory(graph: fx.Graph) -> None:
         operands: Any = node.args
         for place in (0, 1) if node.target in COMMUTING else (0,):
             operand, others = operands[place], [*operands[:place], *operands[place + 1 :]]
-            if not _spare(node, operand, others) or last[operand.meta["memory"]] != places[node]:
+            if not _can_reuse_buffer(node, operand, others) or last[operand.meta["memory"]] != places[node]:
                 continue
             with graph.inserting_before(node):
                 target, memory = IN_PLACE[node.target], operand.meta["memory"]
@@ -146,7 +146,7 @@ def _reuse_memory(graph: fx.Graph) -> None:
             break
 
 
-def _spare(node: fx.Node, operand: Any, others: list[Any]) -> bool:
+def _can_reuse_buffer(node: fx.Node, operand: Any, others: list[Any]) -> bool:
     """Whether an operand fills memory that a line of the graph allocated, in the result's layout, and no other does."""
     if not isinstance(operand, fx.Node) or operand.meta["layout"] != node.meta["layout"]:
         return False

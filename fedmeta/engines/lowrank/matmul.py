@@ -36,7 +36,7 @@ def traced_linear(x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, boo
         note: Called with (x, x W^T, false), and in a derivative that stays differentiable with (errors, errors W,
             true); returns the product, in a shape of its choice.
     """
-    z: Tensor = _apply(_Noted, x, weight, note)
+    z: Tensor = _apply(_TracedLinear, x, weight, note)
     return note(x, z, False)
 
 
@@ -49,7 +49,7 @@ def fused_linear(x: Tensor, first: int, weight: Tensor, bias: Tensor | None) -> 
         weight: W [outputs, width].
         bias: b [outputs], or None.
     """
-    z: tuple[Tensor, Tensor] = _apply(_Joint, x, first, weight, bias)
+    z: tuple[Tensor, Tensor] = _apply(_FusedLinear, x, first, weight, bias)
     return z
 
 
@@ -124,7 +124,7 @@ class _Outer(torch.autograd.Function):
         )
 
 
-class _Noted(torch.autograd.Function):
+class _TracedLinear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, note: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
         context.save_for_backward(weight)
@@ -142,7 +142,7 @@ class _Noted(torch.autograd.Function):
         return product, None, None
 
 
-class _Joint(torch.autograd.Function):
+class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, first: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         context.save_for_backward(x)

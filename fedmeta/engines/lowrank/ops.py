@@ -93,11 +93,11 @@ def _group_norm(
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int) -> Tensor:
     """Returns weight * x + bias, with each site's [*shape] along the axes of x that start at `axis`."""
     if weight is not None:
-        x = over_rows(torch.mul, x, weight, axis)
-    return x if bias is None else over_rows(torch.add, x, bias, axis)
+        x = broadcast_over_rows(torch.mul, x, weight, axis)
+    return x if bias is None else broadcast_over_rows(torch.add, x, bias, axis)
 
 
-def over_rows(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, value: Tensor, axis: int) -> Tensor:
+def broadcast_over_rows(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, value: Tensor, axis: int) -> Tensor:
     """Returns x [sites * n, ...] combined with value [sites, *shape], whose shape begins at axis `axis` of x."""
     sites, *shape = value.shape
     spread = value.reshape(sites, 1, *[1] * (axis - 1), *shape, *[1] * (x.dim() - axis - len(shape)))
@@ -170,7 +170,7 @@ def _elementwise(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., O
 
         def per_site(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             assert weight is not None
-            return over_rows(combine, x, weight.reshape(-1, *shape), x.dim() - len(shape))
+            return broadcast_over_rows(combine, x, weight.reshape(-1, *shape), x.dim() - len(shape))
 
         return Operands(x, value, None, per_site)
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fedmeta.engines.lowrank.flat_batch import FlatBatch, concatenate
 from fedmeta.engines.lowrank.matmul import fused_linear, products, traced_linear
 from fedmeta.engines.lowrank.ops import OPERATIONS, Operands
-from fedmeta.engines.lowrank.trace import Call, parameters_in
+from fedmeta.engines.lowrank.trace import OpCall, parameters_in
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.models import Parameters
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trace:
+class CallRecord:
     """One call in one pass: its place among the calls, its input A and its output z, [sites, rows, *] each."""
 
     place: int
@@ -35,7 +35,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearRecord:
     """A product with a shared weight [outputs, width]: of inputs, A W^T, or in an inner step's derivative, E W.
 
     Attributes:
@@ -66,7 +66,7 @@ class PerSiteForward(TorchFunctionMode):
         self.names = {id(value): name for name, value in adaptation.theta.items()}
         self.rows = rows
         self.dense = dense
-        self.traces: list[Trace] = []
+        self.traces: list[CallRecord] = []
         self.place = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,13 +87,13 @@ class PerSiteForward(TorchFunctionMode):
             result = self._dense(call, operands)
         return result.clone() if self.forms.in_place else result
 
-    def _call(self, operands: Operands) -> Call:
+    def _call(self, operands: Operands) -> OpCall:
         names = tuple(self.names[id(value)] for value in (operands.weight, operands.bias) if id(value) in self.names)
         if self.place >= len(self.forms.calls) or self.forms.calls[self.place].names != names:
             raise UnsupportedModelError("the model does not always use its parameters in the same order")
         return self.forms.calls[self.place]
 
-    def _linear(self, place: int, call: Call, operands: Operands) -> Tensor:
+    def _linear(self, place: int, call: OpCall, operands: Operands) -> Tensor:
         """Returns x W_i + b_i for each site's rows, with W_i = W + sum_t E_t^T A_t never formed."""
         kept = self.rows.kept
         x, weight, bias = operands.x, operands.weight, operands.bias
@@ -114,10 +114,10 @@ class PerSiteForward(TorchFunctionMode):
         if call.bias in self.dense:
             z = z + self.dense[call.bias].unsqueeze(1)
         if call.weight in self.forms.spans:
-            self.traces.append(Trace(place, inputs, z))
+            self.traces.append(CallRecord(place, inputs, z))
         return z.view(*x.shape[:-1], call.outputs)
 
-    def _shared(self, place: int, call: Call, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _shared(self, place: int, call: OpCall, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Returns A W + b [sites, rows, outputs], with the weight of all sites."""
         bias = None if call.bias in self.dense else bias
         rows = inputs.flatten(0, 1)
@@ -126,18 +126,18 @@ class PerSiteForward(TorchFunctionMode):
 
         def note(factor: Tensor, product: Tensor, turned: bool) -> Tensor:
             one, other = (value.view(self.rows.sites, -1, value.shape[-1]) for value in (factor, product))
-            self.adaptation.products.append(Product(place, one, other, turned))
+            self.adaptation.products.append(LinearRecord(place, one, other, turned))
             return other
 
         z = traced_linear(rows, weight, note)
         return z if bias is None else z + bias
 
-    def _serves_others(self, place: int, call: Call, x: Tensor) -> bool:
+    def _serves_others(self, place: int, call: OpCall, x: Tensor) -> bool:
         """Whether the product of a layer that does not adapt is noted, or computed for other rows too."""
         known = (place, "z") in self.rows.kept or self._first(call, x)
         return call.kind == "linear" and (self.adaptation.by_site or known)
 
-    def _first(self, call: Call, x: Tensor) -> bool:
+    def _first(self, call: OpCall, x: Tensor) -> bool:
         """Whether a call is on the rows themselves, and others of the same sites will be computed too."""
         alone = self.rows.beside is None or self.adaptation.by_site
         return not alone and call.fixed and same_memory(x, self.rows.x)
@@ -146,7 +146,7 @@ class PerSiteForward(TorchFunctionMode):
         """Whether a call's inputs are all rows that inner products are known of."""
         return self.rows.beside is None and same_memory(inputs, self.rows.x)
 
-    def _keep_first(self, place: int, call: Call, first: int, weight: Tensor, bias: Tensor | None) -> None:
+    def _keep_first(self, place: int, call: OpCall, first: int, weight: Tensor, bias: Tensor | None) -> None:
         """Keeps A W + b of the rows, `first` a site, and of those beside them.
 
         One derivative by the first layer's weight, often the largest, instead of two and their sum.
@@ -183,7 +183,7 @@ class PerSiteForward(TorchFunctionMode):
             kept[place, source] = pairs
         return pairs
 
-    def _dense(self, call: Call, operands: Operands) -> Tensor:
+    def _dense(self, call: OpCall, operands: Operands) -> Tensor:
         x, sites = operands.x, self.rows.sites
         if not call.by_rows:
             row = x.shape[1:] if x.dim() > 1 and x.shape[0] == 1 else x.shape

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fedmeta.engines.lowrank.trace import Call, ModuleTrace
+from fedmeta.engines.lowrank.trace import ModuleTrace, OpCall
 from fedmeta.engines.misfit import UnsupportedModelError
 
 Rates = Mapping[str, Tensor | float]
@@ -26,18 +26,18 @@ class ParameterPlan:
         dense: The other adapting parameters: one value per site.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[OpCall, ...]
     in_place: bool
     spans: frozenset[str]
     absorbed: frozenset[str]
     dense: tuple[str, ...]
 
 
-Sharing = tuple[tuple[tuple[str, int], ...], ...]
+RateGroups = tuple[tuple[tuple[str, int], ...], ...]
 """For each step the parameters that adapt, each with a number that those of the same rate share."""
 
 
-def sharing(rates: Sequence[Rates]) -> Sharing:
+def rate_groups(rates: Sequence[Rates]) -> RateGroups:
     """Returns which parameters adapt in each step, and which of them share one rate.
 
     Raises:
@@ -59,7 +59,7 @@ def _key(rate: Tensor | float) -> object:
 
 
 @lru_cache(maxsize=256)
-def make_plan(found: ModuleTrace, steps: Sharing, rows: int, whole: int = 0) -> ParameterPlan:
+def make_plan(found: ModuleTrace, steps: RateGroups, rows: int, whole: int = 0) -> ParameterPlan:
     """Returns the cheaper form of each adapting parameter.
 
     Args:
@@ -76,12 +76,12 @@ def make_plan(found: ModuleTrace, steps: Sharing, rows: int, whole: int = 0) -> 
         if all(call.kind == "linear" and call.weight == name for call in calls)
         and _saved(calls, rows, len(steps), whole) > 0
     }
-    absorbed = {name for name, calls in by_name.items() if _moves_along(name, calls, by_name, spans, steps)}
+    absorbed = {name for name, calls in by_name.items() if _bias_follows_weight(name, calls, by_name, spans, steps)}
     dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
     return ParameterPlan(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
 
 
-def _saved(calls: Sequence[Call], rows: int, steps: int, whole: int) -> float:
+def _saved(calls: Sequence[OpCall], rows: int, steps: int, whole: int) -> float:
     """Returns about how many operations per site the low-rank form of a linear layer saves over one weight per site.
 
     Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
@@ -106,8 +106,8 @@ def _saved(calls: Sequence[Call], rows: int, steps: int, whole: int) -> float:
     return weights - (pairs * outputs + own * own * width if fixed else pairs * steps / 2 * (width + outputs))
 
 
-def _moves_along(
-    name: str, calls: list[Call], by_name: Mapping[str, list[Call]], spans: set[str], steps: Sharing
+def _bias_follows_weight(
+    name: str, calls: list[OpCall], by_name: Mapping[str, list[OpCall]], spans: set[str], steps: RateGroups
 ) -> bool:
     """Whether this is the bias of one weight in low-rank form that always moves at the same rate."""
     weight = calls[0].weight

@@ -15,12 +15,12 @@ from fedmeta.engines.lowrank.ops import OPERATIONS, Operands
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.models import FunctionalModel, Parameters
 
-TELLS_NOTHING = frozenset(
+METADATA_ONLY = frozenset(
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")
 ) | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 """What may be asked of any parameter: it reads no value."""
 
-LOOKS_AT_VALUES = frozenset(
+DATA_DEPENDENT = frozenset(
     {Tensor.__bool__, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__float__}
 )
 """What makes a model's path depend on its data: sites that go different ways cannot share one batch."""
@@ -30,7 +30,7 @@ ROWS_MIX = "a row's outputs depend on the other rows"
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One use of adapting or of constant-shape parameters by a model, in the order of its calls.
 
     Attributes:
@@ -67,7 +67,7 @@ class Call:
 class ModuleTrace:
     """A model's calls, and whether it changes tensors in place."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[OpCall, ...]
     in_place: bool
 
 
@@ -91,17 +91,17 @@ class _Observer(TorchFunctionMode):
         self.names = {id(value): name for name, value in parameters.items()}
         self.adapting = adapting
         self.rows = rows
-        self.calls: list[Call] = []
+        self.calls: list[OpCall] = []
         self.outputs: list[tuple[Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in LOOKS_AT_VALUES:
+        if func in DATA_DEPENDENT:
             raise UnsupportedModelError(
                 f"the model looks at values ({func.__name__}), so that its path may differ between sites"
             )
         used = set(parameters_in((args, kwargs), self.names))
-        if not used or func in TELLS_NOTHING:
+        if not used or func in METADATA_ONLY:
             return func(*args, **kwargs)
         if func not in OPERATIONS:
             if used & self.adapting:
@@ -120,7 +120,7 @@ class _Observer(TorchFunctionMode):
             raise UnsupportedModelError(f"parameter {sorted(used & self.adapting)[0]} is used in an unusual place")
         x = operands.x
         self.calls.append(
-            Call(
+            OpCall(
                 weight,
                 bias,
                 operands.kind,
@@ -136,7 +136,7 @@ class _Observer(TorchFunctionMode):
         self.outputs.append((result, result._version))
 
 
-def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset[str], x: Tensor) -> ModuleTrace:
+def trace_module(network: FunctionalModel, parameters: Parameters, adapting: frozenset[str], x: Tensor) -> ModuleTrace:
     """Returns what a model does with its parameters.
 
     Args:
@@ -176,7 +176,7 @@ def survey(network: FunctionalModel, parameters: Parameters, adapting: frozenset
 
 def _observe(
     network: FunctionalModel, parameters: Parameters, adapting: frozenset[str], x: Tensor
-) -> tuple[list[Call], bool]:
+) -> tuple[list[OpCall], bool]:
     x = x.clone()
     before = x._version
     with torch.no_grad(), _Observer(parameters, adapting, len(x)) as observer:
