@@ -348,8 +348,8 @@ def _survey(
         if where[-1] == last and width < len(names):
             cut = " (is a quote left open: EOF inside string?)" if open_quote else " (is the file broken off?)"
         table.problems.append(
-            f"{path}: {numbered('line', where)}: lines have different numbers of cells: expected {len(names)} cells, "
-            f"saw {width}, {kind} than {'columns' if data.columns else 'the header'}{cut}: complete or remove "
+            f"{path}: lines have different numbers of cells: expected {len(names)} in {numbered('line', where)}, "
+            f"saw {width}, {kind} than {'data.columns' if data.columns else 'the header'} has{cut}: complete or remove "
             f"{'it' if len(where) == 1 else 'them'}"
         )
     for what, found in (("a comment", comments), ("empty", empty)):
@@ -459,14 +459,14 @@ def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool)
 
 def refuse(problems: Sequence[str]) -> None:
     """Raises `FedmetaError` with all problems in one message, where there are any; each is named once."""
-    distinct = _grouped(list(dict.fromkeys(problems)))
+    distinct = grouped(list(dict.fromkeys(problems)))
     if len(distinct) == 1:
         raise FedmetaError(distinct[0])
     if distinct:
         raise ManyProblems(distinct)
 
 
-def _grouped(problems: Sequence[str]) -> list[str]:
+def grouped(problems: Sequence[str]) -> list[str]:
     """Returns problems, those that several files have in the same words as one that names the files."""
     words: dict[str, list[tuple[str, str]]] = {}
     for problem in problems:

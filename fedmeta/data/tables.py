@@ -32,6 +32,7 @@ from fedmeta.data.table_file import (
     TEXT_SUFFIXES,
     RawTable,
     format_of,
+    grouped,
     listed,
     read_raw,
     refuse,
@@ -203,7 +204,7 @@ def _files(folder: Path, data: Data, notes: list[str]) -> list[Path]:
         names = [file.name + ("/" if file.is_dir() else "") for file in others]
         sheets = any(format_of(file) in SHEETS for file in others)
         cure = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
-        cure += f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns" if _headerless(others) else ""
+        cure += f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns, or as .csv" if _headerless(others) else ""
         notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{cure}")
     problems = [
         f'{folder}: {before.name} and {file.name} would both be site "{site_name(file)}"'
@@ -297,11 +298,12 @@ def _population(
         problems += _check_table(site.table, data)
     usable = [site for site in readable if set(data.label_names) <= set(site.table.frame.columns)]
     columns = _shared_columns(usable, data, only, problems, notes) if usable else []
-    own = [site for site in usable if set(columns) <= set(site.table.frame.columns) and len(site.table.frame)]
+    own = [site for site in usable if len(site.table.frame)]
     arrays: list[NDArray[Any]] = []
     categories: list[tuple[str, tuple[str, ...]]] = []
     for name in columns:
-        values, names = _column(own, name, data, categorical, problems, notes, alone=not many)
+        holders = [site for site in own if name in site.table.frame.columns]
+        values, names = _column(holders, name, data, categorical, problems, notes, alone=not many)
         arrays.append(values)
         categories += [(name, names)] if names is not None else []
     labels = table_labels([site.table for site in own], data, problems, notes) if own else None
@@ -339,7 +341,7 @@ def _population(
         feature_names=tuple(columns),
         min_rows=data.min_rows if many else 0,
     )
-    return replace(population, categories=tuple(categories), notes=tuple(dict.fromkeys(notes)))
+    return replace(population, categories=tuple(categories), notes=tuple(grouped(list(dict.fromkeys(notes)))))
 
 
 def _check_table(table: RawTable, data: Data) -> list[str]:
