@@ -126,7 +126,11 @@ class RowNode:
             found = encoded(population, categories)
         except FedmetaError as error:
             raise DataError(str(error)) from error
-        return self if found is population else replace(self, population=found, split=replace(self.split, population=found))
+        return (
+            self
+            if found is population
+            else replace(self, population=found, split=replace(self.split, population=found))
+        )
 
     def find(self, names: Sequence[str]) -> Sites:
         """Returns the numbers of named sites; raises `UnknownSiteError` where the node does not host one."""

@@ -55,6 +55,15 @@ FEWEST_TO_COMPARE = 3
 OUTLIER = 1e3
 """How many times as large as is usual a node's feature may be (root mean square)."""
 
+FAR = 5.0
+"""A site's mean is far off from this many standard deviations within sites, or between their means."""
+
+FEWEST_VALUES = 5
+"""Of fewer values no mean is compared."""
+
+MOST_FAR = 20
+"""How many such notes a run has."""
+
 _FEW = 16
 """Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
 
@@ -225,12 +234,18 @@ def _check_categories(reply: Categories, columns: tuple[str, ...], rows: int, ex
 
 
 def ask_standardisation(
-    grid: Grid, federation: Federation, experiment: Experiment
+    grid: Grid, federation: Federation, experiment: Experiment, notes: list[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the meta-state's standardisation entries, from the sums of the training sites' train rows.
 
     Sites whose sums are missing or impossible have no part in them. With a robust aggregator the statistics are medians
     of each site's own mean and spread, which a few sites do not move far; with the mean they are those of all rows.
+
+    Args:
+        grid: Flower's grid.
+        federation: The sites.
+        experiment: The run's description.
+        notes: Takes a sentence on each site whose feature lies far from those of the others.
 
     Returns:
         The entries, and the sites without a part in them with the reasons.
@@ -244,7 +259,11 @@ def ask_standardisation(
     robust = experiment.server.aggregator != "mean"
     shares = federation.by_node(federation.training)
     shape = statistic_shape(federation.row_shape, experiment.data.standardise, tokens=federation.tokens)
-    contents = {node: SumsRequest(names, robust, federation.categories).pack() for node, names in shares.items() if node != NO_NODE}
+    contents = {
+        node: SumsRequest(names, robust, federation.categories).pack()
+        for node, names in shares.items()
+        if node != NO_NODE
+    }
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
     parts: list[tuple[tuple[str, ...], SumsReply]] = []
     refused = dict.fromkeys(shares.get(NO_NODE, ()), SITE_UNAVAILABLE)
@@ -265,6 +284,8 @@ def ask_standardisation(
     if usable < max(1, min(experiment.server.min_sites, len(federation.training))):
         site, reason = next(iter(refused.items()))
         raise FedmetaError(f"{usable} sites sent usable feature sums; {site}: {reason}")
+    if notes is not None and not robust:
+        notes += far_off(parts, federation)
     replies = [reply for _, reply in parts]
     scale = standardisation(_combined(replies, "", robust=robust))
     found = {
@@ -281,6 +302,41 @@ def ask_standardisation(
     target = target_scale(_combined(replies, "target_", robust=robust), experiment.target_kind)
     found |= {TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
     return found, refused
+
+
+def far_off(parts: Sequence[tuple[tuple[str, ...], SumsReply]], federation: Federation) -> list[str]:
+    """Returns a sentence on each site whose feature lies far from those of the others, as where units differ.
+
+    It needs nodes of one site each, `FEWEST_TO_COMPARE` of them, and rows that are vectors of named features.
+
+    Args:
+        parts: The sites of each node, and the sums over their train rows.
+        federation: The sites.
+    """
+    features = feature_names(federation.features, federation.categories)
+    counts = [reply.count for _, reply in parts]
+    if len(parts) < FEWEST_TO_COMPARE or any(len(names) > 1 for names, _ in parts):
+        return []
+    if counts[0].shape != (len(features),):
+        return []
+    made = {f"{name}={each}" for name, names in federation.categories for each in names}
+    seen = np.maximum(np.stack(counts), 1.0)
+    means = np.stack([reply.total for _, reply in parts]) / seen
+    spreads = np.sqrt(np.maximum(np.stack([reply.square for _, reply in parts]) / seen - means**2, 0.0))
+    found = []
+    for number, (names, reply) in enumerate(parts):
+        others = np.arange(len(parts)) != number
+        middle = np.median(means[others], axis=0)
+        between = 1.4826 * np.median(np.abs(means[others] - middle), axis=0)
+        usual = np.maximum(np.median(spreads[others], axis=0), between)
+        far = (np.abs(means[number] - middle) > FAR * usual) & (usual > 0) & (reply.count >= FEWEST_VALUES)
+        found += [
+            f'{names[0]}: column "{features[place]}" has mean {means[number, place]:.4g}, the others about '
+            f"{middle[place]:.4g}: other units, or a decimal or thousands separator?"
+            for place in np.flatnonzero(far).tolist()
+            if features[place] not in made
+        ]
+    return found[:MOST_FAR]
 
 
 def _combined(replies: Sequence[SumsReply], prefix: str, *, robust: bool) -> FeatureSums:

@@ -153,7 +153,7 @@ class TrainingLoop:
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
-            scale, without_sums = ask_standardisation(grid, federation, experiment)
+            scale, without_sums = ask_standardisation(grid, federation, experiment, self.membership.notes)
             self.without_sums = without_names | without_sums
             constants |= scale
         self.strategy = MetaGradientStrategy(

@@ -298,7 +298,7 @@ def check_form(form: Form, origin: str) -> None:
     if not (form.shape and min(form.shape) > 0 and size <= LARGEST_ROW and named):
         raise FedmetaError(f"{origin}: rows of shape {list(form.shape)[:8]} with {len(form.features)} names cannot be")
     known = [f"{name}={each}" for name, names in form.categories for each in names]
-    if len(set(form.features)) < len(form.features) and form.categories or not set(known) <= set(form.features):
+    if (len(set(form.features)) < len(form.features) and form.categories) or not set(known) <= set(form.features):
         raise FedmetaError(f"{origin}: its categories are not those of its {len(form.features)} features")
     if len(set(form.targets)) < len(form.targets) or (form.targets and not form.regression):
         raise FedmetaError(f"{origin}: {len(form.targets)} names of targets, or one of them twice, cannot be")

@@ -199,7 +199,8 @@ class Columns:
                     listed([f'"{each}"' for each in names], 5) for names in (dict.fromkeys(foreign), known[name])
                 )
                 notes.append(
-                    f'column "{name}": {found} in {len(foreign)} rows count as "other": the run knows {own or "no name"}'
+                    f'column "{name}": {found} in {len(foreign)} rows count as "other": '
+                    f"the run knows {own or 'no name'}"
                 )
         return self.encode(codes), tuple(notes)
 

@@ -84,15 +84,11 @@ def _labels(population: ArrayPopulation, data: Data) -> Iterator[str]:
         return
     classes = population.class_names
     counts = np.bincount(population.y, minlength=len(classes))
-    folded: dict[str, list[str]] = {}
-    for each in classes:
-        folded.setdefault(" ".join(unicodedata.normalize("NFKC", each).casefold().split()), []).append(each)
-    for same in folded.values():
-        if len(same) > 1:
-            yield (
-                f'label "{name}": {_quoted(same)} differ by case or spaces alone, and are {len(same)} classes: '
-                "write them alike if they are one"
-            )
+    for same in _alike(classes):
+        yield (
+            f'label "{name}": {_quoted(same)} differ by case or spaces alone, and are {len(same)} classes: '
+            "write them alike if they are one"
+        )
     per_site = [(site, set(np.unique(population.y[rows]).tolist())) for site, rows in _sites(population)]
     if len(per_site) > 1:
         for place, (site, own) in enumerate(per_site):
@@ -105,13 +101,13 @@ def _labels(population: ArrayPopulation, data: Data) -> Iterator[str]:
                 )
     odd = [each for each in classes if each in UNLABELLED]
     rest = [float(each) for each in classes if each not in UNLABELLED and is_number_text(each)]
-    if odd and len(classes) > len(odd) and len(rest) == len(classes) - len(odd):
-        if all(abs(float(each)) > max(rest) + 1 or float(each) < 0 <= min(rest) for each in odd):
-            where = ", ".join(f'"{each}" ({counts[classes.index(each)]} rows)' for each in odd)
-            yield (
-                f'label "{name}": {where} beside {_quoted([each for each in classes if each not in odd])} looks like '
-                '"unlabelled": it is a class here; leave these rows out if it is none'
-            )
+    numeric = bool(odd) and 0 < len(rest) == len(classes) - len(odd)
+    if numeric and all(abs(float(each)) > max(rest) + 1 or float(each) < 0 <= min(rest) for each in odd):
+        where = ", ".join(f'"{each}" ({counts[classes.index(each)]} rows)' for each in odd)
+        yield (
+            f'label "{name}": {where} beside {_quoted([each for each in classes if each not in odd])} looks like '
+            '"unlabelled": it is a class here; leave these rows out if it is none'
+        )
     if len(classes) > 20 and all(map(is_number_text, classes)):
         yield (
             f'label "{name}" has {len(classes)} different whole numbers, read as classes: set data.task = '
@@ -141,7 +137,9 @@ def task_reason(population: Population, data: Data) -> str:
     if population.regression:
         names = population.target_names or ("the label",)
         why = "data.task" if data.task == "regression" else "labels are numbers with fractions or of floating point"
-        return f"regression of {listed(list(names), 5)}, as {why} {'asks' if data.task == 'regression' else ''}".rstrip()
+        return (
+            f"regression of {listed(list(names), 5)}, as {why} {'asks' if data.task == 'regression' else ''}".rstrip()
+        )
     why = {
         "classification": "data.task asks",
         "auto": "labels are whole numbers or text",
@@ -201,16 +199,10 @@ def _column(population: ArrayPopulation, x: NDArray[np.float64], place: int, nam
     return found
 
 
-def _categories(
-    population: ArrayPopulation, values: NDArray[np.float64], name: str, names: Sequence[str]
-) -> list[str]:
-    found = []
-    folded: dict[str, list[str]] = {}
-    for each in names:
-        folded.setdefault(" ".join(unicodedata.normalize("NFKC", each).casefold().split()), []).append(each)
-    for same in folded.values():
-        if len(same) > 1:
-            found.append(f'column "{name}": {_quoted(same)} differ by case or spaces alone: write them alike')
+def _categories(population: ArrayPopulation, values: NDArray[np.float64], name: str, names: Sequence[str]) -> list[str]:
+    found = [
+        f'column "{name}": {_quoted(same)} differ by case or spaces alone: write them alike' for same in _alike(names)
+    ]
     per_site = [
         (site, set(np.unique(values[rows][~np.isnan(values[rows])]).astype(int).tolist()))
         for site, rows in _sites(population)
@@ -313,7 +305,9 @@ def _scale(population: ArrayPopulation, x: NDArray[np.float64], place: int, name
         ranges = medians[others] / usual if usual else np.ones(1)
         apart = max(times, 1 / times) >= TIMES and max(float(ranges.max()), 1 / max(float(ranges.min()), 1e-9)) < 3
         if far or apart:
-            ratio = f", {max(times, 1 / times):.3g} times {'as large' if times > 1 else 'smaller'}" if times != 1 else ""
+            ratio = (
+                f", {max(times, 1 / times):.3g} times {'as large' if times > 1 else 'smaller'}" if times != 1 else ""
+            )
             found.append(
                 f'site {site}: column "{name}" has median {medians[number]:.4g}, the others {usual:.4g}{ratio}: other '
                 "units, a decimal or thousands separator, or a number for missing? Convert it, or leave it if it is so"
@@ -331,9 +325,19 @@ def _thousandths(own: NDArray[np.float64]) -> bool:
         return False
     thousandths = np.abs(fractions * 1000 - np.round(fractions * 1000)) < 1e-6
     whole = own[own == np.round(own)]
-    return bool(thousandths.all()) and len(whole) >= 3 and float(np.median(np.abs(whole))) > 20 * float(
-        np.median(np.abs(fractions))
+    return (
+        bool(thousandths.all())
+        and len(whole) >= 3
+        and float(np.median(np.abs(whole))) > 20 * float(np.median(np.abs(fractions)))
     )
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """Returns the names that differ by case, spaces or the form of their characters alone, group by group."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    return [same for same in folded.values() if len(same) > 1]
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -369,7 +373,9 @@ def summarize_columns(population: Population) -> pd.DataFrame:
             row |= {"mean": there.mean(), "sd": there.std(), "low": there.min(), "high": there.max()}
             if len(distinct) <= 3:
                 row["values"] = ", ".join(f"{at:g} ({count})" for at, count in zip(distinct, counts, strict=True))
-            means = [(float(np.nanmean(x[own, place])), site) for site, own in sites if not np.isnan(x[own, place]).all()]
+            means = [
+                (float(np.nanmean(x[own, place])), site) for site, own in sites if not np.isnan(x[own, place]).all()
+            ]
             if len(means) > 1:
                 (low, first), (high, last) = min(means), max(means)
                 row["site_means"] = f"{low:.4g} ({first}) to {high:.4g} ({last})"

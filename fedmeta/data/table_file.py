@@ -62,7 +62,7 @@ _COMMA_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][+-]?\d+
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _CERTAIN_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3}){2,}(?:\.\d+)?|(?:,\d{3})+\.\d+)")
 _POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|[+-]?\d{1,3}(?:\.\d{3})+,\d+")
-_MARK_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:['’\u00a0\u202f ]\d{3})+(?:[.,]\d+)?")
+_MARK_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:['\u2019\u00a0\u202f ]\d{3})+(?:[.,]\d+)?")
 
 
 @dataclass
@@ -138,17 +138,17 @@ def read_raw(path: Path, data: Data, texts: Sequence[str] = ()) -> RawTable:
     table = RawTable(path, parquet=format_of(path) in PARQUET_SUFFIXES)
     try:
         if format_of(path) in SHEETS:
-            raise _Unreadable(f"{path} is a spreadsheet: save its sheet as CSV (in Excel: CSV UTF-8)")
+            raise UnreadableError(f"{path} is a spreadsheet: save its sheet as CSV (in Excel: CSV UTF-8)")
         if table.parquet:
-            _read_parquet(table)
+            _read_parquet(table, data.label_names)
         else:
             _read_text(table, data, texts)
-    except _Unreadable as error:
+    except UnreadableError as error:
         table.problems.append(str(error))
     return table
 
 
-class _Unreadable(Exception):
+class UnreadableError(Exception):
     """A file of which no cell can be read."""
 
 
@@ -159,7 +159,9 @@ def clean_name(name: str) -> str:
 
 def _check_width(path: Path, width: int) -> None:
     if width > MOST_COLUMNS:
-        raise _Unreadable(f"{path}: {width:,} columns, and a table may have {MOST_COLUMNS:,}: save it as an npz file")
+        raise UnreadableError(
+            f"{path}: {width:,} columns, and a table may have {MOST_COLUMNS:,}: save it as an npz file"
+        )
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
@@ -177,25 +179,30 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------- Parquet
 
 
-def _read_parquet(table: RawTable) -> None:
+def _read_parquet(table: RawTable, labels: Sequence[str]) -> None:
     path = table.path
     try:
         facts = pq.read_metadata(path)
         _check_width(path, facts.num_columns)
         size, free = facts.num_rows * facts.num_columns * 8, free_memory()
         if size > free // 2:
-            raise _Unreadable(f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer")
+            raise UnreadableError(
+                f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer"
+            )
         names = [clean_name(name) for name in pq.read_schema(path).names]
         twice = _check_names(path, names)
         if twice:
-            raise _Unreadable("; ".join(twice))
+            raise UnreadableError("; ".join(twice))
         whole = pq.read_table(path)
         index = [name for name in whole.column_names if re.fullmatch(_INDEX, name)]
         frame: pd.DataFrame = whole.drop_columns(index).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise _Unreadable(f"{path} is not a Parquet file that can be read: {reason}") from None
+        raise UnreadableError(f"{path} is not a Parquet file that can be read: {reason}") from None
     table.frame = frame.set_axis([clean_name(name) for name in frame.columns], axis=1)
+    for name, kind in zip(names, whole.schema.types, strict=True):
+        if pa.types.is_nested(kind) and name in table.frame and name not in labels:
+            table.frame[name] = table.frame[name].map(str, na_action="ignore")
     table.lines = np.arange(1, len(frame) + 1)
 
 
@@ -213,10 +220,10 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
             text = _without(text, separator, good, named=not data.columns)
         frame = _parsed(text, separator, names, data, [name for name in names if name in set(texts)], dropped)
     except csv.Error as error:
-        raise _Unreadable(f"{path} is no text table: {error}") from None
+        raise UnreadableError(f"{path} is no text table: {error}") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        raise _Unreadable(f"{path}: lines have different numbers of cells ({given})") from None
+        raise UnreadableError(f"{path}: lines have different numbers of cells ({given})") from None
     table.frame = frame
     _read_numbers(table, separator, set(texts))
 
@@ -226,26 +233,26 @@ def _decoded(path: Path) -> str:
     try:
         size, free = path.stat().st_size, free_memory()
         if size > free // 4:
-            raise _Unreadable(f"{path}: {size / 1e9:.1f} GB of text, and a quarter of the free memory is less")
+            raise UnreadableError(f"{path}: {size / 1e9:.1f} GB of text, and a quarter of the free memory is less")
         content = path.read_bytes()
         if path.suffix.lower() == PACKED or content[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(content)) as packed:
                 content = packed.read(free // 4 + 1)
             if len(content) > free // 4:
-                raise _Unreadable(f"{path} unpacks to more than a quarter of the free memory: save fewer rows")
+                raise UnreadableError(f"{path} unpacks to more than a quarter of the free memory: save fewer rows")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _Unreadable(f"{path} is not a whole gzip file: {error}") from None
+        raise UnreadableError(f"{path} is not a whole gzip file: {error}") from None
     except OSError as error:
-        raise _Unreadable(f"{path} cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
     if content[:4] == b"PK\x03\x04":
-        raise _Unreadable(f"{path} is a zip archive, such as an Excel sheet: save the sheet as CSV")
+        raise UnreadableError(f"{path} is a zip archive, such as an Excel sheet: save the sheet as CSV")
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") and len(content) % 2 == 0 else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         start = error.start + (3 if encoding == "utf-8-sig" and content[:3] == b"\xef\xbb\xbf" else 0)
         line = content[:start].count(b"\n") + 1
-        raise _Unreadable(
+        raise UnreadableError(
             f"{path} is not UTF-8 text ({error.reason} at byte {start}, in line {line}: 0x{content[start]:02x}, "
             f'in Latin-1 "{chr(content[start])}"): save it as UTF-8'
         ) from None
@@ -325,7 +332,7 @@ def _survey(
         elif not header:
             _check_width(path, len(record))
             if max(map(len, record)) > LONGEST_HEADING:
-                raise _Unreadable(f"{path}: a cell of its first line is longer than any name")
+                raise UnreadableError(f"{path}: a cell of its first line is longer than any name")
             names = [clean_name(cell) for cell in record]
             table.problems += _check_names(path, names)
             header = keep = True
@@ -338,10 +345,10 @@ def _survey(
             keep = True
         good.append(keep)
     if not header:
-        raise _Unreadable(f"{path}: the file is empty")
+        raise UnreadableError(f"{path}: the file is empty")
     _check_width(path, len(names))
     if table.problems:
-        raise _Unreadable(table.problems.pop())
+        raise UnreadableError(table.problems.pop())
     for width, where in sorted(wrong.items()):
         kind = "fewer" if width < len(names) else "more"
         cut = ""
@@ -452,7 +459,7 @@ def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool)
     if odd.str.fullmatch(_POINT_THOUSANDS).mean() > 0.5:
         return cells.str.replace(".", "").str.replace(",", "."), "points between thousands"
     if odd.str.fullmatch(_MARK_THOUSANDS).mean() > 0.5:
-        plain = cells.str.replace(r"['’\u00a0\u202f ]", "", regex=True)
+        plain = cells.str.replace(r"['\u2019\u00a0\u202f ]", "", regex=True)
         return plain.str.replace(",", ".") if comma else plain, "marks between thousands"
     return cells, ""
 
@@ -463,7 +470,7 @@ def refuse(problems: Sequence[str]) -> None:
     if len(distinct) == 1:
         raise FedmetaError(distinct[0])
     if distinct:
-        raise ManyProblems(distinct)
+        raise ManyProblemsError(distinct)
 
 
 def grouped(problems: Sequence[str]) -> list[str]:
@@ -479,7 +486,7 @@ def grouped(problems: Sequence[str]) -> list[str]:
     return found
 
 
-class ManyProblems(FedmetaError):
+class ManyProblemsError(FedmetaError):
     """Several things are wrong with data; each is named, in one line.
 
     Attributes:

@@ -19,9 +19,7 @@ _COMMA_NUMBER = re.compile(r"[+-]?\d+,\d+")
 _ZEROS = re.compile(r"[+-]?0\d+")
 
 
-def table_labels(
-    tables: Sequence[RawTable], data: Data, problems: list[str], notes: list[str]
-) -> NDArray[Any] | None:
+def table_labels(tables: Sequence[RawTable], data: Data, problems: list[str], notes: list[str]) -> NDArray[Any] | None:
     """Returns the labels of all files: numbers where those of every file are, else text; None where one is wrong.
 
     Whole numbers are classes, also where one file writes 1.0 and the others 1. Where every file writes a decimal point

@@ -204,7 +204,11 @@ def _files(folder: Path, data: Data, notes: list[str]) -> list[Path]:
         names = [file.name + ("/" if file.is_dir() else "") for file in others]
         sheets = any(format_of(file) in SHEETS for file in others)
         cure = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
-        cure += f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns, or as .csv" if _headerless(others) else ""
+        cure += (
+            f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns, or as .csv"
+            if _headerless(others)
+            else ""
+        )
         notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{cure}")
     problems = [
         f'{folder}: {before.name} and {file.name} would both be site "{site_name(file)}"'
@@ -269,10 +273,8 @@ def _site_hint(table: RawTable, data: Data) -> str:
     """Returns which column looks as if it named sites, as ` = "hospital"`; "" where none does."""
     found = []
     for name, column in table.frame.items():
-        count = column.nunique()
-        few = 2 <= count <= max(2, len(column) // 5)
         wordy = any(part in str(name).lower() for part in SITE_WORDS)
-        if str(name) not in data.label_names and few and wordy:
+        if str(name) not in data.label_names and wordy and 2 <= column.nunique() <= max(2, len(column) // 5):
             found.append(str(name))
     return f' = "{found[0]}"' if found else ""
 

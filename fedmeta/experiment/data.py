@@ -114,7 +114,7 @@ class Data(OpenSection):
     rows: int = Field(default=40, ge=1, description="Size of a synthetic site (rows)")
     features: Count | Texts = Field(
         default=20,
-        description="Columns of tables that are features, a list, empty = all others; width of a synthetic row (features)",
+        description="Columns of tables that are features, empty = all others; or a synthetic row's width (features)",
     )
     classes: int = Field(default=5, ge=2, description="Labels in the synthetic population (classes)")
     heterogeneity: float = Field(

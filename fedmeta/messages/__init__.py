@@ -1,7 +1,8 @@
 """The contract between clients/ and server/: what each message holds. Nothing else leaves a site.
 
 `query.sites`: a node replies with its sites' names, numbers of train and test rows and weights, the labels that occur
-    there, the feature names, which of them are categories, and the shape of a row; for own problems a digest of the form of their data.
+    there, the feature names, which of them are categories, and the shape of a row; for own problems a digest of the
+    form of their data.
 `query.categories`: where some features are columns of categories, the server names these and training sites; a node
     replies with the names that at least `data.category_rows` train rows of one of these sites have.
 `query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each

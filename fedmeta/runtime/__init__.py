@@ -143,7 +143,10 @@ def data_notes(population: Population | None, experiment: Experiment) -> list[st
         return []
     notes = [*getattr(population, "notes", ()), *findings(population, experiment.data)]
     more = len(notes) - MOST_NOTES
-    return [*notes[:MOST_NOTES], *([f"and {more} more notes on the data: fedmeta sites shows them"] if more > 0 else [])]
+    return [
+        *notes[:MOST_NOTES],
+        *([f"and {more} more notes on the data: fedmeta sites shows them"] if more > 0 else []),
+    ]
 
 
 def _ray(experiment: Experiment, resume: Path | None, report: ProgressCallback) -> Result:

@@ -170,7 +170,11 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         r"x\.csv: its first line is one cell, 'a b label': cells must have commas between them",
     ),
     "longer line": ({"x": GOOD + "1,2,3,4\n"}, {}, r"x\.csv: lines have different numbers of cells.*line 4, saw 4"),
-    "shorter line": ({"x": GOOD + "1,2\n3,4,1\n"}, {}, r"x\.csv: .* expected 3 in line 4, saw 2, fewer than the header"),
+    "shorter line": (
+        {"x": GOOD + "1,2\n3,4,1\n"},
+        {},
+        r"x\.csv: .* expected 3 in line 4, saw 2, fewer than the header",
+    ),
     "broken off": ({"x": GOOD + "1,2"}, {}, r"expected 3 in line 4, saw 2, .*is the file broken off"),
     "longer lines": ({"x": "a,b,label\n1,2,0,9\n1,2,0,9\n"}, {}, r"x\.csv: lines have different numbers of cells"),
     "empty": ({"x": ""}, {}, r"x\.csv: the file is empty"),
