@@ -20,6 +20,7 @@ from fedmeta.data import class_codes, load_site
 from fedmeta.data.arrays import plain
 from fedmeta.data.npz_file import npz_path, read_arrays
 from fedmeta.data.population import Population
+from fedmeta.data.table_file import clean_name
 from fedmeta.data.tables import read_columns, table_columns
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
@@ -124,7 +125,8 @@ def read_inputs(form: Form, data: Data, path: str) -> tuple[NDArray[Any], tuple[
     arrays = read_arrays(npz_path(path), ("x",), ())
     x, names = plain(arrays["x"]), arrays.get("feature_names")
     if form.named and names is not None and x.ndim == 2 and x.shape[1] == names.size:
-        return raw_rows(pd.DataFrame(x, columns=names.reshape(-1).astype(str)), form, path)
+        columns = [clean_name(str(name)) for name in names.reshape(-1)]
+        return raw_rows(pd.DataFrame(x, columns=columns), form, path)
     return raw_rows(x, form, path)
 
 
@@ -144,7 +146,7 @@ def raw_rows(given: Any, form: Form, origin: str = "the input") -> tuple[NDArray
     if isinstance(given, Mapping) or getattr(getattr(given, "dtype", None), "names", None):
         given = pd.DataFrame(given)
     if isinstance(given, pd.DataFrame) and form.named:
-        frame = given.set_axis([str(name).strip() for name in given.columns], axis=1)
+        frame = given.set_axis([clean_name(str(name)) for name in given.columns], axis=1)
         notes = _check_names(origin, list(frame.columns), form)
         known = {name for name, _ in form.categories}
         cells = {

@@ -74,7 +74,7 @@ def test_what_init_writes_is_an_experiment(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for number in range(3):
         rows = 50
-        frame = pd.DataFrame({"Unnamed: 0": np.arange(rows), "asa \"class\"": draw.integers(1, 5, rows)})
+        frame = pd.DataFrame({"Unnamed: 0": np.arange(rows), 'asa "class"': draw.integers(1, 5, rows)})
         frame["study_id"] = [f"S{number}-{row}" for row in range(rows)]
         frame["year"] = 2024
         frame["nothing"] = None
