@@ -61,7 +61,7 @@ def load(data: Data) -> Population:
     """
     population: Population = _function(SOURCES[data.source])(data)
     _check_names(population, data.path or data.source)
-    return few_shot(population, data) if data.ways else population
+    return _few_shot(population, data)
 
 
 def load_site(
@@ -85,7 +85,17 @@ def load_site(
     else:
         population = _function("fedmeta.data.tables:load_table_site")(data, path, name, only, categorical)
     _check_names(population, path)
-    return few_shot(population, data) if data.ways else population
+    return _few_shot(population, data)
+
+
+def _few_shot(population: Population, data: Data) -> Population:
+    """Returns a population as it is or, with `data.ways`, as what few-shot tasks are drawn from."""
+    if not data.ways:
+        return population
+    if isinstance(population, ArrayPopulation) and population.categories:
+        named = population.categories[0][0]
+        raise FedmetaError(f'data.ways: column "{named}" holds categories, and few-shot tasks are of numbers alone')
+    return few_shot(population, data)
 
 
 def _check_names(population: Population, where: str) -> None:

@@ -258,7 +258,7 @@ def frequent_names(
     return tuple(sorted(names[code] for code in found))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def encoded(population: ArrayPopulation, categories: Categories) -> ArrayPopulation:
     """Returns a population with the features that a run has (see `Columns`); the same where it has no categories.
 

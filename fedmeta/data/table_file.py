@@ -224,6 +224,13 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise UnreadableError(f"{path}: lines have different numbers of cells ({given})") from None
+    for name, column in frame.items():
+        if column.dtype.kind == "O":
+            # pandas compares cells as they are written; "NA " is missing too.
+            plain = column.where(column.isna(), column.astype(str).str.strip())
+            absent = plain.isin(data.missing)
+            if absent.any():
+                frame[name] = column.mask(absent)
     table.frame = frame
     _read_numbers(table, separator, set(texts))
 

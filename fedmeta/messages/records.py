@@ -124,6 +124,13 @@ def read_record(content: RecordDict, name: str, kind: type[R], *keys: str) -> R:
     return record
 
 
+def with_optional(content: RecordDict, name: str, keys: tuple[str, ...], optional: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the keys that a record must have: some, and others as soon as it has one of these."""
+    record = content.get(name)
+    there = set(record) if isinstance(record, ConfigRecord) else set()
+    return (*keys, *optional) if there & set(optional) else keys
+
+
 def read_scalar(record: ConfigRecord | MetricRecord, key: str, kind: type[V]) -> V:
     """Returns a value of one type (a whole number serves as a float)."""
     value = record.get(key)
@@ -174,7 +181,12 @@ MOST_CATEGORIES = 100_000
 
 
 def write_categories(categories: Categories) -> dict[str, Any]:
-    """Returns columns of categories as entries of a record: the columns, how many names each has, and all names."""
+    """Returns columns of categories as entries of a record: the columns, how many names each has, and all names.
+
+    Where there are none, a record has none of these entries.
+    """
+    if not categories:
+        return {}
     return {
         "category_columns": [column for column, _ in categories],
         "category_counts": [len(names) for _, names in categories],
@@ -184,6 +196,8 @@ def write_categories(categories: Categories) -> dict[str, Any]:
 
 def read_categories(record: ConfigRecord) -> Categories:
     """Returns the columns of categories that a record holds; raises `MessageError` where they are none."""
+    if not set(CATEGORY_KEYS) & set(record):
+        return ()
     columns, names = read_list(record, "category_columns", str), read_list(record, "category_names", str)
     counts = read_list(record, "category_counts", int, len(columns))
     if len(set(columns)) < len(columns) or min(counts, default=0) < 0 or sum(counts) != len(names):

@@ -23,6 +23,7 @@ from fedmeta.messages.records import (
     read_names,
     read_record,
     read_scalar,
+    with_optional,
     write_arrays,
     write_categories,
     write_names,
@@ -49,7 +50,7 @@ def _nothing() -> Floats:
     return np.zeros(0)
 
 
-SCHEMA = ("classes", "features", "categorical", "shape", "regression", "targets", "tokens", "form", "held_out")
+SCHEMA = ("classes", "features", "shape", "regression", "targets", "tokens", "form", "held_out")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ class SitesReply:
         schema: dict[str, Any] = {
             "classes": list(self.classes),
             "features": list(self.features),
-            "categorical": list(self.categorical),
             "shape": list(self.shape),
             "regression": self.regression,
             "tokens": self.tokens,
@@ -99,6 +99,8 @@ class SitesReply:
             "held_out": self.held_out,
             "targets": list(self.targets),
         }
+        if self.categorical:
+            schema["categorical"] = list(self.categorical)
         sizes: dict[str, Any] = {
             "train_rows": list(self.train_rows),
             "test_rows": list(self.test_rows),
@@ -118,7 +120,9 @@ class SitesReply:
         only(content, "sites", "schema", "sizes")
         names = read_names(content)
         sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows", "weights")
-        schema = read_record(content, "schema", ConfigRecord, *SCHEMA)
+        schema = read_record(
+            content, "schema", ConfigRecord, *with_optional(content, "schema", SCHEMA, ("categorical",))
+        )
         rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
         if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
             raise MessageError("a number of rows is negative")
@@ -142,7 +146,7 @@ class SitesReply:
                 raise MessageError(f"two {PLURALS[what]} have the same name")
             if bad := first_bad_name(text for text in texts if text not in symbols):
                 raise MessageError(f"the {what} {bad}")
-        categorical = tuple(read_list(schema, "categorical", str))
+        categorical = tuple(read_list(schema, "categorical", str)) if "categorical" in schema else ()
         if len(set(categorical)) < len(categorical) or not set(categorical) <= set(features):
             raise MessageError("its columns of categories are not among its features")
         if features and shape != (len(features),):
@@ -240,7 +244,8 @@ class SumsRequest:
     def unpack(cls, content: RecordDict) -> SumsRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "sites", "sums")
-        own = read_record(content, "sums", ConfigRecord, "per_site", *CATEGORY_KEYS)
+        keys = with_optional(content, "sums", ("per_site",), CATEGORY_KEYS)
+        own = read_record(content, "sums", ConfigRecord, *keys)
         return cls(read_names(content), read_scalar(own, "per_site", bool), read_categories(own))
 
 

@@ -26,6 +26,7 @@ from fedmeta.messages.records import (
     read_names,
     read_record,
     read_scalar,
+    with_optional,
     write_arrays,
     write_categories,
     write_names,
@@ -36,7 +37,7 @@ Floats = NDArray[np.float64]
 
 TASK_KEYS = (
     "round", "classes", "run", "saved_rounds", "steps", "rate", "gate", "baseline", "engine", "budget", "per_site",
-    "groups", *CATEGORY_KEYS,
+    "groups",
 )  # fmt: skip
 LARGEST_LOSS = float(np.finfo(np.float32).max)
 """The largest loss that a site may have."""
@@ -120,7 +121,7 @@ class RoundRequest:
     def unpack(cls, content: RecordDict) -> RoundRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
-        task = read_record(content, "task", ConfigRecord, *TASK_KEYS)
+        task = read_record(content, "task", ConfigRecord, *with_optional(content, "task", TASK_KEYS, CATEGORY_KEYS))
         run = read_scalar(task, "run", str)
         if not RUN_NAME.fullmatch(run):
             raise MessageError("the run's name is not the name of a folder")
