@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,15 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data: {SHARED_DATA} is absent")
     return SHARED_DATA.resolve()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test's cases as slow, but for those that its `quick` marker names: `make test` runs these alone."""
+    for item in items:
+        marker = item.get_closest_marker("quick")
+        if marker and isinstance(item, pytest.Function):
+            assert not marker.kwargs
+            assert hasattr(item, "callspec"), f"{item.nodeid}: quick names cases, and the test has none"
+            if not any(fnmatchcase(item.callspec.id, pattern) for pattern in marker.args):
+                item.add_marker(pytest.mark.slow)

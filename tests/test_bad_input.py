@@ -151,6 +151,7 @@ def test_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before, "something was half-written"
 
 
+@pytest.mark.quick("not TOML")
 @pytest.mark.parametrize(
     ("content", "expected"),
     [(b"[server\nrounds = 1", "line 1"), (b"\xff\xfe", "UTF-8"), (None, "no such file")],
@@ -188,15 +189,15 @@ def test_no_command_shows_the_help_and_nothing_else(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    said = capsys.readouterr()
-    assert "compare" in said.out
-    assert said.err == ""
+    shown = capsys.readouterr()
+    assert "compare" in shown.out
+    assert shown.err == ""
 
 
 def test_the_help_says_what_arguments_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fedmeta", "run", "--help"])
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr().out
-    assert "The experiment, a TOML file. [required]" in said
-    assert "[default: local]" in said
+    shown = capsys.readouterr().out
+    assert "The experiment, a TOML file. [required]" in shown
+    assert "[default: local]" in shown

@@ -233,12 +233,12 @@ def test_no_change_of_a_byte_goes_unnoticed(tmp_path: Path, data: st.DataObject)
     try:
         state = read(path)
     except FedmetaError as error:
-        said = str(error)
+        shown = str(error)
     else:
         # Blanks in the header's JSON, and its order, say nothing: what was read is what was written.
-        said = ""
+        shown = ""
         assert_same(state, saved())
-    assert "\n" not in said
+    assert "\n" not in shown
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -221,9 +221,9 @@ def test_means_are_given_with_and_without_sites_whose_steps_blew_up(loss: float)
     assert (summary["n"], summary["diverged"], summary["harmed"]) == (2, 1, pytest.approx(1 / 3))
     assert summary["personalized"]["mean"] == 2.0
     assert summary["personalized_with_diverged"] == (pytest.approx(1004 / 3) if np.isfinite(loss) else None)
-    said = with_diverged(summary)[0]
-    assert "1 diverged" in said
-    assert ("334.667" if np.isfinite(loss) else "not finite") in said
+    shown = with_diverged(summary)[0]
+    assert "1 diverged" in shown
+    assert ("334.667" if np.isfinite(loss) else "not finite") in shown
     calm = evaluation_module.summarize(frame.assign(personalized_loss=1.0, personalized_rmse=1.0), metrics)["new_sites"]
     assert with_diverged(calm) == []
     assert calm["personalized_with_diverged"] == calm["personalized"]["mean"] == 1.0

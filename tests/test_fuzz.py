@@ -72,10 +72,10 @@ def refusal(read: Callable[[], object], *kinds: type[BaseException]) -> str:
     try:
         read()
     except kinds as error:
-        said = str(error)
-        assert said
-        assert "\n" not in said
-        return said
+        shown = str(error)
+        assert shown
+        assert "\n" not in shown
+        return shown
     return ""
 
 
@@ -89,10 +89,10 @@ def test_no_broken_checkpoint_is_read_as_another(tmp_path: Path, count: int) -> 
     whole, refused = path.read_bytes(), 0
     for _ in range(count):
         path.write_bytes(mutated(whole, draws))
-        said = refusal(lambda: checkpoint.read(path), FedmetaError)
-        refused += bool(said)
-        if said:
-            assert str(path) in said
+        shown = refusal(lambda: checkpoint.read(path), FedmetaError)
+        refused += bool(shown)
+        if shown:
+            assert str(path) in shown
         else:
             assert_same(checkpoint.read(path), saved())
     assert refused > 0.9 * count
@@ -108,10 +108,10 @@ def test_no_broken_npz_file_is_read_as_other_numbers(tmp_path: Path, count: int)
     data = Data(source="npz", path=str(path))
     for _ in range(count):
         path.write_bytes(mutated(whole, draws))
-        said = refusal(lambda: load_site(data, str(path), "abbey"), FedmetaError)
-        refused += bool(said)
-        if said:
-            assert str(path) in said
+        shown = refusal(lambda: load_site(data, str(path), "abbey"), FedmetaError)
+        refused += bool(shown)
+        if shown:
+            assert str(path) in shown
         else:
             population = load_site(data, str(path), "abbey")
             assert np.array_equal(population.features(np.arange(12)), x)
@@ -129,10 +129,10 @@ def test_a_broken_csv_file_is_refused_with_the_place_or_read_as_numbers(tmp_path
     refused = 0
     for _ in range(count):
         path.write_bytes(mutated(whole, draws))
-        said = refusal(lambda: load_site(data, str(path), "abbey"), FedmetaError)
-        refused += bool(said)
-        if said:
-            assert str(path) in said
+        shown = refusal(lambda: load_site(data, str(path), "abbey"), FedmetaError)
+        refused += bool(shown)
+        if shown:
+            assert str(path) in shown
         else:
             population = load_site(data, str(path), "abbey")
             rows = population.rows(np.array([0])).rows

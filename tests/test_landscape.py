@@ -69,6 +69,7 @@ def tasks_of(count, seed=0):
     ]
 
 
+@pytest.mark.quick("maml")
 @pytest.mark.parametrize("name", ["maml", "fedavg-ft", "meta-sgd", "anil", "fedavg"])
 def test_the_spectrum_is_that_of_the_hessian(name):
     learner = build(
@@ -104,6 +105,7 @@ def test_equal_sites_agree_and_opposite_ones_do_not():
     assert all(math.isnan(value) for value in agreement(one[:1]))
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_run(tmp_path, monkeypatch, capsys):
     result = fedmeta.run(digits(tmp_path, "tracking.uri=none", "model.hidden=8", "server.rounds=2"))
     command = ["landscape", str(result.folder), "--sites", "3", "--steps", "8", "--probes", "2", "--json"]

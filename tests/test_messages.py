@@ -334,6 +334,7 @@ def mutate(content: RecordDict, data: st.DataObject) -> None:
                 record.pop(key, None)
 
 
+@pytest.mark.quick("TrainReply", "SitesReply")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
 @given(data=st.data())
@@ -477,12 +478,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "content", "said"), WRONG)
-def test_what_is_wrong_with_a_message_is_said(kind: str, content: RecordDict, said: str) -> None:
+@pytest.mark.parametrize(("kind", "content", "shown"), WRONG)
+def test_what_is_wrong_with_a_message_is_said(kind: str, content: RecordDict, shown: str) -> None:
     unpack = dict(zip(KINDS, (unpack for _, unpack in PACKED), strict=True))[kind]
     with pytest.raises(MessageError) as refusal:
         unpack(content)
-    assert str(refusal.value).startswith(said)
+    assert str(refusal.value).startswith(shown)
 
 
 @pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)

@@ -96,12 +96,12 @@ def test_an_audit_reads_what_an_index_answers(
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(audit, "PROBE", url)
         monkeypatch.setattr(audit, "SERVICE", ("--vulnerability-service", "osv", "--osv-url", url))
-        code, said = audit.main(), capsys.readouterr().out
+        code, shown = audit.main(), capsys.readouterr().out
         server.shutdown()
-    if "cannot be installed" in said:
-        pytest.skip(said.strip())
-    assert f"numpy {version('numpy')}: PYSEC-0, mended in 99.0" in said
-    assert re.search(r"audit: \d{2,} packages, 1 known vulnerabilities", said)
+    if "cannot be installed" in shown:
+        pytest.skip(shown.strip())
+    assert f"numpy {version('numpy')}: PYSEC-0, mended in 99.0" in shown
+    assert re.search(r"audit: \d{2,} packages, 1 known vulnerabilities", shown)
     assert code == 1
 
 

@@ -171,7 +171,7 @@ FAULTS = {
 }
 """What is planted: the file (in fedmeta, or from the root), the sound line, the faulty one, and who catches it."""
 
-# One process for all copies, so that torch is imported once: each copy's own modules are imported anew.
+# One process for all copies, so that torch is imported once: each copy's own modules are imported again.
 RUN_IN_EACH_COPY = """
 import contextlib, json, os, sys, pytest
 outcomes = {}
@@ -201,7 +201,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         file, sound, faulty, _ = FAULTS[name]
         source = copies / name / (file if file.startswith("server/") else f"fedmeta/{file}")
         text = source.read_text()
-        assert text.count(sound) == 1, f"{name}: the source to plant the fault in has changed: plant it anew"
+        assert text.count(sound) == 1, f"{name}: the source to plant the fault in has changed: plant it again"
         source.write_text(text.replace(sound, faulty))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-c", RUN_IN_EACH_COPY, json.dumps(plan)]

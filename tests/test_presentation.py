@@ -48,6 +48,7 @@ def histories(draw: st.DrawFn) -> tuple[pd.DataFrame, Metric]:
     return pd.concat(rounds, ignore_index=True), score
 
 
+@pytest.mark.slow
 @given(histories())
 @FEW
 def test_tables_and_pages_take_any_figure(found: tuple[pd.DataFrame, Metric]) -> None:
@@ -77,6 +78,7 @@ def test_tables_and_pages_take_any_figure(found: tuple[pd.DataFrame, Metric]) ->
         )
 
 
+@pytest.mark.slow
 @given(histories())
 @settings(FEW, max_examples=10)
 def test_pictures_take_any_figure(found: tuple[pd.DataFrame, Metric]) -> None:

@@ -108,6 +108,7 @@ def test_units_change_nothing_but_the_units(tmp_path: Path) -> None:
     assert found[0][4] < 0.9
 
 
+@pytest.mark.quick("2-False")
 @pytest.mark.parametrize(("targets", "log"), [(1, False), (1, True), (2, False), (2, True)])
 def test_a_site_that_joins_gets_predictions_in_its_own_units(tmp_path: Path, targets: int, log: bool) -> None:
     """Run, adapt, torch, ONNX and MLflow's loader agree with what is computed by hand from the meta-state."""

@@ -38,6 +38,7 @@ def described(folder: Path, name: str, change: float, *overrides: str) -> Experi
     return Experiment().with_overrides([*settings, f"tracking.folder={folder / name}", *overrides])
 
 
+@pytest.mark.quick("maml-*")
 @pytest.mark.parametrize("schedule", ["fixed", "auto"])
 @pytest.mark.parametrize("learner", ["maml", "fedrep"])
 def test_rows_of_new_sites_change_nothing(tmp_path: Path, learner: str, schedule: str) -> None:
@@ -55,15 +56,15 @@ def test_rows_of_new_sites_change_nothing(tmp_path: Path, learner: str, schedule
 def test_who_judges_was_split_off_the_training_sites_and_others_choose(tmp_path: Path) -> None:
     result = fedmeta.run(described(tmp_path, "plain", 0.0, JUDGE, "evaluation.schedule=auto"))
     rest = sorted(set(NAMES) - set(draw_new_sites(NAMES, 0.2, 0)))
-    judges = draw_validation_sites(rest, 0.2, 0)
-    choosers = draw_validation_sites([name for name in rest if name not in judges], 0.2, 0)
+    scored = draw_validation_sites(rest, 0.2, 0)
+    choosers = draw_validation_sites([name for name in rest if name not in scored], 0.2, 0)
     kinds = result.sites.set_index("site")["kind"]
-    assert set(kinds.index[kinds == "new"]) == set(judges)
+    assert set(kinds.index[kinds == "new"]) == set(scored)
     assert set(kinds.index[kinds == "validation"]) == set(choosers)
     assert len(kinds) == len(rest) == 8
     # Without the judge's split, the sites that choose how far to adapt would have been the ones that judge here.
     honest = fedmeta.run(described(tmp_path, "honest", 0.0, "evaluation.schedule=auto")).sites.set_index("site")["kind"]
-    assert set(honest.index[honest == "validation"]) == set(judges)
+    assert set(honest.index[honest == "validation"]) == set(scored)
 
 
 def test_a_run_goes_on_with_the_same_judges(tmp_path: Path) -> None:
@@ -85,12 +86,12 @@ def test_nobody_joins_such_a_run(tmp_path: Path) -> None:
     names = ["abbey", "mercy", "zion", "hope"]
     experiment = hospitals(tmp_path, "data.new_sites=1", JUDGE)
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, name) for name in names])
-    roll = Membership(grid, experiment)
-    before = roll.federation.names
+    membership = Membership(grid, experiment)
+    before = membership.federation.names
     assert len(before) == 3
     grid.join(NODE_IDS[4], hospital(tmp_path, "grace"))
-    assert roll.poll_new_nodes() == ["grace left out: the run is scored on validation sites"]
-    assert roll.federation.names == before
+    assert membership.poll_new_nodes() == ["grace left out: the run is scored on validation sites"]
+    assert membership.federation.names == before
 
 
 def test_too_few_sites_to_split_off_are_said(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 
 Prints a Markdown table of medians in milliseconds, and writes every run's time as JSON. In each repetition
 every engine computes the same cohort once, one after the other and each time another one first, so that what else the
-machine does falls on all alike. Freed memory is kept by the process, as it is where sites are computed, and the span
-form has been seen as often as it takes until it is recorded: a run spends all but its first rounds so.
+machine does falls on all alike. Freed memory is kept by the process, as it is where sites are computed, and the
+low-rank form has been seen as often as it takes until it is recorded: a run spends all but its first rounds so.
 """
 
 from __future__ import annotations

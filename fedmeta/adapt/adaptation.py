@@ -175,26 +175,28 @@ def _score(model: SiteModel, rows: SiteRows) -> float:
 
 
 def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
-    said = []
+    warnings = []
     if not start.finished:
-        said.append(f"The run has not ended: this is its state after round {start.round_number}.")
+        warnings.append(f"The run has not ended: this is its state after round {start.round_number}.")
     if len(rows) < SENSIBLE_ROWS:
-        said.append(
+        warnings.append(
             f"There are {len(rows)} rows: below about {SENSIBLE_ROWS} neither the choice nor its estimate is reliable."
         )
     if not start.form.regression:
         seen = np.unique(rows.y.numpy())
         absent = [name for code, name in enumerate(rows.classes) if code not in seen]
         if len(seen) == 1:
-            said.append(f'All rows are of class "{rows.classes[int(seen[0])]}": nothing is known about other classes.')
+            warnings.append(
+                f'All rows are of class "{rows.classes[int(seen[0])]}": nothing is known about other classes.'
+            )
         elif absent and not start.experiment.data.ways:
-            said.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
+            warnings.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
     if start.experiment.data.split == "blocks":
-        said.append(
+        warnings.append(
             "Neighbouring rows resemble each other (data.split = blocks), so that they say less than as many others: "
             "the true interval is wider."
         )
-    return said
+    return warnings
 
 
 FAR = 3.0

@@ -5,7 +5,7 @@ usual number or
 more. Any number need beat the usual one by one standard error only, for there is no other evidence. The figures
 of that cross-validation favour the choice that it made, so they are no estimate. The estimate comes from a second
 cross-validation around the first: a part of the rows is set aside, the others choose their own number of steps and
-adapt, and the rows set aside judge the result (Varma and Simon, BMC Bioinformatics 7:91, 2006). Each row is so judged
+adapt, and the rows set aside score the result (Varma and Simon, BMC Bioinformatics 7:91, 2006). Each row is so scored
 by a model that neither adapted nor chose on it, and that had nearly as many rows as the final one.
 """
 
@@ -108,13 +108,13 @@ def cross_validate(
             "personal".
     """
     learner, state = start.learner, start.state
-    desk = _NestedCV.of(start, x, y)
-    parts = desk.parts()
+    cv = _NestedCV.of(start, x, y)
+    parts = cv.parts()
     others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
-    chosen, *inner = desk.choices([np.arange(len(y)), *others], report)
-    chosen = desk.last_good_step(chosen)
+    chosen, *inner = cv.choices([np.arange(len(y)), *others], report)
+    chosen = cv.last_good_step(chosen)
     score = rmse if start.form.regression else accuracy
-    before, after = desk.set_aside(parts, inner)
+    before, after = cv.set_aside(parts, inner)
     rows, excess = np.bincount(parts), shared_excess(np.bincount(parts))
     unadapted, adapted = score(before, rows), score(after, rows, excess)
     adapted = adapted if chosen else unadapted
@@ -127,8 +127,8 @@ def cross_validate(
 
 def choose(start: MetaModel, x: Tensor, y: Tensor) -> int:
     """Returns the number of inner steps that rows choose, without an estimate of what that does."""
-    desk = _NestedCV.of(start, x, y)
-    return desk.last_good_step(desk.choices([np.arange(len(y))])[0])
+    cv = _NestedCV.of(start, x, y)
+    return cv.last_good_step(cv.choices([np.arange(len(y))])[0])
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def needs_autotuning(learner: Learner, batch: Batch, meta_state: Mapping[str, Te
     except UnsupportedModelError:
         return True
     sizes = {name: value.numel() for name, value in learner.theta(meta_state).items()}
-    return sum(sizes[name] for name in forms.dense) > sum(sizes[name] for name in forms.spans)
+    return sum(sizes[name] for name in forms.dense) > sum(sizes[name] for name in forms.lowrank)
 
 
 def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> tuple[str, dict[str, float]]:

@@ -55,7 +55,7 @@ def experiment(tmp: Path, data: Path | None = None, *overrides: str) -> Experime
 
 
 def run(tmp: Path, data: Path | None = None, *overrides: str) -> tuple[fedmeta.Result, MetaModel]:
-    """Runs an experiment to its end; returns the result and what it hands on."""
+    """Runs an experiment to its end; returns the result and what it leaves."""
     from fedmeta import checkpoint
 
     result = fedmeta.run(experiment(tmp, data, *overrides))

@@ -29,7 +29,7 @@ NEAR = 1e-5
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a finished run over hospitals hands on."""
+    """A folder with what a finished run over hospitals leaves."""
     tmp = tmp_path_factory.mktemp("tables")
     run(tmp, hospitals(tmp / "hospitals", missing=0.1))
     return tmp
@@ -191,6 +191,7 @@ def test_regression(numbers: Path, tmp_path: Path) -> None:
     assert np.abs(export.outputs_of(out / "model.onnx", x) - predicted).max() <= NEAR * np.abs(predicted).max()
 
 
+@pytest.mark.slow
 def test_images(tmp_path: Path) -> None:
     _, start = run(tmp_path, None, "model.name=cnn", "model.channels=4,4", "model.kernel=3", "server.rounds=1")
     draw = np.random.default_rng(0)
@@ -203,6 +204,7 @@ def test_images(tmp_path: Path) -> None:
     assert set(predicted) <= set(start.form.classes)
 
 
+@pytest.mark.quick("maml", "fedavg-ft", "fedrep")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_serves_a_site_that_joins(learner: str, tmp_path: Path) -> None:
     _, start = run(tmp_path, hospitals(tmp_path / "hospitals"), f"learner.name={learner}", "server.rounds=2")

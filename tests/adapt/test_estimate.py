@@ -71,8 +71,8 @@ def test_rmse_has_students_interval_on_the_logarithm() -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 101, 1003])
 def test_each_row_is_set_aside_once(start: MetaModel, count: int, blocks: bool) -> None:
     x, y = patients(start, 0, count)
-    desk = _NestedCV(start.learner, start.state, x, y, 3, blocks)
-    parts = desk.parts()
+    cv = _NestedCV(start.learner, start.state, x, y, 3, blocks)
+    parts = cv.parts()
     sizes = np.bincount(parts)
     assert len(parts) == count
     assert sizes.max() - sizes.min() <= 1
@@ -83,10 +83,10 @@ def test_each_row_is_set_aside_once(start: MetaModel, count: int, blocks: bool) 
 def test_what_a_part_scores_is_what_the_learner_gives_without_it(start: MetaModel) -> None:
     """The estimate against its definition: one part at a time, by the learner's own adaptation."""
     x, y = patients(start, 3, 33)
-    desk = _NestedCV(start.learner, start.state, x, y, 6, False)
-    parts = desk.parts()
+    cv = _NestedCV(start.learner, start.state, x, y, 6, False)
+    parts = cv.parts()
     steps = [part % 4 for part in range(parts.max() + 1)]
-    before, after = desk.set_aside(parts, steps)
+    before, after = cv.set_aside(parts, steps)
     for part, taken in enumerate(steps):
         held = torch.from_numpy(parts == part)
         own = start.learner.adapt(start.state, (x[~held], y[~held]), taken)
@@ -98,12 +98,12 @@ def test_what_a_part_scores_is_what_the_learner_gives_without_it(start: MetaMode
 def test_the_labels_set_aside_do_not_choose(start: MetaModel) -> None:
     """Turning the labels of one part round changes no choice but those of the others."""
     x, y = patients(start, 4, 40)
-    desk = _NestedCV.of(start, x, y)
-    parts = desk.parts()
+    cv = _NestedCV.of(start, x, y)
+    parts = cv.parts()
     others = [np.flatnonzero(parts != part) for part in range(parts.max() + 1)]
-    turned = torch.where(torch.from_numpy(parts == 5), 1 - desk.y, desk.y)
-    other = _NestedCV(desk.learner, desk.state, desk.x, turned, desk.most, desk.blocks)
-    assert desk.choices(others)[5] == other.choices(others)[5]
+    turned = torch.where(torch.from_numpy(parts == 5), 1 - cv.y, cv.y)
+    other = _NestedCV(cv.learner, cv.state, cv.x, turned, cv.most, cv.blocks)
+    assert cv.choices(others)[5] == other.choices(others)[5]
 
 
 def test_the_choice_is_the_same_however_rows_are_grouped(start: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,13 +178,13 @@ def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
     config = {**hospital(tmp_path, "abbey"), "state": str(tmp_path / "full")}
     experiment = hospitals(tmp_path, "learner.name=fedrep", "model.name=mlp")
     grid = SeveralNodes(app, experiment, node_configs=[config])
-    said = SitesReply.unpack(ask(grid, QUERY_SITES, RecordDict()))
-    sums = SumsReply.unpack(ask(grid, QUERY_SUMS, SumsRequest(said.names).pack()))
+    shown = SitesReply.unpack(ask(grid, QUERY_SITES, RecordDict()))
+    sums = SumsReply.unpack(ask(grid, QUERY_SUMS, SumsRequest(shown.names).pack()))
     scale = standardisation(FeatureSums(sums.count, sums.total, sums.square))
-    learner = learner_of(experiment, said.shape, said.classes)
+    learner = learner_of(experiment, shown.shape, shown.classes)
     constants = {"standardisation.mean": scale.mean, "standardisation.scale": scale.scale}
     state = learner.init(0) | {name: torch.from_numpy(value) for name, value in constants.items()}
-    reply = ask(grid, TRAIN, RoundRequest(state, 1, said.classes, said.names, "a-run").pack())
+    reply = ask(grid, TRAIN, RoundRequest(state, 1, shown.classes, shown.names, "a-run").pack())
     assert_only_a_code(reply, "bad-storage")
     assert "Traceback" not in caplog.text
     assert "requests.json: requests cannot be counted: File exists" in caplog.text

@@ -37,12 +37,12 @@ def test_support_and_query_are_distinct_train_rows(sizes: list[int], support: in
     episodes = training_episodes(rows, there.all_sites, 3, support, query)
     train = rows.train_rows(there.all_sites)
     assert not episodes.scored
-    for site, (adapts, judges) in enumerate(zip(lists(episodes.support), lists(episodes.query), strict=True)):
+    for site, (adapts, scored) in enumerate(zip(lists(episodes.support), lists(episodes.query), strict=True)):
         own, size = train.of(site), len(train.of(site))
         assert len(adapts) == min(support, size - 1)
-        assert len(judges) == min(query, size - len(adapts))
-        assert len({*adapts, *judges}) == len(adapts) + len(judges)
-        assert {*adapts, *judges} <= set(own.tolist())
+        assert len(scored) == min(query, size - len(adapts))
+        assert len({*adapts, *scored}) == len(adapts) + len(scored)
+        assert {*adapts, *scored} <= set(own.tolist())
 
 
 @given(sizes=SIZES, support=st.integers(1, 25))
@@ -52,10 +52,10 @@ def test_evaluation_adapts_on_train_rows_and_scores_all_test_rows(sizes: list[in
     episodes = evaluation_episodes(rows, there.all_sites, support)
     assert episodes.scored
     train, test = rows.train_rows(there.all_sites), rows.test_rows(there.all_sites)
-    for site, (adapts, judges) in enumerate(zip(lists(episodes.support), lists(episodes.query), strict=True)):
+    for site, (adapts, scored) in enumerate(zip(lists(episodes.support), lists(episodes.query), strict=True)):
         assert len(set(adapts)) == len(adapts) == min(support, len(train.of(site)))
         assert set(adapts) <= set(train.of(site).tolist())
-        assert judges == test.of(site).tolist()
+        assert scored == test.of(site).tolist()
 
 
 @given(

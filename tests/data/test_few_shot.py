@@ -68,28 +68,28 @@ def test_a_task_has_n_classes_of_its_own_and_k_rows_of_each(
     there, data = made(classes, shots=shots, query=query, rotations=rotations)
     rows = split(there, data, 0)
     training = training_tasks(rows, there.all_sites, round_number, data)
-    judged = evaluation_tasks(rows, there.all_sites, 2, data)
-    assert (training.scored, judged.scored) == (False, True)
+    scored_rows = evaluation_tasks(rows, there.all_sites, 2, data)
+    assert (training.scored, scored_rows.scored) == (False, True)
     train, test = rows.train_rows(there.all_sites), rows.test_rows(there.all_sites)
-    for episodes, repeats in ((training, 1), (judged, 2)):
+    for episodes, repeats in ((training, 1), (scored_rows, 2)):
         for task in range(len(there) * repeats):
             site = task // repeats
             support, questions = drawn(there, episodes, task)
             for way in range(3):
                 adapts = [row for row in support if row[0] == way]
-                judges = [row for row in questions if row[0] == way]
-                assert len({(label, turns) for _, label, turns, _ in adapts + judges}) == 1
-                assert len({row for *_, row in adapts + judges}) == len(adapts + judges)
+                scored = [row for row in questions if row[0] == way]
+                assert len({(label, turns) for _, label, turns, _ in adapts + scored}) == 1
+                assert len({row for *_, row in adapts + scored}) == len(adapts + scored)
                 assert {row for *_, row in adapts} <= set(train.of(site).tolist())
                 if episodes is training:
                     # Half of eight drawings train.
                     assert len(adapts) == min(shots, 3)
-                    assert len(judges) == min(max(1, query // 3), 4 - len(adapts))
-                    assert {row for *_, row in judges} <= set(train.of(site).tolist())
+                    assert len(scored) == min(max(1, query // 3), 4 - len(adapts))
+                    assert {row for *_, row in scored} <= set(train.of(site).tolist())
                 else:
                     assert len(adapts) == min(shots, 4)
                     own = [row for row in test.of(site).tolist() if there.y[row] == adapts[0][1]]
-                    assert sorted(row for *_, row in judges) == sorted(own)
+                    assert sorted(row for *_, row in scored) == sorted(own)
             assert len({(label, turns) for _, label, turns, _ in support}) == 3
             assert {turns for _, _, turns, _ in support} <= ({0, 1, 2, 3} if rotations else {0})
 

@@ -56,8 +56,8 @@ def test_from_file_to_batch(
     assert x.isfinite().all()
     assert x[mask.bool()].abs().mean() < 2
     assert (y[mask.bool()] >= 0).all()
-    judged = gather(there, evaluation_episodes(sides, new, 20), scale, codes).query[2].sum(1)
-    assert judged.tolist() == sides.test_sizes(new).tolist()
+    scored_rows = gather(there, evaluation_episodes(sides, new, 20), scale, codes).query[2].sum(1)
+    assert scored_rows.tolist() == sides.test_sizes(new).tolist()
 
 
 def test_the_hospitals_are_the_same_in_both_forms(shared_data: Path) -> None:

@@ -85,8 +85,8 @@ def test_batches_hold_codes(tmp_path: Path) -> None:
     batch = gather(there, training_episodes(rows, there.all_sites, 1, 4, 4), AS_IS, codes)
     assert str(batch.support[0].dtype) == "torch.int64"
     assert batch.support[0].shape == (2, 4, 80)
-    judged = gather(there, evaluation_episodes(rows, there.all_sites, 4), AS_IS, codes)
-    assert judged.query[2].sum(1).tolist() == rows.test_sizes(there.all_sites).tolist()
+    scored_rows = gather(there, evaluation_episodes(rows, there.all_sites, 4), AS_IS, codes)
+    assert scored_rows.query[2].sum(1).tolist() == rows.test_sizes(there.all_sites).tolist()
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ server fedmeta run /tmp/heart.toml --runtime deployment --json --set server.roun
     --set server.round_timeout=$((2 * round_s + 5)) \
     >"$WORK/killed.json" 2>"$WORK/killed.log" & RUN=$!
 ENDED="Failed to initialize the connection|SuperNode terminated gracefully"
-stranger() { # NAME NETWORK SUPERLINK WORDS...: a SuperNode beside hospital-a's that must not get in
+outsider() { # NAME NETWORK SUPERLINK WORDS...: a SuperNode beside hospital-a's that must not get in
     local name=$1 network=$2 superlink=$3; shift 3
     timeout 90 podman run --rm --name "${P}_$name" --network "${P}_$network" --tmpfs /tmp \
         -v "$CERTS/sites/intruder:/certs:ro" -v "$DATA/$name:/data:ro" "$IMAGE" \
@@ -106,9 +106,9 @@ stranger() { # NAME NETWORK SUPERLINK WORDS...: a SuperNode beside hospital-a's 
 }
 # Through hospital-a's egress a certificate is shown, and the key is not registered; at the gate itself none is shown.
 KEYED=(--root-certificates /certs/public/ca.crt --auth-supernode-private-key /certs/node.key)
-stranger intruder hospital-a-way hospital-a-egress:8443 "${KEYED[@]}" & KEY=$!
-stranger eavesdropper hospital-a-out gate:8443 --insecure & PLAIN=$!
-stranger uncertified hospital-a-out gate:8443 "${KEYED[@]}" & BARE=$!
+outsider intruder hospital-a-way hospital-a-egress:8443 "${KEYED[@]}" & KEY=$!
+outsider eavesdropper hospital-a-out gate:8443 --insecure & PLAIN=$!
+outsider uncertified hospital-a-out gate:8443 "${KEYED[@]}" & BARE=$!
 reaches() { podman exec "${P}_hospital-a-app_1" python -c \
     "import socket; socket.create_connection(('$1', $2), timeout=3)" >/dev/null 2>&1; }
 reaches hospital-a-node 9094 || die "a hospital's app does not reach its node"

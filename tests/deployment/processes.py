@@ -27,7 +27,7 @@ from tests.deployment.proxies import HERE, NGINX, proxy
 STARTS_S = 60.0
 FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
 INTRUDER = "intruder"
-"""A site with keys of the federation's making that nobody registers."""
+"""A site with keys of the federation's making that no one registers."""
 
 _TLS = {"--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key", "--ssl-ca-certfile": "public/ca.crt"}
 
@@ -53,12 +53,12 @@ class Federation:
     def node(self, site: str, file: Path) -> list[str]:
         """Returns the command of a site's SuperNode."""
         return [
-            *self.stranger(site, file),
+            *self.outsider(site, file),
             "--auth-supernode-private-key",
             str(self.certs / "sites" / site / "node.key"),
         ]
 
-    def stranger(self, site: str, file: Path) -> list[str]:
+    def outsider(self, site: str, file: Path) -> list[str]:
         """Returns the command of a SuperNode that shows no registered key."""
         return [*self.plain(site, file), "--root-certificates", str(self.certs / "sites" / site / "public" / "ca.crt")]
 

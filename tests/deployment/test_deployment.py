@@ -85,7 +85,7 @@ def test_progress_survives_the_log(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_a_superlink_that_does_not_answer_is_named(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: whoever connects is refused
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: who connects is refused
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv(deployment.SUPERLINK, address)
         monkeypatch.setenv(deployment.ROOT_CERTIFICATES, deployment.PLAIN_TEXT)

@@ -92,6 +92,7 @@ def test_bytes_add_up_in_both_views(site: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_it(site: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(SETTINGS)
     make_certs(tmp_path / "certs", [], ["hospital-a"])

@@ -212,7 +212,7 @@ def test_sites_that_answer_wrongly_are_named_and_the_others_go_on(tmp_path: Path
     assert rounds_of(store_of(tmp_path), result.summary["run_id"], "failures/replies") == {1: 3.0, 2: 3.0}
     assert result.summary["failures"] == 6
     assert [note for note in notes if note.startswith("round 1 without site-2 (and 2 more): ")]
-    # Zeros are a gradient like any other; all sites are judged, for what was wrong was in training alone.
+    # Zeros are a gradient like any other; all sites are scored_rows, for what was wrong was in training alone.
     assert result.sites["site"].tolist() == [*files]
     assert all(torch.isfinite(value).all() for value in result.meta_state.values())
 
@@ -250,7 +250,7 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
             for site in ("site-1", "site-2"):
                 federation.await_mark(f"{site}-train-2")
             federation.send(federation.nodes["site-1"], signal.SIGKILL)
-            # Its app alone: the node goes on telling the server that it is there.
+            # Its app alone: the node keeps telling the server that it is there.
             hung = int((federation.marks / "site-2-train-2").read_text())
             os.kill(hung, signal.SIGSTOP)
             os.killpg(server.process.pid, signal.SIGKILL)
@@ -280,7 +280,7 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
     assert rounds_of(store_of(tmp_path), run_id, "failures/replies")[2] == 2.0
     assert open_client(store_of(tmp_path)).get_run(run_id).info.status == "FINISHED"
     assert result.sites["site"].tolist() == [*files]
-    # The site that came back under another id has gone on with what it kept, and keeps it where it did.
+    # The site that came back under another id has resumed what it kept, and keeps it where it did.
     (shelf,) = (tmp_path / "state-site-1").glob("*/site-1-*")
     kept = {path.stem for path in shelf.iterdir()}
     assert {"round-000004", "round-000005"} <= kept

@@ -177,7 +177,7 @@ def test_a_body_beyond_bounds_does_not_pass(door: Door) -> None:
     connection.close()
 
 
-def test_whoever_shows_no_certificate_of_the_federation_gets_nowhere(door: Door, tmp_path: Path) -> None:
+def test_who_shows_no_certificate_of_the_federation_gets_nowhere(door: Door, tmp_path: Path) -> None:
     assert door.ask(trust(door.certs))[0] == 401
     make_certs(tmp_path / "others", ["fl.example.org"], ["a"])
     assert door.ask(trust(door.certs, tmp_path / "others" / "sites" / "a"))[0] == 401

@@ -72,6 +72,29 @@ def test_without_an_answer_flowers_command_runs(tmp_path: Path) -> None:
     assert "no copy of a process could be had" in asked.stderr
 
 
+@pytest.mark.parametrize(
+    ("how", "code", "shown"),
+    [("pass", 0, ""), ("sys.exit(3)", 3, ""), ("sys.exit('no node')", 1, "no node"), ("1 / 0", 1, "ZeroDivisionError")],
+)
+def test_a_copy_ends_with_the_commands_code_and_at_once(how: str, code: int, shown: str) -> None:
+    script = f"""
+import atexit, sys
+from fedmeta import prefork_superexec
+
+def command():
+    print("replied")
+    {how}
+
+atexit.register(print, "what torch does at an interpreter's end")
+prefork_superexec._flowers_command = lambda: command
+prefork_superexec.run_clientapp(["--token", "x"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "replied\n")
+    assert shown in done.stderr
+
+
+@pytest.mark.slow
 def test_it_takes_the_words_of_flowers_command() -> None:
     command = [sys.executable, "-P", "-m", "fedmeta.prefork_superexec"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True, timeout=120)

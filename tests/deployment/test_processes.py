@@ -65,9 +65,9 @@ def test_a_deployed_run_is_the_local_one(tmp_path: Path, monkeypatch: pytest.Mon
         return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
 
     local = fedmeta.run(experiment("local"))
-    with federation(tmp_path, files) as running, strangers(running, files["site-0"], tmp_path) as outsiders:
+    with federation(tmp_path, files) as running, outsiders(running, files["site-0"], tmp_path) as unregistered:
         deployed = fedmeta.run(experiment("deployed"), runtime="deployment")
-        for log, process in outsiders.items():
+        for log, process in unregistered.items():
             assert process.wait(30) != 0
             assert "SuperNode ID" not in log.read_text()
         with monkeypatch.context() as outside:
@@ -100,11 +100,11 @@ def a_revoked_site_is_out(running: Federation, work: Path) -> None:
 
 
 @contextmanager
-def strangers(running: Federation, file: Path, work: Path) -> Iterator[dict[Path, subprocess.Popen[bytes]]]:
+def outsiders(running: Federation, file: Path, work: Path) -> Iterator[dict[Path, subprocess.Popen[bytes]]]:
     """Starts SuperNodes that must not get in: with a key that is not registered, with none, and in plain text."""
     commands = {
         "unregistered": running.node(INTRUDER, file),
-        "keyless": running.stranger(INTRUDER, file),
+        "keyless": running.outsider(INTRUDER, file),
         "plain": [*running.plain(INTRUDER, file), "--insecure", "--max-retries", "1"],
     }
     with ExitStack() as stack:

@@ -36,6 +36,7 @@ def known(network: FunctionalModel) -> list[object]:
     return list(capture._known[network].values())
 
 
+@pytest.mark.quick("mlp-*", "cnn-maml-dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "maml++", "local"])
 @pytest.mark.parametrize("model", MODELS)
@@ -85,6 +86,7 @@ def test_sites_that_are_not_finite_are_found_in_replays_too(sites: list[int]) ->
         torch.testing.assert_close(gradient[name], value)
 
 
+@pytest.mark.quick("maml")
 @pytest.mark.parametrize("name", ["fedavg", "reptile", "maml", "fomaml", "anil"])
 def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
     stacked = tasks(RAGGED, (20,))

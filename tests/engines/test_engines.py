@@ -277,11 +277,12 @@ def test_fused_attention() -> None:
     assert distance(engines.meta_gradients(learner, own, batch, "lowrank")[0], expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_fedmetas_cnn() -> None:
     learner = build("maml", models.build("cnn", (28, 28), 62), inner_steps=1)
     batch = tasks([(3, 2), (2, 3)], (28, 28), torch.float32)
     forms = lowrank.plan_of(learner, batch, state(learner, torch.float32))
-    assert forms.spans == {"8.weight", "10.weight"}
+    assert forms.lowrank == {"8.weight", "10.weight"}
     assert disagreement(learner, "lowrank", batch, torch.float32) < 1e-5
 
 
@@ -364,6 +365,7 @@ def test_a_trial_chooses_an_engine_that_also_evaluates() -> None:
     assert engines.evaluate(learner, own, batch, chosen)["loss"].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_as_many_right_rows_are_the_same_accuracy(engine: str) -> None:
     learner = build("maml", nn.Linear(2, 2), inner_steps=0)

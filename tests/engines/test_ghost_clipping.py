@@ -79,14 +79,14 @@ def norm_net() -> nn.Module:
     ("name", "wide"),
     [(name, wide) for name in ("maml", "fomaml", "fedavg", "maml-global") for wide in (True, False)] + [("anil", True)],
 )
-def test_the_span_form_clips_without_any_sites_gradient(name: str, wide: bool) -> None:
+def test_the_lowrank_form_clips_without_any_sites_gradient(name: str, wide: bool) -> None:
     settings = {"inner_lr": 0.3, "inner_steps": 3} | ({"global_weight": 0.5} if name == "maml-global" else {})
     module = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, CLASSES)) if wide else norm_net()
     learner, batch = build(name.partition("-")[0], FunctionalModel(module), **settings), tasks(SIZES, (12,))
     meta_state = state(learner)
     assert ghost_clipping.fits(learner, batch, meta_state)
     forms = engines.lowrank.plan_of(learner, batch, meta_state)
-    assert forms.spans or not wide
+    assert forms.lowrank or not wide
     own = by_hand(learner, meta_state, batch)
     norms = torch.tensor([norm(gradient) for gradient in own], dtype=torch.float64)
     bound = float(norms.median())

@@ -40,6 +40,7 @@ def assert_alike(learner: Learner, one: Batch, other: Batch, dtype: torch.dtype,
     assert torch.equal(found[2]["finite"], expected[2]["finite"])
 
 
+@pytest.mark.quick("maml-*")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LEARNERS)
 def test_known_products_change_nothing(name: str, dtype: torch.dtype) -> None:
@@ -47,6 +48,7 @@ def test_known_products_change_nothing(name: str, dtype: torch.dtype) -> None:
     assert_alike(build(name, mlp(), inner_steps=3), with_pairs(batch), batch, dtype)
 
 
+@pytest.mark.quick("*-maml")
 @pytest.mark.parametrize("name", ["maml", "fedavg"])
 @pytest.mark.parametrize("how", [{"chunk": 1}, {"chunk": 3}, {"clip_norm": 0.1}, {"per_site": True}])
 def test_nor_do_they_in_parts_or_site_by_site(name: str, how: dict[str, object]) -> None:

@@ -195,6 +195,7 @@ class Cells(nn.Module):
         return self.head(state[0])
 
 
+@pytest.mark.quick("*-maml")
 @pytest.mark.parametrize("name", ["maml", "ditto", "imaml"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_has_no_batched_form_falls_back_to_the_loop(engine: str, name: str) -> None:

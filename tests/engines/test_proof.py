@@ -40,6 +40,7 @@ EDGES = {
 }
 
 
+@pytest.mark.quick("reptile-*", "per-fedavg-not finite")
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", LEARNERS)
 def test_first_and_last_site_that_prove_nothing_change_no_sum(name: str, edge: str) -> None:

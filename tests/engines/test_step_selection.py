@@ -93,14 +93,14 @@ def test_folds_hold_out_each_row_once_and_never_train_on_it(folds: int) -> None:
     own = rows(2, 7, mask)
     choose_steps(evaluate, own, folds=folds)
     train = seen[0].support[2].reshape(2, folds, 7)
-    x, _, judges = seen[0].query
+    x, _, scored = seen[0].query
     assert x.shape[1] == math.ceil(7 / folds), "no row is computed for nothing"
     for site in range(2):
-        judged = x.reshape(2, folds, -1, 4)[site][judges.reshape(2, folds, -1)[site] > 0]
+        scored_rows = x.reshape(2, folds, -1, 4)[site][scored.reshape(2, folds, -1)[site] > 0]
         real = own[0][site][mask[site] > 0]
-        assert sorted(judged.tolist()) == sorted(real.tolist())
+        assert sorted(scored_rows.tolist()) == sorted(real.tolist())
         for fold in range(folds):
-            held = x.reshape(2, folds, -1, 4)[site, fold][judges.reshape(2, folds, -1)[site, fold] > 0].tolist()
+            held = x.reshape(2, folds, -1, 4)[site, fold][scored.reshape(2, folds, -1)[site, fold] > 0].tolist()
             trained = own[0][site][train[site, fold] > 0].tolist()
             assert sorted(held + trained) == sorted(real.tolist())
 
@@ -115,8 +115,8 @@ def test_folds_have_the_classes_in_proportion() -> None:
     x, _, mask = rows(1, 20)
     for classes in (2, 5, 10):
         choose_steps(evaluate, (x, torch.arange(20)[None] % classes, mask), folds=10)
-        _, y, judges = seen[-1].query
-        assert judges.all(), "no fold takes all rows of a class"
+        _, y, scored = seen[-1].query
+        assert scored.all(), "no fold takes all rows of a class"
         assert (y[:, 0] != y[:, 1]).all()
 
 
@@ -130,7 +130,7 @@ def test_rows_of_a_class_that_is_nowhere_else_do_not_judge() -> None:
     x, _, mask = rows(3, 5)
     mask[2, 1:] = 0
     y = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 3, 3], [0, 0, 0, 0, 0]])
-    # One row of each class: the usual number. One pair: it judges. A single row: no number at all.
+    # One row of each class: the usual number. One pair: it scored. A single row: no number at all.
     assert choose_steps(evaluate, (x, y, mask)).tolist() == [1, 0, 0]
     assert seen[0].query[2].reshape(3, -1).sum(1).tolist() == [0, 2, 0]
     scored = seen[0].query[2].flatten() > 0
@@ -169,8 +169,10 @@ def test_sites_that_gain_adapt_and_most_that_adapting_hurts_do_not() -> None:
     chosen = choose_steps(evaluate, (x, y, torch.ones(sites, 20)))
     assert (chosen[:gaining] == steps).float().mean() > 0.8
     assert (chosen[gaining:] < steps).float().mean() > 0.6
-    judged = evaluate(Batch((x, y, torch.ones(sites, 20)), (more, labels(more), torch.ones(sites, 200))))["accuracy"]
-    none, usual, gated = judged[:, 0], judged[:, steps], judged.gather(1, chosen[:, None])[:, 0]
+    scored_rows = evaluate(Batch((x, y, torch.ones(sites, 20)), (more, labels(more), torch.ones(sites, 200))))[
+        "accuracy"
+    ]
+    none, usual, gated = scored_rows[:, 0], scored_rows[:, steps], scored_rows.gather(1, chosen[:, None])[:, 0]
     gained, lost = (usual - none)[:gaining].mean(), (none - usual)[gaining:].mean()
     assert min(gained, lost) > 0.1
     assert (gated - usual)[gaining:].mean() > 0.6 * lost, "most of what adapting costs is won back"

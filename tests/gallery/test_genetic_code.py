@@ -48,6 +48,7 @@ def test_blocks_explain_part_and_the_assignment_the_rest():
     assert blocks > standard_error("equal") + 4
 
 
+@pytest.mark.slow
 def test_the_search_by_sums_finds_the_best_known_code():
     settings = ("problem.weight=equal", "problem.usage=false", "data.new_sites=0", "server.rounds=800")
     state = measure.run("genetic_code", *settings).meta_state
@@ -58,6 +59,7 @@ def test_the_search_by_sums_finds_the_best_known_code():
     assert float(neighbors.min()) >= best - 1e-9
 
 
+@pytest.mark.slow
 def test_organisms_have_nothing_to_personalize():
     summary = measure.run("genetic_code", "server.rounds=300").summary
     new = summary["new_sites"]

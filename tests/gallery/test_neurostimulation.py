@@ -23,6 +23,7 @@ def regrets(state, sites, steps=20, **settings):
     return measure.scores(build("fedavg-ft", problem, inner_steps=1), state, problem, sites, steps)
 
 
+@pytest.mark.slow
 def test_patients_have_seizures_of_their_own_that_settings_lower():
     found = stim.responses(60)
     assert found.shape == (60, 500)
@@ -56,6 +57,7 @@ def test_every_round_of_sums_raises_the_likelihood():
     assert all(after < before for before, after in itertools.pairwise(losses))
 
 
+@pytest.mark.slow
 def test_a_learned_prior_halves_the_regret_of_random_search_and_beats_the_best_fixed_setting(run):
     new = measure.new_sites(run)
     regret = regrets(run.meta_state, new)["regret"]
@@ -87,6 +89,7 @@ def test_a_memory_finds_back_sooner_after_the_patient_changed(run):
     assert forgets[:, 20].mean() < kept[:, 20].mean()
 
 
+@pytest.mark.slow
 def test_gradients_find_a_prior_as_likely_as_sums_do(run):
     steps = ["server.rounds=60", "server.sites_per_round=10", "server.optimizer=adam", "server.lr=0.03"]
     state = measure.run("neurostimulation", NAME, *steps).meta_state

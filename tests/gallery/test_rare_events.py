@@ -39,6 +39,7 @@ def test_many_cross_entropy_steps_come_close_to_the_known_best_shift():
     assert float(own @ direction) == pytest.approx(float(best @ direction), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_learned_start_makes_estimates_usable_after_one_step():
     result = measure.run("rare_events")
     new = measure.new_sites(result)

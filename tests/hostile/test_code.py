@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[MetaModel, checkpoint.Checkpoint]:
-    """What a small run hands on, and its checkpoint."""
+    """What a small run leaves, and its checkpoint."""
     result, found = run(tmp_path_factory.mktemp("finished"), None, "server.rounds=1")
     return found, checkpoint.newest(result.folder)[0]
 

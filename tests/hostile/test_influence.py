@@ -107,10 +107,10 @@ def test_one_long_reply_neither_stalls_the_run_nor_makes_it_infinite(tmp_path: P
     grid.faults[LIAR_NODE] = in_rounds(6, change=times(factor))
     notes: list[Progress] = []
     lied = training_loop.run(grid, grid.experiment, notes.append)
-    said = [note.note for note in notes if note.note]
-    assert len(said) == 1
-    assert said[0].startswith("round 6: mercy: its reply was ")
-    assert said[0].endswith("; the checkpoint from before is kept as before-round-000006.safetensors")
+    shown = [note.note for note in notes if note.note]
+    assert len(shown) == 1
+    assert shown[0].startswith("round 6: mercy: its reply was ")
+    assert shown[0].endswith("; the checkpoint from before is kept as before-round-000006.safetensors")
     assert checkpoint.read(lied.folder / "before-round-000006.safetensors").round_number == 5
     entries = json.loads((lied.folder / "failures.json").read_text())
     assert [(entry["round"], entry["what"], entry["site"]) for entry in entries] == [(6, "shortened", LIAR)]
@@ -153,8 +153,8 @@ def test_a_step_that_is_not_finite_is_undone_and_the_run_goes_on(tmp_path: Path)
             states[int(path.stem[-6:])] = checkpoint.read(path)
 
     training_loop.run(grid, grid.experiment, report)
-    said = [note.note for note in notes if note.note]
-    assert f"round 2 skipped: abbey (and 3 more): {UNDONE}" in said
+    shown = [note.note for note in notes if note.note]
+    assert f"round 2 skipped: abbey (and 3 more): {UNDONE}" in shown
     for name, value in states[1].meta_state.items():
         assert torch.equal(value, states[2].meta_state[name])
     for name, value in states[1].optimizer.items():

@@ -33,16 +33,16 @@ def federation(folder: Path, *overrides: str) -> SeveralNodes:
 
 def test_a_name_belongs_to_the_node_that_it_first_came_with(tmp_path: Path, keys: Path) -> None:
     grid = federation(tmp_path)
-    roll = Membership(grid, grid.experiment)
+    membership = Membership(grid, grid.experiment)
     assert json.loads(keys.read_text()) == {"abbey": str(ABBEY), "mercy": str(MERCY)}
     # Also while its node is silent, and for good: another key does not take it over.
     grid.faults[ABBEY] = silence
     grid.join(LIAR, hospital(tmp_path, "abbey", 40))
-    assert roll.poll_new_nodes() == [
+    assert membership.poll_new_nodes() == [
         f"refused node {LIAR}: it claims abbey: its name belongs to the key of another node"
     ]
-    assert roll.federation.node_ids.tolist() == [ABBEY, MERCY]
-    assert roll.federation.train_rows.tolist() == [6, 6]
+    assert membership.federation.node_ids.tolist() == [ABBEY, MERCY]
+    assert membership.federation.train_rows.tolist() == [6, 6]
     grid.leave(ABBEY)
     again = Membership(grid, grid.experiment)
     assert again.federation.names == ("mercy",)
@@ -68,8 +68,8 @@ def test_a_node_that_claims_all_names_has_none_of_them(tmp_path: Path, keys: Pat
     assert outcome.summary["rounds"] == 2
     assert sorted(set(outcome.sites["site"])) == ["abbey", "mercy"]
     assert json.loads(keys.read_text()) == {"abbey": str(ABBEY), "mercy": str(MERCY)}
-    said = [progress.note for progress in notes if progress.note]
-    assert any(note.startswith(f"refused node {LIAR}: it claims ") for note in said)
+    shown = [progress.note for progress in notes if progress.note]
+    assert any(note.startswith(f"refused node {LIAR}: it claims ") for note in shown)
     entries = json.loads((outcome.folder / "failures.json").read_text())
     assert {entry["site"] for entry in entries} == {f"node {LIAR}"}
 
@@ -95,10 +95,10 @@ def test_a_required_name_that_another_claims_is_waited_for_and_not_refused(tmp_p
 def test_two_nodes_with_one_new_name_have_it_neither(tmp_path: Path, keys: Path) -> None:
     grid = federation(tmp_path)
     grid.join(LIAR, hospital(tmp_path, "abbey", 40))
-    roll = Membership(grid, grid.experiment)
-    assert roll.federation.names == ("mercy",)
-    assert set(roll.refused) == {f"node {ABBEY}", f"node {LIAR}"}
-    assert all(site_keys.CONTESTED_NAME in why for why in roll.refused.values())
+    membership = Membership(grid, grid.experiment)
+    assert membership.federation.names == ("mercy",)
+    assert set(membership.refused) == {f"node {ABBEY}", f"node {LIAR}"}
+    assert all(site_keys.CONTESTED_NAME in why for why in membership.refused.values())
     assert json.loads(keys.read_text()) == {"mercy": str(MERCY)}
 
 
@@ -124,11 +124,11 @@ def test_a_file_of_keys_that_is_none_ends_in_one_line(tmp_path: Path, keys: Path
 
 def test_rows_and_weights_are_those_of_joining(tmp_path: Path) -> None:
     grid = federation(tmp_path, 'server.weighting="examples"')
-    roll = Membership(grid, grid.experiment)
+    membership = Membership(grid, grid.experiment)
     (tmp_path / "later").mkdir()
     grid.join(LIAR, hospital(tmp_path / "later", "abbey", 4000))
     grid.leave(ABBEY)
-    assert roll.poll_new_nodes() == ["abbey announces 2000 train rows and joined with 6: the first number stays"]
-    assert roll.federation.node_ids.tolist() == [LIAR, MERCY]
-    assert roll.federation.train_rows.tolist() == [6, 6]
-    assert roll.federation.weights.tolist() == [6.0, 6.0]
+    assert membership.poll_new_nodes() == ["abbey announces 2000 train rows and joined with 6: the first number stays"]
+    assert membership.federation.node_ids.tolist() == [LIAR, MERCY]
+    assert membership.federation.train_rows.tolist() == [6, 6]
+    assert membership.federation.weights.tolist() == [6.0, 6.0]

@@ -53,6 +53,7 @@ def table(path: Path, **settings: Any) -> str:
     return refused(lambda: load_site(Data(source="tables", path=".", **settings), str(path)))
 
 
+@pytest.mark.slow
 def test_a_cell_of_fifty_megabytes(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     cell = "9" * (50 * MIB) + "z"
@@ -66,6 +67,7 @@ def test_a_cell_of_fifty_megabytes(tmp_path: Path) -> None:
     assert "a cell of its first line is longer than any name" in table(file)
 
 
+@pytest.mark.slow
 def test_two_hundred_thousand_columns(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     names = [f"c{number}" for number in range(200_000)]
@@ -162,7 +164,7 @@ def test_an_experiment_that_is_none(text: str) -> None:
     refused(lambda: Experiment.from_toml(text, "e.toml"))
 
 
-# ---------------------------------------------------------------- what is handed on
+# ---------------------------------------------------------------- what is exported
 
 
 @pytest.fixture(scope="module")

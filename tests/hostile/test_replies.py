@@ -199,9 +199,9 @@ class Stand:
 
         grid.faults[LIAR_NODE] = fault
         if kind == QUERY_SITES:
-            roll = Membership(grid, self.experiment)
-            same = {key: value for key, value in vars(roll.federation).items() if key != "training"}
-            return same, dict(roll.refused) or {f"node {node}": "no answer" for node in roll._paused}
+            membership = Membership(grid, self.experiment)
+            same = {key: value for key, value in vars(membership.federation).items() if key != "training"}
+            return same, dict(membership.refused) or {f"node {node}": "no answer" for node in membership._paused}
         if kind == QUERY_SUMS:
             return ask_standardisation(grid, self.federation, self.experiment)
         strategy = self.new_strategy()

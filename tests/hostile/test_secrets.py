@@ -33,6 +33,7 @@ def port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_run_writes_and_sends_no_password(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_flower_carries_no_password(uri: str, tmp_path: Path) -> None:
     assert PASSWORD not in config.read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     from mlflow import MlflowClient
 

@@ -144,6 +144,7 @@ def check(experiment: Experiment, journal: Path) -> None:
         assert json.loads((folder / BUDGET_FILE).read_text())["rounds"] >= released
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_writes_loses_nothing_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deaths = 0
     for number in range(1, 60, 4):
@@ -181,6 +182,7 @@ def _text(path: Path) -> str:
 # A disk that takes no more
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_loses_nothing_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,12 +201,12 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing_finished(
             try:
                 train(experiment)
             except FedmetaError as refusal:
-                said = str(refusal)
+                shown = str(refusal)
             else:
                 break
         full += 1
-        assert said.isprintable()
-        assert os.strerror(errno.ENOSPC) in said
+        assert shown.isprintable()
+        assert os.strerror(errno.ENOSPC) in shown
         check(experiment, journal)
         if "saved" in _text(journal):
             assert train(experiment, only_folder(experiment)).summary["rounds"] == 3
@@ -281,6 +283,7 @@ def test_ctrl_c_before_sites_are_there_leaves_no_folder(tmp_path: Path, monkeypa
     assert not Path(experiment.tracking.folder).exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_write_ends_with_a_checkpoint_that_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

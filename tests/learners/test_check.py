@@ -99,6 +99,7 @@ def test_a_wrong_second_derivative_is_refused(case: str, name: str) -> None:
         check(learner, tasks())
 
 
+@pytest.mark.quick("*-auto")
 @pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "lowrank"])
 @pytest.mark.parametrize("case", WRONG)
 def test_so_it_is_by_every_engine_unless_a_named_setting_lets_it_through(case: str, engine: str) -> None:

@@ -134,6 +134,7 @@ def test_rows_of_an_unseen_class_count_for_nothing_and_score_as_wrong(learner: L
     assert float(with_unseen) == pytest.approx(float(accuracy) * 5 / 7, rel=1e-6)
 
 
+@pytest.mark.quick("maml-*", "fedrep-*")
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])
 def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtype) -> None:
     state, plain = make_state(learner), Task(*(padded(rows, 3) for rows in make_task(0, (4,), 3)))
@@ -236,6 +237,7 @@ def test_names_and_keys() -> None:
     assert {"inner_steps", "inner_lr", "global_weight"} <= set(settings_of(LEARNERS["maml"]))
 
 
+@pytest.mark.quick("maml-*", "fedavg-conv4-lowrank")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", ["conv4", "char_lstm"])
 def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine: str) -> None:

@@ -107,6 +107,7 @@ def weighted(learner: Learner, state: Mapping[str, Tensor], each: list[Task], we
     return sums
 
 
+@pytest.mark.quick("*-fedavg", "3-reptile")
 @pytest.mark.parametrize("name", BATCHED)
 @pytest.mark.parametrize("size", [0, 2, 3, 100])
 def test_all_engines_take_the_same_steps(name: str, size: int) -> None:
@@ -126,6 +127,7 @@ def test_all_engines_take_the_same_steps(name: str, size: int) -> None:
         assert relative_error(train_personal(learner, state, batch, weights, stacked)[0], expected) < 1e-10
 
 
+@pytest.mark.quick("2-hidden4-20", "0-*")
 @pytest.mark.parametrize(("hidden", "features"), [((), 30), ((40,), 30), ((40,), 3), ((6, 40), 30), ((200, 300), 20)])
 @pytest.mark.parametrize("size", [0, 2, 5])
 def test_the_low_rank_form_by_any_plan(hidden: tuple[int, ...], features: int, size: int) -> None:
@@ -146,9 +148,10 @@ def test_the_plan_weighs_all_rows_against_the_layer() -> None:
         rows = stack([make_task(0, (features,), 3, support=4, query=rows_there)])
         forms[features] = lowrank.plan_of(learner, with_order(learner, rows), make_state(learner))
     assert "1.weight" in forms[2].dense
-    assert "1.weight" in forms[700].spans
+    assert "1.weight" in forms[700].lowrank
 
 
+@pytest.mark.quick("fedavg", "fedrep")
 @pytest.mark.parametrize("name", BATCHED)
 def test_chunks_cuts_and_unknown_labels_keep_the_order(name: str) -> None:
     """Rows with mask 0 anywhere are no rows; a site's steps do not hang on whom it is computed with."""

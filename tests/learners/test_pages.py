@@ -18,12 +18,12 @@ def test_a_page_names_each_key_and_its_default(name: str) -> None:
     page = (PAGES / f"{name.replace('+', 'p')}.md").read_text()
     assert page.startswith(f"# {name}\n")
     assert f"[`{name}`]({name.replace('+', 'p')}.md)" in (PAGES / "README.md").read_text()
-    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.MULTILINE))
+    reported = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.MULTILINE))
     defaults = {field.name: field.default for field in fields(LEARNERS[name])}
-    for key, default in told.items():
+    for key, default in reported.items():
         assert default.strip('"') == (str(defaults[key]) or "empty")
     unused = {"per-fedavg": {"inner_steps"}, "fedper": {"body_steps"}}.get(name, set())
-    assert set(told) == set(settings_of(LEARNERS[name])) - unused
+    assert set(reported) == set(settings_of(LEARNERS[name])) - unused
 
 
 def test_the_example_of_a_learner_of_ones_own_runs() -> None:

@@ -223,15 +223,15 @@ class MixesRows(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("problem", "said"),
+    ("problem", "shown"),
     [
         (WrongDerivative(), "differs from a finite difference"),
         (Noisy(), "has another value when it is asked twice"),
         (ChangesBuffer(), "has another value when it is asked twice"),
     ],
 )
-def test_check_refuses_what_an_exact_gradient_cannot_have(problem, said):
-    with pytest.raises(FedmetaError, match=said):
+def test_check_refuses_what_an_exact_gradient_cannot_have(problem, shown):
+    with pytest.raises(FedmetaError, match=shown):
         check(build("maml", problem, inner_steps=2, inner_lr=0.05), CASES["shared"][1])
 
 
@@ -253,6 +253,7 @@ def own(tmp_path, monkeypatch):
     return experiment
 
 
+@pytest.mark.quick("maml", "fedavg-ft", "reptile", "fedrep")
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_solves_an_own_problem_scored_below_zero(own, name):
     summary = fedmeta.run(own(f"learner.name={name}")).summary
@@ -333,6 +334,7 @@ def test_step_selection_by_folds_of_rows_is_refused_by_name(own):
         fedmeta.run(own("server.rounds=1", "evaluation.gate=true"))
 
 
+@pytest.mark.slow
 def test_several_learners_are_ranked_by_the_own_score(own, tmp_path):
     found = compare(own("server.rounds=3"), ["fedavg-ft", "maml", "average"], 2, report=lambda *_: ignore_progress)
     assert found.score.name == "coherence"

@@ -197,6 +197,7 @@ def test_sites_left_behind_are_named_whatever_the_name(made, tmp_path):
     assert "0.125" not in section
 
 
+@pytest.mark.slow
 def test_the_experiment_file_repeats_the_run(made, tmp_path):
     root, result = made
     page_of(str(result.folder / "round-000004.safetensors"), root=root, out=tmp_path)
@@ -229,6 +230,7 @@ def test_a_learner_that_failed_is_named(compared, tmp_path):
     assert "--learners local,fedavg-ft,maml,imaml" in page
 
 
+@pytest.mark.slow
 def test_several_runs_are_distinguished(made, tmp_path):
     root, first = made
     other = run(described(root, "learner.inner_lr=0.5"))

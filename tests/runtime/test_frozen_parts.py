@@ -48,6 +48,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert all(torch.equal(one[name], value) for name, value in other.items())
 
 
+@pytest.mark.quick("a buffer", "by name")
 @pytest.mark.parametrize("case", MODELS)
 def test_a_seed_draws_the_frozen_part_and_another_seed_another(case: str, data: Path, tmp_path: Path) -> None:
     first, again = (run(described(tmp_path / name, data, *MODELS[case])) for name in "ab")
@@ -59,6 +60,7 @@ def test_a_seed_draws_the_frozen_part_and_another_seed_another(case: str, data: 
     assert all(not torch.equal(first.meta_state[name], other.meta_state[name]) for name in frozen if name.endswith("t"))
 
 
+@pytest.mark.slow
 def test_three_processes_agree_to_the_last_bit(data: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     states = []

@@ -1,4 +1,4 @@
-"""A run that is killed thirty times, anywhere, and gone on with each time is the run that nobody touched."""
+"""A run that is killed thirty times, anywhere, and resumed each time is the run that nobody touched."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def stand(folder: Path) -> tuple[int, bool]:
 
 
 def live_and_die(folder: Path, aim: str, draws: random.Random) -> int:
-    """Starts or goes on with the run, kills it at a random moment, and returns its last finished checkpoint's round.
+    """Starts or resumes the run, kills it at a random moment, and returns its last finished checkpoint's round.
 
     Args:
         folder: Where the experiment file, the store and the runs are.
@@ -144,7 +144,7 @@ def kill_and_compare(tmp_path: Path, aims: Sequence[str], **settings: object) ->
     assert metrics == logged(unbroken)
     assert parameters(killed) == parameters(unbroken)
     assert tracked_runs(killed) == [(summary["run_id"], "FINISHED")]
-    # One folder, nothing half-written in it, and nothing left to go on with.
+    # One folder, nothing half-written in it, and nothing left to resume.
     (folder,) = (killed / "runs").iterdir()
     assert folder == other.parent
     assert {path.name for path in folder.iterdir()} - {"personal"} == {path.name for path in one.parent.iterdir()} - {

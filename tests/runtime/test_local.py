@@ -55,13 +55,14 @@ def test_every_kind_of_file_is_trained_on_and_judged(tmp_path: Path, kind: str) 
     assert result.summary["failures"] == 0
     sites = set(FILES[kind]["site"].tolist())
     assert len(result.sites) == len(sites)
-    judged = result.sites[result.sites["test_rows"] > 0]
-    assert len(judged) >= len(sites) - 1
-    assert judged[f"personalized_{score}"].notna().all()
+    scored_rows = result.sites[result.sites["test_rows"] > 0]
+    assert len(scored_rows) >= len(sites) - 1
+    assert scored_rows[f"personalized_{score}"].notna().all()
     assert np.isfinite([result.summary["new_sites"][when]["mean"] for when in ("global", "personalized")]).all()
     assert result.summary["bytes_up"] > 0
 
 
+@pytest.mark.quick("maml", "fedrep")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_takes_regression(tmp_path: Path, learner: str) -> None:
     columns = FILES["regression"]
@@ -80,7 +81,7 @@ def test_a_run_is_gone_on_with_by_its_own_experiment_alone(tmp_path: Path) -> No
     assert run(own.with_overrides(["tracking.site_curves=3"]), resume=name).folder.name == name
 
 
-def test_data_that_changed_between_two_runs_are_read_anew(tmp_path: Path) -> None:
+def test_data_that_changed_between_two_runs_are_read_again(tmp_path: Path) -> None:
     first = run(experiment(tmp_path, FILES["regression"]))
     same = run(experiment(tmp_path, FILES["regression"]))
     assert same.summary["training_sites"] == first.summary["training_sites"]

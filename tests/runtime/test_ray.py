@@ -88,13 +88,14 @@ def test_ray_and_local_agree_on_an_own_problem(tmp_path: Path, monkeypatch: pyte
     assert ray.summary["new_sites"]["personalized"]["mean"] < 0
 
 
+@pytest.mark.slow
 def test_ray_and_local_agree_on_digits(tmp_path: Path) -> None:
-    told: list[Progress] = []
+    reported: list[Progress] = []
     experiment = digits(tmp_path, "runtime.nodes=2")
-    local, ray = run(experiment), run(experiment, runtime="ray", report=told.append)
+    local, ray = run(experiment), run(experiment, runtime="ray", report=reported.append)
     assert_agree(local, ray)
-    assert {progress.round_number for progress in told} == {0, 1, 2, 3, 4}
-    assert told[-1].personalized_score == ray.summary["new_sites"]["personalized"]["mean"]
+    assert {progress.round_number for progress in reported} == {0, 1, 2, 3, 4}
+    assert reported[-1].personalized_score == ray.summary["new_sites"]["personalized"]["mean"]
     own = ("run_id", "checkpoint", "wall_s", "bytes_down", "bytes_up")
     for key in local.summary.keys() - set(own):
         assert json.dumps(local.summary[key])[:9] == json.dumps(ray.summary[key])[:9], key

@@ -70,8 +70,8 @@ def test_an_installed_package_can_be_submitted_too(tmp_path: Path) -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(site_packages)}
     command = [sys.executable, "-c", program, str(tmp_path / "app")]
-    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    assert str(site_packages) in said
+    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert str(site_packages) in shown
     assert sources(tmp_path / "app") == sources(REPOSITORY)
     assert bundled(tmp_path / "app") >= sources(REPOSITORY)
 
@@ -108,7 +108,7 @@ def test_a_command_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "said"),
+    ("log", "shown"),
     [
         ("", "it printed nothing"),
         ("\n---\n\n", "it printed nothing"),
@@ -117,9 +117,9 @@ def test_a_command_that_is_not_installed_is_named(tmp_path: Path) -> None:
         ("x" * 999, "x" * 300),
     ],
 )
-def test_the_last_words_of_a_log_are_one_telling_line(tmp_path: Path, log: str, said: str) -> None:
+def test_the_last_words_of_a_log_are_one_telling_line(tmp_path: Path, log: str, shown: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_log_line(tmp_path / "log") == said
+    assert last_log_line(tmp_path / "log") == shown
 
 
 def test_a_log_that_is_not_there_says_nothing(tmp_path: Path) -> None:

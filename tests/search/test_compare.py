@@ -41,6 +41,7 @@ def started(
     return compare(experiment, learners, 2, tune=tune, report=report), titles
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_is_resumed_and_its_best_settings_are_used(tmp_path: Path) -> None:
     experiment = described(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -67,6 +68,7 @@ def test_an_interrupted_search_is_resumed_and_its_best_settings_are_used(tmp_pat
     assert written["settings"]["maml"] == found.trials["maml"][0].settings
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_loses_and_does_not_end_the_comparison(tmp_path: Path) -> None:
     failure = FedmetaError("none of 10 rounds had a usable reply")
     found, _ = started(described(tmp_path), ["fedavg"], 2, "tune fedavg · inner_lr 0.1,", failure)
@@ -81,6 +83,7 @@ def test_a_comparison_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
         started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("diverged"))
 
 
+@pytest.mark.quick("0-*")
 @pytest.mark.parametrize(("tune", "fails_in"), [(2, "tune fedavg ·"), (0, "fedavg, seed 1")])
 def test_a_learner_that_fails_alone_is_left_out_and_named(tmp_path: Path, tune: int, fails_in: str) -> None:
     learners = ["fedavg", "fedavg-ft"]
@@ -92,6 +95,7 @@ def test_a_learner_that_fails_alone_is_left_out_and_named(tmp_path: Path, tune: 
     assert json.loads((found.folder / "comparison.json").read_text())["left_out"] == found.left_out
 
 
+@pytest.mark.slow
 def test_trials_are_scored_on_sites_that_are_new_to_no_one_of_that_seed(tmp_path: Path) -> None:
     experiment = described(tmp_path)
     started(experiment, ["fedavg-ft"], 2)
@@ -150,6 +154,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     return Experiment().with_overrides([*settings, f"tracking.folder={folder}"])
 
 
+@pytest.mark.slow
 def test_compares_on_the_same_sites_and_finds_its_runs_again(experiment: Experiment) -> None:
     found, titles = started(experiment, LEARNERS)
     assert len(titles) == 6

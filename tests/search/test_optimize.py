@@ -36,6 +36,7 @@ def test_finds_the_best_settings_and_writes_an_experiment_that_runs(tmp_path: Pa
     assert search_report.verdict(found) in (asked.folder / "tuning.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_search_in_two_parts_is_the_unbroken_one(tmp_path: Path, sampler: str) -> None:
     unbroken = searched(config(tmp_path / "one", 3, sampler, "server.rounds=1"))
@@ -44,6 +45,7 @@ def test_a_search_in_two_parts_is_the_unbroken_one(tmp_path: Path, sampler: str)
     assert tried(resumed) == tried(unbroken)
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_repeated(tmp_path: Path) -> None:
     asked = config(tmp_path / "stopped", 4)
 
@@ -105,6 +107,7 @@ def test_a_search_whose_trials_cannot_start_fails_and_loses_none(tmp_path: Path)
     assert sum(each.state.name == "WAITING" for each in study.trials) == 3
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_impossible_fails_alone(tmp_path: Path) -> None:
     over = ["server.aggregator=mean,median", "server.weighting=uniform,examples"]
     found = searched(config(tmp_path, 4, "grid", "server.rounds=1", over=over))
@@ -113,6 +116,7 @@ def test_a_setting_that_is_impossible_fails_alone(tmp_path: Path) -> None:
     assert "weighting" in failed.problem
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_on_one_search(tmp_path: Path) -> None:
     asked = config(tmp_path, 2)
     refusals = []

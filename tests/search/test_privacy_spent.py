@@ -29,6 +29,7 @@ def test_epsilons_and_deltas_add_up_and_runs_that_did_not_end_are_named(tmp_path
     assert privacy_spent(described(tmp_path), [tmp_path]) == ""
 
 
+@pytest.mark.slow
 def test_a_search_and_a_comparison_of_private_runs_show_the_sum(tmp_path: Path) -> None:
     result = searched(config(tmp_path, 2, "random", *NOISY))
     summaries = [json.loads(path.read_text()) for path in result.config.folder.rglob("summary.json")]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 import fedmeta
 from server.adaptation_schedule import RATES, tune_adaptation
@@ -44,6 +45,7 @@ def test_nobody_answers() -> None:
     assert tune_adaptation(lambda rate, steps: None, 4) is None
 
 
+@pytest.mark.slow
 def test_training_alone_is_the_same_reference_whatever_the_learner_does_itself(tmp_path: Path) -> None:
     def sites(learner: str) -> pd.DataFrame:
         settings = (f"learner.name={learner}", "server.rounds=1", "evaluation.every=0")

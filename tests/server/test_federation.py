@@ -98,7 +98,7 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "shown"),
     [
         ({"columns": ("age", "weight")}, "columns too many: weight; columns missing: pressure"),
         ({"columns": ("age",)}, "columns missing: pressure"),
@@ -107,23 +107,23 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
     ],
 )
 def test_a_site_that_differs_is_refused_and_the_others_go_on(
-    tmp_path: Path, other: dict[str, object], said: str
+    tmp_path: Path, other: dict[str, object], shown: str
 ) -> None:
     configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
     for order in (configs, configs[::-1]):
         grid = SeveralNodes(app, hospitals(tmp_path), node_configs=order)
-        roll = Membership(grid, grid.experiment)
-        assert roll.federation.names == ("mercy", "zion")
-        assert roll.federation.features == ("age", "pressure")
-        assert roll.refused == {"abbey": said}
+        membership = Membership(grid, grid.experiment)
+        assert membership.federation.names == ("mercy", "zion")
+        assert membership.federation.features == ("age", "pressure")
+        assert membership.refused == {"abbey": shown}
 
 
 def test_of_two_forms_with_equally_many_sites_the_first_sites_is_taken(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "zion", columns=("age",)), hospital(tmp_path, "abbey")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    roll = Membership(grid, grid.experiment)
-    assert roll.federation.names == ("abbey",)
-    assert roll.refused == {"zion": "columns missing: pressure"}
+    membership = Membership(grid, grid.experiment)
+    assert membership.federation.names == ("abbey",)
+    assert membership.refused == {"zion": "columns missing: pressure"}
 
 
 @pytest.mark.parametrize(("wait_for", "missing"), [('["abbey", "zion"]', "zion"), ("3", "1 more sites")])
@@ -131,74 +131,74 @@ def test_a_run_that_needs_a_refused_site_says_how_it_differs(tmp_path: Path, wai
     experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.2")
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion", columns=("age",))]
     grid = SeveralNodes(app, experiment, node_configs=configs)
-    said = f"server.wait_for is not met, still missing: {missing}; zion cannot take part: columns missing: pressure"
-    with pytest.raises(FedmetaError, match=f"^{re.escape(said)}$"):
+    shown = f"server.wait_for is not met, still missing: {missing}; zion cannot take part: columns missing: pressure"
+    with pytest.raises(FedmetaError, match=f"^{re.escape(shown)}$"):
         Membership(grid, experiment)
 
 
 def test_a_late_joiner_is_a_new_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
-    roll = Membership(grid, grid.experiment)
-    assert roll.poll_new_nodes() == []
+    membership = Membership(grid, grid.experiment)
+    assert membership.poll_new_nodes() == []
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", rows=8, classes=("ill", "unheard of")))
-    assert roll.poll_new_nodes() == ["abbey joined as new"]
-    federation = roll.federation
+    assert membership.poll_new_nodes() == ["abbey joined as new"]
+    federation = membership.federation
     assert federation.names == ("abbey", "mercy")
     assert federation.new.tolist() == [True, False]
     assert federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[0]]
     assert federation.train_rows.tolist() == [4, 6]
     assert federation.classes == ("healthy", "ill")
-    assert roll.poll_new_nodes() == []
+    assert membership.poll_new_nodes() == []
 
 
 def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "server.admit=true")
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "mercy")])
-    roll = Membership(grid, experiment)
+    membership = Membership(grid, experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey"))
-    assert roll.poll_new_nodes() == ["abbey joined as training"]
-    assert roll.federation.training.tolist() == [0, 1]
+    assert membership.poll_new_nodes() == ["abbey joined as training"]
+    assert membership.federation.training.tolist() == [0, 1]
 
 
 def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
-    roll = Membership(grid, grid.experiment)
-    before = roll.federation
+    membership = Membership(grid, grid.experiment)
+    before = membership.federation
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", columns=("age", "weight")))
-    assert roll.poll_new_nodes() == ["refused abbey: columns too many: weight; columns missing: pressure"]
-    assert roll.federation is before
-    assert set(roll.refused) == {"abbey"}
+    assert membership.poll_new_nodes() == ["refused abbey: columns too many: weight; columns missing: pressure"]
+    assert membership.federation is before
+    assert set(membership.refused) == {"abbey"}
 
 
 def test_a_node_that_comes_back_under_a_new_id_keeps_its_site(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path, "data.new_sites=1"), node_configs=configs)
-    roll = Membership(grid, grid.experiment)
-    before = roll.federation
+    membership = Membership(grid, grid.experiment)
+    before = membership.federation
     grid.join(NODE_IDS[4], grid.leave(NODE_IDS[0]))
-    assert roll.poll_new_nodes() == []
-    assert roll.federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[1]]
-    assert roll.federation.names == before.names
-    assert roll.federation.new.tolist() == before.new.tolist()
+    assert membership.poll_new_nodes() == []
+    assert membership.federation.node_ids.tolist() == [NODE_IDS[4], NODE_IDS[1]]
+    assert membership.federation.names == before.names
+    assert membership.federation.new.tolist() == before.new.tolist()
 
 
 def test_a_node_that_comes_back_while_its_old_id_still_stands_keeps_its_site(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
-    roll = Membership(grid, grid.experiment)
+    membership = Membership(grid, grid.experiment)
     # For the better part of a minute Flower lists a node that was killed.
     grid.faults[NODE_IDS[0]] = breaks
     grid.join(NODE_IDS[4], dict(grid.contexts[NODE_IDS[0]].node_config))
-    assert roll.poll_new_nodes() == []
-    assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
-    assert roll.refused == {}
+    assert membership.poll_new_nodes() == []
+    assert membership.federation.node_ids.tolist() == [NODE_IDS[4]]
+    assert membership.refused == {}
 
 
 def test_two_nodes_with_one_sites_name_are_refused_at_the_start_and_the_others_go_on(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "abbey", 20)]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
-    roll = Membership(grid, grid.experiment)
-    assert roll.federation.names == ("mercy",)
-    assert roll.refused == {"abbey": "another node serves this site too; stop one of the two"}
+    membership = Membership(grid, grid.experiment)
+    assert membership.federation.names == ("mercy",)
+    assert membership.refused == {"abbey": "another node serves this site too; stop one of the two"}
     experiment = hospitals(tmp_path, 'server.wait_for=["abbey", "mercy"]')
     with pytest.raises(FedmetaError, match=r"still missing: abbey; abbey cannot take part: another node serves this"):
         Membership(SeveralNodes(app, experiment, node_configs=configs), experiment)
@@ -209,15 +209,15 @@ def test_a_second_node_of_a_site_is_refused_and_taken_once_the_first_is_gone(
 ) -> None:
     monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "abbey")])
-    roll = Membership(grid, grid.experiment)
+    membership = Membership(grid, grid.experiment)
     grid.join(NODE_IDS[4], hospital(tmp_path, "abbey", 20))
-    assert roll.poll_new_nodes() == ["refused abbey: another node serves this site too; stop one of the two"]
-    assert roll.federation.node_ids.tolist() == [NODE_IDS[0]]
+    assert membership.poll_new_nodes() == ["refused abbey: another node serves this site too; stop one of the two"]
+    assert membership.federation.node_ids.tolist() == [NODE_IDS[0]]
     monkeypatch.setattr(module, "BACKOFF_FACTOR", 0.0)
     grid.leave(NODE_IDS[0])
-    roll._paused.clear()
-    assert roll.poll_new_nodes() == []
-    assert roll.federation.node_ids.tolist() == [NODE_IDS[4]]
+    membership._paused.clear()
+    assert membership.poll_new_nodes() == []
+    assert membership.federation.node_ids.tolist() == [NODE_IDS[4]]
 
 
 def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
@@ -226,14 +226,14 @@ def test_a_node_whose_first_answer_failed_is_asked_again_after_a_pause(
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy")]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
     grid.faults[NODE_IDS[1]] = breaks
-    roll = Membership(grid, grid.experiment)
-    assert roll.federation.names == ("abbey",)
+    membership = Membership(grid, grid.experiment)
+    assert membership.federation.names == ("abbey",)
     del grid.faults[NODE_IDS[1]]
-    assert roll.poll_new_nodes() == []
+    assert membership.poll_new_nodes() == []
     asked = [message.metadata.dst_node_id for message in grid.sent]
     assert sorted(asked) == sorted(NODE_IDS[:2])
     monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
-    assert roll.poll_new_nodes() == ["mercy joined as new"]
+    assert membership.poll_new_nodes() == ["mercy joined as new"]
     # A site that is waited for is asked for again until then.
     monkeypatch.undo()
     monkeypatch.setattr(module, "POLL_S", 0.01)
@@ -277,6 +277,6 @@ def test_a_run_starts_without_a_nodes_sums_where_min_sites_allows(tmp_path: Path
     assert refused == {"mercy": "no feature sums: no reply within 0.5 s"}
     assert all(torch.equal(value, alone[name]) for name, value in scale.items())
     both = hospitals(tmp_path, "server.min_sites=2")
-    said = "1 sites sent usable feature sums; mercy: no feature sums: no reply within 0.5 s"
-    with pytest.raises(FedmetaError, match=f"^{re.escape(said)}$"):
+    shown = "1 sites sent usable feature sums; mercy: no feature sums: no reply within 0.5 s"
+    with pytest.raises(FedmetaError, match=f"^{re.escape(shown)}$"):
         ask_standardisation(grid, federation, both)

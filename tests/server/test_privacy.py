@@ -52,7 +52,7 @@ def test_noise_has_the_scale_that_was_asked_for(tmp_path: Path) -> None:
     total = torch.full((100_000,), 16.0, dtype=torch.float64)
     reply = TrainReply({"theta": total}, 3.0, ("a", "b", "c"), np.zeros(3), np.ones(3, dtype=bool))
     found = privacy.release([reply], like)["theta"]
-    # The denominator is the expected cohort of 8 whoever came; the deviation is 2.0 * 0.7 / 8 = 0.175.
+    # The denominator is the expected cohort of 8 who came; the deviation is 2.0 * 0.7 / 8 = 0.175.
     assert float(found.mean()) == pytest.approx(2.0, abs=5 * 0.175 / math.sqrt(100_000))
     assert float(found.std()) == pytest.approx(0.175, rel=0.02)
     alone = privacy.release([], like)["theta"]

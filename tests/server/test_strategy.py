@@ -291,7 +291,7 @@ def test_a_faulty_node_is_counted_named_and_survived(tmp_path: Path, fault: Faul
     assert metrics is not None
     failed = strategy.log.failed
     assert set(failed) == sites_of(grid, strategy, NODE_IDS[1])
-    assert all(said.startswith(reason) for said in failed.values())
+    assert all(shown.startswith(reason) for shown in failed.values())
     assert all(torch.allclose(gradient[key].double(), expected[key], rtol=0, atol=1e-7) for key in expected)
 
 
@@ -345,8 +345,8 @@ def test_uninvited_and_doubled_replies_do_not_count_twice(tmp_path: Path) -> Non
     before = strategy.optimizer.meta_state
     messages = list(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid))
     replies = list(grid.send_and_receive(messages))
-    stranger = lost(grid.create_message(RecordDict(), TRAIN, 4711, "1"))
-    strategy.aggregate_train(1, [*replies, *replies, stranger])
+    outsider = lost(grid.create_message(RecordDict(), TRAIN, 4711, "1"))
+    strategy.aggregate_train(1, [*replies, *replies, outsider])
     assert strategy.log.failed == {}
     after = strategy.optimizer.meta_state
     assert all(torch.equal(before[key] - after[key], expected[key]) for key in expected)

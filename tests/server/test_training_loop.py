@@ -55,6 +55,7 @@ def assert_same(one: training_loop.Outcome | Any, other: training_loop.Outcome |
 # ---------------------------------------------------------------- a run from start to end
 
 
+@pytest.mark.quick("3-4-*")
 @pytest.mark.parametrize(
     ("every", "total", "evaluated"), [(2, 4, [0, 2, 4]), (3, 4, [0, 3, 4]), (0, 3, [3]), (9, 2, [0, 2]), (1, 0, [0])]
 )
@@ -69,13 +70,13 @@ def test_sites_are_evaluated_at_the_start_every_so_often_and_at_the_end(
 
 
 def test_progress_is_told_round_by_round(tmp_path: Path) -> None:
-    told: list[Progress] = []
-    result = run(digits(tmp_path), report=told.append)
-    assert [progress.round_number for progress in told] == sorted(progress.round_number for progress in told)
-    assert {progress.round_number for progress in told} == {0, 1, 2, 3, 4}
-    assert told[-1].global_score == result.summary["new_sites"]["global"]["mean"]
-    assert told[-1].personalized_score == result.summary["new_sites"]["personalized"]["mean"]
-    assert {progress.run_id for progress in told} == {result.summary["run_id"]}
+    reported: list[Progress] = []
+    result = run(digits(tmp_path), report=reported.append)
+    assert [progress.round_number for progress in reported] == sorted(progress.round_number for progress in reported)
+    assert {progress.round_number for progress in reported} == {0, 1, 2, 3, 4}
+    assert reported[-1].global_score == result.summary["new_sites"]["global"]["mean"]
+    assert reported[-1].personalized_score == result.summary["new_sites"]["personalized"]["mean"]
+    assert {progress.run_id for progress in reported} == {result.summary["run_id"]}
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path) -> None:
@@ -102,15 +103,15 @@ def test_the_summary_counts_what_travelled(tmp_path: Path) -> None:
 
 def test_a_skipped_round_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 2)
-    told: list[Progress] = []
+    reported: list[Progress] = []
 
     def silent_in_round_2(message: Message, reply: Message) -> Message | None:
         is_it = message.metadata.message_type == "train" and message.metadata.group_id == "2"
         return None if is_it else reply
 
     grid.faults = dict.fromkeys(NODE_IDS, silent_in_round_2)
-    outcome = training_loop.run(grid, grid.experiment, told.append)
-    notes = [progress.note for progress in told if progress.note]
+    outcome = training_loop.run(grid, grid.experiment, reported.append)
+    notes = [progress.note for progress in reported if progress.note]
     assert len(notes) == 1
     assert notes[0].startswith("round 2 skipped: site-")
     assert notes[0].endswith("(and 7 more): no reply in time")
@@ -137,9 +138,9 @@ def test_what_fails_again_and_again_is_told_ten_times_and_what_is_new_always(tmp
         return fault
 
     grid.faults = {one: late(*range(1, 21)), other: late(17)}
-    told: list[Progress] = []
-    training_loop.run(grid, experiment, told.append)
-    notes = [progress.note for progress in told if progress.note]
+    reported: list[Progress] = []
+    training_loop.run(grid, experiment, reported.append)
+    notes = [progress.note for progress in reported if progress.note]
     assert [note.split()[1] for note in notes] == [str(number) for number in (*range(1, 12), 17)]
     assert notes[10].endswith("see failures.json")
     assert notes[11].startswith("round 17 skipped: ")
@@ -318,13 +319,14 @@ def test_a_resumed_run_refuses_sites_whose_columns_have_changed(
     )
     assert outcome.sites["site"].tolist()[-1:] == ["mercy"]
     entries = json.loads((outcome.folder / "failures.json").read_text())
-    said = {entry["site"]: entry["reason"] for entry in entries if entry["what"] == "start"}
-    assert said == dict.fromkeys(names[1:], "columns too many: weight; columns missing: pressure")
+    shown = {entry["site"]: entry["reason"] for entry in entries if entry["what"] == "start"}
+    assert shown == dict.fromkeys(names[1:], "columns too many: weight; columns missing: pressure")
 
 
 # ---------------------------------------------------------------- stopped and resumed
 
 
+@pytest.mark.quick("2-adam", "0-momentum")
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(tmp_path: Path, after: int, optimizer: str) -> None:
@@ -429,6 +431,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_to_the_same_bits(tmp_path: Pat
     pd.testing.assert_frame_equal(unbroken.history, resumed.history)
 
 
+@pytest.mark.quick("fedrep-True")
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("learner", ["ditto", "fedrep"])
 def test_what_sites_keep_goes_back_with_the_run_to_either_checkpoint(

@@ -23,6 +23,7 @@ def kept(folder: Path, store: str) -> str:
     return run_id
 
 
+@pytest.mark.slow
 def test_what_waits_in_the_folder_of_all_runs_is_sent_once(tmp_path: Path, store: str) -> None:
     ids = [kept(tmp_path / "runs" / name, store) for name in ("one", "two")]
     held = (tmp_path / "runs" / "two" / UNSENT).read_bytes()

@@ -119,6 +119,7 @@ def test_a_login_in_the_address_moves_to_the_environment(behind_a_login, monkeyp
     assert None not in logins
 
 
+@pytest.mark.slow
 def test_files_that_a_run_does_not_have_are_named(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow_client.open_client(uri)

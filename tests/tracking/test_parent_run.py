@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 from fedmeta.experiment import Experiment
@@ -16,6 +17,7 @@ def experiment(uri):
     return Experiment.from_toml(f'[tracking]\nuri = "{uri}"\n', "a test")
 
 
+@pytest.mark.slow
 def test_a_repeated_command_finds_its_run_and_replaces_its_results(tmp_path):
     uri, folder = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "comparison"
     picture = tmp_path / "differences.png"

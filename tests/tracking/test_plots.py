@@ -36,6 +36,7 @@ def legend(figure: Figure) -> set[str]:
     return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
+@pytest.mark.quick("8-32-*")
 @pytest.mark.parametrize(("new", "training", "score"), [(1, 3, SNR), (8, 32, RMSE), (200, 800, ACCURACY)])
 def test_all_plots_are_drawn(tmp_path, new, training, score):
     rounds = [evaluation(new, training, r / 2, round_number=r, score=score) for r in range(3)]
@@ -142,6 +143,7 @@ def test_names_are_shown_as_they_are(tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_any_scores_are_drawn(data):

@@ -28,6 +28,7 @@ def store(folder: Path, current: bytes, revision: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_the_installed_mlflows_own_store_is_used(tmp_path: Path, current: bytes) -> None:
     file = store(tmp_path, current, revisions()[0])
     assert mlflow_client.checked_uri(f"sqlite:///{file}") == f"sqlite:///{file}"

@@ -109,6 +109,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_of_a_server_only_the_link_is_printed(capsys):
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

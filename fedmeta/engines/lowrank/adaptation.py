@@ -132,25 +132,25 @@ class Adaptation:
         self, rows: FlatBatch, outputs: Tensor, traces: list[CallRecord], rates: Rates
     ) -> tuple[list[tuple[CallRecord, Tensor]], Parameters]:
         calls = self.forms.calls
-        spans = [trace for trace in traces if calls[trace.place].weight in rates]
+        lowrank = [trace for trace in traces if calls[trace.place].weight in rates]
         dense = [name for name in self.dense if name in rates]
         common = common_rate(rates)
         with torch.set_grad_enabled(self.exact):
             gradient = rows.errors(outputs, -1.0 if common is None else -common)
         errors = torch.autograd.grad(
             outputs,
-            [*(trace.outputs for trace in spans), *(self.dense[name] for name in dense)],
+            [*(trace.outputs for trace in lowrank), *(self.dense[name] for name in dense)],
             gradient,
             create_graph=self.exact,
             allow_unused=True,
             materialize_grads=True,
         )
         found = []
-        for trace, error in zip(spans, errors, strict=False):
+        for trace, error in zip(lowrank, errors, strict=False):
             rate = 1.0 if common is not None else rates[str(calls[trace.place].weight)]
             found.append((trace, error if common is not None else error * rate))
         moved = {}
-        for name, error in zip(dense, errors[len(spans) :], strict=True):
+        for name, error in zip(dense, errors[len(lowrank) :], strict=True):
             moved[name] = self.dense[name] + (error if common is not None else error * rates[name])
         return found, {**self.dense, **moved}
 
@@ -161,7 +161,7 @@ class Adaptation:
         """
         calls = self.forms.calls
         places = [
-            place for place, call in enumerate(calls) if (place, "a") in rows.kept and call.weight in self.forms.spans
+            place for place, call in enumerate(calls) if (place, "a") in rows.kept and call.weight in self.forms.lowrank
         ]
         for place in places:
             for source in places:

@@ -31,7 +31,7 @@ def descend(adaptation: Adaptation, rows: FlatBatch, order: Tensor, rates: Rates
         adaptation.outputs(rows)  # keeps what is the same in every step
         adaptation.keep_products(rows)
     steps = rows.minibatches(order.flatten(1, 2))
-    low_rank = [place for place, call in enumerate(calls) if call.weight in forms.spans]
+    low_rank = [place for place, call in enumerate(calls) if call.weight in forms.lowrank]
     if not all(calls[place].fixed for place in low_rank):
         for step in steps:
             adaptation.step(rows.at(*step), rates)

@@ -113,7 +113,7 @@ class PerSiteForward(TorchFunctionMode):
                 z = torch.baddbmm(z, pairs, correction.errors)
         if call.bias in self.dense:
             z = z + self.dense[call.bias].unsqueeze(1)
-        if call.weight in self.forms.spans:
+        if call.weight in self.forms.lowrank:
             self.traces.append(CallRecord(place, inputs, z))
         return z.view(*x.shape[:-1], call.outputs)
 

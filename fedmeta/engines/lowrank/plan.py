@@ -21,14 +21,14 @@ class ParameterPlan:
     Attributes:
         calls: The model's calls, in order.
         in_place: Whether it changes tensors in place.
-        spans: The weights in low-rank form.
+        lowrank: The weights in low-rank form.
         absorbed: The biases that move with a weight in low-rank form, at the same rates.
         dense: The other adapting parameters: one value per site.
     """
 
     calls: tuple[OpCall, ...]
     in_place: bool
-    spans: frozenset[str]
+    lowrank: frozenset[str]
     absorbed: frozenset[str]
     dense: tuple[str, ...]
 
@@ -70,24 +70,24 @@ def make_plan(found: ModuleTrace, steps: RateGroups, rows: int, whole: int = 0) 
     """
     adapting = dict.fromkeys(name for step in steps for name, _ in step)
     by_name = {name: [call for call in found.calls if name in call.names] for name in adapting}
-    spans = {
+    lowrank = {
         name
         for name, calls in by_name.items()
         if all(call.kind == "linear" and call.weight == name for call in calls)
         and _saved(calls, rows, len(steps), whole) > 0
     }
-    absorbed = {name for name, calls in by_name.items() if _bias_follows_weight(name, calls, by_name, spans, steps)}
-    dense = tuple(name for name in adapting if name not in spans and name not in absorbed)
-    return ParameterPlan(found.calls, found.in_place, frozenset(spans), frozenset(absorbed), dense)
+    absorbed = {name for name, calls in by_name.items() if _bias_follows_weight(name, calls, by_name, lowrank, steps)}
+    dense = tuple(name for name in adapting if name not in lowrank and name not in absorbed)
+    return ParameterPlan(found.calls, found.in_place, frozenset(lowrank), frozenset(absorbed), dense)
 
 
 def _saved(calls: Sequence[OpCall], rows: int, steps: int, whole: int) -> float:
     """Returns about how many operations per site the low-rank form of a linear layer saves over one weight per site.
 
     Weight by site: in each step rows * width * outputs more to form it, and passes over memory worth 30 operations an
-    element. Span: products of a step's rows with all rows of earlier steps, or once where the input is fixed. The rows
-    of all calls of one weight, as in a recurrence, count together: each call's meet every other's. Mini-batches: where
-    the input is fixed, a step's rows meet all rows of the site, whose products are formed once.
+    element. Low-rank: products of a step's rows with all rows of earlier steps, or once where the input is fixed. The
+    rows of all calls of one weight, as in a recurrence, count together: each call's meet every other's. Mini-batches:
+    where the input is fixed, a step's rows meet all rows of the site, whose products are formed once.
 
     Args:
         calls: The calls of one weight.
@@ -107,12 +107,12 @@ def _saved(calls: Sequence[OpCall], rows: int, steps: int, whole: int) -> float:
 
 
 def _bias_follows_weight(
-    name: str, calls: list[OpCall], by_name: Mapping[str, list[OpCall]], spans: set[str], steps: RateGroups
+    name: str, calls: list[OpCall], by_name: Mapping[str, list[OpCall]], lowrank: set[str], steps: RateGroups
 ) -> bool:
     """Whether this is the bias of one weight in low-rank form that always moves at the same rate."""
     weight = calls[0].weight
     return (
-        weight in spans
+        weight in lowrank
         and all(call.bias == name and call.weight == weight for call in calls)
         and len(by_name[weight]) == len(calls)
         and all(dict(step).get(name) == dict(step).get(weight) for step in steps)
