@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,8 +13,10 @@ import fedmeta
 from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.adapt.adaptation import adapt
+from fedmeta.adapt.export import outputs_of
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.rows import raw_rows, read_inputs
+from fedmeta.adapt.writing import write
 from fedmeta.data import load_site
 from fedmeta.data.columns import Columns, encoded
 from fedmeta.errors import FedmetaError
@@ -173,6 +176,23 @@ def test_resumed_it_is_the_unbroken_run(finished: tuple[Path, fedmeta.Result], t
     resumed = fedmeta.run(described, resume="auto")
     for name, value in resumed.meta_state.items():
         assert torch.equal(value, result.meta_state[name]), name
+
+
+def test_models_in_mlflow_and_onnx_give_the_same(finished: tuple[Path, fedmeta.Result], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    start, own = start_of(finished[1]), frame(78, 40)
+    own.to_csv(tmp_path / "mine.csv", index=False)
+    adapted = adapt(start, str(tmp_path / "mine.csv"), use="personal")
+    written = write(adapted, tmp_path / "out")
+    shuffled = own[["label", "sex", "age", "ward"]]
+    expected = adapted.model.predict_proba(shuffled)
+    x = raw_rows(shuffled, start.form)[0]
+    np.testing.assert_allclose(outputs_of(written.folder / "model.onnx", x), expected, atol=1e-5)
+    server = mlflow.pyfunc.load_model(str(written.folder / "mlflow-model"))
+    served = server.predict(shuffled.drop(columns="label"), params={"probabilities": True})
+    np.testing.assert_allclose(served.to_numpy(), expected, atol=1e-5)
+    as_features = pd.DataFrame(x, columns=list(start.form.features))
+    np.testing.assert_array_equal(adapted.model.predict_proba(as_features), expected)
 
 
 def test_columns_turn_cells_into_features() -> None:

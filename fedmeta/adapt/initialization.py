@@ -214,6 +214,18 @@ class MetaModel:
         row = np.broadcast_to(self.mean.numpy(), (1, *self.form.shape))
         return row.astype(np.float64 if self.form.dtype == torch.float64 else np.float32)
 
+    def example_input(self) -> tuple[NDArray[Any], tuple[str, ...]]:
+        """Returns an example as a caller writes it [1, columns], and the columns; no names where rows have none.
+
+        Numbers are the means over all training sites; of a category it is the first name that the run knows.
+        """
+        row, form = self.example(), self.form
+        if not form.categories:
+            return row, form.features if form.named else ()
+        known, means = dict(form.categories), dict(zip(form.features, row[0].tolist(), strict=True))
+        cells = [(known[name] or ("other",))[0] if name in known else means[name] for name in form.columns.names]
+        return np.array([cells], dtype=object), form.columns.names
+
     def write(self, path: Path) -> None:
         """Writes the start as one file, atomically, signed where the environment names a key.
 

@@ -145,6 +145,8 @@ def raw_rows(given: Any, form: Form, origin: str = "the input") -> tuple[NDArray
     notes: tuple[str, ...] = ()
     if isinstance(given, Mapping) or getattr(getattr(given, "dtype", None), "names", None):
         given = pd.DataFrame(given)
+    if isinstance(given, pd.DataFrame) and form.categories and set(form.features) <= set(map(str, given.columns)):
+        given = given.set_axis(list(map(str, given.columns)), axis=1)[list(form.features)].to_numpy(dtype=np.float64)
     if isinstance(given, pd.DataFrame) and form.named:
         frame = given.set_axis([clean_name(str(name)) for name in given.columns], axis=1)
         notes = _check_names(origin, list(frame.columns), form)
@@ -222,6 +224,11 @@ def _column_order(path: str, population: Population, form: Form) -> tuple[np.nda
         return None, ()
     own, wanted = list(population.feature_names), list(form.features)
     if form.named:
+        if own == [f"x{place}" for place in range(len(own))] and not set(own) & set(wanted):
+            raise FedmetaError(
+                f'{path}: its columns have no names: add an array "feature_names" with those of the run in the order '
+                f"that the file has them; the run's are {_listed(wanted, 20)}"
+            )
         notes = _check_names(path, own, form)
         return np.array([own.index(name) for name in wanted], dtype=np.int64), notes
     if sorted(own) != sorted(wanted):

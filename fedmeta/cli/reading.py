@@ -80,7 +80,10 @@ def sites(
 @app.command()
 def init(
     path: Annotated[
-        str, typer.Argument(metavar="FOLDER|FILE", help="A folder with a table per site, or one table of all sites.")
+        str,
+        typer.Argument(
+            metavar="FOLDER|FILE", help="A folder with a table per site, one table of all sites, or an npz file."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The experiment to write.")] = Path("experiment.toml"),
     label: Annotated[str, typer.Option(metavar="COLUMN", help="The label's column; looked for if left out.")] = "",

@@ -130,7 +130,7 @@ def kind_of(parts: "Sequence[pd.Series[Any]]", name: str, data: Data) -> str:
     Args:
         parts: Its cells in each file.
         name: Its name.
-        data: What the experiment says of columns.
+        data: The experiment's description of its columns.
     """
     if name in data.categorical:
         return CATEGORY

@@ -47,7 +47,7 @@ def findings(population: Population, data: Data) -> list[str]:
 
     Args:
         population: The sites.
-        data: What the experiment says of them.
+        data: The experiment's description of them.
     """
     if not isinstance(population, ArrayPopulation) or population.tokens or data.ways:
         return []
@@ -183,7 +183,7 @@ def _column(population: ArrayPopulation, x: NDArray[np.float64], place: int, nam
     steady = unique and bool(np.ptp(np.diff(np.sort(there))) == 0)
     large = bool(np.abs(there).max() >= 2**53)
     if unnamed or large or (unique and (named or steady or len(there) >= 100)) or (named and unique):
-        why = "a whole number of its own in every row" if unique else "its name" if unnamed else "numbers beyond 2^53"
+        why = "a different whole number in every row" if unique else "its name" if unnamed else "numbers beyond 2^53"
         found.append(
             f'column "{name}" looks like an id or a row number ({why}), and is a feature: '
             f'leave it out with data.ignore = ["{name}"]'

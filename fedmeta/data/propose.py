@@ -10,6 +10,7 @@ import pandas as pd
 
 from fedmeta.data.columns import CATEGORY, DATE, FREE, NUMBER, kind_of, names_of, numbers
 from fedmeta.data.findings import FEW_NUMBERS
+from fedmeta.data.npz import load_npz
 from fedmeta.data.table_file import RawTable, listed, read_raw, site_name
 from fedmeta.data.tables import SITE_WORDS, table_files
 from fedmeta.errors import FedmetaError
@@ -19,7 +20,7 @@ LABEL_WORDS = (
     "label", "diagnosis", "outcome", "target", "class", "disease", "event", "death", "died", "mortality", "readmitted",
     "relapse", "response", "status", "result", "y",
 )  # fmt: skip
-"""Names that labels often have, the surest first."""
+"""Names that labels often have, the most certain first."""
 
 _ID = re.compile(r"(?:^|[_\W])(?:id|ids|mrn|pid|key|uuid|nr)$|^id[_\W]|^unnamed: \d+$|^index$", re.IGNORECASE)
 
@@ -30,10 +31,11 @@ class Proposal:
 
     Attributes:
         path: The folder or file.
+        source: "tables", or "npz" for such a file.
         sites: How many sites there are.
         rows: How many rows each has.
         label: The label's column.
-        surely: Whether the label's name is one that labels have.
+        usual: Whether the label's name is one that labels have.
         site_column: The column that names the site; empty where a file is a site.
         ignored: Columns to leave out, and why.
         categorical: Columns of few whole numbers.
@@ -42,10 +44,11 @@ class Proposal:
     """
 
     path: str
+    source: str = "tables"
     sites: int = 0
     rows: list[int] = field(default_factory=list)
     label: str = ""
-    surely: bool = False
+    usual: bool = False
     site_column: str = ""
     ignored: dict[str, str] = field(default_factory=dict)
     categorical: list[str] = field(default_factory=list)
@@ -57,13 +60,17 @@ def propose(path: str, label: str = "") -> Proposal:
     """Returns what an experiment on these tables would be.
 
     Args:
-        path: A folder with a table per site, or one table.
+        path: A folder with a table per site, one table, or an npz file.
         label: The label's column; "" to look for it.
 
     Raises:
         FedmetaError: There is no table, or none can be read.
     """
     where = Path(path).expanduser()
+    if where.suffix.lower() == ".npz":
+        population = load_npz(Data(source="npz", path=path))
+        rows = population.sizes(population.all_sites).tolist()
+        return Proposal(path, "npz", len(population), rows)
     files = table_files(where, Data(source="tables", path=path))
     data = Data(source="tables", path=path, label=label or "label")
     tables = [read_raw(file, data) for file in files]
@@ -75,7 +82,7 @@ def propose(path: str, label: str = "") -> Proposal:
     if label and label not in everywhere:
         raise FedmetaError(f'{path}: no column "{label}" in every file; they share {listed(everywhere)}')
     found.site_column = _site_column(readable, everywhere, len(files))
-    found.label, found.surely = (label, True) if label else _label(readable, everywhere, found.site_column)
+    found.label, found.usual = (label, True) if label else _label(readable, everywhere, found.site_column)
     # Read again, so that a label's "01" stays as it is.
     data = data.model_copy(update={"label": found.label, "site_column": found.site_column})
     tables = [read_raw(file, data, (found.label, found.site_column)) for file in files]
@@ -132,7 +139,7 @@ def _place_column(found: Proposal, name: str, parts: "Sequence[pd.Series]", data
         found.dates.append(name)
         return
     if kind == FREE:
-        found.ignored[name] = "text of its own in nearly every row"
+        found.ignored[name] = "a different text in nearly every row"
         return
     if kind == CATEGORY:
         distinct = pd.concat([names_of(part) for part in parts]).nunique()
@@ -152,7 +159,7 @@ def _place_column(found: Proposal, name: str, parts: "Sequence[pd.Series]", data
     own = [part.dropna() for part in parts]
     unique = whole and all(len(part) == part.nunique() for part in own) and len(there) >= 20
     if (unique and (_ID.search(name) or len(distinct) == len(there))) or (whole and np.abs(there).max() >= 2**53):
-        found.ignored[name] = "an id: a number of its own in every row"
+        found.ignored[name] = "an id: a different number in every row"
     elif len(distinct) == 1 and len(there) > 1:
         found.ignored[name] = "the same in every row"
     elif whole and 3 <= len(distinct) <= FEW_NUMBERS and len(there) >= 10 * len(distinct):
@@ -161,16 +168,17 @@ def _place_column(found: Proposal, name: str, parts: "Sequence[pd.Series]", data
 
 def to_toml(found: Proposal) -> str:
     """Returns the proposal as an experiment, a commented TOML text."""
-    sure = "" if found.surely else "  # a guess: check it"
+    sure = "" if found.usual else "  # a guess: check it"
     lines = [
         f"# {found.sites} site{'s' if found.sites != 1 else ''} with {min(found.rows)} to {max(found.rows)} rows. "
         "Look first:  fedmeta sites FILE    then:  fedmeta run FILE",
         "",
         "[data]",
-        'source = "tables"',
+        f'source = "{found.source}"',
         f"path = {_text(found.path)}",
-        f"label = {_text(found.label)}{sure}",
     ]
+    if found.source == "tables":
+        lines.append(f"label = {_text(found.label)}{sure}")
     if found.site_column:
         lines.append(f"site_column = {_text(found.site_column)}  # one file: this column names each row's site")
     ignored = dict(found.ignored)

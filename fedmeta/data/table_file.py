@@ -122,7 +122,7 @@ def site_name(file: Path) -> str:
 
 
 def format_of(file: Path) -> str:
-    """Returns the suffix that says how a file is read, in small letters and without that of gzip."""
+    """Returns the suffix that decides how a file is read, in small letters and without that of gzip."""
     suffix = file.suffix.lower()
     return Path(file.stem).suffix.lower() if suffix == PACKED else suffix
 
@@ -251,6 +251,8 @@ def _decoded(path: Path) -> str:
         raise UnreadableError(f"{path} is not a whole gzip file: {error}") from None
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix.lower() == ".npz":
+        raise UnreadableError(f'{path} is an npz file: set data.source = "npz"')
     if content[:4] == b"PK\x03\x04":
         raise UnreadableError(f"{path} is a zip archive, such as an Excel sheet: save the sheet as CSV")
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") and len(content) % 2 == 0 else "utf-8-sig"

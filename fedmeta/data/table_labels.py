@@ -27,7 +27,7 @@ def table_labels(tables: Sequence[RawTable], data: Data, problems: list[str], no
 
     Args:
         tables: The files.
-        data: What the experiment says of labels.
+        data: The experiment's description of labels.
         problems: Takes what is wrong.
         notes: Takes what was decided.
     """

@@ -30,10 +30,10 @@ def test_five_files_need_two_commands_and_one_edit(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data")
     assert command(monkeypatch, "init", "data") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "experiment.toml is written; before it runs, mend the tables: data/elm.csv: lines have different" in said
-    assert "expected 7 in line 41, saw 3" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "experiment.toml is written; before it runs, mend the tables: data/elm.csv: lines have different" in message
+    assert "expected 7 in line 41, saw 3" in message
     lines = Path("data/elm.csv").read_text().splitlines()
     Path("data/elm.csv").write_text("\n".join(lines[:40] + lines[41:]) + "\n")
     assert command(monkeypatch, "run", "experiment.toml", *SHORT[:4], "--json") == 0
@@ -88,6 +88,18 @@ def test_what_init_writes_is_an_experiment(tmp_path: Path) -> None:
     data = load_experiment(tmp_path / "e.toml", []).data
     assert data.categorical == ('asa "class"',)
     assert set(data.ignore) == set(found.ignored)
+
+
+def test_an_npz_file_needs_no_more_than_its_name(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, y, site = draw.normal(size=(90, 3)), draw.integers(0, 2, 90), np.arange(90) % 3
+    np.savez(tmp_path / "d.npz", x=x, y=y, site=site)
+    (tmp_path / "e.toml").write_text(to_toml(propose(str(tmp_path / "d.npz"))))
+    data = load_experiment(tmp_path / "e.toml", []).data
+    assert (data.source, data.new_sites, data.support) == ("npz", 1, 7)
+    np.savez(tmp_path / "one.npz", x=x, y=y)
+    with pytest.raises(FedmetaError, match='no array "site"'):
+        propose(str(tmp_path / "one.npz"))
 
 
 def test_init_names_what_it_cannot_find(tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def test_certain_thousands_are_read(tmp_path: Path, cells: list[str], values: li
 
 def test_uncertain_thousands_are_refused_with_the_cure(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('v,w,label\n"42,850",1.5,0\n"1,544",2.5,1\n')
-    said = refusal(tmp_path)
-    assert 'a.csv: line 2, column "v" is "42,850"' in said
-    assert "remove thousands separators" in said
+    message = refusal(tmp_path)
+    assert 'a.csv: line 2, column "v" is "42,850"' in message
+    assert "remove thousands separators" in message
 
 
 def test_decimal_commas_hold_for_labels_too(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(b"age,bp,label\n1,2,yes\n3,\xe4,no\n")
     (tmp_path / "e.csv").write_text("age,bp,label\n1,2,yes\n2,3,no\n")
     (tmp_path / "f.xlsx.csv").write_bytes(b"PK\x03\x04xx")
-    said = refusal(tmp_path)
+    message = refusal(tmp_path)
     for part in (
         'a.csv: lines 2 and 5, column "bp" is "high", "low"',
         'a.csv: line 3, column "label" is missing',
@@ -122,8 +122,8 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
         'at byte 23, in line 3: 0xe4, in Latin-1 "ä"',
         "f.xlsx.csv is a zip archive",
     ):
-        assert part in said
-    assert said.startswith("6 problems: (1) ")
+        assert part in message
+    assert message.startswith("6 problems: (1) ")
 
 
 def test_the_byte_named_is_the_byte(tmp_path: Path) -> None:
@@ -179,19 +179,19 @@ def test_categories_of_numbers_are_by_name(tmp_path: Path) -> None:
     assert 'data.categorical: no file has a column "wart"' in refusal(tmp_path, categorical=("wart",))
 
 
-def test_text_of_its_own_in_every_row_is_no_category(tmp_path: Path) -> None:
+def test_a_different_text_in_every_row_is_no_category(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("name,v,label\n" + "".join(f"patient {n},{n},{n % 2}\n" for n in range(60)))
-    said = refusal(tmp_path)
-    assert "60 different texts in 60 rows are no categories (an id?): leave the column out with data.ignore" in said
+    message = refusal(tmp_path)
+    assert "60 different texts in 60 rows are no categories (an id?): leave the column out with data.ignore" in message
 
 
 @pytest.mark.parametrize("form", ["2024-03-09", "2024-03-09 00:00", "9.3.2024", "9/3/2024"])
 def test_dates_are_refused_or_days(tmp_path: Path, form: str) -> None:
     other = {"9.3.2024": "31.12.1999", "9/3/2024": "31/12/1999"}.get(form, "1999-12-31")
     (tmp_path / "a.csv").write_text(f"when,label\n{form},yes\n{other},no\n,no\n")
-    said = refusal(tmp_path)
-    assert "the column holds dates" in said
-    assert 'data.dates = "days"' in said
+    message = refusal(tmp_path)
+    assert "the column holds dates" in message
+    assert 'data.dates = "days"' in message
     np.testing.assert_array_equal(read(tmp_path, dates="days").x[:, 0], [19791, 10956, np.nan])
 
 
