@@ -20,6 +20,7 @@ from fedmeta.data.population import ArrayPopulation
 from fedmeta.data.table_file import RawTable, listed
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
+from fedmeta.text import LONGEST_NAME
 
 Categories = tuple[tuple[str, tuple[str, ...]], ...]
 """The columns of categories, by name, and the names that a run knows of each."""
@@ -54,6 +55,8 @@ def name_of(value: object) -> str:
     """
     if isinstance(value, str):
         text = value.strip()
+        if len(text) > LONGEST_NAME:
+            return text
         found = re.fullmatch(r"([+-]?)(0|[1-9]\d*)(?:\.(\d*))?", text)
         if not found:
             return text
@@ -61,7 +64,8 @@ def name_of(value: object) -> str:
         fraction = (found[3] or "").rstrip("0")
         return f"{sign if fraction or found[2] != '0' else ''}{found[2]}{'.' if fraction else ''}{fraction}"
     if isinstance(value, float | np.floating):
-        return str(int(value)) if float(value).is_integer() and abs(value) < 2**63 else repr(float(value))
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < 2**63 else repr(number)
     return str(value)
 
 
@@ -107,7 +111,7 @@ def looks_like_dates(column: "pd.Series[Any]") -> bool:
     """Returns whether nearly all cells of a column are dates."""
     if column.dtype.kind == "M":
         return True
-    texts = column.dropna().astype(str).str.strip().head(1_000)
+    texts = column.dropna().head(1_000).astype(str).str.slice(0, LONGEST_NAME).str.strip()
     forms = (texts.str.fullmatch(form) for form in (_ISO, _POINTS, _SLASHES))
     return bool(len(texts)) and float(np.logical_or.reduce([np.asarray(form) for form in forms]).mean()) > 0.9
 
@@ -305,9 +309,9 @@ def column_values(
         places = {each: float(code) for code, each in enumerate(distinct)}
         return named.map(places).astype(float), [], tuple(distinct)
     if kind == DATE and data.dates == "days":
-        found, wrong = days(column)
+        when, no_date = days(column)
         advice = "no date that can be read: write it as 2024-03-09"
-        return found, _wrong_cells(table, name, column, wrong.to_numpy(), advice), ()
+        return when, _wrong_cells(table, name, column, no_date.to_numpy(), advice), ()
     found, wrong = numbers(column)
     problems: list[str] = []
     if wrong.any():

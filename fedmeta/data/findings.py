@@ -17,6 +17,9 @@ from fedmeta.data.population import ArrayPopulation, Population
 from fedmeta.data.table_file import listed
 from fedmeta.experiment import Data
 
+LOOKED_AT = ("tables", "npz")
+"""Sources that hold a user's own rows."""
+
 MOST_COLUMNS = 400
 """Of wider rows no columns are looked at one by one: these are no table that a person made."""
 
@@ -49,11 +52,12 @@ def findings(population: Population, data: Data) -> list[str]:
         population: The sites.
         data: The experiment's description of them.
     """
-    if not isinstance(population, ArrayPopulation) or population.tokens or data.ways:
+    if not isinstance(population, ArrayPopulation) or population.tokens or data.ways or data.source not in LOOKED_AT:
         return []
     found = list(_labels(population, data))
     columns = _columns(population)
-    if columns is not None:
+    unnamed = population.feature_names == tuple(f"x{place}" for place in range(len(population.feature_names)))
+    if columns is not None and not unnamed:
         for place, name in enumerate(population.feature_names):
             found += _column(population, columns, place, name)
     return found

@@ -40,6 +40,9 @@ PLACES = 5
 LONGEST_HEADING = 1 << 17
 """A longer cell of the first line is refused (characters)."""
 
+LONGEST_NUMBER = 1_000
+"""A longer text is no number with decimal commas or thousands separators (characters)."""
+
 LONGEST_CELL = 1 << 30
 """The longest cell that is looked at (characters)."""
 
@@ -227,8 +230,7 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
     for name, column in frame.items():
         if column.dtype.kind == "O":
             # pandas compares cells as they are written; "NA " is missing too.
-            plain = column.where(column.isna(), column.astype(str).str.strip())
-            absent = plain.isin(data.missing)
+            absent = column.notna() & column.astype(str).str.strip().isin(data.missing)
             if absent.any():
                 frame[name] = column.mask(absent)
     table.frame = frame
@@ -417,6 +419,8 @@ def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
         if name not in texts and column.dtype.kind not in "biuf" and column.notna().any()
     ]
     cells = {place: column.dropna().astype(str).str.strip() for place, _, column in columns}
+    columns = [each for each in columns if cells[each[0]].str.len().max() <= LONGEST_NUMBER]
+    cells = {place: cells[place] for place, _, _ in columns}
     if comma:
         table.decimal_comma = any(bool(own.str.fullmatch(_DECIMAL_COMMA).any()) for own in cells.values())
     replaced: dict[str, list[str]] = {}
@@ -424,7 +428,7 @@ def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
         own = cells[place]
         read, how = _plain_numbers(own, comma=comma, decimal_comma=table.decimal_comma)
         if how == "ambiguous":
-            row = int(own.index[np.argmax(own.str.fullmatch(_THOUSANDS).to_numpy())])
+            row = int(own.index[int(np.argmax(own.str.fullmatch(_THOUSANDS).to_numpy()))])
             cell = own.loc[row]
             table.problems.append(
                 f'{table.place([row], str(name))} is "{cell[:40]}", not a number: remove thousands separators'

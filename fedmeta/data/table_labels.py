@@ -46,7 +46,8 @@ def table_labels(tables: Sequence[RawTable], data: Data, problems: list[str], no
         _check_numbers(tables, own, data, problems)
         if len(problems) > before:
             return None
-        return pd.to_numeric(pd.concat(own)).to_numpy(dtype=np.float64)
+        found: NDArray[Any] = pd.to_numeric(pd.concat(own)).to_numpy(dtype=np.float64)
+        return found
     if not all(_is_numeric(part) for part in own):
         return np.concatenate([np.array([name_of(value) for value in part], dtype=str) for part in own])
     parts = [pd.to_numeric(part).to_numpy() for part in own]

@@ -56,6 +56,7 @@ def test_one_file_with_a_column_of_hospitals_needs_no_edit(
     assert command(monkeypatch, "run", "experiment.toml", *SHORT) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["new_sites"]["n"] + found["training_sites"]["n"] == len(NAMES)
+    monkeypatch.setenv("COLUMNS", "160")
     assert command(monkeypatch, "sites", "experiment.toml") == 0
     shown = capsys.readouterr().out
     for part in ("labels  classification into 2 classes", "no (", "category", "cholesterol", "mean by site"):
