@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from fedmeta.runtime import Result
 
 Floats = NDArray[np.float64]
 
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(int(os.environ.get("GALLERY_SEEDS", "3"))))
+"""Three of them, unless GALLERY_SEEDS asks for a quicker look; pages name how many their figures are of."""
 
 
 def run(entry: str, *overrides: str, seed: int = 0) -> Result:

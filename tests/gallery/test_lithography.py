@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.gallery.lithography import contest
 from experiments.gallery.lithography import lithography as litho
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import build
@@ -72,3 +73,30 @@ def test_the_source_stays_on_a_symmetric_simplex_and_the_mask_begins_at_the_targ
     own = problem.constrain(learner.adapt(state, task.support))
     assert float(own["source"].sum()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(own["source"], problem.constrain(learner.theta(state))["source"])
+
+
+@needs_clips
+@pytest.mark.slow
+def test_the_contests_imaging_is_the_sum_over_its_kernels():
+    """All 24 kernels on all 2 048 x 2 048 pixels, as defined, against the coarse grid."""
+    imaging = contest.Contest(CLIPS)
+    mask = contest.target(CLIPS, 4)
+    spectrum = torch.fft.fftshift(torch.fft.fft2(mask, norm="forward"))
+    for (kernels, weights), found in zip(imaging.lenses, imaging.images(mask), strict=True):
+        whole = torch.zeros_like(mask)
+        for kernel, weight in zip(kernels, weights, strict=True):
+            passed = torch.zeros_like(spectrum)
+            middle = slice(contest.SIDE // 2 - 17, contest.SIDE // 2 + 18)
+            passed[middle, middle] = spectrum[middle, middle] * kernel
+            whole += weight * torch.fft.ifft2(torch.fft.ifftshift(passed), norm="forward").abs().square()
+        assert torch.allclose(found, whole, atol=1e-4 * float(whole.max()))
+
+
+@needs_clips
+@pytest.mark.slow
+def test_simple_ilt_has_the_published_row():
+    """OpenILT's table, SimpleILT on M1_test1: L2 43 408, process band 52 281."""
+    before, after = contest.published(CLIPS)
+    assert after[0] < before[0]
+    assert after[0] == pytest.approx(43_408, rel=0.05)
+    assert after[1] == pytest.approx(52_281, rel=0.05)

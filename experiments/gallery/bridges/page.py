@@ -29,7 +29,7 @@ def topology() -> None:
         new, training = measure.new_sites(result), measure.training_sites(result)
         learner = build("maml", problem, inner_steps=STEPS, inner_lr=0.2)
         even = learner.init(seed)
-        designs = measure.solutions(learner, even, problem, training, 15)
+        designs = measure.solutions(learner, even, problem, training, LONG)
         tasks = [problem.task(site, "train", 1, seed) for site in training]
         worth = [np.mean([float(problem.outer(own, task.query)) for task in tasks]) for own in designs]
         random = torch.rand(even["theta.density"].shape, generator=torch.Generator().manual_seed(seed))

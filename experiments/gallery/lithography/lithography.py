@@ -70,8 +70,8 @@ def aerial(mask: Tensor, source: Tensor, lens: Tensor) -> Tensor:
     return torch.einsum("s,sxy->xy", source, fields.real.square() + fields.imag.square())
 
 
-def read_clip(path: Path) -> Tensor:
-    """Returns a clip's pattern [n, n] of zeros and ones, centered; one unit of the file is 1 nm."""
+def read_clip(path: Path, pixel: int = PIXEL) -> Tensor:
+    """Returns a clip's pattern [n, n] of zeros and ones, centered, by the pixel; one unit of the file is 1 nm."""
     shapes = []
     for line in path.read_text(encoding="utf-8").splitlines():
         numbers = [int(number) for number in re.findall(r"-?\d+", line.partition("M1")[2])]
@@ -85,7 +85,7 @@ def read_clip(path: Path) -> Tensor:
     image = Image.new("L", (FIELD, FIELD))
     for shape in shapes:
         ImageDraw.Draw(image).polygon([tuple((np.array(corner) + shift).tolist()) for corner in shape], fill=1)
-    whole = np.array(image, dtype=np.float64).reshape(FIELD // PIXEL, PIXEL, FIELD // PIXEL, PIXEL)
+    whole = np.array(image, dtype=np.float64).reshape(FIELD // pixel, pixel, FIELD // pixel, pixel)
     return torch.tensor(whole.mean((1, 3)).round(), dtype=torch.float32)
 
 

@@ -40,7 +40,7 @@ UNIT = 1e-8
 """Seconds (rms) per unit of a mode."""
 
 SCATTERERS = 60
-TRAINING_FOCI, TEST_FOCI, SUPPORT_FOCI = 6, 7, 3
+FOCI, APART = 14, 0.6e-3
 
 
 def cosines(count: int) -> Tensor:
@@ -67,7 +67,7 @@ def fat(thickness: float) -> Tensor:
 
 
 def capture(delays: Tensor, foci: int, random: torch.Generator, snr: float) -> Tensor:
-    """Returns captures [foci, frequencies, elements, elements] of speckle around foci 1.5 mm apart.
+    """Returns captures [foci, frequencies, elements, elements] of speckle around foci side by side.
 
     Args:
         delays: What the tissue adds to the way of each element [elements] (s).
@@ -79,7 +79,7 @@ def capture(delays: Tensor, foci: int, random: torch.Generator, snr: float) -> T
     shift = torch.exp(2j * math.pi * FREQUENCIES[:, None] * delays)
     found = []
     for number in range(foci):
-        focus = (number - (foci - 1) / 2) * 1.5e-3
+        focus = (number - (foci - 1) / 2) * APART
         x = focus + (torch.rand(SCATTERERS, generator=random) - 0.5) * 4e-3
         z = DEPTH + (torch.rand(SCATTERERS, generator=random) - 0.5) * 1e-3
         strength = torch.randn(SCATTERERS, generator=random).to(torch.complex64)
@@ -175,7 +175,7 @@ class Ultrasound(fedmeta.Problem, fedmeta.TaskSource):
             delays = screen(random, float(21.3e-9 + 8.4e-9 * drawn[0].clamp(-2, 2)))
             if self.tissue == "fat":
                 delays = delays + fat(float((30e-3 + 8e-3 * drawn[1]).clamp(8e-3, 39e-3)))
-            self._known[number] = (capture(delays, TRAINING_FOCI + TEST_FOCI, random, self.snr), delays)
+            self._known[number] = (capture(delays, FOCI, random, self.snr), delays)
         return self._known[number]
 
     def sites(self) -> list[str]:
@@ -183,11 +183,9 @@ class Ultrasound(fedmeta.Problem, fedmeta.TaskSource):
         return [f"body-{number:02d}" for number in range(self.bodies)]
 
     def task(self, site: str, purpose: str, round: int, seed: int) -> fedmeta.Task:
-        """Returns three foci to adapt on and others to score by; those of the test are never trained on."""
+        """Returns three foci to adapt on and four between and beside them; the test has every other one of all foci."""
         echoes, delays = self.body(int(site.rpartition("-")[2]))
-        if purpose == "test":
-            own = list(range(TRAINING_FOCI, TRAINING_FOCI + TEST_FOCI))
-        else:
-            own = [(round + k) % TRAINING_FOCI for k in range(TRAINING_FOCI)]
-        parts = own[:SUPPORT_FOCI], own[SUPPORT_FOCI:]
-        return fedmeta.Task(*({"echoes": echoes[part], "delays": delays} for part in parts))
+        own = list(range(0, FOCI, 2)) if purpose == "test" else list(range(1, FOCI, 2))
+        turn = 0 if purpose == "test" else round % len(own)
+        own = own[turn:] + own[:turn]
+        return fedmeta.Task(*({"echoes": echoes[part], "delays": delays} for part in (own[1::2], own[::2])))
