@@ -220,8 +220,8 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
         separator = separator or _separator(path, text, data)
         names, good, dropped = _survey(table, text, data, separator, skipped)
         if dropped:
-            text = _without(text, separator, good, named=not data.columns)
-        frame = _parsed(text, separator, names, data, [name for name in names if name in set(texts)], dropped)
+            text = _without(text, separator, good)
+        frame = _parsed(text, separator, names, data, [name for name in names if name in set(texts)])
     except csv.Error as error:
         raise UnreadableError(f"{path} is no text table: {error}") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
@@ -382,7 +382,7 @@ def _names(record: Sequence[str]) -> set[str]:
     return {clean_name(cell) for cell in record}
 
 
-def _without(text: str, separator: str, good: NDArray[np.bool_], named: bool) -> str:
+def _without(text: str, separator: str, good: NDArray[np.bool_]) -> str:
     """Returns a text with the good records alone."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=separator)
@@ -391,9 +391,7 @@ def _without(text: str, separator: str, good: NDArray[np.bool_], named: bool) ->
     return out.getvalue()
 
 
-def _parsed(
-    text: str, separator: str, names: list[str], data: Data, texts: Sequence[str], rewritten: bool
-) -> pd.DataFrame:
+def _parsed(text: str, separator: str, names: list[str], data: Data, texts: Sequence[str]) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         return pd.read_csv(

@@ -300,6 +300,8 @@ def _population(
         problems += _check_table(site.table, data)
     usable = [site for site in readable if set(data.label_names) <= set(site.table.frame.columns)]
     columns = _shared_columns(usable, data, only, problems, notes) if usable else []
+    if many and usable:
+        problems += _unknown_columns(usable, data)
     own = [site for site in usable if len(site.table.frame)]
     arrays: list[NDArray[Any]] = []
     categories: list[tuple[str, tuple[str, ...]]] = []
@@ -375,11 +377,6 @@ def _shared_columns(
     apart = {*data.label_names, data.site_column}
     everywhere = {str(name) for table in tables for name in table.frame.columns}
     problems += [
-        f'data.ignore: no file has a column "{name}"{nearest(name, everywhere)}'
-        for name in data.ignore
-        if name not in everywhere and only is None
-    ]
-    problems += [
         f'data.{key}: "{name}" is the {"label" if name in data.label_names else "site"}\'s column'
         for key, names in (("features", data.chosen_features), ("categorical", data.categorical))
         for name in names
@@ -402,12 +399,20 @@ def _shared_columns(
         wanted = set(usual)
     if data.ignore and only is None:
         notes.append(f"left out {listed(sorted(set(data.ignore) & everywhere), 8)}: data.ignore")
-    unknown = [name for name in data.categorical if name not in everywhere]
-    if only is None:
-        problems += [f'data.categorical: no file has a column "{name}"{nearest(name, everywhere)}' for name in unknown]
     for table, names in zip(tables, own, strict=True):
         problems += _column_differences(table, names, wanted, tables[reference] if reference is not None else None)
     return _in_order(sorted(wanted), own[reference] if reference is not None else list(asked), data)
+
+
+def _unknown_columns(sites: Sequence[SiteTable], data: Data) -> list[str]:
+    """Returns which columns the experiment names and no file has; one site alone may lack what others have."""
+    everywhere = {str(name) for site in sites for name in site.table.frame.columns}
+    return [
+        f'data.{key}: no file has a column "{name}"{nearest(name, everywhere)}'
+        for key, names in (("ignore", data.ignore), ("categorical", data.categorical))
+        for name in names
+        if name not in everywhere
+    ]
 
 
 def _in_order(columns: list[str], given: list[str], data: Data) -> list[str]:

@@ -159,6 +159,8 @@ def test_features_and_ignore(tmp_path: Path) -> None:
     assert there.feature_names == ("age", "bp")
     assert "left out extra, id: data.ignore" in there.notes
     assert 'data.ignore: no file has a column "idd"; did you mean "id"?' in refusal(tmp_path, ignore=("idd", "extra"))
+    alone = load_site(Data(ignore=("id", "extra")), str(tmp_path / "b.csv"))
+    assert alone.feature_names == ("age", "bp"), "one site may lack what others leave out"
     assert "data.features names it" in refusal(tmp_path, features=("age", "extra"))
 
 
