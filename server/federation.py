@@ -202,10 +202,11 @@ def ask_categories(grid: Grid, federation: Federation, experiment: Experiment) -
             continue
         for column, own in reply:
             found[column].update(own)
-    for column, own in found.items():
-        if len(own) > MOST_NAMES:
+    for column, every in found.items():
+        if len(every) > MOST_NAMES:
             raise FedmetaError(
-                f'column "{column}" has {len(own):,} categories at the sites, and may have {MOST_NAMES:,}: leave it out'
+                f'column "{column}" has {len(every):,} categories at the sites, and may have {MOST_NAMES:,}: '
+                "leave it out"
             )
     grown = replace(federation, categories=tuple((column, tuple(sorted(found[column]))) for column in columns))
     features = feature_names(grown.features, grown.categories)

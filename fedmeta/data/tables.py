@@ -307,9 +307,9 @@ def _population(
     categories: list[tuple[str, tuple[str, ...]]] = []
     for name in columns:
         holders = [site for site in own if name in site.table.frame.columns]
-        values, names = _column(holders, name, data, categorical, problems, notes, alone=not many)
+        values, known = _column(holders, name, data, categorical, problems, notes, alone=not many)
         arrays.append(values)
-        categories += [(name, names)] if names is not None else []
+        categories += [(name, known)] if known is not None else []
     labels = table_labels([site.table for site in own], data, problems, notes) if own else None
     refuse(problems)
     if labels is None or not own:
