@@ -412,6 +412,7 @@ class MetaGradientStrategy(Strategy):
                 budget=self.budget,
                 **how,
                 groups=grouped,
+                categories=self.federation.categories,
             ).pack(arrays)
             if node == NO_NODE:
                 continue

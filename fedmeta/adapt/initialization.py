@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
+from fedmeta.data.columns import Columns, feature_names
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import bootstrap_interval
 from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
@@ -57,6 +58,7 @@ class Form:
         regression: Whether labels are numbers.
         tokens: Whether features are codes of symbols.
         targets: What each target of a regression is called; empty for classes.
+        categories: The columns of categories that some features stand for, and the names that the run knows of each.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +67,12 @@ class Form:
     regression: bool
     tokens: bool
     targets: tuple[str, ...] = ()
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def columns(self) -> Columns:
+        """What a row of a table becomes."""
+        return Columns(self.features, self.categories)
 
     @property
     def on_rows(self) -> bool:
@@ -197,13 +205,18 @@ class MetaModel:
         experiment = Experiment.from_toml(checkpoint.experiment, f"run {checkpoint.run_id}")
         handed_on = _without_surroundings(experiment)
         refuse_foreign_code(handed_on, f"run {checkpoint.run_id}", code)
+        features, shape = checkpoint.features, checkpoint.shape
+        if checkpoint.categories:
+            features = feature_names(features, checkpoint.categories)
+            shape = (len(features),)
         form = Form(
-            checkpoint.shape,
-            checkpoint.features,
+            shape,
+            features,
             checkpoint.classes,
             checkpoint.regression,
             checkpoint.tokens,
             checkpoint.targets,
+            checkpoint.categories,
         )
         try:
             steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
@@ -252,6 +265,18 @@ class MetaModel:
             return np.zeros((1, *self.form.shape), dtype=np.int64)
         row = np.broadcast_to(self.mean.numpy(), (1, *self.form.shape))
         return row.astype(np.float64 if self.form.dtype == torch.float64 else np.float32)
+
+    def example_input(self) -> tuple[NDArray[Any], tuple[str, ...]]:
+        """Returns an example as a caller writes it [1, columns], and the columns; no names where rows have none.
+
+        Numbers are the means over all training sites; of a category it is the first name that the run knows.
+        """
+        row, form = self.example(), self.form
+        if not form.categories:
+            return row, form.features if form.named else ()
+        known, means = dict(form.categories), dict(zip(form.features, row[0].tolist(), strict=True))
+        cells = [(known[name] or ("other",))[0] if name in known else means[name] for name in form.columns.names]
+        return np.array([cells], dtype=object), form.columns.names
 
     def write(self, path: Path) -> None:
         """Writes the start as one file, atomically, signed where the environment names a key.
@@ -338,6 +363,9 @@ def check_form(form: Form, origin: str) -> None:
     named = not form.features or len(form.shape) != 1 or len(form.features) == size
     if not (form.shape and min(form.shape) > 0 and size <= LARGEST_ROW and named):
         raise FedmetaError(f"{origin}: rows of shape {list(form.shape)[:8]} with {len(form.features)} names cannot be")
+    known = [f"{name}={each}" for name, names in form.categories for each in names]
+    if (len(set(form.features)) < len(form.features) and form.categories) or not set(known) <= set(form.features):
+        raise FedmetaError(f"{origin}: its categories are not those of its {len(form.features)} features")
     if len(set(form.targets)) < len(form.targets) or (form.targets and not form.regression):
         raise FedmetaError(f"{origin}: {len(form.targets)} names of targets, or one of them twice, cannot be")
     if bool(form.classes) == form.regression or len(set(form.classes)) < len(form.classes):
