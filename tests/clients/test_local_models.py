@@ -58,8 +58,8 @@ def test_what_no_line_divides_is_solved_by_a_rival_and_what_one_does_by_the_line
 
 def test_a_rival_that_is_better_by_luck_only_is_not_taken():
     """On rows of one line with noise the network is never better by more than chance."""
-    _, methods = solved(*(task(line, 100, seed) for seed in range(8)))
-    assert methods.count("linear") >= 7
+    _, methods = solved(*(task(line, 60, seed) for seed in range(5)))
+    assert methods.count("linear") >= 4
 
 
 def test_few_rows_are_solved_by_the_linear_model():
