@@ -36,6 +36,7 @@ NUMBER, CATEGORY, DATE, FREE = "number", "category", "date", "text"
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?)?")
 _POINTS = re.compile(r"\d{1,2}\.\d{1,2}\.\d{4}")
 _SLASHES = re.compile(r"\d{1,2}/\d{1,2}/\d{4}")
+_WITH_UNIT = re.compile(r"[<>~]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|[^\W\d][\w/%]{0,11})?")
 _DAY = pd.Timedelta(days=1)
 
 
@@ -145,6 +146,9 @@ def kind_of(parts: "Sequence[pd.Series[Any]]", name: str, data: Data) -> str:
     if all(looks_like_dates(part) for part in parts if part.notna().any()):
         return DATE
     distinct = set().union(*(set(names_of(part).dropna()) for part in parts))
+    with_unit = [found for each in distinct if (found := _WITH_UNIT.fullmatch(each))]
+    if len(distinct) > 8 and len(with_unit) > len(distinct) / 2 and len({found[1] for found in with_unit}) <= 2:
+        return FREE
     return FREE if len(distinct) > MOST_CATEGORIES or (len(distinct) > 12 and len(distinct) > present / 2) else CATEGORY
 
 
@@ -321,6 +325,10 @@ def column_values(
             problems = [
                 f"{first}, not a number: the column holds dates: encode the column as numbers, "
                 'with data.dates = "days", or leave it out with data.ignore'
+            ]
+        elif kind == FREE and _WITH_UNIT.fullmatch(str(column.iloc[row]).strip()):
+            problems = [
+                f"{first}, a number with a unit or a sign: write the numbers alone, or list it in data.categorical"
             ]
         elif kind == FREE:
             count = len(set(names_of(column).dropna()))

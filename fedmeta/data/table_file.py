@@ -65,6 +65,7 @@ _COMMA_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][+-]?\d+
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _CERTAIN_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3}){2,}(?:\.\d+)?|(?:,\d{3})+\.\d+)")
 _POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|[+-]?\d{1,3}(?:\.\d{3})+,\d+")
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:\.\d{3})*|[+-]?\d+")
 _MARK_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:['\u2019\u00a0\u202f ]\d{3})+(?:[.,]\d+)?")
 
 
@@ -227,14 +228,19 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise UnreadableError(f"{path}: lines have different numbers of cells ({given})") from None
-    for name, column in frame.items():
-        if column.dtype.kind == "O":
-            # pandas compares cells as they are written; "NA " is missing too.
-            absent = column.notna() & column.astype(str).str.strip().isin(data.missing)
-            if absent.any():
-                frame[name] = column.mask(absent)
-    table.frame = frame
-    _read_numbers(table, separator, set(texts))
+    table.frame = _trimmed(frame, data)
+    fixed = set(texts)
+    if separator != "," and any(
+        bool(own.str.fullmatch(_DECIMAL_COMMA).any()) for own in _odd(table.frame, fixed).values()
+    ):
+        # Where commas are decimal, a point is none: 1.544 is 1544, and what pandas made of it is to be read again.
+        table.decimal_comma = True
+        table.frame = _trimmed(_parsed(text, separator, names, data, names), data)
+    _read_numbers(table, separator, fixed)
+    for name, column in table.frame.items():
+        if table.decimal_comma and name not in fixed:
+            numbers = pd.to_numeric(column, errors="coerce")
+            table.frame[name] = column if (numbers.isna() & column.notna()).any() else numbers
 
 
 def _decoded(path: Path) -> str:
@@ -408,28 +414,39 @@ def _parsed(text: str, separator: str, names: list[str], data: Data, texts: Sequ
         )
 
 
+def _trimmed(frame: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """Returns a frame whose texts mean a missing value with spaces around them too, which pandas does not know."""
+    for name, column in frame.items():
+        if column.dtype.kind == "O":
+            absent = column.notna() & column.astype(str).str.strip().isin(data.missing)
+            if absent.any():
+                frame[name] = column.mask(absent)
+    return frame
+
+
+def _odd(frame: pd.DataFrame, texts: set[str]) -> "dict[str, pd.Series[Any]]":
+    """Returns the texts of columns that are no numbers yet, without missing and without very long ones."""
+    found = {}
+    for name, column in frame.items():
+        if name not in texts and column.dtype.kind not in "biuf" and column.notna().any():
+            own = column.dropna().astype(str).str.strip()
+            if own.str.len().max() <= LONGEST_NUMBER:
+                found[str(name)] = own
+    return found
+
+
 def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
     """Reads numbers with decimal commas or thousands separators, where they can be nothing else, in place."""
-    comma = separator != ","
-    columns = [
-        (place, name, column)
-        for place, (name, column) in enumerate(table.frame.items())
-        if name not in texts and column.dtype.kind not in "biuf" and column.notna().any()
-    ]
-    cells = {place: column.dropna().astype(str).str.strip() for place, _, column in columns}
-    columns = [each for each in columns if cells[each[0]].str.len().max() <= LONGEST_NUMBER]
-    cells = {place: cells[place] for place, _, _ in columns}
-    if comma:
-        table.decimal_comma = any(bool(own.str.fullmatch(_DECIMAL_COMMA).any()) for own in cells.values())
     replaced: dict[str, list[str]] = {}
-    for place, name, column in columns:
-        own = cells[place]
-        read, how = _plain_numbers(own, comma=comma, decimal_comma=table.decimal_comma)
+    for name, own in _odd(table.frame, texts).items():
+        column = table.frame[name]
+        certain = table.decimal_comma or bool(own.str.fullmatch(_DECIMAL_COMMA).any())
+        read, how = _plain_numbers(own, comma=separator != "," or certain, decimal_comma=certain)
         if how == "ambiguous":
             row = int(own.index[int(np.argmax(own.str.fullmatch(_THOUSANDS).to_numpy()))])
             cell = own.loc[row]
             table.problems.append(
-                f'{table.place([row], str(name))} is "{cell[:40]}", not a number: remove thousands separators'
+                f'{table.place([row], name)} is "{cell[:40]}", not a number: remove thousands separators'
                 f" (or write a decimal point, if it means {cell.replace(',', '.')[:40]})"
             )
             # Reported once; what is left of the column is no further problem.
@@ -438,7 +455,7 @@ def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
             filled = column.copy()
             filled.loc[own.index] = read
             table.frame[name] = filled
-            replaced.setdefault(how, []).append(str(name))
+            replaced.setdefault(how, []).append(name)
     for how, named in replaced.items():
         table.notes.append(f"{table.path}: {how} in {listed(named, 5)}")
 
@@ -448,12 +465,12 @@ def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool)
 
     Args:
         cells: The texts of a column, without missing ones.
-        comma: Whether commas do not separate cells.
-        decimal_comma: Whether some number of the file must have a decimal comma.
+        comma: Whether a comma in a number may be a decimal one.
+        decimal_comma: Whether it must be one, by some number of the file or column.
     """
     rest = pd.to_numeric(cells, errors="coerce").isna()
     if not rest.any():
-        if decimal_comma and bool(cells.str.fullmatch(_POINT_THOUSANDS).any()):
+        if decimal_comma and cells.str.fullmatch(_GROUPED).all() and cells.str.contains(".", regex=False).any():
             return cells.str.replace(".", ""), "points between thousands"
         return cells, ""
     odd = cells[rest]

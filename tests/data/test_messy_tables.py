@@ -105,6 +105,27 @@ def test_decimal_commas_hold_for_labels_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(there.y, [0.25, 1.75])
 
 
+def test_decimal_commas_in_quotes_and_points_beside_decimal_commas(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('v,w,label\n"4,76",1.5,0\n"5,1",2.5,1\n5,3.5,1\n')
+    np.testing.assert_array_equal(read(tmp_path).x, [[4.76, 1.5], [5.1, 2.5], [5, 3.5]])
+    (tmp_path / "a.csv").write_text("v;w;label\n4,76;1.544;0\n5,1;361;1\n5;2.111;1\n")
+    there = read(tmp_path)
+    np.testing.assert_array_equal(there.x, [[4.76, 1544], [5.1, 361], [5, 2111]])
+    assert "points between thousands in w" in " ".join(there.notes)
+    assert there.class_names == ("0", "1")
+
+
+def test_numbers_with_units_are_no_categories(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("v,label\n" + "".join(f"{n % 20 + 100} mmHg,{n % 2}\n" for n in range(80)))
+    assert 'line 2, column "v" is "100 mmHg", a number with a unit or a sign: write the numbers alone' in refusal(
+        tmp_path
+    )
+    (tmp_path / "a.csv").write_text(
+        "v,label\n" + "".join(f"{40 + n % 3 * 10}-{50 + n % 3 * 10},{n % 2}\n" for n in range(80))
+    )
+    assert read(tmp_path).categories == (("v", ("40-50", "50-60", "60-70")),)
+
+
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("age,bp,label\n61,high,yes\n54,131,\n1,2,no\n2,low,no\n3,4,no\n")
     (tmp_path / "b.csv").write_text("age,bp,label\n61,120\n54,131,no\n3,4\n1,1,yes\n")
