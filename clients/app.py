@@ -24,6 +24,8 @@ from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
 from fedmeta.messages import (
+    CategoriesReply,
+    CategoriesRequest,
     EngineReply,
     MessageError,
     RoundRequest,
@@ -74,11 +76,23 @@ def sites(content: RecordDict, context: Context) -> RecordDict:
     return node_of(context).describe().pack()
 
 
+@app.query("categories")
+@error_coded
+def categories(content: RecordDict, context: Context) -> RecordDict:
+    """Names the categories that enough train rows of a training site have."""
+    node, policy, request = node_of(context), policy_of(context.node_config), CategoriesRequest.unpack(content)
+    here = node.find(request.names)
+    if policy and isinstance(node, RowNode):
+        policy.check_sums(node.split.train_sizes(here))
+    return CategoriesReply(node.categories(here, request.columns)).pack()
+
+
 @app.query("sums")
 @error_coded
 def sums(content: RecordDict, context: Context) -> RecordDict:
     """Adds up the features and targets of training sites, or each site's own."""
     node, policy, request = node_of(context), policy_of(context.node_config), SumsRequest.unpack(content)
+    node = node.with_categories(request.categories)
     here = node.find(request.names)
     if policy and isinstance(node, RowNode):
         policy.check_sums(node.split.train_sizes(here))
@@ -94,7 +108,7 @@ def sums(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def engine(content: RecordDict, context: Context) -> RecordDict:
     """Reports which cohort engine is fastest here for the first cohort, and how much memory it may take."""
-    node, request = node_of(context), RoundRequest.unpack(content)
+    node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
     _configure_runtime(node.experiment.runtime.threads)
     meta_state, scale = _meta_state(node, request)
@@ -112,7 +126,7 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
-    node, request = node_of(context), RoundRequest.unpack(content)
+    node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
     _configure_runtime(node.experiment.runtime.threads)
     here = node.find(request.names)
@@ -162,7 +176,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 @error_coded
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Scores sites on their test rows, before, during and after adaptation on their support rows."""
-    node, request = node_of(context), RoundRequest.unpack(content)
+    node, request = _node_and_request(content, context)
     policy = _granted(node, context, request, evaluation=True)
     _configure_runtime(node.experiment.runtime.threads)
     here = node.find(request.names)
@@ -172,6 +186,12 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     evaluator = Evaluator.of(learner, meta_state, request)
     return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+
+
+def _node_and_request(content: RecordDict, context: Context) -> tuple[Node, RoundRequest]:
+    """Returns the node, its rows with the features that the run has, and what is asked of it."""
+    request = RoundRequest.unpack(content)
+    return node_of(context).with_categories(request.categories), request
 
 
 def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:

@@ -19,6 +19,7 @@ from clients.policy import is_deployed
 from clients.tasks import TaskNode
 from fedmeta.build import dtype_of, learner_of, load_code, source_of
 from fedmeta.data import (
+    ArrayPopulation,
     Episodes,
     FeatureSums,
     Population,
@@ -39,6 +40,7 @@ from fedmeta.data import (
     training_order,
     training_tasks,
 )
+from fedmeta.data.columns import Categories, encoded, frequent_names
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
@@ -97,6 +99,37 @@ class RowNode:
             tokens=population.tokens,
             targets=population.target_names or tuple(f"y{number}" for number in range(population.targets)),
             weights=tuple(train_rows.astype(np.float64).tolist()),
+            categorical=self.categorical,
+        )
+
+    @property
+    def categorical(self) -> tuple[str, ...]:
+        """The features that are columns of categories here."""
+        population = self.population
+        return tuple(name for name, _ in population.categories) if isinstance(population, ArrayPopulation) else ()
+
+    def categories(self, sites: Sites, columns: Sequence[str]) -> Categories:
+        """Returns the names in columns of categories that enough train rows of one of some sites have."""
+        population = self.population
+        if not isinstance(population, ArrayPopulation) or not set(columns) <= set(population.feature_names):
+            raise DataError("categories of columns were asked for that are not here")
+        rows = [self.split.train_rows(sites[place : place + 1]).rows for place in range(len(sites))]
+        fewest = self.experiment.data.category_rows
+        return tuple((column, frequent_names(population, column, rows, fewest)) for column in columns)
+
+    def with_categories(self, categories: Categories) -> RowNode:
+        """Returns the node with the features that a run makes of columns of categories."""
+        population = self.population
+        if not isinstance(population, ArrayPopulation):
+            return self
+        try:
+            found = encoded(population, categories)
+        except FedmetaError as error:
+            raise DataError(str(error)) from error
+        return (
+            self
+            if found is population
+            else replace(self, population=found, split=replace(self.split, population=found))
         )
 
     def find(self, names: Sequence[str]) -> Sites:

@@ -16,6 +16,7 @@ from torch import Tensor
 from clients.errors import DataError, UnknownSiteError
 from fedmeta.build import dtype_of
 from fedmeta.data import FeatureSums, Standardisation
+from fedmeta.data.columns import Categories
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import SitesReply
@@ -60,6 +61,14 @@ class TaskNode:
         if bad := first_bad_name(names):
             raise DataError(f"the site {bad}: rename it in the task source")
         return tuple(names)
+
+    def with_categories(self, categories: Categories) -> TaskNode:
+        """Returns the node: tasks of an own source have no columns."""
+        return self
+
+    def categories(self, sites: Sites, columns: Sequence[str]) -> Categories:
+        """Raises `DataError`: tasks of an own source have no columns."""
+        raise DataError("an own source's tasks have no columns of categories")
 
     def describe(self) -> SitesReply:
         """Returns what the node sends of itself when it joins."""

@@ -15,7 +15,17 @@ from flwr.app import ArrayRecord, RecordDict
 
 import fedmeta
 from fedmeta import engines, learners, messages, noise
-from fedmeta.messages import EngineReply, EvaluateReply, RoundRequest, SitesReply, SumsReply, SumsRequest, TrainReply
+from fedmeta.messages import (
+    CategoriesReply,
+    CategoriesRequest,
+    EngineReply,
+    EvaluateReply,
+    RoundRequest,
+    SitesReply,
+    SumsReply,
+    SumsRequest,
+    TrainReply,
+)
 from fedmeta.search import compare, comparison, comparison_report
 
 FOLDER = Path(__file__).parent
@@ -43,6 +53,8 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
         "node to server",
         SitesReply(NAMES, (40, 40), (20, 20), ("0", "1"), ("age",), (1,), False, False),
     ),
+    (messages.QUERY_CATEGORIES, "server to node", CategoriesRequest(NAMES, ("sex",))),
+    (messages.QUERY_CATEGORIES, "node to server", CategoriesReply((("sex", ("F", "M")),))),
     (messages.QUERY_SUMS, "server to node", SumsRequest(NAMES)),
     (messages.QUERY_SUMS, "node to server", SumsReply(np.zeros(2), np.zeros(2), np.zeros(2))),
     (messages.QUERY_ENGINE, "node to server", EngineReply("lowrank", 1 << 30, {"loop": 0.02, "lowrank": 0.01})),

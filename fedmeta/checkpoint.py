@@ -27,7 +27,7 @@ from fedmeta.files import read_tensors, write_atomic
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
-    "targets", "norms",
+    "targets", "norms", "categories",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -116,6 +116,7 @@ class Checkpoint:
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
         targets: What each target of a regression is called; empty for classes.
+        categories: The columns of categories, and the names that the run knows of each.
         norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
@@ -147,6 +148,12 @@ class Checkpoint:
     norms: tuple[float, ...] = ()
     finished: bool = False
     targets: tuple[str, ...] = ()
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def categorical(self) -> tuple[str, ...]:
+        """Which features are columns of categories."""
+        return tuple(name for name, _ in self.categories)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -306,6 +313,7 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     evaluations = tuple(Evaluation.of(number, by_round[number]) for number in sorted(by_round))
     for name in LISTS:
         values[name] = tuple(values.get(name, ()))
+    values["categories"] = tuple((name, tuple(names)) for name, names in values["categories"])
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     for name, value in values.items():
         _adapter(name).validate_python(value, strict=True)

@@ -14,16 +14,21 @@ class FedmetaError(ValueError):
     """What was wrong, where, and what to do, in one line. The command line prints it and exits with code 2.
 
     A text may hold what a file or a site names: characters that do not print, line breaks among them, are escaped.
+
+    Attributes:
+        longest: A longer message is cut in its middle (characters).
     """
 
+    longest = LONGEST
+
     def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(message, self.longest))
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int = LONGEST) -> str:
     """Returns a text on one line, cut if long; characters that do not print are escaped as in Python."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 3 :]}"
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 3 :]}"
     if text.isprintable():
         return text
     plain = " ".join(text.splitlines()) if "\n" in text or "\r" in text else text

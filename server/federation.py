@@ -23,13 +23,17 @@ from fedmeta.data import (
     standardisation,
     target_scale,
 )
+from fedmeta.data.columns import MOST_NAMES, Categories, feature_names
 from fedmeta.data.sums import median_sums, statistic_shape
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING, VALIDATION
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     FAILURES,
+    QUERY_CATEGORIES,
     QUERY_SUMS,
+    CategoriesReply,
+    CategoriesRequest,
     MessageError,
     SitesReply,
     SumsReply,
@@ -37,6 +41,7 @@ from fedmeta.messages import (
     failure,
 )
 from fedmeta.targets import TARGET_MEAN, TARGET_SCALE
+from server import schema
 
 NO_NODE = 0
 """In the place of a node's id, where a site's node is not there; Flower gives no node this one."""
@@ -49,6 +54,15 @@ FEWEST_TO_COMPARE = 3
 
 OUTLIER = 1e3
 """How many times as large as is usual a node's feature may be (root mean square)."""
+
+FAR = 5.0
+"""A site's mean is far off from this many standard deviations within sites, or between their means."""
+
+FEWEST_VALUES = 5
+"""Of fewer values no mean is compared."""
+
+MOST_FAR = 20
+"""How many such notes a run has."""
 
 _FEW = 16
 """Names are looked up one by one where they are fewer than this part of all, and else in a table made for it."""
@@ -77,6 +91,8 @@ class Federation:
         form: A digest of the form of an own source's tasks; empty for rows.
         held_out: Whether support and query are different data.
         targets: What each target of a regression is called; empty for classes.
+        categorical: Which features are columns of categories.
+        categories: Of each of them the names that the run knows, agreed by what training sites sent.
     """
 
     names: tuple[str, ...]
@@ -94,6 +110,15 @@ class Federation:
     form: str = ""
     held_out: bool = True
     targets: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    categories: Categories = ()
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row as the model has it: a column of categories is as wide as the run knows names of it."""
+        if not self.categories:
+            return self.shape
+        return (len(feature_names(self.features, self.categories)),)
 
     @property
     def new_sites(self) -> tuple[str, ...]:
@@ -145,13 +170,83 @@ def ask(
     return answers
 
 
+def ask_categories(grid: Grid, federation: Federation, experiment: Experiment) -> tuple[Federation, dict[str, str]]:
+    """Returns the federation with the names that the run knows of each column of categories.
+
+    These are the names that enough train rows of some training site have (`data.category_rows`), sorted. A site whose
+    reply is missing or not possible has no part in them.
+
+    Returns:
+        The federation, and the sites without a part with the reasons.
+
+    Raises:
+        FedmetaError: A column has too many names, or no feature is left.
+    """
+    columns = federation.categorical
+    if not columns or federation.categories:
+        return federation, {}
+    shares = federation.by_node(federation.training)
+    contents = {node: CategoriesRequest(names, columns).pack() for node, names in shares.items() if node != NO_NODE}
+    answers = ask(grid, contents, QUERY_CATEGORIES, experiment.server.round_timeout)
+    found: dict[str, set[str]] = {column: set() for column in columns}
+    refused = dict.fromkeys(shares.get(NO_NODE, ()), SITE_UNAVAILABLE)
+    for node, content in answers.items():
+        names = shares[node]
+        try:
+            if isinstance(content, str):
+                raise MessageError(content)
+            reply = CategoriesReply.unpack(content).categories
+            _check_categories(reply, columns, int(federation.train_rows[federation.indices(names)].sum()), experiment)
+        except MessageError as error:
+            refused.update(dict.fromkeys(names, f"no categories: {error}"))
+            continue
+        for column, own in reply:
+            found[column].update(own)
+    for column, every in found.items():
+        if len(every) > MOST_NAMES:
+            raise FedmetaError(
+                f'column "{column}" has {len(every):,} categories at the sites, and may have {MOST_NAMES:,}: '
+                "leave it out"
+            )
+    grown = replace(federation, categories=tuple((column, tuple(sorted(found[column]))) for column in columns))
+    features = feature_names(grown.features, grown.categories)
+    if not features:
+        raise FedmetaError(
+            "no feature is left: no category has data.category_rows = "
+            f"{experiment.data.category_rows} train rows at a site; lower it"
+        )
+    if len(set(features)) < len(features):
+        twice = next(name for name in features if features.count(name) > 1)
+        raise FedmetaError(f'a column and a category are both called "{twice}": rename the column')
+    return grown, refused
+
+
+def _check_categories(reply: Categories, columns: tuple[str, ...], rows: int, experiment: Experiment) -> None:
+    """Checks that a node named categories of the columns asked for, and no more than its rows can hold.
+
+    Raises:
+        MessageError: They do not fit.
+    """
+    if tuple(column for column, _ in reply) != columns:
+        raise MessageError("it names categories of other columns than it was asked for")
+    for column, names in reply:
+        if len(names) * experiment.data.category_rows > rows:
+            raise MessageError(f'column "{column[:80]}" has {len(names)} categories, more than its {rows} rows hold')
+
+
 def ask_standardisation(
-    grid: Grid, federation: Federation, experiment: Experiment
+    grid: Grid, federation: Federation, experiment: Experiment, notes: list[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the meta-state's standardisation entries, from the sums of the training sites' train rows.
 
     Sites whose sums are missing or impossible have no part in them. With a robust aggregator the statistics are medians
     of each site's own mean and spread, which a few sites do not move far; with the mean they are those of all rows.
+
+    Args:
+        grid: Flower's grid.
+        federation: The sites.
+        experiment: The run's description.
+        notes: Takes a sentence on each site whose feature lies far from those of the others.
 
     Returns:
         The entries, and the sites without a part in them with the reasons.
@@ -164,8 +259,12 @@ def ask_standardisation(
         return {"standardisation.mean": torch.zeros(1), "standardisation.scale": torch.ones(1)}, {}
     robust = experiment.server.aggregator != "mean"
     shares = federation.by_node(federation.training)
-    shape = statistic_shape(federation.shape, experiment.data.standardise, tokens=federation.tokens)
-    contents = {node: SumsRequest(names, robust).pack() for node, names in shares.items() if node != NO_NODE}
+    shape = statistic_shape(federation.row_shape, experiment.data.standardise, tokens=federation.tokens)
+    contents = {
+        node: SumsRequest(names, robust, federation.categories).pack()
+        for node, names in shares.items()
+        if node != NO_NODE
+    }
     answers = ask(grid, contents, QUERY_SUMS, experiment.server.round_timeout)
     parts: list[tuple[tuple[str, ...], SumsReply]] = []
     refused = dict.fromkeys(shares.get(NO_NODE, ()), SITE_UNAVAILABLE)
@@ -186,6 +285,8 @@ def ask_standardisation(
     if usable < max(1, min(experiment.server.min_sites, len(federation.training))):
         site, reason = next(iter(refused.items()))
         raise FedmetaError(f"{usable} sites sent usable feature sums; {site}: {reason}")
+    if notes is not None and not robust:
+        notes += far_off(parts, federation)
     replies = [reply for _, reply in parts]
     scale = standardisation(_combined(replies, "", robust=robust))
     found = {
@@ -202,6 +303,41 @@ def ask_standardisation(
     target = target_scale(_combined(replies, "target_", robust=robust), experiment.target_kind)
     found |= {TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
     return found, refused
+
+
+def far_off(parts: Sequence[tuple[tuple[str, ...], SumsReply]], federation: Federation) -> list[str]:
+    """Returns a sentence on each site whose feature lies far from those of the others, as where units differ.
+
+    It needs nodes of one site each, `FEWEST_TO_COMPARE` of them, and rows that are vectors of named features.
+
+    Args:
+        parts: The sites of each node, and the sums over their train rows.
+        federation: The sites.
+    """
+    features = feature_names(federation.features, federation.categories)
+    counts = [reply.count for _, reply in parts]
+    if len(parts) < FEWEST_TO_COMPARE or any(len(names) > 1 for names, _ in parts):
+        return []
+    if counts[0].shape != (len(features),):
+        return []
+    made = {f"{name}={each}" for name, names in federation.categories for each in names}
+    seen = np.maximum(np.stack(counts), 1.0)
+    means = np.stack([reply.total for _, reply in parts]) / seen
+    spreads = np.sqrt(np.maximum(np.stack([reply.square for _, reply in parts]) / seen - means**2, 0.0))
+    found = []
+    for number, (names, reply) in enumerate(parts):
+        others = np.arange(len(parts)) != number
+        middle = np.median(means[others], axis=0)
+        between = 1.4826 * np.median(np.abs(means[others] - middle), axis=0)
+        usual = np.maximum(np.median(spreads[others], axis=0), between)
+        far = (np.abs(means[number] - middle) > FAR * usual) & (usual > 0) & (reply.count >= FEWEST_VALUES)
+        found += [
+            f'{names[0]}: column "{features[place]}" has mean {means[number, place]:.4g}, the others about '
+            f"{middle[place]:.4g}: other units, or a decimal or thousands separator?"
+            for place in np.flatnonzero(far).tolist()
+            if features[place] not in made
+        ]
+    return found[:MOST_FAR]
 
 
 def _combined(replies: Sequence[SumsReply], prefix: str, *, robust: bool) -> FeatureSums:
@@ -232,7 +368,7 @@ def _check_sums(
     rows = federation.train_rows[federation.indices(names)]
     sites = (len(rows),) if per_site else ()
     targets = (len(federation.targets),)
-    values = np.prod(federation.shape, dtype=np.float64) / np.prod(shape, dtype=np.float64)
+    values = np.prod(federation.row_shape, dtype=np.float64) / np.prod(shape, dtype=np.float64)
     for what, count, own, each in (
         ("features", reply.count, shape, values),
         ("targets", reply.target_count, targets, 1.0),
@@ -293,6 +429,8 @@ def build_federation(
         first.form,
         all(reply.held_out for reply in replies.values()),
         first.targets,
+        schema.usual_categorical(replies) if earlier is None else tuple(name for name, _ in earlier.categories),
+        earlier.categories if earlier else (),
     )
     if earlier and earlier.train_rows:
         federation = add_sites(federation, {NO_NODE: _as_they_joined(earlier)}, as_new=False)
@@ -329,6 +467,7 @@ def _as_they_joined(earlier: Checkpoint) -> SitesReply:
         form=earlier.form,
         held_out=earlier.held_out,
         targets=earlier.targets,
+        categorical=tuple(name for name, _ in earlier.categories),
     )
 
 

@@ -100,6 +100,8 @@ class Membership:
             accepted, self.refused = schema.select_majority_schema(replies, earlier)
             for node, why in schema.excess_classes({} if earlier else accepted).items():
                 self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
+            for node, why in schema.text_where_numbers({} if earlier else accepted).items():
+                self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
             for reasons in contested.values():
                 self.refused |= reasons
             self.refused |= self._impostors

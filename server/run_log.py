@@ -255,7 +255,8 @@ def new_folder(experiment: Experiment) -> Path:
 def _dataset(experiment: Experiment, federation: Federation) -> Dataset:
     """Returns what MLflow lists as the run's data; the digest is over sites and their sizes, for rows stay there."""
     content = blake2b(digest_size=16)
-    content.update(repr((federation.names, federation.classes, federation.features, federation.shape)).encode())
+    known = (federation.names, federation.classes, federation.features, federation.shape)
+    content.update(repr((*known, federation.categories) if federation.categories else known).encode())
     content.update(federation.train_rows.tobytes() + federation.test_rows.tobytes())
     source = experiment.problem.name if ":" in experiment.problem.name else experiment.data.path
     source = source or experiment.data.source

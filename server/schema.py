@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,10 @@ class Schema(Protocol):
     @property
     def targets(self) -> tuple[str, ...]:
         """What each target of a regression is called; empty for classes."""
+
+    @property
+    def categorical(self) -> tuple[str, ...]:
+        """Which features are columns of categories."""
 
     @property
     def form(self) -> str:
@@ -103,6 +107,27 @@ def excess_classes(replies: Mapping[int, SitesReply]) -> dict[int, str]:
     return found
 
 
+def usual_categorical(replies: Mapping[int, SitesReply]) -> tuple[str, ...]:
+    """Returns the columns that are categories at half of the nodes or more, in the order of the features."""
+    counts: dict[str, int] = {}
+    for reply in replies.values():
+        for name in reply.categorical:
+            counts[name] = counts.get(name, 0) + 1
+    first = next(iter(replies.values()), None)
+    return tuple(name for name in (first.features if first else ()) if 2 * counts.get(name, 0) >= len(replies))
+
+
+def text_where_numbers(replies: Mapping[int, SitesReply]) -> dict[int, str]:
+    """Returns the nodes with a column of categories that is numbers at most of the others, with the reason."""
+    usual = set(usual_categorical(replies))
+    found = {node: [name for name in reply.categorical if name not in usual] for node, reply in replies.items()}
+    return {node: _text_column(names) for node, names in found.items() if names}
+
+
+def _text_column(names: Sequence[str]) -> str:
+    return f"its column {', '.join(names[:5])} holds categories, and numbers at most sites"
+
+
 def schema_mismatch(reply: Schema, federation: Schema) -> str:
     """Describes how a node's schema differs from the federation's, or the empty string."""
     if reply.regression != federation.regression:
@@ -124,6 +149,8 @@ def schema_mismatch(reply: Schema, federation: Schema) -> str:
         return "its tasks have another structure, other shapes or other types than the federation's"
     if reply.tokens != federation.tokens:
         return "its features are codes where the federation's are numbers, or the other way round"
+    if text := [name for name in reply.categorical if name not in federation.categorical]:
+        return _text_column(text)
     return ""
 
 

@@ -25,7 +25,7 @@ from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
 from server import aggregation
 from server.evaluation import evaluate_all_sites
-from server.federation import SITE_UNAVAILABLE, ask_standardisation, remap_site_indices
+from server.federation import SITE_UNAVAILABLE, ask_categories, ask_standardisation, remap_site_indices
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
@@ -132,12 +132,13 @@ class TrainingLoop:
     ) -> None:
         self.grid, self.experiment, self.on_progress = grid, experiment, on_progress
         self.membership = Membership(grid, experiment, earlier)
+        self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
         federation = self.membership.federation
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
         self.learner = learner = validated_learner(
-            experiment, federation.shape, federation.classes, len(federation.targets), tokens=federation.tokens
+            experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
         start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
@@ -148,11 +149,12 @@ class TrainingLoop:
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
         optimizer = ServerOptimizer(experiment.server, learner.update, start)
-        self.without_sums: dict[str, str] = {}
+        self.without_sums: dict[str, str] = without_names
         if earlier:
             optimizer.restore(start, earlier.optimizer)
         else:
-            scale, self.without_sums = ask_standardisation(grid, federation, experiment)
+            scale, without_sums = ask_standardisation(grid, federation, experiment, self.membership.notes)
+            self.without_sums = without_names | without_sums
             constants |= scale
         self.strategy = MetaGradientStrategy(
             experiment, federation, optimizer, constants, folder.name, self.privacy, learner=learner
@@ -283,6 +285,7 @@ class TrainingLoop:
             test_rows=tuple(federation.test_rows.tolist()),
             regression=federation.regression,
             targets=federation.targets,
+            categories=federation.categories,
             tokens=federation.tokens,
             weights=tuple(federation.weights.tolist()),
             form=federation.form,

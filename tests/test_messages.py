@@ -16,10 +16,13 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
+    QUERY_CATEGORIES,
     QUERY_ENGINE,
     QUERY_SITES,
     QUERY_SUMS,
     TRAIN,
+    CategoriesReply,
+    CategoriesRequest,
     EngineReply,
     EvaluateReply,
     MessageError,
@@ -238,7 +241,41 @@ def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, wo
 
 def test_every_question_that_a_client_answers_is_in_the_contract() -> None:
     answered = {kind.removesuffix(".default") for kind in app._registered_funcs}
-    assert answered == set(CONTRACT)
+    assert answered == {*CONTRACT, QUERY_CATEGORIES}
+
+
+def test_columns_of_categories_travel_as_they_are() -> None:
+    known = (("sex", ("F", "M")), ("ward", ()), ("zone", ("1",)))
+    assert CategoriesReply.unpack(CategoriesReply(known).pack()).categories == known
+    request = CategoriesRequest(("a", "b"), ("sex", "ward"))
+    assert CategoriesRequest.unpack(request.pack()) == request
+    sums = SumsRequest(("a",), categories=known)
+    assert SumsRequest.unpack(sums.pack()) == sums
+    work = RoundRequest({}, 1, ("0", "1"), ("a",), "run", categories=known)
+    assert RoundRequest.unpack(work.pack()).categories == known
+    sites = SitesReply(("a",), (4,), (2,), ("0", "1"), ("age", "sex"), (2,), False, False, categorical=("sex",))
+    assert SitesReply.unpack(sites.pack()).categorical == ("sex",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_columns": ["sex", "sex"]}, "do not fit together"),
+        ({"category_counts": [2]}, "has 1 values and not 2"),
+        ({"category_counts": [-1, 4]}, "do not fit together"),
+        ({"category_counts": [1, 1]}, "do not fit together"),
+        ({"category_names": ["F", "F", "x"]}, "two categories of a column have the same name"),
+        ({"category_names": ["F", " M", "x"]}, "begins or ends with a space"),
+        ({"category_names": ["F", "M\u202e", "x"]}, "cannot be printed"),
+        ({"category_names": ["F", "M" * 65, "x"]}, "has 65 characters"),
+        ({"other": 1}, "it holds"),
+    ],
+)
+def test_impossible_categories_are_refused(change: dict[str, Any], message: str) -> None:
+    content = CategoriesReply((("sex", ("F", "M")), ("ward", ("x",)))).pack()
+    content["categories"] = ConfigRecord({**content["categories"], **change})
+    with pytest.raises(MessageError, match=message):
+        CategoriesReply.unpack(content)
 
 
 # ---------------------------------------------------------------- what is not a message
@@ -352,7 +389,7 @@ WRONG = [
     ),
     ("SitesReply", changed(SITES, "schema", "classes", ["0", ""]), 'the class "" is empty'),
     ("SitesReply", changed(SITES, "schema", "features", ["age", "\x1b[2J"]), 'the feature "\\x1b[2J" has a character'),
-    ("SitesReply", changed(SITES, "schema", "features", ["age", "age"]), "two features have the same name"),
+    ("SitesReply", changed(SITES, "schema", "classes", ["0", "0"]), "two classes have the same name"),
     ("SitesReply", changed(SITES, "schema", "shape", [3]), "its rows have another length than its list of features"),
     ("SitesReply", changed(SITES, "schema", "shape", [2**40]), "the shape of a row is not positive, or has more than"),
     ("SitesReply", changed(SITES, "schema", "form", "<b>" * 99), "the form of its tasks is no digest"),

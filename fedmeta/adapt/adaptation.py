@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedmeta.adapt.estimate import PERSONAL, UNDECIDED, NestedCVResult, SplitProgress, cross_validate, ignore_progress
+from fedmeta.adapt.estimate import (
+    PERSONAL,
+    UNDECIDED,
+    NestedCVResult,
+    SplitProgress,
+    cross_validate,
+    ignore_progress,
+    leans_on_record,
+)
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.model import SiteModel
 from fedmeta.adapt.rows import SiteRows, read_rows
+from fedmeta.data.table_file import site_name
 from fedmeta.problems.rows import score
 from fedmeta.tables import number
 
@@ -75,6 +86,14 @@ class Adapted:
                 f"Use the personal model: {found.chosen} inner steps on these rows make it significantly better "
                 f"({self.difference}). {here}"
             )
+        if found.advice == UNDECIDED and leans_on_record(self.start, found):
+            record = self.start.record
+            assert record is not None
+            return (
+                f"No significant difference ({self.difference}) on these rows; at the run's {record.sites} training "
+                f"sites adapting gained {number(record.gain, sign=True)} on average, and made {record.harmed:.0%} of "
+                f"them worse. Use the personal model unless this site must not do worse than the global one. {here}"
+            )
         if found.advice == UNDECIDED:
             return (
                 f"No significant difference ({self.difference}): keep the global model unless you know that this site "
@@ -109,6 +128,7 @@ class Adapted:
             "steps": found.steps,
             "steps_chosen": found.chosen,
             "advice": found.advice,
+            "federation": asdict(self.start.record) if self.start.record else None,
             "model": "personal" if found.steps else "global",
             "difference": {
                 name: value if np.isfinite(value) else None
@@ -122,7 +142,12 @@ class Adapted:
 
 
 def adapt(
-    start: MetaModel, data: str, test: str = "", report: SplitProgress = ignore_progress, use: str = "advice"
+    start: MetaModel,
+    data: str,
+    test: str = "",
+    report: SplitProgress = ignore_progress,
+    use: str = "advice",
+    missing: Sequence[str] = (),
 ) -> Adapted:
     """Adapts a run's model to a site's rows.
 
@@ -132,13 +157,14 @@ def adapt(
         test: A file of further rows of the site, which only score the result; "" where there is none.
         report: Takes progress.
         use: Which model the site gets: "advice", "global" or "personal" (see `estimate.cross_validate`).
+        missing: Texts that mean a missing value in the files, besides the run's.
 
     Raises:
         FedmetaError: A file cannot be read, or is not of the run's form.
     """
-    rows = read_rows(start, data)
+    rows = read_rows(start, data, missing=missing)
     start = replace(start, form=replace(start.form, classes=rows.classes))
-    apart = read_rows(start, test, rows.classes) if test else None
+    apart = read_rows(start, test, rows.classes, missing) if test else None
     bare = SiteModel.of(start, start.learner.theta(start.state))
     x, y = bare.prepare(rows.x), start.target.standardize(rows.y)
     y = y.to(x.dtype) if start.form.regression else y
@@ -150,9 +176,9 @@ def adapt(
         tested = _test(bare, SiteModel.of(start, chosen), apart)
     path = Path(data)
     notes = (*rows.notes, *(apart.notes if apart else ()))
-    warnings = (*_warnings(start, rows), *notes)
+    warnings = (*_warnings(start, rows), *column_warnings(start, rows.x), *notes)
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Adapted(start, path.stem, path.name, rows, found, model, tested, warnings, date)
+    return Adapted(start, site_name(path), path.name, rows, found, model, tested, warnings, date)
 
 
 def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:
@@ -188,6 +214,39 @@ def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
             "the true interval is wider."
         )
     return warnings
+
+
+FAR = 3.0
+"""A column's mean is far from the training sites' from this many of their standard deviations."""
+
+
+def column_warnings(start: MetaModel, x: Tensor) -> list[str]:
+    """Returns the columns of a site that lie far from those of the training sites, or are missing in every row.
+
+    Args:
+        start: What the run leaves.
+        x: The site's features [n, features], not standardized.
+    """
+    form, found = start.form, []
+    if not form.named or start.mean.numel() != len(form.features):
+        return []
+    column = {f"{name}={each}": name for name, names in form.categories for each in names}
+    mean, scale = start.mean.double().reshape(-1), start.scale.double().reshape(-1)
+    for place, feature in enumerate(form.features):
+        own = x[:, place].double()
+        own = own[~own.isnan()]
+        name = column.get(feature, feature)
+        if not len(own):
+            found.append(f'Column "{name}" is missing in every row: the mean of the training sites stands in for it.')
+            continue
+        distance = float((own.mean() - mean[place]) / scale[place])
+        if feature not in column and len(own) >= 5 and abs(distance) > FAR:
+            found.append(
+                f'Column "{name}" has mean {float(own.mean()):.4g} here and {float(mean[place]):.4g} at the training '
+                f"sites, {abs(distance):.1f} standard deviations apart: convert it if its units are not theirs, such "
+                "as kPa for mmHg or mg/dL for mmol/L."
+            )
+    return list(dict.fromkeys(found))
 
 
 def _figures(estimate: Estimate, test: float | None) -> dict[str, float | None]:

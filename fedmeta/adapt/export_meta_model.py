@@ -34,7 +34,7 @@ def export_meta_model(checkpoint_file: Path, folder: Path, code: Collection[str]
     whole, part = folder / model.FOLDER, folder / f"{model.FOLDER}.part"
     for earlier in (part, whole):
         shutil.rmtree(earlier, ignore_errors=True)
-    columns = start.form.features if start.form.named else ()
-    model.save(part, folder / FILE, start.example(), columns, regression=start.form.regression, adapts=True)
+    example, columns = start.example_input()
+    model.save(part, folder / FILE, example, columns, regression=start.form.regression, adapts=True)
     part.replace(whole)
     return whole

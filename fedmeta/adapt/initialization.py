@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
+from fedmeta.data.columns import Columns, feature_names
 from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import bootstrap_interval
 from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
@@ -35,6 +37,9 @@ FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
 MOST_STEPS = 10_000
 """More inner steps are refused in a file (steps)."""
+
+FEWEST_SITES = 8
+"""Of fewer training sites no average gain is shown to a new one, nor used for its advice (sites)."""
 
 LARGEST_ROW = 1 << 26
 """A row with more values is refused in a file (values)."""
@@ -53,6 +58,7 @@ class Form:
         regression: Whether labels are numbers.
         tokens: Whether features are codes of symbols.
         targets: What each target of a regression is called; empty for classes.
+        categories: The columns of categories that some features stand for, and the names that the run knows of each.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +67,12 @@ class Form:
     regression: bool
     tokens: bool
     targets: tuple[str, ...] = ()
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def columns(self) -> Columns:
+        """What a row of a table becomes."""
+        return Columns(self.features, self.categories)
 
     @property
     def on_rows(self) -> bool:
@@ -84,6 +96,50 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What adapting did at the run's training sites, on their test data, at its last evaluation.
+
+    Attributes:
+        sites: How many sites.
+        gain: How much better their score was after adapting, the mean over sites; positive is better.
+        low: The lower end of the 95 % bootstrap interval of that mean.
+        high: Its upper end.
+        harmed: The share of sites whose score was worse.
+    """
+
+    sites: int
+    gain: float
+    low: float
+    high: float
+    harmed: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Record | None:
+        """Returns what a checkpoint's last evaluation shows; None where fewer than `FEWEST_SITES` have a score."""
+        if not checkpoint.evaluations:
+            return None
+        last = checkpoint.evaluations[-1]
+        values = last.figures.get("rmse" if checkpoint.regression else "accuracy")
+        if values is None:
+            return None
+        gains = (values[np.arange(len(values)), last.chosen] - values[:, 0]) * (-1 if checkpoint.regression else 1)
+        new = set(checkpoint.new_sites)
+        gains = gains[[checkpoint.names[site] not in new for site in last.sites]]
+        gains = gains[np.isfinite(gains)]
+        if len(gains) < FEWEST_SITES:
+            return None
+        low, high = bootstrap_interval(gains)
+        assert low is not None
+        assert high is not None
+        return cls(len(gains), float(gains.mean()), low, high, float((gains < 0).mean()))
+
+    @property
+    def helps(self) -> bool:
+        """Whether adapting helps such sites on average, beyond chance."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
 class Header:
     """What the file of a start holds beside its tensors and its experiment (see `MetaModel`)."""
 
@@ -93,6 +149,7 @@ class Header:
     steps: int
     rate: float
     finished: bool
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +169,7 @@ class MetaModel:
         rate: What the inner rates were multiplied by there.
         finished: Whether the run had ended.
         signature: What is known of the signature of the file that it was read from.
+        record: What adapting did at the run's training sites; None where too few were scored.
     """
 
     experiment: Experiment
@@ -126,6 +184,7 @@ class MetaModel:
     finished: bool = True
     target: TargetScale = field(default_factory=TargetScale)
     signature: str = UNSIGNED
+    record: Record | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
@@ -146,13 +205,18 @@ class MetaModel:
         experiment = Experiment.from_toml(checkpoint.experiment, f"run {checkpoint.run_id}")
         handed_on = _without_surroundings(experiment)
         refuse_foreign_code(handed_on, f"run {checkpoint.run_id}", code)
+        features, shape = checkpoint.features, checkpoint.shape
+        if checkpoint.categories:
+            features = feature_names(features, checkpoint.categories)
+            shape = (len(features),)
         form = Form(
-            checkpoint.shape,
-            checkpoint.features,
+            shape,
+            features,
             checkpoint.classes,
             checkpoint.regression,
             checkpoint.tokens,
             checkpoint.targets,
+            checkpoint.categories,
         )
         try:
             steps = int(checkpoint.schedule.get("steps", experiment.evaluation_steps))
@@ -166,6 +230,7 @@ class MetaModel:
         target = _pop_target(meta_state, experiment)
         run = (checkpoint.run_id, checkpoint.round_number)
         found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished, target)
+        found = replace(found, record=Record.of(checkpoint))
         check(found, f"run {checkpoint.run_id}")
         return found
 
@@ -200,6 +265,18 @@ class MetaModel:
             return np.zeros((1, *self.form.shape), dtype=np.int64)
         row = np.broadcast_to(self.mean.numpy(), (1, *self.form.shape))
         return row.astype(np.float64 if self.form.dtype == torch.float64 else np.float32)
+
+    def example_input(self) -> tuple[NDArray[Any], tuple[str, ...]]:
+        """Returns an example as a caller writes it [1, columns], and the columns; no names where rows have none.
+
+        Numbers are the means over all training sites; of a category it is the first name that the run knows.
+        """
+        row, form = self.example(), self.form
+        if not form.categories:
+            return row, form.features if form.named else ()
+        known, means = dict(form.categories), dict(zip(form.features, row[0].tolist(), strict=True))
+        cells = [(known[name] or ("other",))[0] if name in known else means[name] for name in form.columns.names]
+        return np.array([cells], dtype=object), form.columns.names
 
     def write(self, path: Path) -> None:
         """Writes the start as one file, atomically, signed where the environment names a key.
@@ -263,6 +340,8 @@ def check(start: MetaModel, origin: str) -> None:
     }
     if not (0 <= start.steps <= MOST_STEPS and counts["inner_steps"] <= MOST_STEPS and start.round_number >= 0):
         raise FedmetaError(f"{origin}: impossible numbers of steps or rounds: {counts}")
+    if (own_record := start.record) and not all(map(math.isfinite, asdict(own_record).values())):
+        raise FedmetaError(f"{origin}: what adapting did at training sites is not finite: {own_record}")
     if not 0 < start.rate < float("inf"):
         raise FedmetaError(f"{origin}: the rate is {start.rate}, and must be a finite number greater than 0")
     if form.on_rows:
@@ -284,6 +363,9 @@ def check_form(form: Form, origin: str) -> None:
     named = not form.features or len(form.shape) != 1 or len(form.features) == size
     if not (form.shape and min(form.shape) > 0 and size <= LARGEST_ROW and named):
         raise FedmetaError(f"{origin}: rows of shape {list(form.shape)[:8]} with {len(form.features)} names cannot be")
+    known = [f"{name}={each}" for name, names in form.categories for each in names]
+    if (len(set(form.features)) < len(form.features) and form.categories) or not set(known) <= set(form.features):
+        raise FedmetaError(f"{origin}: its categories are not those of its {len(form.features)} features")
     if len(set(form.targets)) < len(form.targets) or (form.targets and not form.regression):
         raise FedmetaError(f"{origin}: {len(form.targets)} names of targets, or one of them twice, cannot be")
     if bool(form.classes) == form.regression or len(set(form.classes)) < len(form.classes):

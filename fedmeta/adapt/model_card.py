@@ -63,6 +63,9 @@ def _with_interval(estimate: Estimate) -> str:
 def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
     form = adapted.start.form
     columns = f"the columns {', '.join(form.features[:8])}{' ...' if len(form.features) > 8 else ''}, in this order"
+    if form.categories:
+        named = ", ".join(name for name, _ in form.categories)
+        columns += f"; {named} as a column of 0 and 1 for each name, 0 in all of them for another one"
     rows = columns if form.named else f"rows of shape {form.shape}"
     takes = f"All of them take raw rows ({rows}; NaN where a value is missing): standardisation is part of the model."
     lines = [takes, ""]

@@ -20,7 +20,8 @@ from fedmeta.data import class_codes, load_site
 from fedmeta.data.arrays import plain
 from fedmeta.data.npz_file import npz_path, read_arrays
 from fedmeta.data.population import Population
-from fedmeta.data.table_file import column_names, read_features
+from fedmeta.data.table_file import clean_name
+from fedmeta.data.tables import read_columns, table_columns
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
 
@@ -48,7 +49,9 @@ class SiteRows(NamedTuple):
         return len(self.y)
 
 
-def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = None) -> SiteRows:
+def read_rows(
+    start: MetaModel, path: str, classes: tuple[str, ...] | None = None, missing: Sequence[str] = ()
+) -> SiteRows:
     """Reads a site's file, of any form that a deployed node's may have.
 
     Args:
@@ -56,6 +59,7 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
         path: A `.csv`, `.parquet` or `.npz` file.
         classes: What the codes stand for, where other rows of the site fixed that; None = the run's classes, or those
             of a few-shot site's file.
+        missing: Texts that mean a missing value in the file, besides the run's.
 
     Raises:
         FedmetaError: The file cannot be read, or its columns, shape, labels or classes are not the
@@ -64,13 +68,21 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
     form, data = start.form, start.experiment.data
     task = "regression" if form.regression else "classification"
     # A file of one site has no tasks drawn from it, and integers may be numbers to be approached.
-    plainly = data.model_copy(update={"task": task, "ways": None})
-    notes = _check_table(path, plainly, form, labels=data.label_names)
-    population = load_site(plainly, path, only=form.features if form.named else None)
-    order, others = _column_order(path, population, form)
-    notes = notes or others
+    plainly = data.model_copy(update={"task": task, "ways": None, "missing": (*data.missing, *missing)})
+    notes = _check_table(path, plainly, form)
+    table = form.named and Path(path).suffix.lower() != ".npz"
+    columns = form.columns
+    categorical = [name for name, _ in form.categories]
+    population = load_site(plainly, path, only=columns.names if table else None, categorical=categorical)
     rows = population.rows(population.all_sites).rows
-    x = population.features(rows)
+    if table:
+        given, others = read_columns(path, plainly, columns)
+        x, order = torch.from_numpy(given), None
+        notes = (*notes, *others)
+    else:
+        order, others = _column_order(path, population, form)
+        notes = notes or others
+        x = population.features(rows)
     if form.tokens and x.is_floating_point():
         raise FedmetaError(f"{path}: its features are numbers with fractions; the run's are codes of symbols")
     x = x.to(form.dtype)
@@ -87,7 +99,7 @@ def read_rows(start: MetaModel, path: str, classes: tuple[str, ...] | None = Non
     if unknown:
         raise FedmetaError(
             f"{path}: {_listed(unknown)} {'is no class' if len(unknown) == 1 else 'are no classes'} of the run, whose "
-            f"classes are {_listed(known, 20)}{nearest(unknown[0], known)}"
+            f"classes are {_listed(known, 20)}: write the labels as the run has them{nearest(unknown[0], known)}"
         )
     return SiteRows(x, torch.from_numpy(codes[labels]), known, notes)
 
@@ -107,13 +119,14 @@ def read_inputs(form: Form, data: Data, path: str) -> tuple[NDArray[Any], tuple[
         FedmetaError: The file cannot be read, or its columns or shape are not the run's; the message names it.
     """
     if Path(path).suffix.lower() != ".npz":
-        notes = _check_table(path, data, form, labels=data.label_names)
-        columns = read_features(Path(path).expanduser(), data, form.features)
-        return raw_rows(columns, form, path)[0], notes
+        notes = _check_table(path, data, form)
+        rows, others = read_columns(path, data, form.columns)
+        return raw_rows(rows, form, path)[0], (*notes, *others)
     arrays = read_arrays(npz_path(path), ("x",), ())
     x, names = plain(arrays["x"]), arrays.get("feature_names")
     if form.named and names is not None and x.ndim == 2 and x.shape[1] == names.size:
-        return raw_rows(pd.DataFrame(x, columns=names.reshape(-1).astype(str)), form, path)
+        columns = [clean_name(str(name)) for name in names.reshape(-1)]
+        return raw_rows(pd.DataFrame(x, columns=columns), form, path)
     return raw_rows(x, form, path)
 
 
@@ -121,8 +134,8 @@ def raw_rows(given: Any, form: Form, origin: str = "the input") -> tuple[NDArray
     """Returns raw rows [n, *shape] in the run's type, NaN where a value is missing, and notes on what was left out.
 
     Args:
-        given: A frame or a mapping with the run's columns in any order, of numbers or truth values; or an array
-            [n, *shape] in the run's order.
+        given: A frame or a mapping with the run's columns in any order, of numbers, truth values or, of categories,
+            their names; or an array of features [n, *shape] in the run's order.
         form: What rows look like.
         origin: What it is, for messages.
 
@@ -132,11 +145,20 @@ def raw_rows(given: Any, form: Form, origin: str = "the input") -> tuple[NDArray
     notes: tuple[str, ...] = ()
     if isinstance(given, Mapping) or getattr(getattr(given, "dtype", None), "names", None):
         given = pd.DataFrame(given)
+    if isinstance(given, pd.DataFrame) and form.categories and set(form.features) <= set(map(str, given.columns)):
+        given = given.set_axis(list(map(str, given.columns)), axis=1)[list(form.features)].to_numpy(dtype=np.float64)
     if isinstance(given, pd.DataFrame) and form.named:
-        frame = given.set_axis([str(name).strip() for name in given.columns], axis=1)
+        frame = given.set_axis([clean_name(str(name)) for name in given.columns], axis=1)
         notes = _check_names(origin, list(frame.columns), form)
-        columns = [_numbers(frame[name], f'{origin}: column "{name}"') for name in form.features]
-        rows = np.stack(columns, 1)
+        known = {name for name, _ in form.categories}
+        cells = {
+            name: frame[name]
+            if name in known
+            else pd.Series(_numbers(frame[name], f'{origin}: column "{name}"'), index=frame.index)
+            for name in form.columns.names
+        }
+        rows, others = form.columns.read(cells)
+        notes = (*notes, *(f"{origin}: {note}" for note in others))
     else:
         rows = np.asarray(given.to_numpy() if isinstance(given, pd.DataFrame) else given)
         if rows.dtype.kind not in "biuf":
@@ -165,18 +187,18 @@ def _numbers(column: pd.Series, place: str) -> NDArray[np.float64]:
     return np.asarray(numbers.to_numpy(dtype=np.float64, na_value=np.nan), dtype=np.float64)
 
 
-def _check_table(path: str, data: Data, form: Form, labels: Sequence[str]) -> tuple[str, ...]:
+def _check_table(path: str, data: Data, form: Form) -> tuple[str, ...]:
     """Returns a note on the columns that a table has besides the run's; raises `FedmetaError` where one is missing."""
     if Path(path).suffix.lower() == ".npz" or not form.named or not Path(path).expanduser().is_file():
         return ()
-    names = column_names(Path(path).expanduser(), data)
-    return _check_names(path, [name for name in names if name not in labels], form)
+    apart = {*data.label_names, data.site_column, *data.ignore}
+    return _check_names(path, [name for name in table_columns(path, data) if name not in apart], form)
 
 
 def _check_names(origin: str, names: list[str], form: Form) -> tuple[str, ...]:
     """Returns a note on columns that are not the run's; raises `FedmetaError` where one is missing or there twice."""
-    own, wanted = set(names), set(form.features)
-    lacking = [name for name in form.features if name not in own]
+    own, wanted = set(names), set(form.columns.names)
+    lacking = [name for name in form.columns.names if name not in own]
     foreign = [name for name in names if name not in wanted]
     if lacking:
         given = f" and has {_listed(foreign)} besides" if foreign else ""
@@ -184,7 +206,7 @@ def _check_names(origin: str, names: list[str], form: Form) -> tuple[str, ...]:
             f"{origin} lacks {_listed(lacking)}{given}: it needs the columns that the run was trained on"
             f"{nearest(lacking[0], foreign)}"
         )
-    twice = [name for name in form.features if names.count(name) > 1] if len(own) < len(names) else []
+    twice = [name for name in form.columns.names if names.count(name) > 1] if len(own) < len(names) else []
     if twice:
         raise FedmetaError(f"{origin} has {_listed(twice)} more than once: leave one of them out")
     return (f"{origin}: {_listed(foreign)} had no part in the run, and was left out.",) if foreign else ()
@@ -202,6 +224,11 @@ def _column_order(path: str, population: Population, form: Form) -> tuple[np.nda
         return None, ()
     own, wanted = list(population.feature_names), list(form.features)
     if form.named:
+        if own == [f"x{place}" for place in range(len(own))] and not set(own) & set(wanted):
+            raise FedmetaError(
+                f'{path}: its columns have no names: add an array "feature_names" with those of the run in the order '
+                f"that the file has them; the run's are {_listed(wanted, 20)}"
+            )
         notes = _check_names(path, own, form)
         return np.array([own.index(name) for name in wanted], dtype=np.int64), notes
     if sorted(own) != sorted(wanted):

@@ -96,11 +96,11 @@ def _fill(folder: Path, adapted: Adapted) -> tuple[float | None, str]:
     start, form = adapted.start, adapted.start.form
     adapted.model.write(folder / FILE, start, adapted.summary())
     difference, note = _export(folder, adapted)
-    columns = form.features if form.named else ()
+    example, columns = start.example_input()
     tracked.save(
         folder / MLFLOW_FOLDER,
         folder / FILE,
-        start.example(),
+        example,
         columns,
         regression=form.regression,
         adapts=False,

@@ -1,4 +1,4 @@
-"""The command line: fedmeta run, compare, tune, sites, check, adapt, report, landscape, ui, sync, certs."""
+"""The command line: fedmeta run, compare, tune, sites, init, check, adapt, report, landscape, ui, sync, certs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Commands that look at sites and at finished runs: sites, check, adapt, report, landscape."""
+"""Commands that look at sites and at finished runs: sites, init, check, adapt, report, landscape."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from fedmeta.cli.application import File, Overrides, app
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Tracking, default_uri, load_experiment
+from fedmeta.text import visible
 
 AllowedCode = Annotated[
     list[str] | None,
@@ -38,13 +40,14 @@ def sites(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one per site or message.")] = False,
 ) -> None:
-    """Shows an experiment's sites: rows, classes, missing values, and which of them are new.
+    """Shows an experiment's sites and columns: rows, classes, missing values, scales, and what is probably not meant.
 
     With --node-config it shows, at a site and without sending anything, the site's policy and every message that its
     node would send.
     """
     from fedmeta.cli import tables
     from fedmeta.data import load
+    from fedmeta.data.findings import class_counts, findings, summarize_columns, task_reason
     from fedmeta.data.summary import summarize_sites
 
     experiment = load_experiment(file, overrides or [])
@@ -60,11 +63,51 @@ def sites(
             print("certificates:", *(f"    {found.text}" for found in validities(folder)), sep="\n", file=aside)
         print(format_messages(dry_run(experiment, node_config), as_json))
         return
-    frame = summarize_sites(load(experiment.data), experiment.data, experiment.runtime.seed)
+    population = load(experiment.data)
+    frame = summarize_sites(population, experiment.data, experiment.runtime.seed)
+    notes = [*getattr(population, "notes", ()), *findings(population, experiment.data)]
     if as_json:
         print(frame.to_json(orient="records", lines=True), end="")
-    else:
-        tables.sites(frame)
+        for note in notes:
+            print(f"note  {note}", file=sys.stderr)
+        return
+    tables.sites(frame)
+    tables.columns(summarize_columns(population), task_reason(population, experiment.data), class_counts(population))
+    for note in notes:
+        print(f"note  {visible(note)}")
+
+
+@app.command()
+def init(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|FILE", help="A folder with a table per site, one table of all sites, or an npz file."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The experiment to write.")] = Path("experiment.toml"),
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="The label's column; looked for if left out.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Looks at tables and writes a commented experiment that runs on them; reports what is wrong with the tables."""
+    from fedmeta.data import load
+    from fedmeta.data.findings import findings
+    from fedmeta.data.propose import propose, to_toml
+
+    if out.exists() and not force:
+        raise FedmetaError(f"{out} is there already: name another file with --out, or write over it with --force")
+    text = to_toml(propose(path, label))
+    out.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"written to {out}")
+    experiment = load_experiment(out, [])
+    try:
+        population = load(experiment.data)
+    except FedmetaError as error:
+        raise FedmetaError(f"{out} is written; before it runs, mend the tables: {error}") from None
+    for note in (*getattr(population, "notes", ()), *findings(population, experiment.data)):
+        print(f"note  {visible(note)}")
+    print(f"next  fedmeta run {shlex.quote(str(out))}")
 
 
 @app.command()
@@ -110,6 +153,10 @@ def adapt(
     test: Annotated[
         str, typer.Option(metavar="FILE", help="Further rows of the site, which only score the result.")
     ] = "",
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text that means a missing value in the file; may be repeated."),
+    ] = None,
     use: Annotated[
         Use, typer.Option(help="The model to write: as advised, or the global or the personalized one.")
     ] = Use.ADVICE,
@@ -144,7 +191,7 @@ def adapt(
     if not data or site:
         raise FedmetaError("the run's data are rows: give the site's file with --data FILE, and no --site")
     with adapt_output.progress() as report:
-        adapted = adaptation.adapt(start, data, test, report, use.value)
+        adapted = adaptation.adapt(start, data, test, report, use.value, missing or [])
     written = writing.write(adapted, out)
     adapt_output.show(adapted, written)
     if as_json:

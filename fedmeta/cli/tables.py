@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, number, percent, score_label, with_diverged
+from fedmeta.tables import groups, local_methods, number, percent, score_label, with_diverged
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
 
+MOST_COLUMNS = 60
 MOST_ROWS = 60
 """How many sites a table shows; of more, the first ones."""
 MAX_TRIALS = 10
@@ -51,6 +52,8 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
         f"{score_label(summary)}, on each site's test data: what a site reaches local-only on {rows}, and before and "
         "after adapting on them; worst 10 % of sites; share of sites that adapting helps, harms"
     )
+    if methods := local_methods(summary):
+        caption += f"; local-only is the best by cross-validation: {methods}"
     if summary.get("held_out") is False:
         caption += "; support and query are the same data by nature"
     title = _title(summary)
@@ -184,6 +187,34 @@ def sites(frame: pd.DataFrame) -> None:
     console.print(table)
     if len(frame) > MOST_ROWS:
         console.print(f"... and {len(frame) - MOST_ROWS} more; --json prints all of them")
+
+
+def columns(frame: pd.DataFrame, task: str, classes: Sequence[tuple[str, int]]) -> None:
+    """Shows on stdout what the labels are and, one by one, a table's columns.
+
+    Args:
+        frame: One row per column (`fedmeta.data.findings.summarize_columns`); empty where rows are no named vectors.
+        task: What the labels are, and why.
+        classes: The classes and how many rows each has.
+    """
+    console = Console()
+    shown = ", ".join(f"{name} ({count})" for name, count in classes[:MOST_ROWS])
+    more = f" and {len(classes) - MOST_ROWS} more" if len(classes) > MOST_ROWS else ""
+    line = f"labels  {task}{f': {shown}{more}' if classes else ''}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if frame.empty:
+        return
+    table = Table(title=f"{len(frame)} columns", title_justify="left")
+    headings = {"site_means": "mean by site, lowest to highest", "low": "min", "high": "max"}
+    kept = [name for name in frame.columns if name in ("column", "type", "missing") or frame[name].notna().any()]
+    for name in kept:
+        left = name in ("column", "type", "site_means", "values")
+        table.add_column(headings.get(name, name), justify="left" if left else "right", overflow="fold")
+    for _, row in frame.head(MOST_COLUMNS).iterrows():
+        table.add_row(*("" if pd.isna(row[name]) else _cell(name, row[name]) for name in kept))
+    console.print(table)
+    if len(frame) > MOST_COLUMNS:
+        console.print(f"... and {len(frame) - MOST_COLUMNS} more columns")
 
 
 def _cell(column: str, value: Any) -> str:

@@ -7,7 +7,7 @@ episodes = training_episodes(rows, population.find(cohort), round_number, suppor
 batch = gather(population, episodes, standardisation, class_codes(population.class_names, run_classes))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,24 +61,41 @@ def load(data: Data) -> Population:
     """
     population: Population = _function(SOURCES[data.source])(data)
     _check_names(population, data.path or data.source)
-    return few_shot(population, data) if data.ways else population
+    return _few_shot(population, data)
 
 
-def load_site(data: Data, path: str, name: str = "", only: Sequence[str] | None = None) -> Population:
+def load_site(
+    data: Data,
+    path: str,
+    name: str = "",
+    only: Sequence[str] | None = None,
+    categorical: Collection[str] | None = None,
+) -> Population:
     """Returns the population of a deployed node: one site that holds all rows of its own file.
 
     Args:
         data: What a file's columns mean; its `source` and `path` do not matter.
-        path: An `.npz`, `.csv` or `.parquet` file (`.data` and `.txt` too where `data.columns` are given).
+        path: An `.npz` file, or a table as for `load_tables`.
         name: The site's name; the file's where empty.
         only: The columns of a table that are features; None for all but the label.
+        categorical: Which of them are categories, where a run has fixed that; None = found by their cells.
     """
     if Path(path).suffix.lower() == ".npz":
         population: Population = _function("fedmeta.data.npz:load_npz_site")(data, path, name)
     else:
-        population = _function("fedmeta.data.tables:load_table_site")(data, path, name, only)
+        population = _function("fedmeta.data.tables:load_table_site")(data, path, name, only, categorical)
     _check_names(population, path)
-    return few_shot(population, data) if data.ways else population
+    return _few_shot(population, data)
+
+
+def _few_shot(population: Population, data: Data) -> Population:
+    """Returns a population as it is or, with `data.ways`, as what few-shot tasks are drawn from."""
+    if not data.ways:
+        return population
+    if isinstance(population, ArrayPopulation) and population.categories:
+        named = population.categories[0][0]
+        raise FedmetaError(f'data.ways: column "{named}" holds categories, and few-shot tasks are of numbers alone')
+    return few_shot(population, data)
 
 
 def _check_names(population: Population, where: str) -> None:
@@ -87,9 +104,10 @@ def _check_names(population: Population, where: str) -> None:
     Raises:
         FedmetaError: One has not; the message names it.
     """
-    names = {"feature": population.feature_names}
+    names: dict[str, Sequence[str]] = {"feature": population.feature_names}
     if isinstance(population, ArrayPopulation):  # others make their names themselves
         names["site"] = population.names
+        names["category"] = [name for _, own in population.categories for name in own]
     # A symbol of a text is shown as what it is.
     names["class"] = tuple(name for name in population.class_names if not (population.tokens and len(name) == 1))
     for what, texts in names.items():

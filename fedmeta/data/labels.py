@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmeta.data.columns import name_of
 from fedmeta.data.population import order_classes
 from fedmeta.errors import FedmetaError, nearest
 
@@ -56,6 +57,9 @@ def encode_labels(
             raise FedmetaError(f"{place(0)} is {values.shape[1]} labels: rows of classes have one label each")
         columns = [_targets(values[:, column], place, target) for column in range(values.shape[1])]
         return Labels(np.stack(columns, 1), (), tuple(names))
+    if values.dtype.kind == "U":
+        values = _by_one_rule(values)
+    class_names = None if class_names is None else tuple(name.strip() for name in class_names)
     if values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.dtype.kind == "f":
@@ -81,6 +85,13 @@ def encode_labels(
     names = order_classes(found)
     order = np.array([names.index(name) for name in found], dtype=np.int64)
     return Labels(order[codes.reshape(-1)], names)
+
+
+def _by_one_rule(values: NDArray[Any]) -> NDArray[Any]:
+    """Returns labels that are text as the names of their classes: stripped; 1.0 and 1 are one, 01 and 1 are two."""
+    distinct, inverse = np.unique(values, return_inverse=True)
+    found: NDArray[Any] = np.array([name_of(str(each)) for each in distinct])[inverse.reshape(-1)]
+    return found
 
 
 def _named(values: NDArray[Any], place: Place, names: tuple[str, ...]) -> Labels:

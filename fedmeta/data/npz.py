@@ -11,6 +11,7 @@ from fedmeta.data.labels import encode_labels
 from fedmeta.data.npz_file import npz_path, read_arrays
 from fedmeta.data.population import ArrayPopulation
 from fedmeta.data.ragged import IntArray
+from fedmeta.data.table_file import clean_name
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
 
@@ -51,6 +52,7 @@ def load_npz_site(data: Data, path: str, name: str) -> ArrayPopulation:
 def _in_shared_order(arrays: dict[str, NDArray[Any]], data: Data) -> dict[str, NDArray[Any]]:
     """Returns arrays with named features in the order that all sites share; others as they are."""
     x, names = arrays["x"], _decoded(arrays.get("feature_names", np.array([]))).reshape(-1).astype(str)
+    names = np.array([clean_name(name) for name in names.tolist()], dtype=str)
     if x.ndim != 2 or x.shape[1] != len(names):
         return arrays
     order = feature_order(names.tolist(), data.columns)
@@ -130,7 +132,8 @@ def _site_names(path: Path, key: str, arrays: dict[str, NDArray[Any]]) -> _Sites
             f'{path}: array "{key}" has shape {site.shape} and type {site.dtype}: '
             "it must hold one integer or text per row"
         )
-    ids, owners = np.unique(_decoded(site), return_inverse=True)
+    given = _decoded(site)
+    ids, owners = np.unique(np.char.strip(given) if given.dtype.kind == "U" else given, return_inverse=True)
     listed = _texts(path, arrays, f"{key}_names")
     if site.dtype.kind in "US":
         names = [str(name) for name in ids]
@@ -154,7 +157,7 @@ def _texts(path: Path, arrays: dict[str, NDArray[Any]], name: str) -> list[str] 
     """Returns an array of names (all different, but for features) as a list; None where the file has none."""
     if name not in arrays:
         return None
-    texts = [str(text) for text in _decoded(arrays[name]).reshape(-1)]
+    texts = [clean_name(str(text)) for text in _decoded(arrays[name]).reshape(-1)]
     if name == "feature_names":
         return texts
     seen: dict[str, int] = {}

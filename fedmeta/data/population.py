@@ -120,6 +120,8 @@ class ArrayPopulation(Population):
         missing: Whether any feature is NaN.
         tokens: Whether features are codes of symbols.
         target_names: What each target is called; empty for classes.
+        categories: The columns of x that hold codes, by name, and the names that the codes stand for.
+        notes: What reading the data left out or decided, a sentence each.
     """
 
     x: NDArray[Any]
@@ -132,6 +134,8 @@ class ArrayPopulation(Population):
     tokens: bool = False
     exchangeable: bool = False
     target_names: tuple[str, ...] = ()
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def targets(self) -> int:
@@ -175,7 +179,7 @@ class ArrayPopulation(Population):
         """A hash of features, labels, names and who holds what; reads all of x on first use."""
         content = blake2b(digest_size=16)
         header = (self.names, self.class_names, self.feature_names, self.x.shape, self.x.dtype.str, self.y.dtype.str)
-        content.update(repr(header).encode())
+        content.update(repr((*header, self.categories) if self.categories else header).encode())
         for array in (self.y, self.sites.rows, self.sites.offsets):
             content.update(np.ascontiguousarray(array).data)
         for chunk in chunks(self.x):

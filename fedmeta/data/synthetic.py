@@ -165,7 +165,7 @@ def load_synthetic(data: Data) -> SyntheticPopulation:
     return SyntheticPopulation(
         names=NumberedNames(data.sites),
         class_names=tuple(str(label) for label in range(data.classes)),
-        feature_names=tuple(f"x{column}" for column in range(data.features)),
+        feature_names=tuple(f"x{column}" for column in range(data.features if isinstance(data.features, int) else 0)),
         site_rows=data.rows,
         heterogeneity=data.heterogeneity,
     )

@@ -1,11 +1,22 @@
-"""One table of a site: read, its label set apart, its cells checked."""
+"""One file of rows as a table of raw cells: CSV and TSV as people have them, and Parquet. What is wrong is collected.
+
+A text file is read where its form is certain: commas, semicolons or tabs between cells; UTF-8 or UTF-16 with a byte
+order mark; packed by gzip; Excel's line `sep=;`; lines of comment that begin with #; decimal commas between semicolons
+or tabs; thousands separators that can be nothing else. What is not certain is a problem with its cause and its cure.
+"""
 
 import csv
+import gzip
+import io
 import re
+import unicodedata
 import warnings
-from collections.abc import Sequence
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,266 +24,511 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fedmeta.data.arrays import feature_order
-from fedmeta.errors import FedmetaError, nearest
+from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
 from fedmeta.files import free_memory
 
 MOST_COLUMNS = 50_000
 """A wider table is refused: pandas takes some tenths of a millisecond for each column."""
 
-LONGEST_LABEL = 1_000
-"""A longer label is refused: all labels take as much memory as the longest (characters)."""
+NAMED = 20
+"""How many names an error lists."""
+
+PLACES = 5
+"""How many lines an error lists."""
+
+LONGEST_HEADING = 1 << 17
+"""A longer cell of the first line is refused (characters)."""
+
+LONGEST_NUMBER = 1_000
+"""A longer text is no number with decimal commas or thousands separators (characters)."""
+
+LONGEST_CELL = 1 << 30
+"""The longest cell that is looked at (characters)."""
+
+TEXT_SUFFIXES = (".csv", ".tsv")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+HEADERLESS_SUFFIXES = (".data", ".txt")
+PACKED = ".gz"
+
+SHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
+"""Spreadsheets, which are not read: their cells have a form of their own."""
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 _INDEX = r"__index_level_\d+__"
 """What pandas writes of an index without a name: row numbers, which are no feature."""
 
-NAMED = 20
-"""How many names an error lists."""
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*')
+_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),(?:\d{1,2}|\d{4,})(?:[eE][+-]?\d+)?|[+-]?0,\d+")
+_COMMA_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][+-]?\d+)?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_CERTAIN_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3}){2,}(?:\.\d+)?|(?:,\d{3})+\.\d+)")
+_POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|[+-]?\d{1,3}(?:\.\d{3})+,\d+")
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:\.\d{3})*|[+-]?\d+")
+_MARK_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:['\u2019\u00a0\u202f ]\d{3})+(?:[.,]\d+)?")
 
 
-class Table(NamedTuple):
-    """One file's content.
+@dataclass
+class RawTable:
+    """One file's cells as they are written.
 
     Attributes:
         path: The file.
-        header: Whether its first line names the columns.
-        columns: The names of its features.
-        x: Features [rows, columns], NaN = missing.
-        labels: Labels [rows]: numbers, or text where not every one is a number; of several targets [rows, targets].
+        frame: Its cells, a column each, missing ones as NaN: numbers where all cells of a column are, else text.
+        lines: The line that each row ends on, from 1; of Parquet the row's number, from 1.
+        parquet: Whether it is a Parquet file.
+        decimal_comma: Whether its numbers have decimal commas.
+        problems: What is wrong with it.
+        notes: What was left out of it or read in another way than it is written.
     """
 
     path: Path
-    header: bool
-    columns: list[str]
-    x: NDArray[Any]
-    labels: NDArray[Any]
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lines: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    parquet: bool = False
+    decimal_comma: bool = False
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def place(self, rows: Sequence[int], column: str) -> str:
+        """Returns where cells are, for people: file, lines (for Parquet rows, from 1), column."""
+        what = "row" if self.parquet else "line"
+        return f'{self.path}: {numbered(what, [int(self.lines[row]) for row in rows])}, column "{column[:80]}"'
+
+    def part(self, rows: NDArray[Any]) -> "RawTable":
+        """Returns the table of some of its rows."""
+        frame = self.frame.iloc[rows].reset_index(drop=True)
+        return RawTable(self.path, frame, self.lines[rows], self.parquet, self.decimal_comma)
 
 
-def column_names(path: Path, data: Data) -> list[str]:
-    """Returns the names of a file's columns, the label's among them; raises `FedmetaError` where it cannot be read."""
-    if not _is_parquet(path):
-        return list(data.columns) or _named(path)
-    try:
-        names = [str(name) for name in pq.read_schema(path).names]
-    except (pa.ArrowException, OSError) as error:
-        raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
-    return [name for name in names if not re.fullmatch(_INDEX, name)]
+def numbered(what: str, numbers: Sequence[int]) -> str:
+    """Returns "line 4", "lines 4 and 9" or "lines 1, 2, 3, 4, 5 and 7 more"."""
+    if len(numbers) == 1:
+        return f"{what} {numbers[0]}"
+    if len(numbers) <= PLACES:
+        return f"{what}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+    return f"{what}s {', '.join(map(str, numbers[:PLACES]))} and {len(numbers) - PLACES} more"
 
 
-def read_features(path: Path, data: Data, names: Sequence[str]) -> pd.DataFrame:
-    """Returns columns of a CSV or Parquet file that needs no label, as numbers; raises `FedmetaError` at what is none.
+def listed(names: Sequence[str], most: int = NAMED) -> str:
+    """Returns names as one text; of many, the first and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:80] for name in names[:most]) + more
+
+
+def site_name(file: Path) -> str:
+    """Returns the name of a site whose file this is: the file's without suffixes of formats."""
+    name = file.name
+    while Path(name).suffix.lower() in (PACKED, *TEXT_SUFFIXES, *PARQUET_SUFFIXES, *HEADERLESS_SUFFIXES, ".npz"):
+        name = Path(name).stem
+    return name
+
+
+def format_of(file: Path) -> str:
+    """Returns the suffix that decides how a file is read, in small letters and without that of gzip."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix == PACKED else suffix
+
+
+def read_raw(path: Path, data: Data, texts: Sequence[str] = ()) -> RawTable:
+    """Returns the cells of a CSV, TSV or Parquet file, with what is wrong with it; raises nothing for its content.
 
     Args:
         path: The file.
         data: What its texts mean.
-        names: The columns.
+        texts: Columns that are text whatever they look like, so that "01" stays as it is.
     """
-    parquet = _is_parquet(path)
-    frame = _read_parquet(path) if parquet else _read_csv(path, data)
-    table = Table(path, not data.columns and not parquet, list(names), np.empty(0), np.empty(0))
-    return pd.DataFrame({name: _feature(table, frame[name], name) for name in names})
+    table = RawTable(path, parquet=format_of(path) in PARQUET_SUFFIXES)
+    try:
+        if format_of(path) in SHEETS:
+            raise UnreadableError(f"{path} is a spreadsheet: save its sheet as CSV (in Excel: CSV UTF-8)")
+        if table.parquet:
+            _read_parquet(table, data.label_names)
+        else:
+            _read_text(table, data, texts)
+    except UnreadableError as error:
+        table.problems.append(str(error))
+    return table
 
 
-def read_table(path: Path, data: Data, only: Sequence[str] | None = None) -> Table:
-    """Returns the content of a CSV or Parquet file; raises `FedmetaError` naming file, line, column and value.
-
-    Args:
-        path: The file.
-        data: What its columns mean.
-        only: The columns that are features; None for all but the label.
-    """
-    parquet = _is_parquet(path)
-    frame = _read_parquet(path) if parquet else _read_csv(path, data)
-    names = [str(name) for name in frame.columns]
-    absent = [name for name in data.label_names if name not in names]
-    if absent and len(names) == 1 and not parquet:
-        raise FedmetaError(f"{path}: its first line is one cell, {names[0]!r}: cells must have commas between them")
-    if absent:
-        raise FedmetaError(
-            f'{path}: no label column "{absent[0]}" (data.label); its columns are {listed(names)}'
-            f"{nearest(absent[0], names)}"
-        )
-    if len(names) <= len(data.label_names):
-        raise FedmetaError(f"{path}: there is no feature column beside the label")
-    if not len(frame):
-        raise FedmetaError(f"{path}: there are no rows")
-    features = [name for name in names if name not in data.label_names and (only is None or name in set(only))]
-    columns = [features[place] for place in feature_order(features, data.columns)]
-    table = Table(path, not data.columns and not parquet, columns, np.empty(0), np.empty(0))
-    arrays = [_feature(table, frame[name], name) for name in columns]
-    found = [_labels(table, frame[name], name) for name in data.label_names]
-    if len(found) > 1:
-        _check_numbers(table, found, data.label_names)
-    labels = found[0] if len(found) == 1 else np.stack([each.astype(np.float64) for each in found], 1)
-    return table._replace(x=np.stack(arrays, axis=1), labels=labels)
+class UnreadableError(Exception):
+    """A file of which no cell can be read."""
 
 
-def place(table: Table, row: int, column: str) -> str:
-    """Returns where a cell is, for people: file, line (for Parquet the row, from 1), column."""
-    line = None if _is_parquet(table.path) else _line(table, row)
-    return f'{table.path}: {f"row {row + 1}" if line is None else f"line {line}"}, column "{column[:80]}"'
-
-
-def listed(names: Sequence[str]) -> str:
-    """Returns names as one text; of many, the first and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(name[:80] for name in names[:NAMED]) + more
+def clean_name(name: str) -> str:
+    """Returns a column's name as all files are compared by it: stripped, its accents composed."""
+    return unicodedata.normalize("NFC", str(name).strip())
 
 
 def _check_width(path: Path, width: int) -> None:
     if width > MOST_COLUMNS:
-        raise FedmetaError(f"{path}: {width:,} columns, and a table may have {MOST_COLUMNS:,}: save it as an npz file")
+        raise UnreadableError(
+            f"{path}: {width:,} columns, and a table may have {MOST_COLUMNS:,}: save it as an npz file"
+        )
 
 
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
-
-
-def _read_csv(path: Path, data: Data) -> pd.DataFrame:
-    try:
-        names = list(data.columns) or _header(path)
-        _check_width(path, len(names))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(
-                path,
-                header=None if data.columns else 0,
-                names=names,
-                index_col=False,
-                dtype=dict.fromkeys(data.label_names, str),
-                keep_default_na=False,
-                na_values=list(data.missing),
-                skipinitialspace=True,
-                encoding="utf-8-sig",
-                low_memory=False,
-            )
-    except pd.errors.EmptyDataError:
-        raise FedmetaError(f"{path}: the file is empty") from None
-    except UnicodeDecodeError as error:
-        raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
-        given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        if "field larger" in given:
-            raise FedmetaError(f"{path}: a cell of its first line is longer than any name") from None
-        raise FedmetaError(f"{path}: lines have different numbers of cells ({given})") from None
-    except OSError as error:
-        raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
-    if data.columns and len(frame) and list(frame.iloc[0].astype(str).str.strip()) == names:
-        raise FedmetaError(f"{path}: its first line names the columns: leave data.columns empty")
-    return frame
-
-
-def _named(path: Path) -> list[str]:
-    """Returns the names in the first line of a CSV file; raises `FedmetaError` where it has none."""
-    try:
-        return _header(path)
-    except pd.errors.EmptyDataError:
-        raise FedmetaError(f"{path}: the file is empty") from None
-    except UnicodeDecodeError as error:
-        raise FedmetaError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except csv.Error:
-        raise FedmetaError(f"{path}: a cell of its first line is longer than any name") from None
-    except OSError as error:
-        raise FedmetaError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _header(path: Path) -> list[str]:
-    """Returns the names in the first line; raises `FedmetaError` where one is missing or there twice."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        names = next((record for record in csv.reader(file, skipinitialspace=True) if record), None)
-    if names is None:
-        raise pd.errors.EmptyDataError
-    _check_width(path, len(names))
-    names = [name.strip() for name in names]
+def _check_names(path: Path, names: Sequence[str]) -> list[str]:
+    """Returns what is wrong with the names of columns: one that is missing, or there twice."""
+    problems: list[str] = []
     first: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name:
-            raise FedmetaError(f"{path}: column {number} has no name (was it written with an index?): leave it out")
-        if first.setdefault(name, number) < number:
-            raise FedmetaError(f'{path}: columns {first[name]} and {number} are both called "{name[:80]}"')
-    return names
+            problems.append(f"{path}: column {number} has no name (was it written with an index?): leave it out")
+        elif first.setdefault(name, number) < number:
+            problems.append(f'{path}: columns {first[name]} and {number} are both called "{name[:80]}"')
+    return problems
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+# ---------------------------------------------------------------- Parquet
+
+
+def _read_parquet(table: RawTable, labels: Sequence[str]) -> None:
+    path = table.path
     try:
         facts = pq.read_metadata(path)
         _check_width(path, facts.num_columns)
         size, free = facts.num_rows * facts.num_columns * 8, free_memory()
         if size > free // 2:
-            raise FedmetaError(f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer")
+            raise UnreadableError(
+                f"{path}: {size / 1e9:.1f} GB of numbers, more than half of the free memory: save fewer"
+            )
+        names = [clean_name(name) for name in pq.read_schema(path).names]
+        twice = _check_names(path, names)
+        if twice:
+            raise UnreadableError("; ".join(twice))
         whole = pq.read_table(path)
         index = [name for name in whole.column_names if re.fullmatch(_INDEX, name)]
         frame: pd.DataFrame = whole.drop_columns(index).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
-        raise FedmetaError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnreadableError(f"{path} is not a Parquet file that can be read: {reason}") from None
+    table.frame = frame.set_axis([clean_name(name) for name in frame.columns], axis=1)
+    for name, kind in zip(names, whole.schema.types, strict=True):
+        if pa.types.is_nested(kind) and name in table.frame and name not in labels:
+            table.frame[name] = table.frame[name].map(str, na_action="ignore")
+    table.lines = np.arange(1, len(frame) + 1)
+
+
+# ---------------------------------------------------------------- text
+
+
+def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
+    path = table.path
+    text = _decoded(path)
+    separator, skipped = _separator_line(table, text)
+    try:
+        separator = separator or _separator(path, text, data)
+        names, good, dropped = _survey(table, text, data, separator, skipped)
+        if dropped:
+            text = _without(text, separator, good)
+        frame = _parsed(text, separator, names, data, [name for name in names if name in set(texts)])
+    except csv.Error as error:
+        raise UnreadableError(f"{path} is no text table: {error}") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
+        given = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        raise UnreadableError(f"{path}: lines have different numbers of cells ({given})") from None
+    table.frame = _trimmed(frame, data)
+    fixed = set(texts)
+    if separator != "," and any(
+        bool(own.str.fullmatch(_DECIMAL_COMMA).any()) for own in _odd(table.frame, fixed).values()
+    ):
+        # Where commas are decimal, a point is none: 1.544 is 1544, and what pandas made of it is to be read again.
+        table.decimal_comma = True
+        table.frame = _trimmed(_parsed(text, separator, names, data, names), data)
+    _read_numbers(table, separator, fixed)
+    for name, column in table.frame.items():
+        if table.decimal_comma and name not in fixed:
+            numbers = pd.to_numeric(column, errors="coerce")
+            table.frame[name] = column if (numbers.isna() & column.notna()).any() else numbers
+
+
+def _decoded(path: Path) -> str:
+    """Returns a file's text; names the byte and the line of what is no text."""
+    try:
+        size, free = path.stat().st_size, free_memory()
+        if size > free // 4:
+            raise UnreadableError(f"{path}: {size / 1e9:.1f} GB of text, and a quarter of the free memory is less")
+        content = path.read_bytes()
+        if path.suffix.lower() == PACKED or content[:2] == b"\x1f\x8b":
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = packed.read(free // 4 + 1)
+            if len(content) > free // 4:
+                raise UnreadableError(f"{path} unpacks to more than a quarter of the free memory: save fewer rows")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UnreadableError(f"{path} is not a whole gzip file: {error}") from None
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix.lower() == ".npz":
+        raise UnreadableError(f'{path} is an npz file: set data.source = "npz"')
+    if content[:4] == b"PK\x03\x04":
+        raise UnreadableError(f"{path} is a zip archive, such as an Excel sheet: save the sheet as CSV")
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") and len(content) % 2 == 0 else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        start = error.start + (3 if encoding == "utf-8-sig" and content[:3] == b"\xef\xbb\xbf" else 0)
+        line = content[:start].count(b"\n") + 1
+        raise UnreadableError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {start}, in line {line}: 0x{content[start]:02x}, "
+            f'in Latin-1 "{chr(content[start])}"): save it as UTF-8'
+        ) from None
+
+
+def _separator_line(table: RawTable, text: str) -> tuple[str, int]:
+    """Returns the separator that Excel's first line `sep=;` names, "" for none, and how many lines that takes."""
+    first = text[:32].lstrip("\ufeff").split("\n", 1)[0].rstrip("\r")
+    found = _SEP_LINE.fullmatch(first)
+    if not found:
+        return "", 0
+    table.notes.append(f'{table.path}: line 1, "{first.strip()}", is Excel\'s and no row')
+    return found[1], 1
+
+
+def _records(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the records of a text with the line that each ends on; a record without a cell is a blank line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
+    while True:
+        limit = csv.field_size_limit(LONGEST_CELL)
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        finally:
+            csv.field_size_limit(limit)
+        yield reader.line_num, record
+
+
+def _is_comment(record: Sequence[str]) -> bool:
+    return bool(record) and record[0].startswith("#")
+
+
+def _separator(path: Path, text: str, data: Data) -> str:
+    """Returns what stands between the cells of a file: that which makes its first line the columns' names."""
+    if format_of(path) == ".tsv" and "\t" in text[: 1 << 20]:
+        return "\t"
+    found: dict[str, list[str]] = {}
+    for separator in SEPARATORS:
+        try:
+            first = next((record for _, record in _records(text, separator) if record and not _is_comment(record)), [])
+        except csv.Error:
+            continue
+        found[separator] = [clean_name(cell) for cell in first]
+    wanted = set(data.label_names)
+    if data.columns:
+        fitting = [each for each, cells in found.items() if len(cells) == len(data.columns)]
+    else:
+        fitting = [each for each, cells in found.items() if len(cells) > 1 and wanted <= set(cells)]
+        several = [each for each, cells in found.items() if len(cells) > 1]
+        fitting = fitting or (several if len(several) == 1 else [])
+    return fitting[0] if fitting else ","
+
+
+def _survey(
+    table: RawTable, text: str, data: Data, separator: str, skipped: int
+) -> tuple[list[str], NDArray[np.bool_], bool]:
+    """Goes once through the records of a text: names, which records are rows, and whether any was left out.
+
+    Lines that are too short or too long are problems; comments and lines without content are left out with a note.
+    """
+    path, names = table.path, list(data.columns)
+    good, lines = bytearray(), array("q")
+    wrong: dict[int, list[int]] = {}
+    comments: list[int] = []
+    empty: list[int] = []
+    header = bool(names)
+    last, open_quote = 0, False
+    for line, record in _records(text, separator):
+        if not record:
+            continue
+        last, keep, open_quote = line, False, "\n" in record[-1]
+        if line <= skipped:
+            pass
+        elif _is_comment(record) and (header or not set(data.label_names) <= _names(record)):
+            comments.append(line)
+        elif not header:
+            _check_width(path, len(record))
+            if max(map(len, record)) > LONGEST_HEADING:
+                raise UnreadableError(f"{path}: a cell of its first line is longer than any name")
+            names = [clean_name(cell) for cell in record]
+            table.problems += _check_names(path, names)
+            header = keep = True
+        elif not any(cell.strip() for cell in record):
+            empty.append(line)
+        elif len(record) != len(names):
+            wrong.setdefault(len(record), []).append(line)
+        else:
+            lines.append(line)
+            keep = True
+        good.append(keep)
+    if not header:
+        raise UnreadableError(f"{path}: the file is empty")
+    _check_width(path, len(names))
+    if table.problems:
+        raise UnreadableError(table.problems.pop())
+    for width, where in sorted(wrong.items()):
+        kind = "fewer" if width < len(names) else "more"
+        cut = ""
+        if where[-1] == last and width < len(names):
+            cut = " (is a quote left open: EOF inside string?)" if open_quote else " (is the file broken off?)"
+        table.problems.append(
+            f"{path}: lines have different numbers of cells: expected {len(names)} in {numbered('line', where)}, "
+            f"saw {width}, {kind} than {'data.columns' if data.columns else 'the header'} has{cut}: complete or remove "
+            f"{'it' if len(where) == 1 else 'them'}"
+        )
+    for what, found in (("a comment", comments), ("empty", empty)):
+        if found:
+            table.notes.append(f"{path}: {numbered('line', found)}, {what}, left out")
+    table.lines = np.frombuffer(lines, dtype=np.int64).copy() if lines else np.empty(0, dtype=np.int64)
+    kept = np.frombuffer(bytes(good), dtype=np.uint8).astype(bool)
+    return names, kept, not kept.all()
+
+
+def _names(record: Sequence[str]) -> set[str]:
+    return {clean_name(cell) for cell in record}
+
+
+def _without(text: str, separator: str, good: NDArray[np.bool_]) -> str:
+    """Returns a text with the good records alone."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=separator)
+    rows = (record for _, record in _records(text, separator) if record)
+    writer.writerows(record for record, keep in zip(rows, good, strict=True) if keep)
+    return out.getvalue()
+
+
+def _parsed(text: str, separator: str, names: list[str], data: Data, texts: Sequence[str]) -> pd.DataFrame:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            header=None if data.columns else 0,
+            names=names,
+            index_col=False,
+            dtype=dict.fromkeys(texts, str),
+            keep_default_na=False,
+            na_values=list(data.missing),
+            skipinitialspace=separator != "\t",
+            low_memory=False,
+        )
+
+
+def _trimmed(frame: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """Returns a frame whose texts mean a missing value with spaces around them too, which pandas does not know."""
+    for name, column in frame.items():
+        if column.dtype.kind == "O":
+            absent = column.notna() & column.astype(str).str.strip().isin(data.missing)
+            if absent.any():
+                frame[name] = column.mask(absent)
     return frame
 
 
-def _feature(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
-    """Returns a column as numbers; raises `FedmetaError` at the first cell that is none."""
-    if column.dtype.kind in "biuf":
-        return _numpy(column)
-    numbers = pd.to_numeric(column, errors="coerce") if column.dtype.kind not in "mM" else column.isna()
-    wrong = (numbers.isna() & column.notna()).to_numpy() if column.dtype.kind not in "mM" else column.notna().to_numpy()
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        value = str(column.iloc[row])
-        advice = (
-            "encode the column as numbers"
-            if wrong.mean() > 0.5
-            else "correct it, or list it in data.missing if it means a missing value"
-        )
-        raise FedmetaError(f'{place(table, row, name)} is "{value[:40]}", not a number: {advice}')
-    return _numpy(numbers)
+def _odd(frame: pd.DataFrame, texts: set[str]) -> "dict[str, pd.Series[Any]]":
+    """Returns the texts of columns that are no numbers yet, without missing and without very long ones."""
+    found = {}
+    for name, column in frame.items():
+        if name not in texts and column.dtype.kind not in "biuf" and column.notna().any():
+            own = column.dropna().astype(str).str.strip()
+            if own.str.len().max() <= LONGEST_NUMBER:
+                found[str(name)] = own
+    return found
 
 
-def _labels(table: Table, column: "pd.Series[Any]", name: str) -> NDArray[Any]:
-    """Returns the labels as numbers where all are, else as text; raises `FedmetaError` where one is missing."""
-    absent = column.isna().to_numpy()
-    if absent.any():
-        raise FedmetaError(f"{place(table, int(np.argmax(absent)), name)} is missing: every row needs a label")
-    if column.dtype.kind in "biuf":
-        return _numpy(column)
-    lengths = column.astype(str).str.len().to_numpy()
-    if lengths.max(initial=0) > LONGEST_LABEL:
-        row = int(np.argmax(lengths > LONGEST_LABEL))
-        raise FedmetaError(f"{place(table, row, name)} is a text of {lengths[row]:,} characters, and no label")
-    try:
-        return _numpy(pd.to_numeric(column))
-    except (ValueError, TypeError):
-        return column.astype(str).str.strip().to_numpy(dtype=str)
+def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
+    """Reads numbers with decimal commas or thousands separators, where they can be nothing else, in place."""
+    replaced: dict[str, list[str]] = {}
+    for name, own in _odd(table.frame, texts).items():
+        column = table.frame[name]
+        certain = table.decimal_comma or bool(own.str.fullmatch(_DECIMAL_COMMA).any())
+        read, how = _plain_numbers(own, comma=separator != "," or certain, decimal_comma=certain)
+        if how == "ambiguous":
+            row = int(own.index[int(np.argmax(own.str.fullmatch(_THOUSANDS).to_numpy()))])
+            cell = own.loc[row]
+            table.problems.append(
+                f'{table.place([row], name)} is "{cell[:40]}", not a number: remove thousands separators'
+                f" (or write a decimal point, if it means {cell.replace(',', '.')[:40]})"
+            )
+            # Reported once; what is left of the column is no further problem.
+            table.frame[name] = pd.to_numeric(column.astype(str).str.replace(",", ""), errors="coerce").fillna(0.0)
+        elif how:
+            filled = column.copy()
+            filled.loc[own.index] = read
+            table.frame[name] = filled
+            replaced.setdefault(how, []).append(name)
+    for how, named in replaced.items():
+        table.notes.append(f"{table.path}: {how} in {listed(named, 5)}")
 
 
-def _check_numbers(table: Table, found: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
-    """Checks that several targets are numbers; raises `FedmetaError` at the first that is none."""
-    for values, name in zip(found, names, strict=True):
-        if values.dtype.kind not in "biuf":
-            wrong = pd.to_numeric(pd.Series(values), errors="coerce").isna().to_numpy()
-            row = int(np.argmax(wrong))
-            raise FedmetaError(f'{place(table, row, name)} is "{values[row]!s:.40}": targets must be numbers')
+def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool) -> "tuple[pd.Series[Any], str]":
+    """Returns numbers as Python writes them, and how they were written: "" where nothing was to be done.
 
-
-def _numpy(column: "pd.Series[Any]") -> NDArray[Any]:
-    """Returns a column of numbers as an array of NumPy's own type: nulls as NaN, truth values as 0 and 1."""
-    if column.isna().any() or column.dtype.kind == "f":
-        return column.to_numpy(dtype=np.float64, na_value=np.nan)
-    return column.to_numpy(dtype=np.int64 if column.dtype.kind in "biu" else np.float64)
-
-
-def _line(table: Table, row: int) -> int | None:
-    """Returns the line of a file, from 1, that a row of its table ends on; None beyond a cell too long to be read.
-
-    Blank lines are no rows.
+    Args:
+        cells: The texts of a column, without missing ones.
+        comma: Whether a comma in a number may be a decimal one.
+        decimal_comma: Whether it must be one, by some number of the file or column.
     """
-    with open(table.path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        records = -1 if table.header else 0
-        try:
-            for record in reader:
-                records += bool(record)
-                if records > row:
-                    break
-        except csv.Error:
-            return None
-        return reader.line_num
+    rest = pd.to_numeric(cells, errors="coerce").isna()
+    if not rest.any():
+        if decimal_comma and cells.str.fullmatch(_GROUPED).all() and cells.str.contains(".", regex=False).any():
+            return cells.str.replace(".", ""), "points between thousands"
+        return cells, ""
+    odd = cells[rest]
+    if comma and odd.str.fullmatch(_COMMA_NUMBER).mean() > 0.5 and odd.str.fullmatch(_COMMA_NUMBER).any():
+        if decimal_comma:
+            changed = cells.where(~cells.str.fullmatch(_COMMA_NUMBER), cells.str.replace(".", "").str.replace(",", "."))
+            return changed, "decimal commas"
+        if odd.str.fullmatch(_THOUSANDS).any():
+            certain = odd.str.fullmatch(_CERTAIN_THOUSANDS).any()
+            return (cells.str.replace(",", ""), "commas between thousands") if certain else (cells, "ambiguous")
+    if odd.str.fullmatch(_THOUSANDS).mean() > 0.5:
+        certain = odd.str.fullmatch(_CERTAIN_THOUSANDS).any()
+        return (cells.str.replace(",", ""), "commas between thousands") if certain else (cells, "ambiguous")
+    if odd.str.fullmatch(_POINT_THOUSANDS).mean() > 0.5:
+        return cells.str.replace(".", "").str.replace(",", "."), "points between thousands"
+    if odd.str.fullmatch(_MARK_THOUSANDS).mean() > 0.5:
+        plain = cells.str.replace(r"['\u2019\u00a0\u202f ]", "", regex=True)
+        return plain.str.replace(",", ".") if comma else plain, "marks between thousands"
+    return cells, ""
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises `FedmetaError` with all problems in one message, where there are any; each is named once."""
+    distinct = grouped(list(dict.fromkeys(problems)))
+    if len(distinct) == 1:
+        raise FedmetaError(distinct[0])
+    if distinct:
+        raise ManyProblemsError(distinct)
+
+
+def grouped(problems: Sequence[str]) -> list[str]:
+    """Returns problems, those that several files have in the same words as one that names the files."""
+    words: dict[str, list[tuple[str, str]]] = {}
+    for problem in problems:
+        path, _, rest = problem.partition(": ")
+        words.setdefault(rest or problem, []).append((path, problem))
+    found = []
+    for rest, same in words.items():
+        files = [path for path, _ in same]
+        found += [problem for _, problem in same] if len(same) == 1 else [f"{listed(files, 5)}: {rest}"]
+    return found
+
+
+class ManyProblemsError(FedmetaError):
+    """Several things are wrong with data; each is named, in one line.
+
+    Attributes:
+        problems: What is wrong, a text each.
+    """
+
+    longest = 20_000
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:MOST_PROBLEMS], start=1))
+        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        super().__init__(f"{len(problems)} problems: {shown}{more}")
+
+
+MOST_PROBLEMS = 60
+"""How many problems one message names."""

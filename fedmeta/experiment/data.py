@@ -28,6 +28,19 @@ class Data(OpenSection):
         default="label",
         description="Name of the label column, in tables and Hugging Face data sets; a list = several targets (tables)",
     )
+    site_column: str = Field(
+        default="", description="Column of tables that names each row's site; empty = a file is a site"
+    )
+    ignore: Texts = Field(default=(), description="Columns of tables that are left out, such as names and ids")
+    categorical: Texts = Field(
+        default=(), description="Columns of tables that hold categories although they are numbers; text is found"
+    )
+    category_rows: int = Field(
+        default=5, ge=1, description='A category that fewer train rows of each site have counts as "other" (rows)'
+    )
+    dates: Literal["", "days"] = Field(
+        default="", description="What becomes of columns of dates in tables; days = since 1970-01-01, empty = refused"
+    )
     site_key: str = Field(
         default="site", min_length=1, description="Array (npz) or column (huggingface) that holds each row's site"
     )
@@ -43,7 +56,8 @@ class Data(OpenSection):
         default="", description="Class that sensitivity, auroc and the like are about; empty = the second of two"
     )
     missing: Texts = Field(
-        default=("", "?", "NA", "NaN", "nan", "null"), description="Texts that mean a missing value, in tables"
+        default=("", "?", ".", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null"),
+        description="Texts that mean a missing value, in tables",
     )
     binarise: float | None = Field(
         default=None,
@@ -98,7 +112,10 @@ class Data(OpenSection):
         default=1000, ge=1, description="Size of the synthetic population, or of data.dirichlet's (sites)"
     )
     rows: int = Field(default=40, ge=1, description="Size of a synthetic site (rows)")
-    features: int = Field(default=20, ge=1, description="Width of a synthetic row (features)")
+    features: Count | Texts = Field(
+        default=20,
+        description="Columns of tables that are features, empty = all others; or a synthetic row's width (features)",
+    )
     classes: int = Field(default=5, ge=2, description="Labels in the synthetic population (classes)")
     heterogeneity: float = Field(
         default=1.0,
@@ -111,6 +128,11 @@ class Data(OpenSection):
         """The label columns: one, or a column for each of several targets."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
+    @property
+    def chosen_features(self) -> tuple[str, ...]:
+        """The columns of tables that are features; empty for all but the label."""
+        return () if isinstance(self.features, int) else self.features
+
     def conflicts(self) -> Conflicts:
         """Yields further keys of a built-in source, a path that is missing, and rotations without few-shot tasks."""
         yield from super().conflicts()
@@ -122,5 +144,9 @@ class Data(OpenSection):
             yield "label", "must be one column: several are targets of a regression"
         if len(self.label_names) > 1 and self.source == "huggingface":
             yield "label", 'must be one column where source = "huggingface"'
+        if self.source == "synthetic" and not isinstance(self.features, int):
+            yield "features", 'must be a number where source = "synthetic"'
+        if both := set(self.chosen_features) & set(self.ignore):
+            yield "ignore", f"must not name what features names: {', '.join(sorted(both)[:5])}"
         if self.rotations and self.ways is None:
             yield "rotations", "must be false without data.ways: turned images are classes of few-shot tasks"

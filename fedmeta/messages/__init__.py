@@ -1,7 +1,10 @@
 """The contract between clients/ and server/: what each message holds. Nothing else leaves a site.
 
 `query.sites`: a node replies with its sites' names, numbers of train and test rows and weights, the labels that occur
-    there, the feature names and the shape of a row; for own problems a digest of the form of their data.
+    there, the feature names, which of them are categories, and the shape of a row; for own problems a digest of the
+    form of their data.
+`query.categories`: where some features are columns of categories, the server names these and training sites; a node
+    replies with the names that at least `data.category_rows` train rows of one of these sites have.
 `query.sums`: the server names training sites; a node replies with the count, the sum and the sum of squares of each
     feature, and of each target of a regression, over those sites' train rows, added up.
 `query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
@@ -24,17 +27,27 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, RecordDict
 
 from fedmeta.messages.records import MessageError, payload_bytes, write_arrays
-from fedmeta.messages.registration import SitesReply, SumsReply, SumsRequest
-from fedmeta.messages.rounds import LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
+from fedmeta.messages.registration import (
+    CategoriesReply,
+    CategoriesRequest,
+    SitesReply,
+    SumsReply,
+    SumsRequest,
+)
+from fedmeta.messages.rounds import LOCAL_METHODS, LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
 
 __all__ = [
     "EVALUATE",
     "FAILURES",
+    "LOCAL_METHODS",
     "LOSS",
+    "QUERY_CATEGORIES",
     "QUERY_ENGINE",
     "QUERY_SITES",
     "QUERY_SUMS",
     "TRAIN",
+    "CategoriesReply",
+    "CategoriesRequest",
     "EngineReply",
     "EvaluateReply",
     "MessageError",
@@ -50,6 +63,7 @@ __all__ = [
 ]
 
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
+QUERY_CATEGORIES = "query.categories"
 TRAIN, EVALUATE = "train", "evaluate"
 
 

@@ -124,6 +124,13 @@ def read_record(content: RecordDict, name: str, kind: type[R], *keys: str) -> R:
     return record
 
 
+def with_optional(content: RecordDict, name: str, keys: tuple[str, ...], optional: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the keys that a record must have: some, and others as soon as it has one of these."""
+    record = content.get(name)
+    there = set(record) if isinstance(record, ConfigRecord) else set()
+    return (*keys, *optional) if there & set(optional) else keys
+
+
 def read_scalar(record: ConfigRecord | MetricRecord, key: str, kind: type[V]) -> V:
     """Returns a value of one type (a whole number serves as a float)."""
     value = record.get(key)
@@ -162,3 +169,45 @@ def write_names(names: tuple[str, ...]) -> ConfigRecord:
 def read_names(content: RecordDict) -> tuple[str, ...]:
     """Returns the names of the sites that a message is about."""
     return tuple(read_list(read_record(content, "sites", ConfigRecord, "names"), "names", str))
+
+
+Categories = tuple[tuple[str, tuple[str, ...]], ...]
+"""Columns of categories by name, and the names known of each."""
+
+CATEGORY_KEYS = ("category_columns", "category_counts", "category_names")
+
+MOST_CATEGORIES = 100_000
+"""More names of categories are refused in a message."""
+
+
+def write_categories(categories: Categories) -> dict[str, Any]:
+    """Returns columns of categories as entries of a record: the columns, how many names each has, and all names.
+
+    Where there are none, a record has none of these entries.
+    """
+    if not categories:
+        return {}
+    return {
+        "category_columns": [column for column, _ in categories],
+        "category_counts": [len(names) for _, names in categories],
+        "category_names": [name for _, names in categories for name in names],
+    }
+
+
+def read_categories(record: ConfigRecord) -> Categories:
+    """Returns the columns of categories that a record holds; raises `MessageError` where they are none."""
+    if not set(CATEGORY_KEYS) & set(record):
+        return ()
+    columns, names = read_list(record, "category_columns", str), read_list(record, "category_names", str)
+    counts = read_list(record, "category_counts", int, len(columns))
+    if len(set(columns)) < len(columns) or min(counts, default=0) < 0 or sum(counts) != len(names):
+        raise MessageError("its columns of categories and their names do not fit together")
+    if len(names) > MOST_CATEGORIES:
+        raise MessageError(f"it has {len(names)} categories, and may have {MOST_CATEGORIES}")
+    ends = np.cumsum([0, *counts]).tolist()
+    found = tuple(
+        (column, tuple(names[start:end])) for column, start, end in zip(columns, ends[:-1], ends[1:], strict=True)
+    )
+    if any(len(set(own)) < len(own) for _, own in found):
+        raise MessageError("two categories of a column have the same name")
+    return found

@@ -12,15 +12,20 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmeta.messages.records import (
+    CATEGORY_KEYS,
     LARGEST,
+    Categories,
     MessageError,
     only,
     read_arrays,
+    read_categories,
     read_list,
     read_names,
     read_record,
     read_scalar,
+    with_optional,
     write_arrays,
+    write_categories,
     write_names,
 )
 from fedmeta.text import first_bad_name
@@ -36,7 +41,7 @@ LONGEST_FORM = 200
 SLACK = 1e-9
 """How far rounding may carry a sum of many values beyond what is possible (share of it)."""
 
-PLURALS = {"site": "sites", "class": "classes", "feature": "features", "target": "targets"}
+PLURALS = {"site": "sites", "class": "classes", "feature": "features", "target": "targets", "category": "categories"}
 
 SUMS = ("count", "total", "square", "target_count", "target_total", "target_square")
 
@@ -65,6 +70,7 @@ class SitesReply:
         form: A digest of the form of a task of an own source, which must be equal at all sites; empty for rows.
         held_out: Whether support and query are different data at these sites.
         targets: What each target of a regression is called; empty for classes and for data that are no rows.
+        categorical: Which features are columns of categories there; their names are asked for later.
     """
 
     names: tuple[str, ...]
@@ -79,6 +85,7 @@ class SitesReply:
     form: str = ""
     held_out: bool = True
     targets: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
 
     def pack(self) -> RecordDict:
         """Returns the reply's content."""
@@ -92,6 +99,8 @@ class SitesReply:
             "held_out": self.held_out,
             "targets": list(self.targets),
         }
+        if self.categorical:
+            schema["categorical"] = list(self.categorical)
         sizes: dict[str, Any] = {
             "train_rows": list(self.train_rows),
             "test_rows": list(self.test_rows),
@@ -111,7 +120,9 @@ class SitesReply:
         only(content, "sites", "schema", "sizes")
         names = read_names(content)
         sizes = read_record(content, "sizes", MetricRecord, "train_rows", "test_rows", "weights")
-        schema = read_record(content, "schema", ConfigRecord, *SCHEMA)
+        schema = read_record(
+            content, "schema", ConfigRecord, *with_optional(content, "schema", SCHEMA, ("categorical",))
+        )
         rows = {key: tuple(read_list(sizes, key, int, len(names))) for key in ("train_rows", "test_rows")}
         if min((*rows["train_rows"], *rows["test_rows"]), default=0) < 0:
             raise MessageError("a number of rows is negative")
@@ -131,10 +142,14 @@ class SitesReply:
             raise MessageError("its labels are numbers and it has classes, or they are classes and it has none")
         symbols = {name for name in classes if tokens and len(name) == 1}
         for what, texts in {"site": names, "class": classes, "feature": features, "target": targets}.items():
-            if len(set(texts)) < len(texts):
+            # The rows of some real files (UCI HAR) have names twice: such features are known by their place.
+            if what != "feature" and len(set(texts)) < len(texts):
                 raise MessageError(f"two {PLURALS[what]} have the same name")
             if bad := first_bad_name(text for text in texts if text not in symbols):
                 raise MessageError(f"the {what} {bad}")
+        categorical = tuple(read_list(schema, "categorical", str)) if "categorical" in schema else ()
+        if len(set(categorical)) < len(categorical) or not set(categorical) <= set(features):
+            raise MessageError("its columns of categories are not among its features")
         if features and shape != (len(features),):
             raise MessageError("its rows have another length than its list of features")
         if len(form) > LONGEST_FORM or not (form.isascii() and form.isprintable()):
@@ -152,7 +167,59 @@ class SitesReply:
             form=form,
             held_out=read_scalar(schema, "held_out", bool),
             targets=targets,
+            categorical=categorical,
         )
+
+
+@dataclass(frozen=True)
+class CategoriesRequest:
+    """Asks a node for the names that occur in columns of categories at some of its sites, which are training sites.
+
+    Attributes:
+        names: The sites.
+        columns: The columns.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def pack(self) -> RecordDict:
+        """Returns the message's content."""
+        columns = ConfigRecord({"columns": list(self.columns)})
+        return RecordDict({"sites": write_names(self.names), "categories": columns})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> CategoriesRequest:
+        """Reads a message; raises `MessageError` where it is not one."""
+        only(content, "sites", "categories")
+        own = read_record(content, "categories", ConfigRecord, "columns")
+        return cls(read_names(content), tuple(read_list(own, "columns", str)))
+
+
+@dataclass(frozen=True)
+class CategoriesReply:
+    """The names in columns of categories that enough train rows of a site have; others are "other" and stay there.
+
+    Attributes:
+        categories: By column the names, of all sites asked together; no counts.
+    """
+
+    categories: Categories
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        return RecordDict({"categories": ConfigRecord(write_categories(self.categories))})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> CategoriesReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "categories")
+        own = read_record(content, "categories", ConfigRecord, *CATEGORY_KEYS)
+        found = read_categories(own)
+        for _, names in found:
+            if bad := first_bad_name(names):
+                raise MessageError(f"the category {bad}")
+        return cls(found)
 
 
 @dataclass(frozen=True)
@@ -162,21 +229,25 @@ class SumsRequest:
     Attributes:
         names: The sites.
         per_site: Whether each site's own sums are wanted in place of their sum.
+        categories: The columns of categories, and the names that the run knows of each.
     """
 
     names: tuple[str, ...]
     per_site: bool = False
+    categories: Categories = ()
 
     def pack(self) -> RecordDict:
         """Returns the message's content."""
-        return RecordDict({"sites": write_names(self.names), "sums": ConfigRecord({"per_site": self.per_site})})
+        own = ConfigRecord({"per_site": self.per_site, **write_categories(self.categories)})
+        return RecordDict({"sites": write_names(self.names), "sums": own})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> SumsRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "sites", "sums")
-        own = read_record(content, "sums", ConfigRecord, "per_site")
-        return cls(read_names(content), read_scalar(own, "per_site", bool))
+        keys = with_optional(content, "sums", ("per_site",), CATEGORY_KEYS)
+        own = read_record(content, "sums", ConfigRecord, *keys)
+        return cls(read_names(content), read_scalar(own, "per_site", bool), read_categories(own))
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,19 @@ from torch import Tensor
 
 from fedmeta.engines import ENGINES
 from fedmeta.messages.records import (
+    CATEGORY_KEYS,
+    Categories,
     MessageError,
     only,
     read_arrays,
+    read_categories,
     read_list,
     read_names,
     read_record,
     read_scalar,
+    with_optional,
     write_arrays,
+    write_categories,
     write_names,
 )
 from fedmeta.problems.metric import Metric
@@ -47,6 +52,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 """One part of a path and no more: a site makes a folder of this name."""
 BASELINES = ("", "local_only", "classical", "optimum")
 """What an evaluation may be of: adaptation (""), or what it is compared with."""
+
+LOCAL_METHODS = ("linear", "network", "trees", "solver")
+"""How a site may solve alone; a site sends the place of its method in this tuple."""
 
 LOSS = "loss"
 """The figure that every site sends: its outer objective."""
@@ -73,6 +81,7 @@ class RoundRequest:
         per_site: Whether each site's own gradient is wanted in place of their sum (`train`).
         groups: The group that each site's pooled sums are added to, -1 = none; empty where no pooled figures are
             wanted (`evaluate`).
+        categories: The columns of categories, and the names that the run knows of each.
     """
 
     meta_state: Mapping[str, Tensor]
@@ -89,6 +98,7 @@ class RoundRequest:
     budget: int = 0
     per_site: bool = False
     groups: tuple[int, ...] = ()
+    categories: Categories = ()
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -106,6 +116,7 @@ class RoundRequest:
             "budget": self.budget,
             "per_site": self.per_site,
             "groups": list(self.groups),
+            **write_categories(self.categories),
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -113,7 +124,7 @@ class RoundRequest:
     def unpack(cls, content: RecordDict) -> RoundRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
-        task = read_record(content, "task", ConfigRecord, *TASK_KEYS)
+        task = read_record(content, "task", ConfigRecord, *with_optional(content, "task", TASK_KEYS, CATEGORY_KEYS))
         run = read_scalar(task, "run", str)
         if not RUN_NAME.fullmatch(run):
             raise MessageError("the run's name is not the name of a folder")
@@ -132,6 +143,7 @@ class RoundRequest:
             budget=read_scalar(task, "budget", int),
             per_site=read_scalar(task, "per_site", bool),
             groups=tuple(read_list(task, "groups", int)),
+            categories=read_categories(task),
         )
 
 
@@ -261,7 +273,8 @@ class EvaluateReply:
         chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
         pooled: Sums over the sites of a group, before ("global") and after adaptation, by "GROUP/STATE/NAME".
         pooled_sites: How many sites each group's sums hold.
-        evaluations: How many evaluations of the objective a classical method took [sites]; empty for all else.
+        evaluations: How many evaluations of the objective a classical method took [sites], or how each site solved
+            alone (its place in `LOCAL_METHODS`); empty for all else.
     """
 
     names: tuple[str, ...]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from fedmeta.data import Population
+
 
 @dataclass(frozen=True)
 class Result:
@@ -122,9 +124,29 @@ def _local(experiment: Experiment, resume: Path | None, report: ProgressCallback
     for note in check_own_code(experiment):
         report(Progress(0, experiment.server.rounds, note=note))
     grid = LocalGrid(app, experiment)
-    node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
+    node = node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
+    for note in data_notes(getattr(node, "population", None), experiment):
+        report(Progress(0, experiment.server.rounds, note=note))
     outcome = training_loop.run(grid, experiment, report, resume, data_here=True)
     return result_of(outcome.summary, outcome.sites, outcome.meta_state, outcome.folder)
+
+
+MOST_NOTES = 12
+"""How many notes on the data a run reports; `fedmeta sites` shows all of them."""
+
+
+def data_notes(population: Population | None, experiment: Experiment) -> list[str]:
+    """Returns what reading the sites' files left out or decided, and what is probably not meant in them."""
+    from fedmeta.data.findings import findings
+
+    if population is None or experiment.tracking.parent:
+        return []
+    notes = [*getattr(population, "notes", ()), *findings(population, experiment.data)]
+    more = len(notes) - MOST_NOTES
+    return [
+        *notes[:MOST_NOTES],
+        *([f"and {more} more notes on the data: fedmeta sites shows them"] if more > 0 else []),
+    ]
 
 
 def _ray(experiment: Experiment, resume: Path | None, report: ProgressCallback) -> Result:

@@ -32,6 +32,8 @@ def check_experiment(experiment: Experiment) -> Checked:
     """
     experiment = experiment.absolute()
     node = node_of(LocalGrid(app, experiment).context)
+    if isinstance(node, RowNode):
+        node = node.with_categories(node.categories(node.hosted, node.categorical) if node.categorical else ())
     sites = np.unique(np.linspace(0, len(node.hosted) - 1, SITES).astype(np.int64))
     classes = order_classes(node.classes()) if isinstance(node, RowNode) else ()
     here, learner = node.hosted[sites], learner_for(node, classes)

@@ -61,7 +61,7 @@ def measure(
     state, _ = checkpoint.newest(folder)
     experiment = Experiment.from_toml(state.experiment, str(folder))
     refuse_foreign_code(experiment, str(folder), code)
-    node = node_of(LocalGrid(client_app, experiment.absolute()).context)
+    node = node_of(LocalGrid(client_app, experiment.absolute()).context).with_categories(state.categories)
     learner = learner_for(node, state.classes)
     meta_state, scale = split_meta_state(state.meta_state, "cpu")
     kept = set(state.names) - set(state.new_sites) - set(state.validation_sites)

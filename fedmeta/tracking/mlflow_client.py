@@ -327,7 +327,10 @@ def fetch_run(uri: str, run_id: str, folder: Path) -> dict[str, Any]:
     def wanted(names: list[str]) -> list[str]:
         return [SUMMARY, SITES, "experiment.toml", *_checkpoints(names)[-1:], *({"pictures"} & set(names))]
 
-    files = _download(uri, run_id, wanted, folder)
+    files = _download(uri, run_id, lambda names: wanted(names) if SUMMARY in names else (), folder)
+    if not files:
+        why = _why_without(uri, run_id)
+        raise FedmetaError(f"cannot fetch run {run_id} from {without_user_info(uri)}: it has no {SUMMARY}: {why}")
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -353,8 +356,19 @@ def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path:
     """
     files = _download(uri, run_id, lambda names: _checkpoints(names)[-1:], folder)
     if not files:
-        raise FedmetaError(f"run {run_id} in {without_user_info(uri)} has no checkpoint: it has not ended")
+        raise FedmetaError(f"run {run_id} in {without_user_info(uri)} has no checkpoint: {_why_without(uri, run_id)}")
     return files[0]
+
+
+def _why_without(uri: str, run_id: str) -> str:
+    """Returns why a run of a store has none of its files: it has not ended, or they were moved."""
+    info = _ask(uri, f"run {run_id}", lambda: open_client(checked_uri(uri)).get_run(run_id).info)
+    if info.status != "FINISHED":
+        return f"it has not ended (its status is {info.status})"
+    return (
+        f"it has ended, and its files are not at {without_user_info(str(info.artifact_uri))}: was a folder moved or "
+        "renamed? Name the run's own folder instead"
+    )
 
 
 def fetch_registered(uri: str, model: str, folder: Path, name: str) -> Path:

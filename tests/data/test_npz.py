@@ -275,3 +275,12 @@ def test_no_damage_to_a_file_raises_anything_but_our_own_error(
     (folder / "sites.npz").write_bytes(damaged)
     with suppress(FedmetaError):
         read(str(folder / "sites.npz"))
+
+
+def test_labels_and_names_follow_the_rule_of_tables(tmp_path: Path) -> None:
+    labels = np.array(["1", "1.0", " 1", "01", "yes", "yes ", "1", "1", "1", "1", "1", "01"])
+    sites = np.array(["a", "a ", "b"] * 4)
+    there = load(Data(source="npz", path=npz(tmp_path, y=labels, site=sites, feature_names=[" p", "q ", "a\u0302ge"])))
+    assert there.class_names == ("01", "1", "yes")
+    assert list(there.names) == ["a", "b"]
+    assert there.feature_names == ("p", "q", "\u00e2ge")

@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "categories": (
         {"x": "a,b,label\nmale,2,0\nfemale,3,1\n"},
         {},
-        r'line 2, column "a" is "male", not a number: encode the column as numbers',
+        r'x\.csv: lines 2 and 3, column "a" is "male", "female", not a number: correct it',
     ),
     "infinite": ({"x": GOOD + "inf,1,1\n"}, {}, r'x\.csv: line 4, column "a" is inf, beyond what float32 holds'),
     "no cell of a label": ({"x": GOOD + "1,2,\n"}, {}, r'x\.csv: line 4, column "label" is missing'),
@@ -164,12 +164,18 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "twice": ({"x": "a,b,a,label\n1,2,3,0\n"}, {}, r'x\.csv: columns 1 and 3 are both called "a"'),
     "index": ({"x": ",a,b,label\n0,1,2,0\n"}, {}, r"x\.csv: column 1 has no name \(was it written with an index\?\)"),
-    "semicolons": (
-        {"x": "a;b;label\n1;2;0\n"},
+    "no separator": (
+        {"x": "a b label\n1 2 0\n"},
         {},
-        r"x\.csv: its first line is one cell, 'a;b;label': cells must have commas between them",
+        r"x\.csv: its first line is one cell, 'a b label': cells must have commas between them",
     ),
     "longer line": ({"x": GOOD + "1,2,3,4\n"}, {}, r"x\.csv: lines have different numbers of cells.*line 4, saw 4"),
+    "shorter line": (
+        {"x": GOOD + "1,2\n3,4,1\n"},
+        {},
+        r"x\.csv: .* expected 3 in line 4, saw 2, fewer than the header",
+    ),
+    "broken off": ({"x": GOOD + "1,2"}, {}, r"expected 3 in line 4, saw 2, .*is the file broken off"),
     "longer lines": ({"x": "a,b,label\n1,2,0,9\n1,2,0,9\n"}, {}, r"x\.csv: lines have different numbers of cells"),
     "empty": ({"x": ""}, {}, r"x\.csv: the file is empty"),
     "header only": ({"x": "a,b,label\n"}, {}, r"x\.csv: there are no rows"),
@@ -219,5 +225,6 @@ def test_wrong_cells_of_parquet(tmp_path: Path) -> None:
     with pytest.raises(FedmetaError, match=r'x\.parquet: row 3, column "v" is "many", not a number'):
         read(str(tmp_path))
     frame[["when", "label"]].to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(FedmetaError, match=r'row 1, column "when" is "2020-01-01.*encode the column as numbers'):
+    with pytest.raises(FedmetaError, match=r'row 1, column "when" is "2020-01-01.*encode the column as numbers.*days'):
         read(str(tmp_path))
+    np.testing.assert_array_equal(read(str(tmp_path), dates="days").x, [[18262.0]] * 3)

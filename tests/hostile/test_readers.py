@@ -58,9 +58,9 @@ def test_a_cell_of_fifty_megabytes(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     cell = "9" * (50 * MIB) + "z"
     file.write_text(f"a,b,label\n1,2,x\n{cell},3,y\n")
-    assert 'row 2, column "a" is "9999' in table(file)
+    assert 'line 3, column "a" is "9999' in table(file)
     file.write_text(f'a,b,label\n1,2,x\n"{cell}",3,y\n')
-    assert 'row 2, column "a" is "9999' in table(file)
+    assert 'line 3, column "a" is "9999' in table(file)
     file.write_text(f"a,b,label\n1,2,x\n1,3,{cell}\n")
     assert "is a text of 52,428,801 characters, and no label" in table(file)
     file.write_text(f"a,{cell},label\n1,2,x\n")

@@ -132,6 +132,13 @@ def test_files_that_a_run_does_not_have_are_named(tmp_path):
         mlflow_client.fetch_checkpoint(uri, run_id, tmp_path / "none")
     with pytest.raises(FedmetaError, match=f"cannot fetch run {run_id}"):
         mlflow_client.fetch_run(uri, run_id, tmp_path / "none")
+    client.set_terminated(run_id)
+    (tmp_path / "artifacts").rename(tmp_path / "elsewhere")
+    moved = "it has ended, and its files are not at .*artifacts: was a folder moved or renamed"
+    with pytest.raises(FedmetaError, match=f"has no checkpoint: {moved}"):
+        mlflow_client.fetch_checkpoint(uri, run_id, tmp_path / "none")
+    with pytest.raises(FedmetaError, match=moved):
+        mlflow_client.fetch_run(uri, run_id, tmp_path / "none")
     with pytest.raises(FedmetaError, match="does not have run 0123"):
         mlflow_client.status_of(uri, "0123")
     with pytest.raises(FedmetaError, match="must be written models:/NAME/VERSION"):
