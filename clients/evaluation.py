@@ -122,7 +122,9 @@ def evaluate_sites(
         if policy:
             policy.check_rows(batch, test=True)
         if evaluator.baseline == "local_only":
-            found = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
+            found, methods = solve_alone(evaluator.learner, evaluator.meta_state, batch, node.experiment)
+            # Of several few-shot tasks of a site the first one's stands for all: they have equally many rows.
+            evaluations[group] = np.reshape(methods, (len(group), -1))[:, 0]
         elif evaluator.baseline:
             found, counts = own_baseline(evaluator.baseline, evaluator.learner, evaluator.meta_state, batch)
             evaluations[group] = counts
@@ -145,7 +147,10 @@ def evaluate_sites(
             by_task["accuracy"] = exact_accuracy(by_task["accuracy"], batch)
         if isinstance(problem, Supervised) and outputs is not None and y is not None:
             queries = y.cpu().numpy(), batch.query[2].cpu().numpy()
-            sums = _on_predictions(problem, outputs.cpu().numpy(), queries, taken, by_task, bool(request.groups))
+            states = ("local",) if evaluator.baseline else STATES
+            sums = _on_predictions(
+                problem, outputs.cpu().numpy(), queries, taken, by_task, states, bool(request.groups)
+            )
             per_site = batch.sites // len(group)
             for place, parts in enumerate(sums):
                 site = int(group[place // per_site])
@@ -162,7 +167,7 @@ def evaluate_sites(
     if policy and policy.metrics == ROUNDED:
         figures = {name: policy.figures(values) for name, values in figures.items()}
         pooled, pooled_sites = {}, [0] * len(pooled_sites)
-    counted = tuple(evaluations.tolist()) if evaluator.baseline == "classical" else ()
+    counted = tuple(evaluations.tolist()) if evaluator.baseline in ("classical", "local_only") else ()
     return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
 
 
@@ -184,6 +189,7 @@ def _on_predictions(
     queries: tuple[NDArray[Any], NDArray[Any]],
     taken: NDArray[np.int64],
     figures: dict[str, Floats],
+    states: tuple[str, ...],
     pool: bool,
 ) -> list[Sums]:
     """Adds the metrics that scikit-learn computes to a batch's figures, and returns each task's pooled sums.
@@ -194,6 +200,7 @@ def _on_predictions(
         queries: The tasks' labels [tasks, rows] (targets in their own units) and which rows are there.
         taken: The steps that each task's site takes [tasks].
         figures: The figures so far; metrics are computed at the first and the last taken step, the score at every one.
+        states: Of what sums are: of the first and the last taken step, or "local" of the only one.
         pool: Whether pooled sums are wanted.
     """
     chosen = [m for m in problem.metrics if isinstance(m, RowMetric) and m.on_predictions is not None]
@@ -217,7 +224,7 @@ def _on_predictions(
                     figures[metric.name][task, step] = on_predictions(metric, known[step])
         if pool:
             own: Sums = {}
-            for state, step in zip(STATES, (0, int(taken[task])), strict=True):
+            for state, step in zip(states, (0, int(taken[task])), strict=False):
                 part = known[step]
                 finite = np.isfinite(part.probabilities if part.classes else part.outputs).all()
                 if finite:

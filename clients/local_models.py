@@ -6,11 +6,18 @@ X^T.
 Logistic regression is solved by Boehning's bound on the Hessian (Boehning 1992), A <- A - (M K / 2 + I / C)^-1
 (M (P - Y) + A / C) with M the rows that count, accelerated as by Nesterov: fixed matrices, no line search, so that
 every
-site, fold and strength is one batch. From 50 rows on scikit-learn's boosted trees are a candidate as well.
+site, fold and strength is one batch.
+
+From 50 rows on two more are tried: the run's network, trained from its random start by gradient descent with the number
+of steps cross-validated, and scikit-learn's boosted trees. Of fewer rows the linear model is the strongest on all real
+data tried (experiments/results/local_only.md), and four folds of 20 rows could not show another one to be better.
+Trees are left out where rows have more than `TREE_FEATURES` features or there are more than `TREE_CLASSES` classes.
 """
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +26,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
+from fedmeta import engines
 from fedmeta.engines.weighted_sum import Figures
 from fedmeta.experiment import Experiment
-from fedmeta.learners import Learner
-from fedmeta.problems import Parameters, Supervised
+from fedmeta.learners import Learner, MetaState
+from fedmeta.learners.fedavg import Local
+from fedmeta.messages import LOCAL_METHODS
+from fedmeta.problems import Supervised
 from fedmeta.problems.rows import loss as mean_loss
+from fedmeta.problems.rows import row_losses
 from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.randomness import generator
-from fedmeta.task import Batch
+from fedmeta.task import Batch, Task, stack
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 """C, the inverse penalties that are tried; scikit-learn's default is 1."""
@@ -39,7 +50,13 @@ ITERATIONS = 150
 INTERCEPT = 10.0
 """The square of the constant feature that stands for an intercept: so large that its penalty is felt little."""
 
-TREES_FROM, TREE_CLASSES, TREE_FEATURES = 50, 10, 256
+RIVALS_FROM = 50
+"""From how many rows on the network and the trees are tried."""
+
+TREE_CLASSES, TREE_FEATURES = 10, 256
+NETWORK_STEPS, NETWORK_LR = 200, 0.1
+"""Gradient steps of the network at most, and their rate: the same for every learner."""
+
 SMALLEST = 1e-6
 """The smallest probability that a class is given, so that a log loss is finite."""
 
@@ -47,47 +64,118 @@ AT_ONCE = 1 << 24
 """How many numbers the products of rows may be that are solved together."""
 
 
-def fit_rows(learner: Learner, start: Parameters, batch: Batch, experiment: Experiment) -> Figures:
-    """Returns the figures [sites, 1] on query rows of the best local model of each site's support rows.
+def fit_rows(
+    learner: Learner, meta_state: MetaState, batch: Batch, experiment: Experiment
+) -> tuple[Figures, list[int]]:
+    """Returns the figures of the best local model of each site's support rows, and which one that is.
 
     Args:
-        learner: The run's learner, for the width of its outputs and the run's metrics.
-        start: The run's initial parameters.
+        learner: The run's learner, for its model and the run's metrics.
+        meta_state: The run's initial meta-state.
         batch: The sites' tasks, their rows standardized.
         experiment: The run's description, for the seed.
+
+    Returns:
+        The figures [sites, 1] on query rows, and each site's method, as its place in `LOCAL_METHODS`.
     """
     problem = learner.problem
     assert isinstance(problem, Supervised)
     with torch.no_grad():
-        classes = int(learner.predict(start, batch.query[0][0, :1]).shape[-1])
+        classes = int(learner.predict(learner.theta(meta_state), batch.query[0][0, :1]).shape[-1])
     regression = batch.support[1].is_floating_point()
     problems = (FOLDS + 1) * len(PENALTIES if regression else STRENGTHS)
     size = max(1, AT_ONCE // max(1, problems * batch.support[2].shape[1] * max(batch.support[2].shape[1], classes)))
-    parts = [_fit(batch.chunk(at, at + size), classes, experiment.runtime.seed) for at in range(0, batch.sites, size)]
-    outputs = torch.cat(parts)
+    scored = copy(problem)
+    scored.with_outputs = True
+    network = Local(scored, inner_lr=NETWORK_LR)
+    outputs, methods = [], []
+    for at in range(0, batch.sites, size):
+        rows = _Rows.of(batch.chunk(at, at + size), classes, experiment.runtime.seed)
+        found = rows.linear()
+        for site in range(len(found)):
+            method = "linear"
+            if int(rows.present[site].sum()) >= RIVALS_FROM:
+                method, found[site] = _strongest(rows, site, found[site], network, meta_state)
+            methods.append(LOCAL_METHODS.index(method))
+        outputs.append(found)
+    together = torch.cat(outputs)
     y, mask = batch.query[1].cpu(), batch.query[2].cpu().double()
     y = y.double() if regression else y
-    figures = {"loss": vmap(mean_loss)(outputs, y, mask), **vmap(problem.figures)(outputs, y, mask), OUTPUTS: outputs}
-    return {name: value[:, None] for name, value in figures.items()}
+    figures = vmap(problem.figures)(together, y, mask)
+    figures = {"loss": vmap(mean_loss)(together, y, mask), **figures, OUTPUTS: together}
+    return {name: value[:, None] for name, value in figures.items()}, methods
 
 
-def _fit(batch: Batch, classes: int, seed: int) -> Tensor:
-    """Returns outputs [sites, rows, classes] (log probabilities) or [sites, rows, targets] on the sites' query rows."""
-    (x, y, mask), other = (tuple(tensor.cpu() for tensor in rows) for rows in (batch.support, batch.query))
-    rows, queries = _flat(x, other[0], mask)
-    gram = rows @ rows.mT + INTERCEPT
-    cross = queries @ rows.mT + INTERCEPT
-    folds = torch.from_numpy(np.stack([_folds(a, b, seed) for a, b in zip(y.numpy(), mask.numpy(), strict=True)]))
-    present = mask.double()
-    # One mask a fold, and one of all rows.
-    masks = torch.stack([present * (folds != fold) for fold in range(FOLDS)] + [present], 1)
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of some sites.
+
+    Attributes:
+        x: Their support rows, standardized [sites, n, *shape].
+        queries: Their query rows [sites, rows, *shape].
+        y: Their labels [sites, n, ...].
+        present: 1 for each support row that is there and has a label that the run knows [sites, n].
+        folds: The fold of each support row [sites, n]; -1 for what is not there.
+        vectors: Support rows as vectors [sites, n, features].
+        query_vectors: Query rows as vectors [sites, rows, features].
+        classes: How many classes there are, or targets.
+        seed: Of the folds and trees.
+    """
+
+    x: Tensor
+    queries: Tensor
+    y: Tensor
+    present: Tensor
+    folds: Tensor
+    vectors: Tensor
+    query_vectors: Tensor
+    classes: int
+    seed: int
+
+    @classmethod
+    def of(cls, batch: Batch, classes: int, seed: int) -> _Rows:
+        (x, y, mask), other = (tuple(tensor.cpu() for tensor in rows) for rows in (batch.support, batch.query))
+        present = mask.double() if y.is_floating_point() else mask.double() * (y >= 0)
+        folds = np.stack([_folds(a, b, seed) for a, b in zip(y.numpy(), present.numpy(), strict=True)])
+        vectors, queries = _flat(x, other[0], present)
+        return cls(x, other[0], y, present, torch.from_numpy(folds), vectors, queries, classes, seed)
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers."""
+        return self.y.is_floating_point()
+
+    def linear(self) -> Tensor:
+        """Returns the linear model's outputs [sites, rows, outputs] on query rows: log probabilities, or numbers."""
+        gram = self.vectors @ self.vectors.mT + INTERCEPT
+        cross = self.query_vectors @ self.vectors.mT + INTERCEPT
+        return _linear(gram, cross, self.y, self.present, _masks(self.present, self.folds), self.folds, self.classes)
+
+    def linear_held_out(self, site: int) -> Tensor:
+        """Returns the linear model's outputs [n, outputs] on each support row, fitted and chosen without its fold."""
+        one = slice(site, site + 1)
+        gram = self.vectors[one] @ self.vectors[one].mT + INTERCEPT
+        y, folds = self.y[one], self.folds[one]
+        found = torch.zeros(self.y.shape[1], self.classes, dtype=torch.float64)
+        for fold in range(FOLDS):
+            held = folds[0] == fold
+            inner = folds.where(folds != fold, -1)
+            present = self.present[one] * (inner >= 0)
+            found[held] = _linear(gram, gram, y, present, _masks(present, inner), inner, self.classes)[0][held]
+        return found
+
+
+def _masks(present: Tensor, folds: Tensor) -> Tensor:
+    """Returns the rows [sites, FOLDS + 1, n] that each fold's model is fitted to, and at last all."""
+    return torch.stack([present * (folds != fold) for fold in range(FOLDS)] + [present], 1)
+
+
+def _linear(
+    gram: Tensor, cross: Tensor, y: Tensor, present: Tensor, masks: Tensor, folds: Tensor, classes: int
+) -> Tensor:
     if y.is_floating_point():
         return _ridge(gram, cross, y.double(), present, masks, folds)
-    outputs = _logistic(gram, cross, y, present, masks, folds, classes)
-    for site in range(len(y)):
-        if int(present[site].sum()) >= TREES_FROM and classes <= TREE_CLASSES and rows.shape[-1] <= TREE_FEATURES:
-            outputs[site] = _or_trees(site, rows, queries, y, present, folds, outputs[site], gram, masks, classes, seed)
-    return outputs
+    return _logistic(gram, cross, y, present, masks, folds, classes)
 
 
 def _flat(x: Tensor, other: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,55 +277,78 @@ def _ridge(gram: Tensor, cross: Tensor, y: Tensor, present: Tensor, masks: Tenso
     return predicted
 
 
-def _or_trees(
-    site: int,
-    rows: Tensor,
-    queries: Tensor,
-    y: Tensor,
-    present: Tensor,
-    folds: Tensor,
-    linear: Tensor,
-    gram: Tensor,
-    masks: Tensor,
-    classes: int,
-    seed: int,
-) -> Tensor:
-    """Returns boosted trees' log probabilities on a site's query rows where their held-out loss is better."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
+def _strongest(rows: _Rows, site: int, linear: Tensor, network: Local, meta_state: MetaState) -> tuple[str, Tensor]:
+    """Returns the method of the lowest held-out loss on a site's support rows, and its outputs on the query rows.
 
-    here = present[site] > 0
-    x, labels, own = rows[site][here].numpy(), y[site][here].numpy(), folds[site][here].numpy()
-    if len(np.unique(labels)) < 2:
-        return linear
+    Every method chooses its own settings without the rows of the fold that it is scored on. A rival must beat the
+    linear model by one standard error of the paired difference: one that is better by less is mostly luck, which cost
+    half a point on 21 persons with 100 rows each.
 
-    def fitted(train: NDArray[np.bool_], to: NDArray[np.float64]) -> NDArray[np.float64]:
-        found = np.full((len(to), classes), SMALLEST)
-        kinds = np.unique(labels[train])
-        if len(kinds) < 2:
-            found[:, kinds] = 1.0
-        else:
-            model = HistGradientBoostingClassifier(
-                max_iter=50, max_depth=3, min_samples_leaf=5, random_state=seed % 2**32
-            )
-            model.fit(x[train], labels[train])
-            found[:, model.classes_] = np.maximum(model.predict_proba(to), SMALLEST)
-        shares: NDArray[np.float64] = found / found.sum(1, keepdims=True)
-        return shares
+    Args:
+        rows: The rows.
+        site: The site.
+        linear: The linear model's outputs on the site's query rows.
+        network: What trains the run's network.
+        meta_state: Where it starts.
+    """
+    here = rows.present[site] > 0
+    y, folds = rows.y[site][here], rows.folds[site][here]
+    if not rows.regression and len(set(y.tolist())) < 2:
+        return "linear", linear
+    losses = {"linear": row_losses(rows.linear_held_out(site)[here], y)}
+    losses["network"], steps = _network_losses(rows.x[site][here], y, folds, network, meta_state)
+    trees = rows.classes <= TREE_CLASSES and rows.vectors.shape[-1] <= TREE_FEATURES
+    if trees:
+        x = rows.vectors[site][here].numpy()
+        held_out = torch.zeros(len(y), rows.classes, dtype=torch.float64)
+        for fold in range(FOLDS):
+            held = (folds == fold).numpy()
+            held_out[held] = _trees(x[~held], y[~held].numpy(), x[held], rows.classes, rows.seed)
+        losses["trees"] = row_losses(held_out, y)
+    best = min(losses, key=lambda name: float(losses[name].mean()))
+    gain = losses["linear"] - losses[best]
+    if not gain.mean() > gain.std() / len(y) ** 0.5:
+        best = "linear"
+    if best == "network":
+        own = network.adapt(meta_state, (rows.x[site][here], y), steps)
+        with torch.no_grad():
+            outputs = network.predict(own, rows.queries[site]).double()
+        return best, outputs if rows.regression else _normalized(outputs.log_softmax(-1))
+    if best == "trees":
+        return best, _trees(x, y.numpy(), rows.query_vectors[site].numpy(), rows.classes, rows.seed)
+    return best, linear
 
-    trees = np.empty(len(labels))
-    for fold in range(FOLDS):
-        held = own == fold
-        trees[held] = -np.log(fitted(~held, x[held])[np.arange(held.sum()), labels[held]])
-    # The linear model's held-out loss, by the same folds.
-    one = slice(site, site + 1)
-    base = np.empty(len(labels))
-    for fold in range(FOLDS):
-        held = own == fold
-        inner = folds[one].where(folds[one] != fold, -1)
-        count = masks[one, fold]
-        again = torch.stack([count * (inner != part) for part in range(FOLDS)] + [count], 1)
-        found = _logistic(gram[one], gram[one], y[one], count, again, inner, classes)[0][here].numpy()
-        base[held] = -found[held, labels[held]]
-    if trees.mean() >= base.mean():
-        return linear
-    return torch.from_numpy(np.log(fitted(np.ones(len(labels), dtype=bool), queries[site].numpy())))
+
+def _network_losses(x: Tensor, y: Tensor, folds: Tensor, network: Local, meta_state: MetaState) -> tuple[Tensor, int]:
+    """Returns the network's held-out losses [n], steps chosen by the other folds, and the steps that all choose."""
+    parts = [folds == fold for fold in range(FOLDS)]
+    batch = stack([Task((x[~held], y[~held]), (x[held], y[held])) for held in parts])
+    outputs = engines.evaluate(network, meta_state, batch, steps=NETWORK_STEPS)[OUTPUTS].double().cpu()
+    by_step = torch.zeros(NETWORK_STEPS + 1, len(y), dtype=torch.float64)
+    for held, found in zip(parts, outputs, strict=True):
+        by_step[:, held] = vmap(row_losses, (0, None))(found[:, : int(held.sum())], y[held])
+    by_step = by_step.nan_to_num(nan=torch.inf)
+    losses = torch.empty(len(y), dtype=torch.float64)
+    for held in parts:
+        losses[held] = by_step[by_step[:, ~held].mean(1).argmin(), held]
+    return losses, int(by_step.mean(1).argmin())
+
+
+def _trees(x: NDArray[np.float64], y: NDArray[Any], other: NDArray[np.float64], classes: int, seed: int) -> Tensor:
+    """Returns what boosted trees fitted to rows give for others: log probabilities [rows, classes], or numbers."""
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    settings = {"max_iter": 50, "max_depth": 3, "min_samples_leaf": 5, "random_state": seed % 2**32}
+    if np.issubdtype(y.dtype, np.floating):
+        targets = y.reshape(len(y), -1).T
+        return torch.from_numpy(
+            np.stack([HistGradientBoostingRegressor(**settings).fit(x, each).predict(other) for each in targets], 1)
+        )
+    found = np.full((len(other), classes), SMALLEST)
+    kinds = np.unique(y)
+    if len(kinds) < 2:
+        found[:, kinds] = 1.0
+    else:
+        model = HistGradientBoostingClassifier(**settings).fit(x, y)
+        found[:, model.classes_] = np.maximum(model.predict_proba(other), SMALLEST)
+    return torch.from_numpy(np.log(found / found.sum(1, keepdims=True)))

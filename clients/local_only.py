@@ -3,8 +3,7 @@
 Rows: the best of a regularized linear model, the run's model trained to convergence, and boosted trees from 50 rows on,
 chosen by cross-validation on the site's support rows alone (`evaluation.local_baseline = "auto"`).
 Own problems: the solver from the run's start, with shared parameters where they begin, until the inner objective
-changes
-by less than a millionth of itself, at most 1 000 steps.
+changes by less than a millionth of itself, at most 1 000 steps.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from fedmeta.engines.loop import in_place
 from fedmeta.engines.weighted_sum import Figures, stack_path
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
+from fedmeta.messages import LOCAL_METHODS
 from fedmeta.problems import Supervised
 from fedmeta.problems.problem import Data, Parameters
 from fedmeta.problems.solvers import DIFFERENTIABLE, IMPLICIT, run_solver
@@ -31,8 +31,10 @@ MOST_STEPS = 1000
 TOLERANCE = 1e-6
 
 
-def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, experiment: Experiment) -> Figures:
-    """Returns each site's figures [sites, 1] after solving on its support alone, from the run's start.
+def solve_alone(
+    learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, experiment: Experiment
+) -> tuple[Figures, list[int]]:
+    """Returns each site's figures [sites, 1] after solving on its support alone, and by which of `LOCAL_METHODS`.
 
     Args:
         learner: The run's learner; what it solves and at which inner rate is used, not how it learns.
@@ -42,7 +44,7 @@ def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     """
     problem, start = learner.problem, learner.theta(meta_state)
     if isinstance(problem, Supervised) and problem.plain and experiment.evaluation.local_baseline == "auto":
-        return fit_rows(learner, start, batch, experiment)
+        return fit_rows(learner, meta_state, batch, experiment)
     found = []
     for site, own in enumerate(_solutions(learner, start, batch)):
         task = batch.task(site)
@@ -50,7 +52,8 @@ def solve_alone(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
             found.append(stack_path([learner.evaluate(own, task.query)]))
         if OUTPUTS in found[-1]:
             found[-1][OUTPUTS] = in_place(found[-1][OUTPUTS], batch.query[2][site])
-    return stack_path(found)
+    method = LOCAL_METHODS.index("network" if problem.on_rows else "solver")
+    return stack_path(found), [method] * batch.sites
 
 
 def own_baseline(

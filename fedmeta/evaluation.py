@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.checkpoint import Evaluation
+from fedmeta.messages import LOCAL_METHODS
 from fedmeta.problems.metric import Metric, score_of
 from fedmeta.problems.pooled import auroc_bound
 from fedmeta.problems.pooled import pooled as pooled_figures
@@ -49,7 +50,8 @@ def sites_frame(
         global_S, personalized_S (after the
         steps that the site takes), ungated_S (after all steps), local_S (what the site does alone; NaN where that was
         not asked for) and gain (how much better the personalized score is than the global one, in its unit); of each
-        other metric M global_M, personalized_M and local_M; global_loss, personalized_loss; steps_taken; steps (the
+        other metric M global_M, personalized_M and local_M; local_method (which of `LOCAL_METHODS`, "" for none);
+        global_loss, personalized_loss; steps_taken; steps (the
         list of scores by inner step). Where the problem has such baselines also classical_M, classical_evaluations and
         optimum_M.
     """
@@ -70,6 +72,7 @@ def sites_frame(
                 columns[f"{kind}_{metric.name}"] = evaluation.baselines[f"{kind}_{metric.name}"]
         if metric is score:
             columns["gain"] = (values[last] - values[:, 0]) * score.sign
+    methods = np.nan_to_num(evaluation.local.get("method", nothing), nan=-1.0).astype(np.int64)
     if "classical_evaluations" in evaluation.baselines:
         columns["classical_evaluations"] = evaluation.baselines["classical_evaluations"]
     columns["global_loss"] = figures["loss"][:, 0]
@@ -83,6 +86,7 @@ def sites_frame(
             "round": evaluation.round_number,
             "higher_is_better": score.higher_is_better,
             **{column: np.where(empty, np.nan, values) for column, values in columns.items()},
+            "local_method": [dict(enumerate(LOCAL_METHODS)).get(place, "") for place in methods.tolist()],
             "steps_taken": evaluation.chosen,
             "steps": list(np.where(empty[:, None], np.nan, figures[score.name]).tolist()),
         }
@@ -110,7 +114,8 @@ def summarize(
         `summarize_scores`), helped and harmed (the shares of sites whose personalized score is strictly better, or
         worse, than the global one; a diverged site is harmed), beats_local (the share strictly better than what the
         site does alone), classical and optimum where the problem has them (as scores, classical with the mean number of
-        evaluations), the mean gain, personalized_with_diverged
+        evaluations), local_methods (how many sites solve alone by which of `LOCAL_METHODS`), the mean gain,
+        personalized_with_diverged
         (the mean score over diverged sites too), the mean score "ungated" (all sites take all steps), and undefined:
         how many sites a metric is undefined at.
     """
@@ -151,6 +156,9 @@ def _summarize_group(
         if "histogram" in own and "auroc" in entry["metrics"]:
             entry["metrics"]["auroc"]["pooled_bound"] = auroc_bound(own["histogram"])
         summary["local_only" if state == "local" else state] = entry
+    if "local_method" in scored:  # of earlier versions' runs it is not known
+        counts = scored["local_method"][scored["local_method"] != ""].value_counts()
+        summary["local_methods"] = {str(name): int(count) for name, count in sorted(counts.items())}
     for kind in ("classical", "optimum"):
         if f"{kind}_{score.name}" in frame:
             summary[kind] = summarize_scores(frame[f"{kind}_{score.name}"], score)

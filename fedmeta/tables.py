@@ -130,6 +130,16 @@ def results_table(summary: Mapping[str, Any]) -> Cells:
     return Cells((*headings, "helped", "harmed", "beats local-only"), rows)
 
 
+def local_methods(summary: Mapping[str, Any]) -> str:
+    """Returns how sites solve alone, such as "linear 12, trees 3 (sites)"; "" where it is not known."""
+    counts: dict[str, int] = {}
+    for _, own in groups(summary):
+        for name, count in (own.get("local_methods") or {}).items():
+            counts[name] = counts.get(name, 0) + count
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda each: -each[1]))
+    return f"{listed} (sites)" if listed else ""
+
+
 def _rival(found: Mapping[str, Any] | None) -> Cell:
     """Returns the mean score of a problem's own baseline, with the evaluations that it took where they are known."""
     if not found or found["mean"] is None:

@@ -45,10 +45,12 @@ def evaluate_all_sites(
         return None
     local: dict[str, NDArray[np.float64]] = {}
     baselines: dict[str, NDArray[np.float64]] = {}
+    pooled = reply.pooled
     if last and settings.local_baseline != "none":
-        alone = ask(_start_arrays(strategy, learner), baseline="local_only")
+        alone = ask(_start_arrays(strategy, learner), baseline="local_only", pool=learner.problem.on_rows)
+        pooled = {**reply.pooled, **(alone.pooled if alone else {})}
         if alone:
-            local = _aligned(alone, reply.names)
+            local = _aligned(alone, reply.names, "method")
         for name in own_baselines(learner.problem):
             other = ask(_start_arrays(strategy, learner), baseline=name)
             if other:
@@ -56,18 +58,26 @@ def evaluate_all_sites(
                 baselines |= {f"{name}_{key}": value for key, value in found.items()}
     sites = strategy.federation.indices(reply.names)
     evaluation = Evaluation(
-        round_number, sites, reply.figures, reply.chosen, local, reply.pooled, reply.pooled_sites, baselines
+        round_number, sites, reply.figures, reply.chosen, local, pooled, reply.pooled_sites, baselines
     )
     return evaluation, schedule
 
 
-def _aligned(alone: EvaluateReply, names: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
-    """Returns the figures of sites on their own in the order of `names`; NaN for one that did not answer."""
+def _aligned(
+    alone: EvaluateReply, names: tuple[str, ...], counted: str = "evaluations"
+) -> dict[str, NDArray[np.float64]]:
+    """Returns the figures of sites on their own in the order of `names`; NaN for one that did not answer.
+
+    Args:
+        alone: The reply.
+        names: The sites.
+        counted: What the whole number beside a site's figures is.
+    """
     places = {name: place for place, name in enumerate(alone.names)}
     order = np.array([places.get(name, -1) for name in names], dtype=np.int64)
     figures = {key: values[:, -1] for key, values in alone.figures.items()}
     if alone.evaluations:
-        figures["evaluations"] = np.array(alone.evaluations, dtype=np.float64)
+        figures[counted] = np.array(alone.evaluations, dtype=np.float64)
     return {key: np.where(order >= 0, values[order], np.nan) for key, values in figures.items()}
 
 

@@ -135,6 +135,7 @@ class MetaGradientStrategy(Strategy):
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
         self._columns = 1
+        self._states: tuple[str, ...] = STATES
         self._groups: dict[str, int] = {}
         self._packed: ArrayRecord | None = None
         # What a gradient looks like: the keys, shapes and types, which do not change.
@@ -312,6 +313,7 @@ class MetaGradientStrategy(Strategy):
         how = dict(config)
         steps = how.get("steps")
         self._columns = 1 + (steps if isinstance(steps, int) and not how.get("baseline") else 0)
+        self._states = ("local",) if how.get("baseline") else STATES
         if how.pop("validation", False):
             sites = np.flatnonzero(self.federation.validation)
         else:
@@ -480,7 +482,7 @@ class MetaGradientStrategy(Strategy):
         for key, value in reply.pooled.items():
             group, _, rest = key.partition("/")
             state, _, name = rest.partition("/")
-            if group not in {str(place) for place in of_group if place >= 0} or state not in STATES:
+            if group not in {str(place) for place in of_group if place >= 0} or state not in self._states:
                 raise MessageError("its pooled sums are of groups that were not asked for")
             sums.setdefault((group, state), {})[name] = value
         for place, count in enumerate(reply.pooled_sites):

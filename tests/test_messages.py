@@ -389,7 +389,7 @@ WRONG = [
     ),
     ("SitesReply", changed(SITES, "schema", "classes", ["0", ""]), 'the class "" is empty'),
     ("SitesReply", changed(SITES, "schema", "features", ["age", "\x1b[2J"]), 'the feature "\\x1b[2J" has a character'),
-    ("SitesReply", changed(SITES, "schema", "features", ["age", "age"]), "two features have the same name"),
+    ("SitesReply", changed(SITES, "schema", "classes", ["0", "0"]), "two classes have the same name"),
     ("SitesReply", changed(SITES, "schema", "shape", [3]), "its rows have another length than its list of features"),
     ("SitesReply", changed(SITES, "schema", "shape", [2**40]), "the shape of a row is not positive, or has more than"),
     ("SitesReply", changed(SITES, "schema", "form", "<b>" * 99), "the form of its tasks is no digest"),

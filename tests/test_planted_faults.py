@@ -107,6 +107,19 @@ FAULTS = {
         "np.argsort(draws(0, purpose, 0,",
         "data/test_splits.py::test_new_sites_follow_the_seed",
     ),
+    # targets
+    "targets that keep their spread": (
+        "targets.py",
+        "own) - mean) / scale",
+        "own) - mean)",
+        "test_targets.py::test_what_is_standardized_is_restored",
+    ),
+    "errors in standard units": (
+        "targets.py",
+        "own = z.double() * scale + mean",
+        "own = z.double() + mean",
+        "test_targets.py::test_units_change_nothing_but_the_units",
+    ),
     # evaluation
     "a worst tenth rounded down": (
         "evaluation.py",
@@ -119,6 +132,12 @@ FAULTS = {
         '(everyone["gain"] > 0)',
         '(everyone["gain"] >= 0)',
         "test_evaluation.py::test_groups_are_summarised_apart",
+    ),
+    "a rival by luck": (
+        "clients/local_models.py",
+        "if not gain.mean() > gain.std() / len(y) ** 0.5:",
+        "if not gain.mean() > -1.0:",
+        "clients/test_local_models.py::test_a_rival_that_is_better_by_luck_only_is_not_taken",
     ),
     "five bins": ("problems/rows.py", "BINS = 10", "BINS = 5", "learners/test_loss.py::test_calibration_has_ten_bins"),
     # gate
@@ -199,7 +218,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         if name == "none":
             continue
         file, sound, faulty, _ = FAULTS[name]
-        source = copies / name / (file if file.startswith("server/") else f"fedmeta/{file}")
+        source = copies / name / (file if file.startswith(("clients/", "server/")) else f"fedmeta/{file}")
         text = source.read_text()
         assert text.count(sound) == 1, f"{name}: the source to plant the fault in has changed: plant it again"
         source.write_text(text.replace(sound, faulty))
@@ -219,6 +238,6 @@ def test_a_planted_fault_is_caught(outcomes: dict[str, int], fault: str) -> None
 
 def test_each_fault_names_a_line_that_is_there_once() -> None:
     for name, (file, sound, _, test) in FAULTS.items():
-        source = ROOT / (file if file.startswith("server/") else f"fedmeta/{file}")
+        source = ROOT / (file if file.startswith(("clients/", "server/")) else f"fedmeta/{file}")
         assert source.read_text().count(sound) == 1, name
         assert (ROOT / "tests" / test.partition("::")[0]).is_file(), name

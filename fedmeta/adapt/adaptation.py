@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmeta.adapt.estimate import PERSONAL, UNDECIDED, NestedCVResult, SplitProgress, cross_validate, ignore_progress
+from fedmeta.adapt.estimate import (
+    PERSONAL,
+    UNDECIDED,
+    NestedCVResult,
+    SplitProgress,
+    cross_validate,
+    ignore_progress,
+    leans_on_record,
+)
 from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.model import SiteModel
@@ -78,6 +86,14 @@ class Adapted:
                 f"Use the personal model: {found.chosen} inner steps on these rows make it significantly better "
                 f"({self.difference}). {here}"
             )
+        if found.advice == UNDECIDED and leans_on_record(self.start, found):
+            record = self.start.record
+            assert record is not None
+            return (
+                f"No significant difference ({self.difference}) on these rows; at the run's {record.sites} training "
+                f"sites adapting gained {number(record.gain, sign=True)} on average, and made {record.harmed:.0%} of "
+                f"them worse. Use the personal model unless this site must not do worse than the global one. {here}"
+            )
         if found.advice == UNDECIDED:
             return (
                 f"No significant difference ({self.difference}): keep the global model unless you know that this site "
@@ -112,6 +128,7 @@ class Adapted:
             "steps": found.steps,
             "steps_chosen": found.chosen,
             "advice": found.advice,
+            "federation": asdict(self.start.record) if self.start.record else None,
             "model": "personal" if found.steps else "global",
             "difference": {
                 name: value if np.isfinite(value) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedmeta.build import learner_of
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.data.columns import Columns, feature_names
 from fedmeta.errors import FedmetaError
+from fedmeta.evaluation import bootstrap_interval
 from fedmeta.experiment import Evaluation, Experiment, Runtime, Server, Tracking
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.learners import Learner
@@ -36,6 +37,9 @@ FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
 MOST_STEPS = 10_000
 """More inner steps are refused in a file (steps)."""
+
+FEWEST_SITES = 8
+"""Of fewer training sites no average gain is shown to a new one, nor used for its advice (sites)."""
 
 LARGEST_ROW = 1 << 26
 """A row with more values is refused in a file (values)."""
@@ -92,6 +96,50 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What adapting did at the run's training sites, on their test data, at its last evaluation.
+
+    Attributes:
+        sites: How many sites.
+        gain: How much better their score was after adapting, the mean over sites; positive is better.
+        low: The lower end of the 95 % bootstrap interval of that mean.
+        high: Its upper end.
+        harmed: The share of sites whose score was worse.
+    """
+
+    sites: int
+    gain: float
+    low: float
+    high: float
+    harmed: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Record | None:
+        """Returns what a checkpoint's last evaluation shows; None where fewer than `FEWEST_SITES` have a score."""
+        if not checkpoint.evaluations:
+            return None
+        last = checkpoint.evaluations[-1]
+        values = last.figures.get("rmse" if checkpoint.regression else "accuracy")
+        if values is None:
+            return None
+        gains = (values[np.arange(len(values)), last.chosen] - values[:, 0]) * (-1 if checkpoint.regression else 1)
+        new = set(checkpoint.new_sites)
+        gains = gains[[checkpoint.names[site] not in new for site in last.sites]]
+        gains = gains[np.isfinite(gains)]
+        if len(gains) < FEWEST_SITES:
+            return None
+        low, high = bootstrap_interval(gains)
+        assert low is not None
+        assert high is not None
+        return cls(len(gains), float(gains.mean()), low, high, float((gains < 0).mean()))
+
+    @property
+    def helps(self) -> bool:
+        """Whether adapting helps such sites on average, beyond chance."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
 class Header:
     """What the file of a start holds beside its tensors and its experiment (see `MetaModel`)."""
 
@@ -101,6 +149,7 @@ class Header:
     steps: int
     rate: float
     finished: bool
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +169,7 @@ class MetaModel:
         rate: What the inner rates were multiplied by there.
         finished: Whether the run had ended.
         signature: What is known of the signature of the file that it was read from.
+        record: What adapting did at the run's training sites; None where too few were scored.
     """
 
     experiment: Experiment
@@ -134,6 +184,7 @@ class MetaModel:
     finished: bool = True
     target: TargetScale = field(default_factory=TargetScale)
     signature: str = UNSIGNED
+    record: Record | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, code: Collection[str] = ()) -> MetaModel:
@@ -179,6 +230,7 @@ class MetaModel:
         target = _pop_target(meta_state, experiment)
         run = (checkpoint.run_id, checkpoint.round_number)
         found = cls(handed_on, *run, meta_state, mean, scale, form, steps, rate, checkpoint.finished, target)
+        found = replace(found, record=Record.of(checkpoint))
         check(found, f"run {checkpoint.run_id}")
         return found
 
@@ -288,6 +340,8 @@ def check(start: MetaModel, origin: str) -> None:
     }
     if not (0 <= start.steps <= MOST_STEPS and counts["inner_steps"] <= MOST_STEPS and start.round_number >= 0):
         raise FedmetaError(f"{origin}: impossible numbers of steps or rounds: {counts}")
+    if (own_record := start.record) and not all(map(math.isfinite, asdict(own_record).values())):
+        raise FedmetaError(f"{origin}: what adapting did at training sites is not finite: {own_record}")
     if not 0 < start.rate < float("inf"):
         raise FedmetaError(f"{origin}: the rate is {start.rate}, and must be a finite number greater than 0")
     if form.on_rows:

@@ -17,7 +17,7 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, number, percent, score_label, with_diverged
+from fedmeta.tables import groups, local_methods, number, percent, score_label, with_diverged
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -52,6 +52,8 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
         f"{score_label(summary)}, on each site's test data: what a site reaches local-only on {rows}, and before and "
         "after adapting on them; worst 10 % of sites; share of sites that adapting helps, harms"
     )
+    if methods := local_methods(summary):
+        caption += f"; local-only is the best by cross-validation: {methods}"
     if summary.get("held_out") is False:
         caption += "; support and query are the same data by nature"
     title = _title(summary)

@@ -67,6 +67,7 @@ class Learner(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
             object.__setattr__(self, "problem", Supervised(self.problem))
+        _check_overrides(type(self))
         _check_settings(self)
         if self.inner_steps < 0:
             raise FedmetaError(f"learner.inner_steps = {self.inner_steps}: it must be at least 0")
@@ -244,6 +245,22 @@ def check_counts(learner: Learner, **least: int) -> None:
         value = getattr(learner, key)
         if value < smallest:
             raise FedmetaError(f"learner.{key} = {value}: it must be at least {smallest}")
+
+
+UNUSED = {
+    "predict": "the outputs that are trained on are the model's: change them in the model",
+    "loss": "the objective is the problem's: override inner (and outer) in a subclass of fedmeta.problems.Supervised",
+    "score": "scores are the problem's metrics: name yours in evaluation.metrics",
+    "trajectory": "the inner loop is called adaptation_path",
+}
+"""Methods that a learner of one's own may well define and that training would pass over; and where they belong."""
+
+
+def _check_overrides(kind: type[Learner]) -> None:
+    """Raises `FedmetaError` where a learner's class defines what training would pass over without a word."""
+    for name, hint in UNUSED.items():
+        if getattr(kind, name, None) is not getattr(Learner, name, None):
+            raise FedmetaError(f"learner {kind.__name__} defines {name}, which training does not call: {hint}")
 
 
 def _check_settings(learner: Learner) -> None:

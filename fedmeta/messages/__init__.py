@@ -34,11 +34,12 @@ from fedmeta.messages.registration import (
     SumsReply,
     SumsRequest,
 )
-from fedmeta.messages.rounds import LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
+from fedmeta.messages.rounds import LOCAL_METHODS, LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
 
 __all__ = [
     "EVALUATE",
     "FAILURES",
+    "LOCAL_METHODS",
     "LOSS",
     "QUERY_CATEGORIES",
     "QUERY_ENGINE",

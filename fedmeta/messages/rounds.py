@@ -53,6 +53,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 BASELINES = ("", "local_only", "classical", "optimum")
 """What an evaluation may be of: adaptation (""), or what it is compared with."""
 
+LOCAL_METHODS = ("linear", "network", "trees", "solver")
+"""How a site may solve alone; a site sends the place of its method in this tuple."""
+
 LOSS = "loss"
 """The figure that every site sends: its outer objective."""
 
@@ -270,7 +273,8 @@ class EvaluateReply:
         chosen: The number of inner steps that each site takes [sites]: all, unless it may choose.
         pooled: Sums over the sites of a group, before ("global") and after adaptation, by "GROUP/STATE/NAME".
         pooled_sites: How many sites each group's sums hold.
-        evaluations: How many evaluations of the objective a classical method took [sites]; empty for all else.
+        evaluations: How many evaluations of the objective a classical method took [sites], or how each site solved
+            alone (its place in `LOCAL_METHODS`); empty for all else.
     """
 
     names: tuple[str, ...]

@@ -86,6 +86,7 @@ def beyond(label: int, classes: int) -> str:
 
 def loss(outputs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean loss (a scalar) over the rows of mask [n]; rows of an unseen class count for nothing."""
+    check_shapes(outputs, y)
     if not y.is_floating_point():
         mask = mask * (y >= 0)
     return masked_mean(row_losses(outputs, y), mask)

@@ -110,6 +110,8 @@ def _tables(run: Run) -> tuple[Block, ...]:
         "the federation. Helped and harmed: the share of sites whose personalized score is strictly better or worse "
         "than the global one; beats local-only: strictly better than that."
     )
+    if methods := tables.local_methods(run.summary):
+        caption += f" Local-only is the best method by cross-validation on a site's own support: {methods}."
     further = tables.metrics_table(run.summary)
     undefined = "Means over the sites where a metric is defined; pooled: over all test rows of the group."
     results = Table("results", *tables.results_table(run.summary), caption, strong=0)

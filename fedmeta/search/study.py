@@ -127,7 +127,8 @@ class SearchConfig:
             FedmetaError: The experiment is not possible with these values.
         """
         changed = with_settings(self.experiment, settings)
-        evaluation = changed.evaluation.model_copy(update={"judge": "validation_sites", "every": self.report_every})
+        how = {"judge": "validation_sites", "every": self.report_every, "local_baseline": "none"}
+        evaluation = changed.evaluation.model_copy(update=how)
         name = f"{changed.learner.name} · {describe({k: v for k, v in settings.items() if k != 'learner.name'})}"
         files = {"folder": str(self.folder / "trials"), "name": name, "parent": parent, "site_curves": 0}
         tracking = changed.tracking.model_copy(update=files)

@@ -1,13 +1,15 @@
 """The choice of steps and the honesty of the estimate."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fedmeta.adapt import estimate
-from fedmeta.adapt.estimate import _NestedCV, choose, cross_validate
-from fedmeta.adapt.initialization import MetaModel
-from fedmeta.adapt.intervals import LEVEL, accuracy, paired_gain, rmse, shared_excess
+from fedmeta.adapt.estimate import _NestedCV, choose, cross_validate, leans_on_record
+from fedmeta.adapt.initialization import MetaModel, Record
+from fedmeta.adapt.intervals import LEVEL, Gain, accuracy, paired_gain, rmse, shared_excess
 from tests.adapt.finished import hospitals, rows, run
 
 
@@ -164,8 +166,52 @@ def test_a_difference_that_few_rows_show_is_no_proof() -> None:
         assert rmse(blown, twenty).score == np.inf
 
 
+@pytest.mark.parametrize(
+    ("record", "steps"),
+    [
+        (None, "none"),
+        (Record(40, 0.1, 0.05, 0.15, 0.1), "chosen"),
+        (Record(40, 0.01, -0.02, 0.04, 0.4), "none"),
+        (Record(40, -0.1, -0.15, -0.05, 0.8), "none"),
+    ],
+)
+def test_where_rows_do_not_decide_the_training_sites_record_does(
+    start: MetaModel, record: Record | None, steps: str
+) -> None:
+    own = replace(start, record=None)
+    sites = (patients(own, seed, 8) for seed in range(100, 140))
+    rows_that_do_not_decide = next(
+        site for site in sites if (each := cross_validate(own, *site)).advice == "undecided" and each.gain.score > 0
+    )
+    own = replace(start, record=record)
+    found = cross_validate(own, *rows_that_do_not_decide)
+    assert found.advice == "undecided"
+    assert found.steps == (found.chosen if steps == "chosen" else 0)
+    assert cross_validate(own, *rows_that_do_not_decide, use="global").steps == 0
+
+
+@pytest.mark.parametrize(
+    ("gain", "count", "leans"), [(0.1, 6, True), (0.0, 6, False), (0.0, 20, True), (-0.1, 40, False)]
+)
+def test_few_rows_lean_on_the_record_only_where_their_own_estimate_is_better(
+    start: MetaModel, gain: float, count: int, leans: bool
+) -> None:
+    own = replace(start, record=Record(40, 0.1, 0.05, 0.15, 0.1))
+    found = cross_validate(own, *patients(own, 100, 6))
+    found = replace(found, gain=Gain(gain, gain - 0.3, gain + 0.3), before=replace(found.before, rows=count))
+    assert leans_on_record(own, found) is leans
+
+
+def test_no_record_makes_a_site_take_what_its_rows_show_to_be_worse(start: MetaModel) -> None:
+    own = replace(start, record=Record(40, 0.3, 0.2, 0.4, 0.0))
+    worse = replace(cross_validate(own, *patients(own, 100, 6)), gain=Gain(-0.2, -0.3, -0.1))
+    assert worse.advice == "global"
+    assert not leans_on_record(own, worse)
+
+
 def test_there_are_three_answers(start: MetaModel) -> None:
     """A site that differs much, one that is as the average of all, and one whose steps are far too long."""
+    start = replace(start, record=None)  # which would decide where the rows do not
     far = cross_validate(start, *patients(start, 100, 60))
     assert (far.advice, far.steps) == ("personal", far.chosen)
     x, score = rows(7, 40, 0.0)

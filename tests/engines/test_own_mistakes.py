@@ -46,6 +46,16 @@ LEARNERS = {
 }
 
 
+@pytest.mark.parametrize("method", ["predict", "loss", "score", "trajectory"])
+def test_a_method_that_training_would_pass_over_is_refused(method: str) -> None:
+    own = type("Own", (Maml,), {method: lambda self, *rest: torch.zeros(())})
+    inherited = type("Child", (own,), {})
+    for kind in (own, inherited):
+        with pytest.raises(FedmetaError, match=f"defines {method}, which training does not call: .*") as raised:
+            kind(net)
+        assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", LEARNERS)
 def test_a_learner_that_is_wrong(case: str, engine: str) -> None:
