@@ -77,7 +77,7 @@ def perfect(problem, data):
 
 
 def test_a_faultless_detector_has_full_scores_and_half_of_it_has_half_the_recall(digits):
-    problem = own.Scenes(digits, [12, 12])
+    problem = own.Scenes(digits, "12x12")
     data = problem.task("writer-001", "test", 0, 0).query
     right = perfect(problem, data)
     problem.predicted = lambda parameters, images: right
@@ -92,7 +92,7 @@ def test_a_faultless_detector_has_full_scores_and_half_of_it_has_half_the_recall
 
 def test_the_loss_is_that_of_the_equation(digits):
     """One anchor, so that its share is 1: BCE over all cells, and squares at the boxes' cells."""
-    problem = own.Scenes(digits, [12, 12])
+    problem = own.Scenes(digits, "12x12")
     data, parameters = problem.task("writer-000", "train", 1, 0).support, problem.init(0)
     found = problem.predicted(parameters, data["images"])
     target, off = torch.zeros_like(found[:, 0, 0]), 0.0

@@ -53,7 +53,7 @@ def test_true_delays_leave_no_residual_and_a_sharp_picture():
 
 def trained(tissue):
     result, problem = measure.run("ultrasound", f"problem.tissue={tissue}"), us.Ultrasound(tissue)
-    learner, new = build("maml", problem, inner_steps=5, inner_lr=10.0), measure.new_sites(result)
+    learner, new = build("maml", problem, inner_steps=5, inner_lr=14.0), measure.new_sites(result)
     both = [measure.scores(learner, state, problem, new, 5) for state in (result.meta_state, learner.init(0))]
     return tuple(scores["of_true_delays"][:, -1].mean() for scores in both)
 
@@ -69,3 +69,16 @@ def test_where_bodies_share_a_layer_a_learned_start_comes_close_to_true_delays_i
 def test_where_they_share_nothing_it_does_not_help():
     learned, zero = trained("chest")
     assert abs(learned - zero) < 0.03
+
+
+def test_foci_of_a_test_are_never_trained_on_and_support_and_query_are_apart():
+    problem = us.Ultrasound("chest", 1)
+    test = problem.task("body-00", "test", 0, 0)
+    assert [len(part["echoes"]) for part in test] == [3, 4]
+    scored = [focus for part in test for focus in part["echoes"]]
+    for number in range(1, 8):
+        support, query = problem.task("body-00", "train", number, 0)
+        assert [len(support["echoes"]), len(query["echoes"])] == [3, 4]
+        for focus in support["echoes"]:
+            assert not any(torch.equal(focus, other) for other in [*query["echoes"], *scored])
+        assert not any(torch.equal(focus, other) for focus in query["echoes"] for other in scored)

@@ -16,7 +16,6 @@ the loss has a derivative by the anchors. At the cell of the box's middle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,7 +145,7 @@ class Scenes(fedmeta.Problem, fedmeta.TaskSource):
 
     Args:
         path: The digits: `x` [digits, 28, 28] and `site`, their writers.
-        anchors: Widths and heights (pixels) to start from, one after the other; three random ones where none is given.
+        anchors: Widths and heights to start from (pixels), as "9x12 14x18"; three random ones where none is given.
         learned: Whether anchors are learned.
         writers: The number of sites.
     """
@@ -156,10 +155,11 @@ class Scenes(fedmeta.Problem, fedmeta.TaskSource):
         fedmeta.Metric("recall50", higher_is_better=True, unit=f"share of digits in {KEPT} detections a scene"),
     )
 
-    def __init__(
-        self, path: str = DIGITS, anchors: Sequence[float] = (), learned: bool = True, writers: int = 72
-    ) -> None:
-        self.scenes, self.anchors = scenes(path, writers), torch.tensor(list(anchors)).reshape(-1, 2)
+    def __init__(self, path: str = DIGITS, anchors: str = "", learned: bool = True, writers: int = 72) -> None:
+        self.scenes, self.anchors = (
+            scenes(path, writers),
+            torch.tensor([[float(n) for n in own.split("x")] for own in anchors.split()]),
+        )
         body = tuple(f"conv{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias"))
         self.shared, self.frozen = ((*body, "anchors"), ()) if learned else (body, ("anchors",))
 

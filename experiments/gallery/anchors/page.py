@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def detectors() -> dict[str, list[dict[str, np.ndarray]]]:
         new, training = measure.new_sites(result), measure.training_sites(result)
         drawn = own.Scenes()
         boxes = torch.cat([part[1][part[2] > 0] for part in (drawn.scenes[site][0] for site in training)])[:, 2:]
-        sizes = [round(value, 2) for value in own.k_means(boxes, 3, seed).flatten().tolist()]
+        sizes = " ".join(f"{wide:.1f}x{high:.1f}" for wide, high in own.k_means(boxes, 3, seed).tolist())
         fixed = own.Scenes(anchors=sizes, learned=False)
         settings = (f"problem.anchors={sizes}", "problem.learned=false", "runtime.check=off")
         by_k_means = measure.run(ENTRY, *settings, seed=seed).meta_state
@@ -104,9 +105,8 @@ def detectors() -> dict[str, list[dict[str, np.ndarray]]]:
             picture(drawn, learner, {"nothing learned": learner.init(0), "learned": result.meta_state}, new[0])
             learned = result.meta_state["anchors"].exp()
             order = learned.prod(1).argsort()
-            values = ["; ".join(f"{w:.1f} x {h:.1f}" for w, h in each)
-                      for each in (torch.tensor(sizes).reshape(-1, 2).tolist(), learned[order].tolist())]  # fmt: skip
-            measure.put(ENTRY, "anchors", f"Anchors of seed 0 (pixels): k-means {values[0]}; learned {values[1]}.")
+            text = " ".join(f"{wide:.1f}x{high:.1f}" for wide, high in learned[order].tolist())
+            measure.put(ENTRY, "anchors", f"Anchors of seed 0 (pixels): k-means {sizes}; learned {text}.")
     return rows
 
 
@@ -134,8 +134,8 @@ def published(problem: own.Boxes) -> None:
     measure.put(ENTRY, "published", measure.table(["anchors", "mean IoU here (%)", "Redmon and Farhadi 2017"], lines))
 
 
-def main() -> None:
-    """Writes the tables and draws the picture."""
+def write_alone() -> None:
+    """Writes the tables of anchors alone."""
     problem = own.Boxes()
     published(problem)
     rows = {name: np.stack(found) for name, found in alone(problem).items()}
@@ -144,6 +144,10 @@ def main() -> None:
     learned = rows.pop(f"**MAML, {STEPS} steps**")
     gains = [[name, measure.interval(learned - found, 3, True)] for name, found in rows.items()]
     measure.put(ENTRY, "alone gains", measure.table(["MAML against", "higher by [95 % interval]"], gains))
+
+
+def write_scenes() -> None:
+    """Writes the tables of detectors, and draws the picture."""
     found = detectors()
     values = {name: {key: np.stack([each[key] for each in own_rows]) for key in ("ap50", "recall50")}
               for name, own_rows in found.items()}  # fmt: skip
@@ -164,4 +168,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    parts = {"boxes": write_alone, "scenes": write_scenes}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

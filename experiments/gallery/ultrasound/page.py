@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 ENTRY = "ultrasound"
 STEPS, LONG = 5, 20
-RATES = (5.0, 10.0, 20.0)
+RATES = (7.0, 14.0, 28.0)
 SPEEDS = 41
 Rows = dict[str, list[dict[str, np.ndarray]]]
 
@@ -89,7 +89,7 @@ def write(tissue: str, rows: Rows) -> None:
         residual = np.mean([each["residual"][:, -1].mean() for each in rows[name]])
         ends = [measure.interval(share[..., k]) for k in (0, -1)]
         lines.append([name, *ends, f"{residual:.1f}"])
-    head = ["start", "before", f"after {STEPS} steps", "delay error after (ns)"]
+    head = ["start", "before", "after its steps", "delay error after (ns)"]
     measure.put(ENTRY, tissue, measure.table(head, lines))
     learned = values.pop("**MAML**")[..., -1]
     gains = [[name, measure.interval(learned - share[..., -1], 3, True)] for name, share in values.items()]
