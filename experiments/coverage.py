@@ -69,6 +69,7 @@ def scored(start: MetaModel, run: checkpoint.Checkpoint, rows: int, draws: int =
     population = data.load(Experiment.from_toml(run.experiment).data)
     theta = start.learner.theta(start.state)
     model = SiteModel.of(start, theta)
+    codes = data.class_codes(population.class_names, start.form.classes)
     draw = np.random.default_rng(0)
     found: dict[str, list[float]] = {name: [] for name in ("test_rows", "steps", *RULES, *COLUMNS)}
     for site in np.repeat(population.find(run.new_sites), draws):
@@ -80,7 +81,7 @@ def scored(start: MetaModel, run: checkpoint.Checkpoint, rows: int, draws: int =
             own = own[draw.permutation(len(own))]
         if len(own) < rows + FEWEST_TEST_ROWS:
             continue
-        x, y = model.prepare(population.features(own).float()), torch.from_numpy(population.labels(own))
+        x, y = model.prepare(population.features(own).float()), torch.from_numpy(codes[population.labels(own)])
         result = cross_validate(start, x[:rows], y[:rows])
         chosen = start.learner.adapt(start.state, (x[:rows], y[:rows]), result.chosen)
 

@@ -63,6 +63,9 @@ def run(
     runtime: str = "local",
     resume: str | None = None,
     report: ProgressCallback = ignore_progress,
+    frame: pd.DataFrame | None = None,
+    label: str = "",
+    site: str = "",
 ) -> Result:
     """Runs an experiment to its end.
 
@@ -73,6 +76,10 @@ def run(
         resume: A run of this experiment to resume: its folder, that folder's name, its MLflow id, or "auto" for the
             newest unfinished one; None starts a new one.
         report: Takes progress.
+        frame: The rows of all sites, in place of the experiment's [data] source, path, label and site_column. They are
+            kept as a table in the folder of runs, under the name of their content, so that the run can be resumed.
+        label: The frame's column of labels; empty for `data.label`.
+        site: The frame's column that names each row's site; empty for `data.site_column`.
 
     Raises:
         FedmetaError: Something that the user can mend; the message has what, where and what to do.
@@ -83,9 +90,15 @@ def run(
     if resume is not None and not resume.strip():
         raise FedmetaError('--resume names no run: give its folder, its MLflow id, or "auto"')
     experiment = experiment.with_overrides([]).with_user_info_kept()
+    if runtime == "deployment" and frame is not None:
+        raise FedmetaError("a frame is for a run on this machine: in a deployment each site has its own file")
     if runtime == "deployment":
         return _deployment(experiment, resume, report)
     experiment = experiment.absolute()
+    if frame is not None:
+        experiment = with_frame(experiment, frame, label, site)
+    elif label or site:
+        raise FedmetaError("label and site name columns of frame, and there is none: set data.label, data.site_column")
     # Here and below, imports that take seconds: a command that only asks a SuperLink something needs none of them.
     from fedmeta import checkpoint
 
@@ -96,6 +109,36 @@ def run(
         _check_same(experiment, stored, folder)
         experiment = stored
     return RUNTIMES[runtime](experiment, folder, report)
+
+
+def with_frame(experiment: Experiment, frame: pd.DataFrame, label: str, site: str) -> Experiment:
+    """Returns an experiment on the rows of a frame, which is kept as a table in the folder of runs.
+
+    Raises:
+        FedmetaError: No column names the site, the frame cannot be kept as a table, or the disk does not take it.
+    """
+    from hashlib import blake2b
+    from io import BytesIO
+
+    from fedmeta.files import write_atomic
+
+    data = experiment.data
+    known = {"label": label or data.label, "site_column": site or data.site_column}
+    if not known["site_column"]:
+        raise FedmetaError("frame: name the column that holds each row's site, site=...")
+    content = BytesIO()
+    try:
+        frame.to_parquet(content, index=False)
+    except (ValueError, TypeError, OSError) as error:
+        raise FedmetaError(f"frame: cannot be kept as a table: {str(error).splitlines()[0][:200]}") from None
+    name = blake2b(content.getvalue(), digest_size=8).hexdigest()
+    path = Path(experiment.tracking.folder) / "frames" / f"{name}.parquet"
+    try:
+        write_atomic(path, content.getvalue())
+    except OSError as error:
+        raise FedmetaError(f"{path}: cannot be written: {error.strerror or error}") from None
+    changed = data.model_copy(update={"source": "tables", "path": str(path), **known})
+    return experiment.model_copy(update={"data": changed})
 
 
 def _check_same(given: Experiment, stored: Experiment, folder: Path) -> None:
