@@ -57,7 +57,7 @@ def test_what_no_line_divides_is_solved_by_a_rival_and_what_one_does_by_the_line
 
 
 def test_a_rival_that_is_better_by_luck_only_is_not_taken():
-    """One that is better by a hundredth on average and by up to one either way on single rows, and one that is always."""
+    """One is better by a hundredth on average, and by one either way on single rows; another is always better."""
     linear = torch.ones(100, dtype=torch.float64)
     noise = torch.where(torch.arange(100) % 2 == 0, 1.0, -1.0)
     assert not is_better(linear - 0.01 + noise, linear)
