@@ -128,6 +128,7 @@ def test_a_model_that_cannot_work_leaves_no_search_and_no_comparison_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["e.toml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_is_one_line_and_exit_code_2(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

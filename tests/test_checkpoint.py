@@ -212,6 +212,7 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
         newest(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_change_of_a_byte_goes_unnoticed(tmp_path: Path, data: st.DataObject) -> None:
@@ -241,6 +242,7 @@ def test_no_change_of_a_byte_goes_unnoticed(tmp_path: Path, data: st.DataObject)
     assert "\n" not in shown
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300))
 def test_no_bytes_crash_the_reader(tmp_path: Path, content: bytes) -> None:

@@ -178,6 +178,7 @@ def test_a_site_whose_adaptation_ran_away_is_counted_and_not_helped() -> None:
     assert summarize(frame_of([0.5], [math.nan], test_rows=[0]))["new_sites"]["diverged"] == 0
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["new", "training"])), min_size=1, max_size=30)
 )

@@ -76,12 +76,14 @@ experiments = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(experiments)
 def test_toml_round_trip(experiment: Experiment) -> None:
     assert Experiment.from_toml(experiment.to_toml()) == experiment
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(experiments)
 def test_params_round_trip_as_scalars_and_as_the_strings_of_mlflow(experiment: Experiment) -> None:
@@ -91,6 +93,7 @@ def test_params_round_trip_as_scalars_and_as_the_strings_of_mlflow(experiment: E
     assert Experiment.from_params({key: str(value) for key, value in params.items()}) == experiment
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(experiments)
 def test_every_param_is_an_override(experiment: Experiment) -> None:

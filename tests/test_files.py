@@ -47,6 +47,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "file.part"]
 
 
+@pytest.mark.slow
 def test_a_lock_keeps_others_out_until_its_holder_ends_or_dies(tmp_path: Path) -> None:
     path = tmp_path / "new" / ".lock"
     held = textwrap.dedent(f"""

@@ -45,6 +45,7 @@ def result_of(name, tmp_path, monkeypatch, *overrides):
     return fedmeta.run(fedmeta.load_experiment(ROOT / "examples" / f"{name}.toml", few))
 
 
+@pytest.mark.slow
 def test_the_example_model_is_the_one_that_learns(tmp_path, monkeypatch):
     result = result_of("own_model", tmp_path, monkeypatch)
     layers = [name for name in result.meta_state if name.endswith("layers.1.weight")]
@@ -52,6 +53,7 @@ def test_the_example_model_is_the_one_that_learns(tmp_path, monkeypatch):
     assert all(result.meta_state[name].shape == (48, 48) for name in layers)
 
 
+@pytest.mark.slow
 def test_the_example_learner_differs_from_maml_by_its_decay(tmp_path, monkeypatch):
     maml = result_of("own_learner", tmp_path, monkeypatch, "learner.name=maml").summary["new_sites"]["personalized"]
     for decay, same in ((1.0, True), (0.6, False)):
@@ -77,11 +79,13 @@ def test_the_example_metric_is_the_score_and_counts_two_classes(tmp_path, monkey
     assert metrics["top2"]["mean"] >= metrics["accuracy"]["mean"]
 
 
+@pytest.mark.slow
 def test_the_example_solver_is_what_sites_adapt_by(tmp_path, monkeypatch):
     result = result_of("own_solver", tmp_path, monkeypatch)
     assert result.summary["new_sites"]["personalized"]["loss"] < result.summary["new_sites"]["global"]["loss"]
 
 
+@pytest.mark.slow
 def test_the_example_loss_passes_its_check_and_changes_what_is_learned(tmp_path, monkeypatch):
     losses = {
         growth: result_of("own_loss", tmp_path, monkeypatch, f"problem.growth={growth}").summary["new_sites"]

@@ -56,7 +56,7 @@ def reported_test_rows(experiment: Experiment) -> np.ndarray:
     return split(population, experiment.data, experiment.runtime.seed).test_rows(sites).rows
 
 
-@pytest.mark.quick("maml", "fedrep", "fedavg")
+@pytest.mark.quick("maml")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_changed_test_rows_change_scores_only(learner: str, tmp_path: Path) -> None:
     x, y, site = rows()

@@ -84,6 +84,7 @@ def test_the_scale_is_that_of_train_rows_of_training_sites(tmp_path: Path, kind:
     assert scale.log == (kind == "log")
 
 
+@pytest.mark.slow
 def test_units_change_nothing_but_the_units(tmp_path: Path) -> None:
     """The same federation in units a thousand times as large and as small: the same figures in standard units."""
     found = []
@@ -211,6 +212,7 @@ def test_several_columns_of_tables_are_targets(tmp_path: Path) -> None:
         load(made.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", [True, False])
 def test_a_site_whose_steps_blow_up_takes_no_mean_with_it(tmp_path: Path, gate: bool) -> None:
     """One new site's features are forty times as large: its steps diverge at the rate that suits all others."""

@@ -53,6 +53,7 @@ def test_rows_of_new_sites_change_nothing(tmp_path: Path, learner: str, schedule
     assert not set(plain.sites["site"]) & set(draw_new_sites(NAMES, 0.2, 0))
 
 
+@pytest.mark.slow
 def test_who_judges_was_split_off_the_training_sites_and_others_choose(tmp_path: Path) -> None:
     result = fedmeta.run(described(tmp_path, "plain", 0.0, JUDGE, "evaluation.schedule=auto"))
     rest = sorted(set(NAMES) - set(draw_new_sites(NAMES, 0.2, 0)))
@@ -67,6 +68,7 @@ def test_who_judges_was_split_off_the_training_sites_and_others_choose(tmp_path:
     assert set(honest.index[honest == "validation"]) == set(scored)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_judges(tmp_path: Path) -> None:
     unbroken = fedmeta.run(digits(tmp_path / "unbroken", JUDGE))
     stopping = digits(tmp_path / "stopped", JUDGE, "runtime.checkpoint_every=1")

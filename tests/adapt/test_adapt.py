@@ -135,6 +135,7 @@ def test_another_form_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     _, start = run(tmp_path, None, "server.rounds=1")
     np.savez(tmp_path / "mine.npz", x=np.zeros((9, 9, 9), dtype=np.uint8), y=np.arange(9))
@@ -163,6 +164,7 @@ def test_few_rows_and_one_class_are_warned_of(tables: Path, tmp_path: Path) -> N
     assert found["warnings"][0] in (tmp_path / "out" / "card.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_single_row_is_enough_to_get_an_answer(tables: Path, tmp_path: Path) -> None:
     x, _ = rows(5, 1, 3.0)
     path = write_csv(tmp_path / "mine.csv", x, ["ill"])
@@ -172,6 +174,7 @@ def test_a_single_row_is_enough_to_get_an_answer(tables: Path, tmp_path: Path) -
     assert found["advice"] == "global"
 
 
+@pytest.mark.slow
 def test_regression(numbers: Path, tmp_path: Path) -> None:
     files = []
     for seed, count in ((50, 60), (51, 500)):
@@ -204,7 +207,7 @@ def test_images(tmp_path: Path) -> None:
     assert set(predicted) <= set(start.form.classes)
 
 
-@pytest.mark.quick("maml", "fedavg-ft", "fedrep")
+@pytest.mark.quick("maml")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_serves_a_site_that_joins(learner: str, tmp_path: Path) -> None:
     _, start = run(tmp_path, hospitals(tmp_path / "hospitals"), f"learner.name={learner}", "server.rounds=2")
@@ -259,6 +262,7 @@ def test_a_run_is_found_by_whatever_names_it(tmp_path: Path) -> None:
         find_start("nothing", root, f"sqlite:///{tmp_path}/absent.db")
 
 
+@pytest.mark.slow
 def test_what_a_run_hands_on_holds_nothing_of_where_it_was(tmp_path: Path) -> None:
     data = hospitals(tmp_path / "hospitals")
     run(tmp_path, data, "server.rounds=1", 'data.new_sites=["hospital-3"]', "tracking.experiment=secret-place")
@@ -268,6 +272,7 @@ def test_what_a_run_hands_on_holds_nothing_of_where_it_was(tmp_path: Path) -> No
     assert MetaModel.read(tmp_path / START).form.features == COLUMNS
 
 
+@pytest.mark.slow
 def test_a_run_that_chose_how_far_to_adapt_hands_that_on(tmp_path: Path) -> None:
     result, start = run(tmp_path, None, "server.rounds=3", "evaluation.schedule=auto", "learner.name=meta-sgd")
     chosen = result.summary["schedule"]

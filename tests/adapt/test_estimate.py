@@ -69,6 +69,7 @@ def test_rmse_has_students_interval_on_the_logarithm() -> None:
     assert rmse(np.zeros(5), np.ones(5, dtype=np.int64)).high == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 101, 1003])
 def test_each_row_is_set_aside_once(start: MetaModel, count: int, blocks: bool) -> None:
@@ -108,6 +109,7 @@ def test_the_labels_set_aside_do_not_choose(start: MetaModel) -> None:
     assert cv.choices(others)[5] == other.choices(others)[5]
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_same_however_rows_are_grouped(start: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, y = patients(start, 4, 40)

@@ -10,6 +10,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["loop", "vmap", "lowrank"])
 def test_accuracies_are_counts_of_right_rows(tmp_path: Path, engine: str) -> None:
     draw = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str,
         assert len({tuple(scores["accuracy"].flatten().tolist()) for scores in each}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("learner", "inner_lr"), [("maml", 5.0), ("fedrep", 1.0)])
 def test_the_select_steps_do_not_hang_on_how_many_sites_choose_together(
     tmp_path: Path, learner: str, inner_lr: float, monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def episodes_of(there: ArrayPopulation, scored: bool) -> Episodes:
     )
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), scored=st.booleans())
 def test_batches_hold_the_rows_of_the_episodes(sizes: list[int], scored: bool) -> None:
     there = population(sizes)
@@ -70,6 +71,7 @@ def test_batches_hold_the_rows_of_the_episodes(sizes: list[int], scored: bool) -
         assert len(batch.task(site).query[0]) == episodes.query.mask[site].sum()
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), scored=st.booleans())
 def test_batches_of_a_round_lie_in_one_array(sizes: list[int], scored: bool) -> None:
     there = population(sizes)

@@ -50,6 +50,7 @@ def ask(address: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_each_message_gets_a_copy_that_has_torch_and_nothing_of_ours(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -36,7 +36,7 @@ def known(network: FunctionalModel) -> list[object]:
     return list(capture._known[network].values())
 
 
-@pytest.mark.quick("mlp-*", "cnn-maml-dtype0")
+@pytest.mark.quick("mlp-maml-*")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "maml++", "local"])
 @pytest.mark.parametrize("model", MODELS)
@@ -112,6 +112,7 @@ def test_rows_that_lie_beside_each_other_change_nothing(name: str) -> None:
         assert torch.equal(figures["query_loss"], found[0][2]["query_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_replays_run_without_python_and_give_the_same_bits_with_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = build("maml", MODELS[model](), inner_steps=2)

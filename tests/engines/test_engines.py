@@ -31,6 +31,7 @@ def mlp(name: str = "maml", **settings: object) -> Learner:
     return build(name, models.build("mlp", (20,), CLASSES, hidden=(16,), activation="tanh"), inner_steps=2, **settings)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4),
@@ -218,6 +219,7 @@ def test_a_path_that_depends_on_a_rows_own_values_falls_back_to_the_loop(engine:
     assert torch.allclose(found, ENGINES["loop"].evaluate(learner, own, batch, 2)["loss"])
 
 
+@pytest.mark.slow
 def test_the_stock_encoder_layer_takes_another_engine() -> None:
     learner = build("maml", Stock(), inner_steps=2)
     batch = tasks(RAGGED, (), tokens=True)
@@ -269,6 +271,7 @@ def test_rates_per_element_take_another_engine() -> None:
     assert "each of its elements" in str(lowrank.fits(mlp("meta-sgd"), tasks(RAGGED, (20,))))
 
 
+@pytest.mark.slow
 def test_fused_attention() -> None:
     learner = build("maml", Transformer(attention=FusedAttention), inner_steps=2)
     batch = tasks(RAGGED, (), tokens=True)
@@ -295,6 +298,7 @@ def test_the_budget_bounds_what_is_computed_together() -> None:
         assert sizes[0] == 1
 
 
+@pytest.mark.slow
 def test_short_sites_are_not_padded_to_long_ones() -> None:
     learner, sizes = mlp(), [(2, 2), (40, 40), (3, 2), (1, 1), (38, 30), (2, 3)]
     batch = tasks(sizes, (20,))

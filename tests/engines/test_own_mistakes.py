@@ -67,6 +67,7 @@ def test_a_learner_that_is_wrong(case: str, engine: str) -> None:
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("figure", [float, lambda v: torch.tensor(v.item())])
 def test_figures_as_plain_numbers_are_taken(figure, engine: str) -> None:

@@ -138,6 +138,7 @@ class Padded(nn.Module):
         return self.head(self.encoder(tokens, src_key_padding_mask=mask).mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "lowrank"])
 def test_what_is_trained_is_what_is_evaluated(engine: str) -> None:
     random = torch.Generator().manual_seed(0)

@@ -84,6 +84,7 @@ def as_mlflow_folder(folder: Path, start: MetaModel, state: checkpoint.Checkpoin
 FILES = (as_checkpoint, as_meta_model, as_run_folder, as_mlflow_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FILES)
 @pytest.mark.parametrize(("key", "path"), CASES)
 def test_what_a_new_site_adapts_from(

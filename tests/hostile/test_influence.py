@@ -96,6 +96,7 @@ def test_what_is_far_larger_than_usual_is_told_from_what_is_undefined() -> None:
 # A run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e3, 1e30])
 def test_one_long_reply_neither_stalls_the_run_nor_makes_it_infinite(tmp_path: Path, factor: float) -> None:
     settings = ("server.rounds=12", "runtime.checkpoint_every=1", "server.lr=0.1")

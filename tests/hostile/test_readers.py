@@ -237,6 +237,7 @@ STARTS: dict[str, tuple[dict[str, str], dict[str, torch.Tensor | None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STARTS)
 def test_a_start_that_is_none(case: str, start: Any, tmp_path: Path) -> None:
     start[0].write(tmp_path / START)

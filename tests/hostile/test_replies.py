@@ -278,6 +278,7 @@ def put(content: RecordDict, record: str, field: str, change: Change) -> None:
         content[record] = ArrayRecord() if isinstance(own, ArrayRecord) else ConfigRecord(entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "record", "field", "name", "change"), CASES, ids=[f"{c[0]}-{c[2]}-{c[3]}" for c in CASES]
 )

@@ -64,6 +64,7 @@ def in_child(work: Callable[[], object]) -> int | None:
 # Two processes
 
 
+@pytest.mark.slow
 def test_a_run_has_one_writer(tmp_path: Path) -> None:
     experiment = private(tmp_path)
     folder = stopped(experiment)
@@ -223,6 +224,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path: Path, monkey
 # A clock that jumps back
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path) -> None:
     plain = ("runtime.checkpoint_every=1", "evaluation.every=0")
     unbroken = train(digits(tmp_path / "unbroken", *plain))
@@ -247,6 +249,7 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path) -> None:
 # Ctrl-C
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_results_are_written_comes_too_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int

@@ -36,6 +36,7 @@ def learner(request: pytest.FixtureRequest) -> Learner:
     return make(request.param)
 
 
+@pytest.mark.slow
 def test_sends_the_meta_states_keys_and_shapes(learner: Learner) -> None:
     state = make_state(learner)
     gradient, metrics = learner.meta_gradient(state, make_task(0, (4,), 3))
@@ -78,6 +79,7 @@ def test_engines_agree_on_ragged_sites(learner: Learner, engine: str) -> None:
     assert flat(total).sub(flat(summed)).norm() <= 1e-10 * flat(summed).norm()
 
 
+@pytest.mark.slow
 @given(support=st.integers(0, 3), query=st.integers(0, 3), seed=st.integers(0, 20))
 @settings(max_examples=8, deadline=None)
 @pytest.mark.parametrize("name", LEARNERS)

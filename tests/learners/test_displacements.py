@@ -92,6 +92,7 @@ def test_imaml_is_the_exact_implicit_gradient(task: Task, lam: float) -> None:
     assert close(exact, lam * torch.linalg.solve(support.hessian + lam * torch.eye(FEATURES + 1), query.gradient(phi)))
 
 
+@pytest.mark.slow
 def test_more_conjugate_gradients_come_closer_and_stop_there(task: Task) -> None:
     exact = on_quadratic("imaml", task, inner_steps=SOLVED, inner_lr=0.15, cg_steps=FEATURES + 1)[1]
     errors = [

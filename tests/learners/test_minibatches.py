@@ -141,6 +141,7 @@ def test_the_low_rank_form_by_any_plan(hidden: tuple[int, ...], features: int, s
     assert torch.allclose(found.metrics["query_loss"][0], torch.cat(expected.metrics["query_loss"]), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_plan_weighs_all_rows_against_the_layer() -> None:
     forms = {}
     for features, rows_there in ((2, 300), (700, 20)):
@@ -179,6 +180,7 @@ def test_chunks_cuts_and_unknown_labels_keep_the_order(name: str) -> None:
         assert relative_error(alone, there) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [1e-3, 0.5])
 def test_clipped_sums_and_single_gradients(clip: float) -> None:
     learner = make("fedavg", (40,), 30)

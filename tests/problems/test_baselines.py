@@ -95,6 +95,7 @@ def test_an_evaluation_with_baselines_survives_its_checkpoint(result, tmp_path):
     assert np.array_equal(again.sites["classical_gap"], result.sites["classical_gap"])
 
 
+@pytest.mark.slow
 def test_one_round_of_average_is_the_mean_of_the_sites_solutions(tmp_path):
     settings = ["learner.name=average", "server.rounds=1", "server.sites_per_round=0"]
     result = fedmeta.run(experiment_of(tmp_path, *settings))

@@ -310,6 +310,7 @@ def test_frozen_parameters_and_buffers_are_seeded_and_travel():
     assert isinstance(one["frozen.matrix"], Tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -132,6 +132,7 @@ def test_a_run_report_holds_its_numbers_and_loads_nothing(made, tmp_path):
         assert (tmp_path / picture).is_file()
 
 
+@pytest.mark.slow
 def test_a_problems_own_pictures_are_in_the_page(made, tmp_path):
     root, result = made
     folder = shutil.copytree(result.folder, tmp_path / "run")
@@ -145,6 +146,7 @@ def test_a_problems_own_pictures_are_in_the_page(made, tmp_path):
     assert (tmp_path / "out" / "report_pictures" / "start_before.png").is_file()
 
 
+@pytest.mark.slow
 def test_tables_are_written_in_full_as_csv(made, tmp_path):
     root, result = made
     page_of(str(result.folder), root=root, out=tmp_path)
@@ -177,6 +179,7 @@ def test_every_format_shows_what_is_written_as_it_is(tmp_path):
     assert csv_table(table).splitlines()[1].endswith(",0.25,0.5,0.125,,,3")
 
 
+@pytest.mark.slow
 def test_sites_left_behind_are_named_whatever_the_name(made, tmp_path):
     root, result = made
     folder = shutil.copytree(result.folder, tmp_path / "run")
@@ -207,6 +210,7 @@ def test_the_experiment_file_repeats_the_run(made, tmp_path):
     assert "[learner]\nname = " in differing(again), "the learner is named though it may be the default"
 
 
+@pytest.mark.slow
 def test_a_comparison_report_holds_every_learner(compared, tmp_path):
     root, found = compared
     page = page_of(str(found.folder), root=root, out=tmp_path)
@@ -220,6 +224,7 @@ def test_a_comparison_report_holds_every_learner(compared, tmp_path):
     assert found.verdict in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
+@pytest.mark.slow
 def test_a_learner_that_failed_is_named(compared, tmp_path):
     root, found = compared
     folder = shutil.copytree(found.folder, tmp_path / "comparison")

@@ -47,6 +47,7 @@ def experiment(folder: Path, columns: dict[str, Any], *overrides: str) -> Experi
     return Experiment().with_overrides([*settings, *own, *overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_of_file_is_trained_on_and_judged(tmp_path: Path, kind: str) -> None:
     result = run(experiment(tmp_path, FILES[kind], "evaluation.gate=true", "evaluation.schedule=auto"))

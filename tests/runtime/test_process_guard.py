@@ -40,6 +40,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         os.kill(process, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_everything_that_came_of_a_command_ends_with_the_block(tmp_path: Path, mark: str) -> None:
     ready = tmp_path / "ready"
     with keep([sys.executable, "-c", FAMILY, str(ready)], os.environ, tmp_path / "log") as process:

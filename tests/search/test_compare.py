@@ -78,6 +78,7 @@ def test_a_run_that_fails_loses_and_does_not_end_the_comparison(tmp_path: Path) 
     assert "| - | 2 | 1 |" in (found.folder / "comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FedmetaError, match=r"^diverged$"):
         started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("diverged"))

@@ -64,6 +64,7 @@ def test_an_interrupted_trial_is_repeated(tmp_path: Path) -> None:
     assert len(list((asked.folder / "trials").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_new_sites_change_no_trial(tmp_path: Path) -> None:
     sites, rows = 8, 16
     names = [f"site-{number}" for number in range(sites)]
@@ -99,6 +100,7 @@ def test_bad_trials_are_pruned(tmp_path: Path, pruner: str) -> None:
     assert set(found.importance) == ({"learner.inner_lr", "server.lr"} if enough else set())
 
 
+@pytest.mark.slow
 def test_a_search_whose_trials_cannot_start_fails_and_loses_none(tmp_path: Path) -> None:
     asked = config(tmp_path, 6, "random", "server.aggregator=bulyan", "server.weighting=uniform")
     with pytest.raises(FedmetaError, match=r"3 trials in a row could not start; the last: .*bulyan"):

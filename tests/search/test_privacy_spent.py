@@ -44,6 +44,7 @@ def test_a_search_and_a_comparison_of_private_runs_show_the_sum(tmp_path: Path) 
     assert compared.privacy in markdown(compared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", [True, False])
 def test_the_card_of_an_adapted_model_states_what_epsilon_covers(noisy: bool, tmp_path: Path) -> None:
     overrides = ("server.rounds=2", "privacy.delta=0.01", *(NOISY if noisy else ()))

@@ -126,6 +126,7 @@ def test_sampling_lowers_epsilon_and_rounds_raise_it() -> None:
 # ---------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Path) -> None:
     notes: list[Progress] = []
     allowed = Accountant(32, 8, 2.0, 1e-5)
@@ -139,6 +140,7 @@ def test_a_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Pat
     assert Path(result.summary["checkpoint"]).name == "round-000003.safetensors"
 
 
+@pytest.mark.slow
 def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
     states = [run(digits(tmp_path, *NOISY, "server.rounds=1", "evaluation.every=0")).meta_state for _ in range(2)]
     assert not torch.equal(states[0]["theta.1.weight"], states[1]["theta.1.weight"])

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from fedmeta import checkpoint
 from fedmeta.experiment import Experiment
 from fedmeta.runtime import run
@@ -21,6 +23,7 @@ def test_a_busy_process_is_told_from_an_idle_one() -> None:
     assert 10 < busy["system/process_peak_memory_megabytes"] < 1e6
 
 
+@pytest.mark.slow
 def test_every_round_has_its_figures(tmp_path: Path) -> None:
     keys = ["server.rounds=2", "evaluation.every=0", "tracking.uri=none", f"tracking.folder={tmp_path}"]
     result = run(Experiment().with_overrides([*keys, "runtime.engine=vmap", "model.hidden=8"]))

@@ -69,6 +69,7 @@ def test_sites_are_evaluated_at_the_start_every_so_often_and_at_the_end(
     assert result.sites["round"].unique().tolist() == [total]
 
 
+@pytest.mark.slow
 def test_progress_is_told_round_by_round(tmp_path: Path) -> None:
     reported: list[Progress] = []
     result = run(digits(tmp_path), report=reported.append)
@@ -85,6 +86,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path) 
     assert not torch.equal(one.meta_state["theta.1.weight"], other.meta_state["theta.1.weight"])
 
 
+@pytest.mark.slow
 def test_the_summary_counts_what_travelled(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 3)
     outcome = training_loop.run(grid, grid.experiment, ignore_progress)
@@ -101,6 +103,7 @@ def test_the_summary_counts_what_travelled(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- faults
 
 
+@pytest.mark.slow
 def test_a_skipped_round_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 2)
     reported: list[Progress] = []
@@ -125,6 +128,7 @@ def test_a_run_that_diverges_ends_with_what_may_help(tmp_path: Path) -> None:
         training_loop.run(SeveralNodes(app, experiment, 2), experiment, ignore_progress)
 
 
+@pytest.mark.slow
 def test_what_fails_again_and_again_is_told_ten_times_and_what_is_new_always(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=20", "server.sites_per_round=0", "evaluation.every=0")
     grid = SeveralNodes(app, experiment, 2)
@@ -162,6 +166,7 @@ def test_ten_rounds_without_a_usable_reply_stop_the_run_with_the_reason(tmp_path
     assert set(trained) == {str(number) for number in range(1, 11)}
 
 
+@pytest.mark.slow
 def test_one_usable_reply_in_ten_rounds_is_enough_to_go_on(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=20", "evaluation.every=0")
     grid = SeveralNodes(app, experiment, 2)
@@ -174,6 +179,7 @@ def test_one_usable_reply_in_ten_rounds_is_enough_to_go_on(tmp_path: Path) -> No
     assert training_loop.run(grid, experiment, ignore_progress).summary["rounds"] == 20
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_for_good_leaves_its_sites_unevaluated(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 4)
 
@@ -238,6 +244,7 @@ def test_a_site_that_joins_between_two_parts_of_a_run_is_new(tmp_path: Path) -> 
     assert first.to_dict() == {"hope": 8, "mercy": 6, "zion": 10}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_waits_for_all_its_sites_and_goes_on_without_the_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -326,7 +333,7 @@ def test_a_resumed_run_refuses_sites_whose_columns_have_changed(
 # ---------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.quick("2-adam", "0-momentum")
+@pytest.mark.quick("2-adam")
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(tmp_path: Path, after: int, optimizer: str) -> None:
@@ -341,6 +348,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(tmp_path: Path, 
     assert resumed.folder == only_folder(experiment).absolute()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_an_evaluation_resumes_with_it(tmp_path: Path) -> None:
     unbroken = run(digits(tmp_path / "unbroken"))
     experiment = digits(tmp_path / "broken")
@@ -360,6 +368,7 @@ def test_a_run_that_was_stopped_before_an_evaluation_resumes_with_it(tmp_path: P
     pd.testing.assert_frame_equal(unbroken.history, resumed.history)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     unbroken = run(digits(tmp_path / "unbroken"))
     experiment = digits(tmp_path / "broken")
@@ -394,6 +403,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored_in_a_step() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_resumed_by_name_and_stays_as_it_is(tmp_path: Path) -> None:
     experiment = digits(tmp_path)
     first = run(experiment)
@@ -431,7 +441,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_to_the_same_bits(tmp_path: Pat
     pd.testing.assert_frame_equal(unbroken.history, resumed.history)
 
 
-@pytest.mark.quick("fedrep-True")
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("learner", ["ditto", "fedrep"])
 def test_what_sites_keep_goes_back_with_the_run_to_either_checkpoint(
@@ -456,6 +466,7 @@ def test_what_sites_keep_goes_back_with_the_run_to_either_checkpoint(
     pd.testing.assert_frame_equal(unbroken.history, resumed.history)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_wrote_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
     unbroken = run(digits(tmp_path / "unbroken", "server.rounds=7"))
     experiment = digits(tmp_path / "killed", "server.rounds=7", "runtime.checkpoint_every=2")

@@ -58,6 +58,7 @@ def test_other_types_are_tried_after_a_failure():
     assert isinstance(error, ConnectionError)
 
 
+@pytest.mark.slow
 def test_everything_arrives_in_the_end():
     sent, failures = [], [True, False, True]
     notices = []

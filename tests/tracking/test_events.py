@@ -37,6 +37,7 @@ def test_what_waits_in_the_folder_of_all_runs_is_sent_once(tmp_path: Path, store
         assert [(entry.step, entry.value) for entry in history] == [(1, 0.5), (2, 0.25)]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named(tmp_path: Path, store: str) -> None:
     with pytest.raises(FedmetaError, match="nowhere: no such folder"):
         list(sync(tmp_path / "nowhere"))

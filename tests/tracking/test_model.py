@@ -46,6 +46,7 @@ def frame(start: MetaModel, x: Any) -> pd.DataFrame:
     return pd.DataFrame(x, columns=list(start.form.features))
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_model_and_registers_it(finished: tuple[str, fedmeta.Result, MetaModel]) -> None:
     uri, result, _ = finished
     client = MlflowClient(uri)

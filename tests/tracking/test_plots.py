@@ -36,7 +36,7 @@ def legend(figure: Figure) -> set[str]:
     return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
-@pytest.mark.quick("8-32-*")
+@pytest.mark.quick("1-3-*")
 @pytest.mark.parametrize(("new", "training", "score"), [(1, 3, SNR), (8, 32, RMSE), (200, 800, ACCURACY)])
 def test_all_plots_are_drawn(tmp_path, new, training, score):
     rounds = [evaluation(new, training, r / 2, round_number=r, score=score) for r in range(3)]
@@ -126,6 +126,7 @@ def test_labels_name_the_score_with_its_unit():
     assert plots.gain_by_rows(evaluation(2, 4, score=RMSE), RMSE).axes[0].get_ylabel() == "reduction of rmse"
 
 
+@pytest.mark.slow
 def test_the_problems_own_pictures_are_the_others(tmp_path):
     plots.save(evaluation(1, 2), ACCURACY, tmp_path)
     (tmp_path / "start.png").write_bytes(b"")

@@ -181,6 +181,7 @@ def test_the_table_of_sites_is_worst_first(whole_run):
     assert table["personalized_accuracy"].is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_nothing_and_its_results_are_renewed(store, tmp_path):
     tracker = start(experiment(store, "resumed"), tmp_path)
     run = history(NEW, TRAINING, 6, EVERY)
@@ -199,6 +200,7 @@ def test_a_resumed_run_repeats_nothing_and_its_results_are_renewed(store, tmp_pa
     assert len(table) == NEW + TRAINING
 
 
+@pytest.mark.slow
 def test_odd_sites_and_values(store, tmp_path):
     """Names that MLflow refuses, values that it distorts, a group without sites, and a limit to the curves."""
     names = ["ward/7", "ward?7", "é .", "..", "Ward_7"]
@@ -221,6 +223,7 @@ def test_odd_sites_and_values(store, tmp_path):
     assert "on 4 training sites" in run.data.tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_any_score_is_tracked_with_its_direction_and_unit(store, tmp_path):
     """An own problem's score in dB, a further metric that is undefined at a site, and the problem's own pictures."""
     sites = evaluation(2, 3, score=SNR)
