@@ -306,8 +306,7 @@ def _strongest(rows: _Rows, site: int, linear: Tensor, network: Local, meta_stat
             held_out[held] = _trees(x[~held], y[~held].numpy(), x[held], rows.classes, rows.seed)
         losses["trees"] = row_losses(held_out, y)
     best = min(losses, key=lambda name: float(losses[name].mean()))
-    gain = losses["linear"] - losses[best]
-    if not gain.mean() > gain.std() / len(y) ** 0.5:
+    if not is_better(losses[best], losses["linear"]):
         best = "linear"
     if best == "network":
         own = network.adapt(meta_state, (rows.x[site][here], y), steps)
@@ -317,6 +316,12 @@ def _strongest(rows: _Rows, site: int, linear: Tensor, network: Local, meta_stat
     if best == "trees":
         return best, _trees(x, y.numpy(), rows.query_vectors[site].numpy(), rows.classes, rows.seed)
     return best, linear
+
+
+def is_better(rival: Tensor, linear: Tensor) -> bool:
+    """Returns whether a rival's held-out losses [n] are below the linear model's by one SE of the paired difference."""
+    gain = linear - rival
+    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
 def _network_losses(x: Tensor, y: Tensor, folds: Tensor, network: Local, meta_state: MetaState) -> tuple[Tensor, int]:

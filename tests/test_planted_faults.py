@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "a rival by luck": (
         "clients/local_models.py",
-        "if not gain.mean() > gain.std() / len(y) ** 0.5:",
-        "if not gain.mean() > -1.0:",
+        "gain.mean() > gain.std() / len(gain) ** 0.5",
+        "gain.mean() > 0",
         "clients/test_local_models.py::test_a_rival_that_is_better_by_luck_only_is_not_taken",
     ),
     "five bins": ("problems/rows.py", "BINS = 10", "BINS = 5", "learners/test_loss.py::test_calibration_has_ten_bins"),
