@@ -87,7 +87,9 @@ def detectors() -> dict[str, list[dict[str, np.ndarray]]]:
         fixed = own.Scenes(anchors=sizes, learned=False)
         settings = (f"problem.anchors={sizes}", "problem.learned=false", "runtime.check=off")
         by_k_means = measure.run(ENTRY, *settings, seed=seed).meta_state
-        joint = measure.run(ENTRY, *settings, "learner.inner_steps=0", seed=seed).meta_state
+        joint = measure.run(
+            ENTRY, *settings, "learner.global_weight=1", seed=seed
+        ).meta_state  # the loss before any step
 
         learner = build("maml", fixed, inner_steps=STEPS, inner_lr=RATE)
         zero = learner.init(seed)

@@ -83,8 +83,8 @@ class Contest:
             mask[FREE, FREE] = (SLOPE * own[FREE, FREE]).sigmoid()
             prints = [(STEEPNESS * (image - THRESHOLD)).sigmoid() for image in self.corners(mask)]
             loss = torch.stack([(each - target).square().sum() for each in prints]).sum()
-            if float(loss) < lowest:
-                best, lowest = mask.detach(), float(loss)
+            if float(loss.detach()) < lowest:
+                best, lowest = mask.detach(), float(loss.detach())
             (slope,) = torch.autograd.grad(loss, own)
             own = (own - RATE * slope).detach()
         return (best > 0.5).float()
