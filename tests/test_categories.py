@@ -64,6 +64,7 @@ def start_of(result: fedmeta.Result) -> MetaModel:
     return MetaModel.of(checkpoint.newest(result.folder)[0])
 
 
+@pytest.mark.slow
 def test_text_is_learned_as_columns_of_zeros_and_ones_written_by_hand_are(
     finished: tuple[Path, fedmeta.Result], tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_sites_with_a_file_each_agree_on_the_same(finished: tuple[Path, fedmeta.
     assert replies, "training sites are asked"
 
 
+@pytest.mark.slow
 def test_a_rare_name_stays_at_its_site(finished: tuple[Path, fedmeta.Result]) -> None:
     folder, _ = finished
     described = experiment(folder, folder / "data")
@@ -106,6 +108,7 @@ def test_a_rare_name_stays_at_its_site(finished: tuple[Path, fedmeta.Result]) ->
     assert RARE not in text
 
 
+@pytest.mark.slow
 def test_text_where_the_others_have_numbers_is_refused_by_name(tmp_path: Path) -> None:
     data = hospitals(tmp_path / "data")
     for number in range(4):
@@ -163,6 +166,7 @@ def test_columns_of_other_units_or_without_values_are_named(
     assert 'Column "age" is missing' in " ".join(adapt(start, str(tmp_path / "mine.csv"), missing=["-"]).warnings)
 
 
+@pytest.mark.slow
 def test_resumed_it_is_the_unbroken_run(finished: tuple[Path, fedmeta.Result], tmp_path: Path) -> None:
     folder, result = finished
     described = experiment(tmp_path, folder / "data")
@@ -205,6 +209,7 @@ def test_columns_turn_cells_into_features() -> None:
     assert '"q", "r" in 2 rows count as "other"' in notes[0]
 
 
+@pytest.mark.slow
 def test_a_site_of_other_units_is_named_by_the_sums_that_it_sends(tmp_path: Path) -> None:
     data = hospitals(tmp_path / "data")
     far = frame(2).assign(age=lambda each: each["age"] * 365.25)

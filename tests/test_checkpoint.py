@@ -97,6 +97,7 @@ def test_every_field_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert_same(read(write(empty, tmp_path)), empty)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.text(min_size=1, max_size=9), st.lists(st.floats(width=32), max_size=5), max_size=3),

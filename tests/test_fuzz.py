@@ -118,6 +118,7 @@ def test_no_broken_npz_file_is_read_as_other_numbers(tmp_path: Path, count: int)
     assert refused > 0.3 * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", MUTATIONS)
 def test_a_broken_csv_file_is_refused_with_the_place_or_read_as_numbers(tmp_path: Path, count: int) -> None:
     draws = random.Random(3)

@@ -46,6 +46,7 @@ def arrows() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_circle_between_packages():
     try:
         TopologicalSorter(arrows()).prepare()
@@ -53,6 +54,7 @@ def test_no_circle_between_packages():
         pytest.fail(f"packages import each other: {' -> '.join(error.args[1])}")
 
 
+@pytest.mark.slow
 def test_a_planted_circle_is_found():
     planted = arrows()
     planted["fedmeta.errors"].add("fedmeta.runtime")
@@ -66,6 +68,7 @@ def test_clients_and_server_never_use_each_other():
     assert "clients" not in found["server"]
 
 
+@pytest.mark.slow
 def test_only_tracking_imports_mlflow():
     others = [
         str(path.relative_to(ROOT))

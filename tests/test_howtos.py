@@ -109,6 +109,7 @@ def test_the_example_source_keeps_test_windows_apart(tmp_path, monkeypatch):
     assert not set(map(tuple, train.support.tolist())) & set(map(tuple, test.query.tolist()))
 
 
+@pytest.mark.slow
 def test_the_example_cohorts_take_turns(tmp_path, monkeypatch):
     sites = [f"site-{number}" for number in range(5)]
     drawn = [in_turn(sites, [1] * 5, 2, number, np.random.default_rng(0)) for number in range(1, 6)]
@@ -118,6 +119,7 @@ def test_the_example_cohorts_take_turns(tmp_path, monkeypatch):
     assert own.summary["new_sites"]["global"]["loss"] != plain.summary["new_sites"]["global"]["loss"]
 
 
+@pytest.mark.slow
 def test_the_example_aggregator_withstands_a_false_gradient(tmp_path, monkeypatch):
     gradients = torch.cat([torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.full((1, 4), 1e4)])
     assert geometric_median(gradients).norm() < 2

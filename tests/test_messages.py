@@ -334,7 +334,7 @@ def mutate(content: RecordDict, data: st.DataObject) -> None:
                 record.pop(key, None)
 
 
-@pytest.mark.quick("TrainReply", "SitesReply")
+@pytest.mark.quick("TrainReply")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
 @given(data=st.data())
@@ -353,6 +353,7 @@ def test_what_is_not_a_message_is_refused_as_such(
     assert type(unpack(read.pack())) is type(message)
 
 
+@pytest.mark.slow
 @given(st.one_of(st.builds(dict), st.dictionaries(st.text(max_size=5), RECORDS, max_size=3)))
 def test_foreign_records_are_refused_by_every_message(records: dict[str, Any]) -> None:
     for _, unpack in PACKED:

@@ -42,7 +42,7 @@ def keyed(round_number: int, given: list[Task]):
     return stack(given).with_noise(noise.noise_keys(0, round_number, [f"site-{k}" for k in range(len(given))]))
 
 
-@pytest.mark.quick("maml", "fedavg", "ditto")
+@pytest.mark.quick("maml", "fedavg")
 @pytest.mark.parametrize("name", LEARNERS)
 def test_all_engines_draw_the_same_noise(name: str) -> None:
     batch = keyed(3, tasks(torch.float64))

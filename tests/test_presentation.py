@@ -92,6 +92,7 @@ def test_pictures_take_any_figure(found: tuple[pd.DataFrame, Metric]) -> None:
         assert comparison_plots.over_rounds({name: [sites] for name in learners}, "new", score).axes
 
 
+@pytest.mark.slow
 @given(st.lists(ODD, min_size=4, max_size=4), ODD, SCORES)
 @settings(FEW, max_examples=15)
 def test_pictures_of_comparisons_take_any_figure(values: list[float], traffic: float, score: Metric) -> None:
@@ -102,6 +103,7 @@ def test_pictures_of_comparisons_take_any_figure(values: list[float], traffic: f
     assert "nan" not in spread(values[0], values[1])
 
 
+@pytest.mark.slow
 @given(st.lists(ODD, max_size=40), st.lists(ODD | st.none(), min_size=1, max_size=6))
 def test_the_live_view_takes_any_score(values: list[float], scores: list[float | None]) -> None:
     bars = live.sparkline(values)

@@ -194,6 +194,7 @@ def test_targets_that_cannot_be_are_refused_in_one_line(tmp_path: Path, override
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_several_columns_of_tables_are_targets(tmp_path: Path) -> None:
     folder = tmp_path / "tables"
     folder.mkdir()

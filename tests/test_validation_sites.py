@@ -38,7 +38,7 @@ def described(folder: Path, name: str, change: float, *overrides: str) -> Experi
     return Experiment().with_overrides([*settings, f"tracking.folder={folder / name}", *overrides])
 
 
-@pytest.mark.quick("maml-*")
+@pytest.mark.quick("maml-fixed")
 @pytest.mark.parametrize("schedule", ["fixed", "auto"])
 @pytest.mark.parametrize("learner", ["maml", "fedrep"])
 def test_rows_of_new_sites_change_nothing(tmp_path: Path, learner: str, schedule: str) -> None:

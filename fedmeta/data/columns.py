@@ -6,21 +6,27 @@ has that name. A row of another name has 0 in all of them: "other", as names do 
 missing one is missing in all of them, and becomes their mean.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.data.population import ArrayPopulation
-from fedmeta.data.table_file import RawTable, listed
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data
 from fedmeta.text import LONGEST_NAME
+
+# What reads cells imports pandas when it is first used: a site encodes rows for every message, and most have no tables.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedmeta.data.table_file import RawTable
 
 Categories = tuple[tuple[str, tuple[str, ...]], ...]
 """The columns of categories, by name, and the names that a run knows of each."""
@@ -37,7 +43,6 @@ _ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z
 _POINTS = re.compile(r"\d{1,2}\.\d{1,2}\.\d{4}")
 _SLASHES = re.compile(r"\d{1,2}/\d{1,2}/\d{4}")
 _WITH_UNIT = re.compile(r"[<>~]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|[^\W\d][\w/%]{0,11})?")
-_DAY = pd.Timedelta(days=1)
 
 
 def is_number_text(name: str) -> bool:
@@ -70,8 +75,10 @@ def name_of(value: object) -> str:
     return str(value)
 
 
-def names_of(column: "pd.Series[Any]") -> "pd.Series[Any]":
+def names_of(column: pd.Series[Any]) -> pd.Series[Any]:
     """Returns the names that a column's cells hold, NaN where one is missing."""
+    import pandas as pd
+
     present = column[column.notna()]
     codes, distinct = pd.factorize(present)
     named = np.array([name_of(value) for value in distinct], dtype=object)
@@ -81,16 +88,20 @@ def names_of(column: "pd.Series[Any]") -> "pd.Series[Any]":
     return found.where(found != "", np.nan)
 
 
-def days(column: "pd.Series[Any]") -> "tuple[pd.Series[Any], pd.Series[Any]]":
+def days(column: pd.Series[Any]) -> tuple[pd.Series[Any], pd.Series[Any]]:
     """Returns a column of dates as days since 1970-01-01, and where it holds no date; NaN where one is missing.
 
     Dates are written 2024-03-09, with or without a time, or 9.3.2024; or 9/3/2024 where the column shows by a number
     above 12 which of the two is the day.
     """
+    import pandas as pd
+
     absent = column.isna()
     if column.dtype.kind == "M":
         when = pd.to_datetime(column, utc=True)
-        return ((when - pd.Timestamp(0, tz="UTC")) / _DAY).astype(float), pd.Series(False, index=column.index)
+        return ((when - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).astype(float), pd.Series(
+            False, index=column.index
+        )
     texts = column.astype(str).str.strip()
     when = pd.Series(pd.NaT, index=column.index, dtype="datetime64[ns, UTC]")
     iso, points, slashes = (texts.str.fullmatch(form) & ~absent for form in (_ISO, _POINTS, _SLASHES))
@@ -104,11 +115,11 @@ def days(column: "pd.Series[Any]") -> "tuple[pd.Series[Any], pd.Series[Any]]":
         if day_first != month_first:
             form = "%d/%m/%Y" if day_first else "%m/%d/%Y"
             when = when.where(~slashes, pd.to_datetime(texts.where(slashes), format=form, errors="coerce", utc=True))
-    found = ((when - pd.Timestamp(0, tz="UTC")) / _DAY).astype(float)
+    found = ((when - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).astype(float)
     return found, found.isna() & ~absent
 
 
-def looks_like_dates(column: "pd.Series[Any]") -> bool:
+def looks_like_dates(column: pd.Series[Any]) -> bool:
     """Returns whether nearly all cells of a column are dates."""
     if column.dtype.kind == "M":
         return True
@@ -117,8 +128,10 @@ def looks_like_dates(column: "pd.Series[Any]") -> bool:
     return bool(len(texts)) and float(np.logical_or.reduce([np.asarray(form) for form in forms]).mean()) > 0.9
 
 
-def numbers(column: "pd.Series[Any]") -> "tuple[pd.Series[Any], NDArray[np.bool_]]":
+def numbers(column: pd.Series[Any]) -> tuple[pd.Series[Any], NDArray[np.bool_]]:
     """Returns a column as numbers, NaN where there is none, and which of its cells are there and no numbers."""
+    import pandas as pd
+
     if column.dtype.kind in "biuf":
         return column, np.zeros(len(column), dtype=bool)
     if column.dtype.kind in "mM":
@@ -127,7 +140,7 @@ def numbers(column: "pd.Series[Any]") -> "tuple[pd.Series[Any], NDArray[np.bool_
     return found, (found.isna() & column.notna()).to_numpy()
 
 
-def kind_of(parts: "Sequence[pd.Series[Any]]", name: str, data: Data) -> str:
+def kind_of(parts: Sequence[pd.Series[Any]], name: str, data: Data) -> str:
     """Returns what a column is over all files: NUMBER, CATEGORY, DATE, or FREE: text that is no category.
 
     A column is text where more than half of its cells are no numbers.
@@ -187,11 +200,15 @@ class Columns:
             parts.append(one)
         return np.concatenate(parts, axis=1) if parts else np.empty((0, 0))
 
-    def read(self, columns: "Mapping[str, pd.Series[Any]]") -> "tuple[NDArray[np.float64], tuple[str, ...]]":
+    def read(self, columns: Mapping[str, pd.Series[Any]]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
         """Returns rows of features [rows, features] from columns of cells, and notes on names that the run lacks.
 
         Numbers must be numbers, NaN where one is missing; a category's cells are names, numbers or truth values.
         """
+        import pandas as pd
+
+        from fedmeta.data.table_file import listed
+
         known, notes = dict(self.categories), []
         codes: dict[str, NDArray[Any]] = {}
         for name in self.names:
@@ -297,7 +314,7 @@ def encoded(population: ArrayPopulation, categories: Categories) -> ArrayPopulat
 
 def column_values(
     table: RawTable, name: str, kind: str, data: Data
-) -> "tuple[pd.Series[Any], list[str], tuple[str, ...]]":
+) -> tuple[pd.Series[Any], list[str], tuple[str, ...]]:
     """Returns a column of one file as numbers, or as codes with the names they stand for; and what is wrong with it.
 
     Args:
@@ -352,7 +369,7 @@ def column_values(
 
 
 def _wrong_cells(
-    table: RawTable, name: str, column: "pd.Series[Any]", wrong: NDArray[np.bool_], advice: str
+    table: RawTable, name: str, column: pd.Series[Any], wrong: NDArray[np.bool_], advice: str
 ) -> list[str]:
     """Returns one problem for the wrong cells of a column, with the texts they hold."""
     rows = np.flatnonzero(wrong).tolist()

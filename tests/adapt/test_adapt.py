@@ -251,6 +251,7 @@ def test_without_the_packages_all_but_onnx_is_written(
     assert "onnx" not in (tmp_path / "out" / "card.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_whatever_names_it(tmp_path: Path) -> None:
     result, start = run(tmp_path, None, "server.rounds=1")
     root = result.folder.parent

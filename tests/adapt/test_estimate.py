@@ -168,6 +168,7 @@ def test_a_difference_that_few_rows_show_is_no_proof() -> None:
         assert rmse(blown, twenty).score == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "steps"),
     [
@@ -211,6 +212,7 @@ def test_no_record_makes_a_site_take_what_its_rows_show_to_be_worse(start: MetaM
     assert not leans_on_record(own, worse)
 
 
+@pytest.mark.slow
 def test_there_are_three_answers(start: MetaModel) -> None:
     """A site that differs much, one that is as the average of all, and one whose steps are far too long."""
     start = replace(start, record=None)  # which would decide where the rows do not

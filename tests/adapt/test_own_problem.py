@@ -126,6 +126,7 @@ def test_only_support_adapts(result, tmp_path):
     assert torch.equal(path[-1]["position"], solved.path[-1]["position"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -140,6 +141,7 @@ def test_what_cannot_be_is_refused_in_one_line(result, how, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_source_that_reads_no_file_says_so(tmp_path):
     result = fedmeta.run(experiment_of(tmp_path, "NoFile", "server.rounds=1"))
     np.save(tmp_path / "clinic.npy", np.zeros(4))

@@ -8,9 +8,10 @@ import pytest
 import fedmeta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "shown"),
-    [("--version", fedmeta.__version__), ("-h", "Usage"), ("run -h", "--set"), ("--show-completion bash", "complete")],
+    [("--version", fedmeta.__version__), ("-h", "Usage"), ("run -h", "--set"), ("-h", "--install-completion")],
 )
 def test_they_are_those_of_any_program(words: str, shown: str) -> None:
     command = [sys.executable, "-m", "fedmeta", *words.split()]

@@ -71,6 +71,7 @@ def test_progress_shows_scores_and_failures(coloured):
     assert "▁█" in coloured, "one bar for each evaluation, not for each round"
 
 
+@pytest.mark.slow
 def test_no_color_is_honoured(coloured):
     assert COLOUR.search(coloured)
     assert not COLOUR.search(in_a_terminal(RUN, NO_COLOR="1").decode())

@@ -47,6 +47,7 @@ def node_of(run: Experiment) -> RowNode:
     return RowNode(run, there, split(there, run.data, 0), there.all_sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["maml", "fedrep"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_a_site_is_judged_by_the_mean_of_its_tasks(tmp_path: Path, learner: str, gate: bool) -> None:

@@ -49,6 +49,7 @@ def ring(x):
     return (np.hypot(x[:, 0], x[:, 1]) > 1.2).astype(np.int64)
 
 
+@pytest.mark.slow
 def test_what_no_line_divides_is_solved_by_a_rival_and_what_one_does_by_the_line():
     figures, methods = solved(task(line, 120, 0), task(checkers, 240, 1), task(ring, 240, 2))
     assert methods[0] == "linear"
@@ -71,6 +72,7 @@ def test_few_rows_are_solved_by_the_linear_model():
     assert methods == ["linear"]
 
 
+@pytest.mark.slow
 def test_numbers_have_rivals_of_their_own():
     sites = [
         task(lambda x: 2 * x[:, 0] - x[:, 1], 80, 0, noise=0.1),
@@ -83,6 +85,7 @@ def test_numbers_have_rivals_of_their_own():
     assert figures["rmse"][1, 0] < 0.7  # of a constant: 1
 
 
+@pytest.mark.slow
 def test_a_rival_that_trains_to_nothing_is_not_taken():
     """All labels but a few are noise: no method may win by having seen the rows that it is scored on."""
     random = np.random.default_rng(0)
@@ -105,6 +108,7 @@ def test_one_class_and_one_row_are_solved():
     assert figures["accuracy"][:, 0].tolist() == [1.0, 0.75]
 
 
+@pytest.mark.slow
 def test_a_run_names_the_methods_and_pools_what_sites_reach_alone(tmp_path):
     settings = ["server.rounds=1", "evaluation.every=0", "tracking.uri=none", f"tracking.folder={tmp_path}"]
     result = fedmeta.run(Experiment.from_toml("", overrides=settings))

@@ -21,6 +21,7 @@ def synthetic(**keys: Any) -> SyntheticPopulation:
     return there
 
 
+@pytest.mark.slow
 @given(count=st.integers(1, 10**7), data=st.data())
 def test_names_are_numbers_and_sorted(count: int, data: Any) -> None:
     names = NumberedNames(count)

@@ -126,6 +126,7 @@ def test_scales_of_odd_columns(column: list[float], mean: float, scale: float) -
     assert (found.mean.dtype, found.scale.dtype) == (np.float32, np.float32)
 
 
+@pytest.mark.slow
 @given(offset=st.floats(-1e9, 1e9), spread=st.floats(1e-9, 1e6), sites=st.integers(1, 20))
 def test_standardised_values_are_of_the_size_of_one(offset: float, spread: float, sites: int) -> None:
     x = (offset + spread * np.random.default_rng(0).uniform(-1, 1, (sites, 50, 1))).astype(np.float64)

@@ -49,6 +49,7 @@ def test_every_message_of_a_run_is_shown(site: str) -> None:
     assert all(reply.size > 0 for reply in replies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -186,6 +186,7 @@ def test_who_shows_no_certificate_of_the_federation_gets_nowhere(door: Door, tmp
     assert door.superlink.asked == []
 
 
+@pytest.mark.slow
 def test_a_revoked_certificate_is_out_at_its_next_message(door: Door) -> None:
     connection = door.connect(trust(door.certs, door.site("b")))
     assert ask(connection)[0] == 200
@@ -204,6 +205,7 @@ def test_a_revoked_certificate_is_out_at_its_next_message(door: Door) -> None:
     assert door.ask(trust(door.certs, door.site("b")))[0] == 200
 
 
+@pytest.mark.slow
 def test_a_renewed_certificate_is_shown_without_a_restart(door: Door) -> None:
     def shown() -> str:
         with (
@@ -240,6 +242,7 @@ def test_idle_clients_cost_little(door: Door) -> None:
             plain.close()
 
 
+@pytest.mark.slow
 def test_a_sites_way_out_shows_its_certificate(door: Door, tmp_path: Path) -> None:
     port = free_port()
     with proxy("egress.conf", door.site("a"), port, door.port, tmp_path):

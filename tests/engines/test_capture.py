@@ -71,6 +71,7 @@ def test_what_a_learner_is_set_to_belongs_to_its_recordings() -> None:
     assert len(known(network)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites", [[0], [1], [0, 2]])
 def test_sites_that_are_not_finite_are_found_in_replays_too(sites: list[int]) -> None:
     learner = build("maml", MODELS["mlp"](), inner_steps=2)

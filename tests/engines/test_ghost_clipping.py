@@ -30,6 +30,7 @@ def norm(gradient: dict[str, Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in gradient.values()]).norm())
 
 
+@pytest.mark.quick("maml-*")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["maml", "fomaml", "meta-sgd", "fedavg"])
 def test_clipped_sums_and_norms_are_the_same_in_every_engine(name: str, engine: str) -> None:
@@ -75,6 +76,7 @@ def norm_net() -> nn.Module:
     return nn.Sequential(*body, nn.Linear(16, CLASSES))
 
 
+@pytest.mark.quick("fomaml-*")
 @pytest.mark.parametrize(
     ("name", "wide"),
     [(name, wide) for name in ("maml", "fomaml", "fedavg", "maml-global") for wide in (True, False)] + [("anil", True)],

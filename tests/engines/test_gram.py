@@ -56,6 +56,7 @@ def test_nor_do_they_in_parts_or_site_by_site(name: str, how: dict[str, object])
     assert_alike(build(name, mlp(), inner_steps=2), with_pairs(batch), batch, torch.float64, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "fedavg"])
 def test_sites_of_unequal_size_and_sites_that_are_not_finite_keep_theirs(name: str) -> None:
     batch = tasks([(9, 9), (1, 1), (8, 9), (1, 2), (1, 1)], (WIDTH,))
@@ -65,6 +66,7 @@ def test_sites_of_unequal_size_and_sites_that_are_not_finite_keep_theirs(name: s
     assert_alike(learner, with_pairs(batch), batch, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "fedavg"])
 def test_they_are_what_is_computed_with(name: str) -> None:
     batch = tasks(RAGGED, (WIDTH,))
@@ -74,6 +76,7 @@ def test_they_are_what_is_computed_with(name: str) -> None:
         assert_alike(learner, wrong, batch, torch.float64)
 
 
+@pytest.mark.quick("*-maml")
 @pytest.mark.parametrize("name", ["maml", "fedavg"])
 @pytest.mark.parametrize("first", [nn.LayerNorm(WIDTH), nn.Dropout(0.0), nn.Tanh(), nn.Linear(WIDTH, WIDTH)])
 def test_they_are_of_the_rows_and_not_of_what_a_layer_makes_of_them(name: str, first: nn.Module) -> None:

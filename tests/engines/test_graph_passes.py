@@ -121,6 +121,7 @@ def test_inputs_and_results_are_not_written_over() -> None:
     assert targets(graph_of(compute, torch.randn(2))) == [torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24), st.sampled_from([1, 2, 10, 20, 128, 1000]))
 def test_products_are_joined_with_sums_only_where_the_bits_are_the_same(n: int, rows: int, width: int, k: int) -> None:

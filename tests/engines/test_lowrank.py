@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float6
 RAGGED = [(4, 5), (1, 3), (6, 2)]
 
 
-@pytest.mark.quick("maml-*", "fedavg-*")
+@pytest.mark.quick("maml-*")
 @BOTH
 @pytest.mark.parametrize("norm", ["none", "layer", "group"])
 @pytest.mark.parametrize("name", LEARNERS)

@@ -56,6 +56,7 @@ def test_a_method_that_training_would_pass_over_is_refused(method: str) -> None:
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.quick("*-loop")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", LEARNERS)
 def test_a_learner_that_is_wrong(case: str, engine: str) -> None:

@@ -36,6 +36,7 @@ def test_overlaps_are_those_by_hand():
     assert own.shape_iou(torch.tensor([[2.0, 4]]), torch.tensor([[4.0, 2]])).item() == pytest.approx(4 / 12)
 
 
+@pytest.mark.slow
 @needs_boxes
 def test_k_means_on_voc_has_the_published_overlap():
     """Redmon and Farhadi 2017, table 1: mean IoU 61.0 for five anchors, 67.2 for nine."""

@@ -36,6 +36,7 @@ def test_a_random_code_is_rarely_better():
     assert (draw < standard_error("equal")).mean() == pytest.approx(1.1e-4, abs=0.2e-4)
 
 
+@pytest.mark.slow
 def test_with_freeland_and_hursts_weights_about_one_in_a_million_is_better():
     draw = code.random_errors(code.mistakes("freeland-hurst"), 2_000_000, seed=0)
     assert 0 < (draw < standard_error("freeland-hurst")).sum() <= 8

@@ -34,6 +34,7 @@ def test_patients_have_seizures_of_their_own_that_settings_lower():
     assert found[:, :50] == pytest.approx(0, abs=0.1), "no amplitude, no response"
 
 
+@pytest.mark.slow
 def test_the_sums_are_the_conditional_moments_of_the_weights():
     problem = stim.Neurostimulation()
     state, task = problem.init(0), problem.task("patient-03", "train", 1, 0)
@@ -83,6 +84,7 @@ def test_with_the_limit_no_more_than_one_trial_in_twenty_does_harm(run):
     assert found["regret"][:, -1].mean() < found["regret"][:, 0].mean()
 
 
+@pytest.mark.slow
 def test_a_memory_finds_back_sooner_after_the_patient_changed(run):
     new = measure.new_sites(run)
     kept, forgets = (regrets(run.meta_state, new, 20, memory=memory, drift=15)["regret"] for memory in (0, 40))

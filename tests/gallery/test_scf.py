@@ -17,6 +17,7 @@ def calculation(name, first):
     return scf.Calculation(*scf.MOLECULES[name], first)
 
 
+@pytest.mark.slow
 def test_energies_are_pyscfs_own():
     for name, kind in (("H2O", hartree_fock.RHF), ("NO2", hartree_fock.UHF)):
         atoms, unpaired = scf.MOLECULES[name]
@@ -28,6 +29,7 @@ def test_energies_are_pyscfs_own():
             assert own.energy == pytest.approx(energy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_chromium_fails_by_plain_iteration_and_converges_by_the_others_to_the_same_energy():
     """Cr2 at 1.68 A: some 17 builds by DIIS, some 38 by Newton's method."""
     plain, diis = calculation("Cr2", "plain"), calculation("Cr2", "diis")
@@ -40,6 +42,7 @@ def test_chromium_fails_by_plain_iteration_and_converges_by_the_others_to_the_sa
     assert 30 <= by_newton.builds <= 45
 
 
+@pytest.mark.slow
 def test_nitrogen_dioxide_converges_by_all():
     for first in ("plain", "diis"):
         found = [
@@ -84,6 +87,7 @@ def test_an_unknown_first_tier_is_refused():
         scf.TwoTiers("newton")
 
 
+@pytest.mark.slow
 def test_expected_builds_are_the_mean_of_training_molecules_and_choose_the_rule(monkeypatch):
     few = {name: scf.MOLECULES[name] for name in ("CO", "F2", "H2O", "HF", "N2", "NO2", "O3")}
     monkeypatch.setattr(scf, "MOLECULES", few)

@@ -38,6 +38,7 @@ def test_an_unknown_tissue_is_refused():
         us.Ultrasound("bone")
 
 
+@pytest.mark.slow
 def test_true_delays_leave_no_residual_and_a_sharp_picture():
     problem = us.Ultrasound("fat", 1)
     data = problem.task("body-00", "test", 0, 0).query

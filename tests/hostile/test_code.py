@@ -248,6 +248,7 @@ def test_every_key_that_imports_is_known() -> None:
 # ---------------------------------------------------------------- one's own code, from end to end
 
 
+@pytest.mark.slow
 def test_own_code_adapts_and_serves_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedmeta.adapt import adaptation, writing
     from tests.adapt.finished import hospitals, labels_of, rows, write_csv

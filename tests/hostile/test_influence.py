@@ -126,6 +126,7 @@ def test_one_long_reply_neither_stalls_the_run_nor_makes_it_infinite(tmp_path: P
     assert max(squares) < 1e3 * max(usual)
 
 
+@pytest.mark.slow
 def test_norms_outlive_a_stop(tmp_path: Path) -> None:
     grid = federation(tmp_path, "server.rounds=6", "runtime.checkpoint_every=1")
     grid.faults[LIAR_NODE] = in_rounds(5, change=times(1e6))
@@ -182,6 +183,7 @@ def test_min_sites_is_not_met_by_replies_that_count_for_nothing(tmp_path: Path) 
 # Weights
 
 
+@pytest.mark.slow
 def test_a_cap_bounds_what_claimed_rows_weigh(tmp_path: Path) -> None:
     def steps(cap: float, rows: int) -> torch.Tensor:
         folder = tmp_path / f"{cap}-{rows}"

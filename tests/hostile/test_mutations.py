@@ -61,6 +61,7 @@ def mutate(content: RecordDict, draws: random.Random) -> None:
         del record[key]
 
 
+@pytest.mark.quick("TrainReply*", "RoundRequest*")
 @pytest.mark.parametrize(("message", "unpack"), PACKED, ids=KINDS)
 def test_mutated_messages_end_in_one_line(message: Any, unpack: Callable[[RecordDict], Any]) -> None:
     draws = random.Random(type(message).__name__)

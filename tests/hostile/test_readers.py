@@ -77,6 +77,7 @@ def test_two_hundred_thousand_columns(tmp_path: Path) -> None:
     assert "50,001 columns" in table(tmp_path / "a.parquet")
 
 
+@pytest.mark.slow
 def test_many_columns_that_are_not_the_label_are_not_all_listed(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text(",".join(f"column-{number}" for number in range(5_000)) + "\n" + ",".join(["1"] * 5_000) + "\n")

@@ -76,6 +76,7 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
     assert train(experiment, folder).summary["privacy"]["rounds"] == 3
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_share_a_ledgers_round(tmp_path: Path) -> None:
     experiment = private(tmp_path)
     like = {"theta": torch.zeros(2)}

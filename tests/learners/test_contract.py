@@ -58,6 +58,7 @@ def test_says_what_it_sends(learner: Learner) -> None:
     assert learner.update == expected
 
 
+@pytest.mark.quick("maml", "fedrep")
 def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     state, task = make_state(learner), make_task(0, (4,), 3)
     plain, _ = learner.meta_gradient(state, task)
@@ -67,6 +68,7 @@ def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     assert relative_error(learner.adapt({**STANDARDISATION, **state}, task.support), learner.adapt(state, task[0])) == 0
 
 
+@pytest.mark.quick("maml-*", "fedavg-*", "imaml-*", "fedrep-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_on_ragged_sites(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(4)]
@@ -149,6 +151,7 @@ def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtyp
     assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
 
 
+@pytest.mark.slow
 def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> None:
     kind, task = type(learner), make_regression(1)
     linear = kind(build_model("mlp", (3,), 1, hidden=(4,), activation="tanh"), inner_steps=2, inner_lr=0.05)
@@ -187,6 +190,7 @@ class Bag(nn.Module):
         return self.head(mean)
 
 
+@pytest.mark.quick("maml-*", "fedavg-*", "fedrep-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_integer_rows_reach_an_embedding(learner: Learner, engine: str) -> None:
     embedded = dataclasses.replace(learner, problem=Supervised(Bag()))
@@ -239,7 +243,7 @@ def test_names_and_keys() -> None:
     assert {"inner_steps", "inner_lr", "global_weight"} <= set(settings_of(LEARNERS["maml"]))
 
 
-@pytest.mark.quick("maml-*", "fedavg-conv4-lowrank")
+@pytest.mark.quick("maml-conv4-*")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", ["conv4", "char_lstm"])
 def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine: str) -> None:
@@ -254,6 +258,7 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
     assert flat(total).sub(summed).norm() <= 1e-9 * summed.norm()
 
 
+@pytest.mark.quick("maml-*", "fedavg-*", "imaml-*", "fedrep-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]

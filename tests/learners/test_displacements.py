@@ -103,6 +103,7 @@ def test_more_conjugate_gradients_come_closer_and_stop_there(task: Task) -> None
     assert errors[3] < 1e-10 * float(exact.norm())
 
 
+@pytest.mark.slow
 def test_imaml_is_the_derivative_of_its_solution_on_a_network() -> None:
     """On a curved loss, solved to the end, against finite differences of the query loss at the solution."""
     module, task = build_model("mlp", (2,), 2, hidden=(2,), activation="tanh"), make_task(3, (2,), 2)
@@ -127,6 +128,7 @@ def test_imaml_survives_negative_curvature() -> None:
         assert bool(flat(learner.meta_gradient(state, make_task(seed, (4,), 3))[0]).isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_pfedme_descends_the_moreau_envelope(task: Task, rounds: int) -> None:
     lam, rate = 2.0, 0.2

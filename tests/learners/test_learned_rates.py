@@ -64,6 +64,7 @@ def expected(name: str, module: nn.Module, state: State, task: Task, weights: li
     return central_differences(objective, state)
 
 
+@pytest.mark.quick("0.0-*-mlp")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["anil", "meta-sgd", "maml++"])
 @pytest.mark.parametrize("global_weight", [0.0, 0.3])

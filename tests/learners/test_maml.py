@@ -35,6 +35,7 @@ def small_cnn(norm: str = "none") -> nn.Module:
 MODELS = {"mlp": (small_mlp, (4,)), "cnn": (small_cnn, (6, 6))}
 
 
+@pytest.mark.quick("0.0-mlp-1", "0.4-mlp-*")
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("global_weight", [0.0, 0.4])
@@ -55,6 +56,7 @@ def test_maml_against_finite_differences(name: str, steps: int, global_weight: f
     assert float(metrics["query_loss"]) == pytest.approx(float(loss(module, adapted, task.query)), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_maml_with_norms_and_padding_against_finite_differences(name: str) -> None:
     module = small_mlp("layer") if name == "mlp" else small_cnn("group")

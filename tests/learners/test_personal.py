@@ -42,6 +42,7 @@ def moved(parameters: State) -> State:
     return {name: value + 0.3 for name, value in parameters.items()}
 
 
+@pytest.mark.slow
 def test_ditto_on_a_quadratic() -> None:
     task, lam, rate = make_regression(0, 3), 2.0, 0.15
     settings = {"inner_steps": 200, "local_epochs": 200, "inner_lr": rate, "lam": lam}

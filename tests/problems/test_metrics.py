@@ -73,6 +73,7 @@ def predictions(experiment, result):
     return found
 
 
+@pytest.mark.slow
 def test_the_figures_of_heart_are_those_of_scikit_learn(shared_data, tmp_path):
     experiment = heart(shared_data, tmp_path)
     result = fedmeta.run(experiment)
@@ -109,6 +110,7 @@ def test_the_positive_class_is_the_named_one(positive):
     assert abs(values["auroc"] - expected["auroc"]) <= auroc_bound(sums["histogram"]) + 1e-12
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.booleans(), st.floats(-20, 20)), min_size=2, max_size=60),
     st.integers(2, 64),
@@ -157,6 +159,7 @@ def one_class_hospital(folder):
     return folder / "hospitals.npz"
 
 
+@pytest.mark.slow
 def test_a_hospital_of_one_class_is_undefined_counted_and_spoils_no_mean(tmp_path):
     experiment = Experiment.from_toml(
         "",

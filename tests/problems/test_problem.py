@@ -253,7 +253,7 @@ def own(tmp_path, monkeypatch):
     return experiment
 
 
-@pytest.mark.quick("maml", "fedavg-ft", "reptile", "fedrep")
+@pytest.mark.quick("maml", "reptile")
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_solves_an_own_problem_scored_below_zero(own, name):
     summary = fedmeta.run(own(f"learner.name={name}")).summary

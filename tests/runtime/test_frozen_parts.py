@@ -48,7 +48,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert all(torch.equal(one[name], value) for name, value in other.items())
 
 
-@pytest.mark.quick("a buffer", "by name")
+@pytest.mark.quick("a buffer")
 @pytest.mark.parametrize("case", MODELS)
 def test_a_seed_draws_the_frozen_part_and_another_seed_another(case: str, data: Path, tmp_path: Path) -> None:
     first, again = (run(described(tmp_path / name, data, *MODELS[case])) for name in "ab")
@@ -74,6 +74,7 @@ def test_three_processes_agree_to_the_last_bit(data: Path, tmp_path: Path) -> No
     assert_same(states[0], states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["a buffer", "by name"])
 def test_stopped_and_resumed_it_is_the_unbroken_run(case: str, data: Path, tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
@@ -89,6 +90,7 @@ def test_stopped_and_resumed_it_is_the_unbroken_run(case: str, data: Path, tmp_p
     assert resumed.summary["new_sites"] == unbroken.summary["new_sites"]
 
 
+@pytest.mark.quick("a buffer")
 @pytest.mark.parametrize("case", MODELS)
 def test_everything_that_a_run_leaves_has_its_frozen_part(case: str, data: Path, tmp_path: Path) -> None:
     import mlflow.pyfunc
@@ -125,6 +127,7 @@ def adaptation_of(start, state, x, score, mean, scale, steps):
     return start.learner.adapt(state, support, steps)
 
 
+@pytest.mark.slow
 def test_first_weights_are_read_where_a_run_starts_and_nowhere_else(data: Path, tmp_path: Path) -> None:
     notes: list[str] = []
     weight = torch.full((12, 3), 0.25)

@@ -72,6 +72,7 @@ def test_every_learner_takes_regression(tmp_path: Path, learner: str) -> None:
     assert np.isfinite(result.sites["personalized_rmse"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_by_its_own_experiment_alone(tmp_path: Path) -> None:
     own = experiment(tmp_path, FILES["regression"])
     name = run(own).folder.name
@@ -82,6 +83,7 @@ def test_a_run_is_gone_on_with_by_its_own_experiment_alone(tmp_path: Path) -> No
     assert run(own.with_overrides(["tracking.site_curves=3"]), resume=name).folder.name == name
 
 
+@pytest.mark.slow
 def test_data_that_changed_between_two_runs_are_read_again(tmp_path: Path) -> None:
     first = run(experiment(tmp_path, FILES["regression"]))
     same = run(experiment(tmp_path, FILES["regression"]))
@@ -90,6 +92,7 @@ def test_data_that_changed_between_two_runs_are_read_again(tmp_path: Path) -> No
     assert other.summary["training_sites"] != first.summary["training_sites"]
 
 
+@pytest.mark.slow
 def test_nobody_is_waited_for_who_cannot_come(tmp_path: Path) -> None:
     files = write_sites(tmp_path / "data")
     settings = ("data.source=tables", f"data.path={tmp_path / 'data'}", "server.rounds=4", "runtime.checkpoint_every=1")
@@ -110,6 +113,7 @@ def test_nobody_is_waited_for_who_cannot_come(tmp_path: Path) -> None:
     assert "site-1" in (resumed.folder / "failures.json").read_text()
 
 
+@pytest.mark.slow
 def test_features_that_share_a_name_are_known_by_their_place(tmp_path: Path) -> None:
     """UCI's activity data name 84 of their 561 features twice or more."""
     random = np.random.default_rng(0)

@@ -86,6 +86,7 @@ def test_a_command_that_is_killed_reads_as_a_shell_has_it(tmp_path: Path) -> Non
         assert process.wait(30) == 128 + signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_what_a_command_leaves_behind_ends_when_it_ends(tmp_path: Path, mark: str) -> None:
     program = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     with keep([sys.executable, "-c", program], os.environ, tmp_path / "log") as process:

@@ -173,6 +173,7 @@ def test_compares_on_the_same_sites_and_finds_its_runs_again(experiment: Experim
     pd.testing.assert_frame_equal(found.runs[own].sort_values(own, ignore_index=True), known)
 
 
+@pytest.mark.slow
 def test_is_written_as_markdown_and_json(experiment: Experiment, tmp_path: Path) -> None:
     found, _ = started(experiment, LEARNERS)
     write(found, tmp_path)

@@ -46,6 +46,7 @@ def test_quasi_random_points_cover_the_space() -> None:
         assert len({sum(point[each.key] > edge for edge in edges) for point in points}) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp", "cmaes"])
 def test_a_resumed_search_draws_the_points_of_an_unbroken_one(sampler: str) -> None:
     unbroken = drawn(sampler, 6)

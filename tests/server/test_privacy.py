@@ -46,6 +46,7 @@ def test_noise_is_standard_normal_and_never_the_same() -> None:
     assert noise(()).shape == ()
 
 
+@pytest.mark.slow
 def test_noise_has_the_scale_that_was_asked_for(tmp_path: Path) -> None:
     privacy = private(tmp_path, "privacy.clip_norm=0.7")
     like = {"theta": torch.zeros(100_000)}
@@ -98,6 +99,7 @@ def test_epsilon_of_a_known_setting() -> None:
     assert 2.3 < found <= 2.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("terms", "count"),
     [

@@ -207,6 +207,7 @@ def test_a_run_whose_sites_cannot_be_evaluated_keeps_its_meta_state(tmp_path: Pa
 # ---------------------------------------------------------------- sites that come and go
 
 
+@pytest.mark.slow
 def test_a_site_that_joins_late_does_not_move_the_scores_of_others(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "server.rounds=4", "evaluation.every=1")
     configs = [hospital(tmp_path, name, rows) for name, rows in (("mercy", 12), ("zion", 20))]
@@ -523,6 +524,7 @@ def test_a_killed_run_tracks_every_round_once(tmp_path: Path) -> None:
     assert [step for step, _ in metrics["train/query_loss"]] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     result = run(digits(tmp_path))
     saved, _ = checkpoint.newest(result.folder)

@@ -86,6 +86,7 @@ def test_a_full_batch_is_sent_before_its_time():
     queue.close()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_is_reported_once_and_given_up_in_the_end(monkeypatch):
     monkeypatch.setattr(async_queue, "PATIENCE_S", 0.1)
     notices = []

@@ -113,6 +113,7 @@ def test_rounds_show_the_worst_decile():
     np.testing.assert_allclose(lines[1], worst)
 
 
+@pytest.mark.slow
 def test_a_run_without_defined_scores_is_drawn(tmp_path):
     sites = evaluation(1, 2).assign(global_accuracy=np.nan, personalized_accuracy=np.nan, gain=np.nan)
     assert "no site has a defined score" in texts(plots.site_ranking(sites, ACCURACY))
@@ -134,6 +135,7 @@ def test_the_problems_own_pictures_are_the_others(tmp_path):
     assert plots.own_pictures(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are(tmp_path, recwarn):
     names = ["$x^2$", "病院", "a\nb", "_hidden", "long " * 20, "{}%"]
     sites = evaluation(2, 4).assign(site=names)
