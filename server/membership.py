@@ -15,7 +15,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import QUERY_SITES, MessageError, SitesReply
 from server import schema, site_keys
-from server.federation import NO_NODE, Federation, add_sites, ask, build_federation, only, uses_validation_sites
+from server.federation import NO_NODE, Federation, add_sites, build_federation, only, uses_validation_sites
+from server.site_statistics import ask
 
 POLL_S = 3.0
 """How long to wait before asking again who is there, while sites that must be present are missing."""

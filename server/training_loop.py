@@ -25,12 +25,13 @@ from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
 from server import aggregation
 from server.evaluation import evaluate_all_sites
-from server.federation import SITE_UNAVAILABLE, ask_categories, ask_standardisation, remap_site_indices
+from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
 from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
 from server.signals import defer_keyboard_interrupt
+from server.site_statistics import ask_categories, ask_standardisation
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
 

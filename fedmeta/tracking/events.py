@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -214,7 +215,7 @@ def sync(folder: Path, uri: str = "") -> Iterator[Sent]:
     for file in single or sorted(folder.glob(f"*/{UNSENT}")):
         run_id, events = read_unsent(file)
         store = checked_uri(uri or _store_of(file.parent))
-        sender = EventSender(with_timeout(store, lambda store=store: open_client(store)), run_id, resumed=True)  # type: ignore[misc]
+        sender = EventSender(with_timeout(store, partial(open_client, store)), run_id, resumed=True)
         left, _ = deliver(events, sender)
         write_unsent(file, run_id, left)
         yield Sent(file.parent, len(events) - len(left), len(left))

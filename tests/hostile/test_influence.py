@@ -20,10 +20,10 @@ from fedmeta.messages import EngineReply, TrainReply
 from fedmeta.progress import Progress, ignore_progress
 from server import training_loop
 from server.adaptation_schedule import middle_mean, tune_adaptation
-from server.federation import ask_standardisation
 from server.influence import FIRST, bound, norm_of, outlying
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
+from server.site_statistics import ask_standardisation
 from server.strategy import UNDONE, MetaGradientStrategy
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes

@@ -18,9 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from clients.app import app
 from fedmeta.build import learner_of
 from fedmeta.messages import EVALUATE, QUERY_ENGINE, QUERY_SITES, QUERY_SUMS, TRAIN
-from server.federation import ask_standardisation
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
+from server.site_statistics import ask_standardisation
 from server.strategy import MetaGradientStrategy
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, silence

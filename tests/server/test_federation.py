@@ -9,8 +9,9 @@ from flwr.app import Message
 from clients.app import app
 from fedmeta.errors import FedmetaError
 from server import membership as module
-from server.federation import ask_standardisation, only
+from server.federation import only
 from server.membership import Membership
+from server.site_statistics import ask_standardisation
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, SeveralNodes, breaks, silence
 

@@ -21,10 +21,11 @@ from fedmeta.messages import (
     pack_failure,
     payload_bytes,
 )
-from server.federation import Federation, ask_standardisation
+from server.federation import Federation
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.sampling import sample_cohort, sites_to_evaluate
+from server.site_statistics import ask_standardisation
 from server.strategy import MetaGradientStrategy
 from tests.server.digits import digits
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes, breaks, lost, silence
