@@ -1,10 +1,13 @@
 """The house: arrows between packages run one way, and what is imported is declared."""
 
 import ast
+import json
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -98,3 +101,32 @@ def test_what_is_imported_is_declared():
                 if not names & declared:
                     missing[name] = str(path.relative_to(ROOT))
     assert missing == {}
+
+
+class QuickPatterns:
+    """A plugin that counts which cases each pattern of a `quick` marker names."""
+
+    def __init__(self) -> None:
+        self.cases: dict[tuple[str, str], int] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            marker = item.get_closest_marker("quick")
+            for pattern in marker.args if marker and isinstance(item, pytest.Function) else ():
+                key = (item.nodeid.partition("[")[0], pattern)
+                self.cases[key] = self.cases.get(key, 0) + fnmatchcase(item.callspec.id, pattern)
+
+
+@pytest.mark.slow
+def test_every_pattern_of_quick_names_a_case() -> None:
+    """Else a test would leave `make test` without a word."""
+    script = (
+        "import json, pytest; from tests.test_house import QuickPatterns; plugin = QuickPatterns();"
+        "pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests'], plugins=[plugin]);"
+        "print(json.dumps([*map(list, plugin.cases.items())]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found
+    assert [key for key, count in found if not count] == []
