@@ -1,4 +1,4 @@
-"""The command line: fedmeta run, compare, tune, sites, init, check, adapt, report, landscape, ui, sync, certs."""
+"""The command line: the program and the order of its commands in the help."""
 
 from __future__ import annotations
 
