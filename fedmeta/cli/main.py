@@ -1,4 +1,4 @@
-"""The command line: run, compare, tune, sites, init, check, adapt, report, landscape, forget, verify, values, ui, ..."""
+"""The command line: run, compare, tune, sites, init, check, adapt, report, landscape, forget, verify, values, ui ..."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def forget(
 
     if runtime == RuntimeName.DEPLOYMENT:
         raise FedmetaError(
-            "--runtime deployment: a federation's server has its runs; take the site's node away and run the experiment "
-            f'there with --set data.without=["{site}"] (docs/forget.md)'
+            "--runtime deployment: a federation's server has its runs; take the site's node away and run the "
+            f'experiment there with --set data.without=["{site}"] (docs/forget.md)'
         )
     root, allowed = Path(Tracking().folder), allow_code(code or [])
     experiment, state, _ = retrain.finished_run(run, root, allowed)

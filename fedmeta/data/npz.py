@@ -31,7 +31,8 @@ def load_npz(data: Data) -> ArrayPopulation:
     """
     path = npz_path(data.path)
     arrays = read_arrays(path, ("x", "y", data.site_key), (f"{data.site_key}_names",))
-    sites, notes = _site_names(path, data.site_key, arrays), []
+    sites = _site_names(path, data.site_key, arrays)
+    notes: list[str] = []
     if data.without:
         arrays, sites, notes = _without(arrays, sites, data.without)
     return replace(_population(path, arrays, data, sites, data.min_rows), notes=tuple(notes))
@@ -41,8 +42,8 @@ def _without(
     arrays: dict[str, NDArray[Any]], sites: "_Sites", names: Sequence[str]
 ) -> tuple[dict[str, NDArray[Any]], "_Sites", list[str]]:
     """Returns a file's arrays and sites as if it did not hold the rows of some sites, and notes on names not there."""
-    names, notes = left_out(sites.names, names)
-    kept = ~np.isin(sites.owners, [place for place, name in enumerate(sites.names) if name in names])
+    gone, notes = left_out(sites.names, names)
+    kept = ~np.isin(sites.owners, [place for place, name in enumerate(sites.names) if name in gone])
     by_row = ("x", "y", "time")
     arrays = {name: value[kept] if name in by_row else value for name, value in arrays.items()}
     there, owners = np.unique(sites.owners[kept], return_inverse=True)

@@ -2,8 +2,8 @@
 
 Every draw of a run depends on its seed, its rounds and the names of its sites, so that a run can be repeated to the
 bit. What may change last bits, the engine and the memory that one cohort takes, is fixed to what the run chose.
-Who is new, trains or only validates stays as it was: with fewer names a draw would come out another way, and sites would
-change sides.
+Who is new, trains or only validates stays as it was: with fewer names a draw would come out another way, and sites
+would change sides.
 """
 
 from __future__ import annotations
