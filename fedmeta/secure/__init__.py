@@ -10,7 +10,7 @@ on the sparse graph of Bell et al. 2020, "Secure Single-Server Aggregation with 
 4. the server names who sent step 3; neighbors hand over their shares of the seed of those who did, and of the mask key
    of those who did not, never both of one site; the server subtracts what does not cancel.
 
-`ring` has the numbers, `graph` who is whose neighbor, `shamir` the shares, `masks` keys and masks, `site` what a site does,
-`server` what the server does with what came, and
+`ring` has the numbers, `graph` who is whose neighbor, `shamir` the shares, `masks` keys and masks, `site` what a site
+does, `server` what the server does with what came, and
 `gaussian` noise for privacy. Nothing here sends a message.
 """

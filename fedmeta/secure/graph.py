@@ -1,7 +1,8 @@
 """Who is whose neighbor in a round: all, of few sites; of many, those near each other in a ring of the round's order.
 
 A site's seed and mask key are shared among its neighbors and itself, and it masks towards its neighbors alone, so that
-its work grows with log n and not with n (Bell et al. 2020). The server draws the order of each round; a server that chooses it could surround a site with sites of its own (docs/secure_aggregation.md).
+its work grows with log n and not with n (Bell et al. 2020). The server draws the order of each round; a server that
+chooses it could surround a site with sites of its own (docs/secure_aggregation.md).
 """
 
 from __future__ import annotations
