@@ -99,9 +99,10 @@ class Facts:
                 f"Prediction sets without a guarantee ({way}): neighboring rows resemble each other "
                 "(data.split = blocks or time), and later rows may be unlike these."
             )
+        scored = self.rows if self.folds == 1 else self.folds * self.left_out
         return (
-            f"Prediction sets hold the truth for at least {share} of further rows ({way}; rank {self.rank} of "
-            f"{self.rows} rows), on average over sites and draws of rows, if further rows are drawn as these are."
+            f"Prediction sets hold the truth for at least {share} of further rows ({way}; rank {self.rank} of {scored} "
+            "scores), on average over sites and draws of rows, if further rows are drawn as these are."
         )
 
 
@@ -228,8 +229,9 @@ def deal(rows: int, steps: int, parameters: int, start: MetaModel) -> NDArray[np
     """Returns the fold of each row [rows], -1 for one that adapts in every model; labels have no part in it."""
     if not steps:
         return np.zeros(rows, dtype=np.int64)
-    folds = min(rows, MOST_FOLDS, max(FEWEST_FOLDS, MOST_VALUES // max(1, parameters)))
-    size = rows // folds
+    most = min(MOST_FOLDS, max(FEWEST_FOLDS, MOST_VALUES // max(1, parameters)))
+    size = min(math.ceil(rows / most), rows // FEWEST_FOLDS)
+    folds = min(most, rows // size)
     drawn = row_draws(start.experiment.runtime.seed, "sets", 0, site_keys([""]).repeat(rows), np.arange(rows))
     found = np.full(rows, -1, dtype=np.int64)
     found[np.argsort(drawn, kind="stable")[: folds * size]] = np.repeat(np.arange(folds), size)
