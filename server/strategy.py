@@ -152,6 +152,11 @@ class MetaGradientStrategy(Strategy):
         """A copy of the meta-state as it stands, with its constants."""
         return {**self.optimizer.meta_state, **self.constants}
 
+    def replace(self, meta_state: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state in place; the optimizer's memory stays."""
+        self.optimizer.replace(meta_state)
+        self._packed = None
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:

@@ -32,6 +32,7 @@ from server.privacy import make_dp_mechanism
 from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
 from server.signals import defer_keyboard_interrupt
 from server.site_statistics import ask_categories, ask_standardisation
+from server.steering import Steering
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
 
@@ -177,6 +178,7 @@ class TrainingLoop:
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
             self.strategy.norms = earlier.norms
+        self.steering = Steering(experiment, learner, self.strategy, earlier)
         self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
     def start(self) -> None:
@@ -217,11 +219,13 @@ class TrainingLoop:
         # A run that was stopped between a round and its evaluation continues with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
             self._evaluate()
-        while self.round_number < last:
+        self._steer()
+        while self.round_number < last and not self.steering.ended:
             self._round(self.round_number + 1)
             # The last evaluation, with all that belongs to it, is `finish`'s.
             if every and self.round_number % every == 0 and self.round_number < last:
                 self._evaluate()
+            self._steer()
             if saves and self.round_number % saves == 0:
                 self.save()
             self.report()
@@ -229,6 +233,9 @@ class TrainingLoop:
     def finish(self, data_here: bool) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
         if not self.finished:
+            with defer_keyboard_interrupt():
+                if note := self.steering.restore_best():
+                    self.report(note)
             self._evaluate(last=True)
         if not self.finished:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
@@ -248,8 +255,9 @@ class TrainingLoop:
         outcome: Outcome | None = None
         try:
             with defer_keyboard_interrupt():
+                steering = self.steering.summary(self.experiment.server.rounds)
                 summary = self.logger.finish(
-                    sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out
+                    sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out, steering
                 )
                 outcome = Outcome(summary, sites, self.strategy.meta_state, self.logger.folder)
         except (KeyboardInterrupt, SystemExit):
@@ -298,6 +306,8 @@ class TrainingLoop:
             budget=self.strategy.budget,
             metrics=self.logger.metrics,
             schedule=self.logger.schedule,
+            steering=self.steering.to_json(),
+            memory=self.steering.memory,
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.logger.folder)
@@ -382,6 +392,21 @@ class TrainingLoop:
             self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
         self.report()
+
+    def _steer(self) -> None:
+        """Scores the validation sites, where the run decides by them and it is time, and decides."""
+        number, last, settings = self.round_number, self.last, self.experiment.evaluation
+        if not self.steering.due(number, last):
+            return
+        steps = self.learner.evaluation_steps(settings.steps)
+        reply = self._ask(self.strategy.arrays(), steps=steps, rate=1.0, gate=settings.gate, validation=True)
+        with defer_keyboard_interrupt():
+            note = self.steering.observe(number, last, reply, self.totals)
+            found = self.steering.last_score
+            if found and found.round_number == number:
+                self.logger.add(number, {f"validation/personalized_{self.metrics[0].name}": found.score})
+        if note:
+            self.report(note)
 
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
         """Returns the scores of one message to all nodes; None where no site was evaluated, which is reported."""

@@ -20,6 +20,7 @@ from fedmeta.experiment.validation import (
     OpenSection,
     Section,
     Share,
+    Target,
     Texts,
     Widths,
 )
@@ -193,6 +194,10 @@ class Server(Section):
         default=0, description="Who must be present to start: names, or a count; 0 = one node is enough (sites)"
     )
     admit: bool = Field(default=False, description="Whether sites that join after the start are trained on too")
+    until: Target = Field(
+        default="",
+        description="Score of validation sites at which the run ends, such as {score = 0.9}; empty = after all rounds",
+    )
     round_timeout: float = Field(default=600.0, gt=0, description="When missing replies are given up (seconds)")
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
 
@@ -242,6 +247,16 @@ class Evaluation(Section):
         default=20, ge=1, description="Few-shot tasks that score a site, averaged, with data.ways (tasks)"
     )
     sites: int = Field(default=0, ge=0, description="Most that one evaluation visits, new sites first; 0 = all (sites)")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="When a run ends with its best state, without a better validation score; 0 = never (evaluations)",
+    )
+
+    def conflicts(self) -> Conflicts:
+        """Yields patience where no evaluation comes that it could count."""
+        if self.patience and not self.every:
+            yield "patience", "needs every above 0: it counts evaluations"
 
 
 class Tracking(Section):
