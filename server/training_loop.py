@@ -23,7 +23,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation
+from server import aggregation, cohorts
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.membership import Membership
@@ -38,6 +38,9 @@ from server.system_metrics import ProcessMonitor
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
+
+COHORTS = "cohorts/"
+"""How the names of what the server remembers of sites begin in the checkpoint's memory."""
 
 MAX_EMPTY_ROUNDS = 10
 """After so many rounds in a row without a usable reply the run stops."""
@@ -150,6 +153,7 @@ class TrainingLoop:
         self.privacy = make_dp_mechanism(
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
+        cohorts.check(experiment, learner, start, len(federation.training))
         optimizer = ServerOptimizer(experiment.server, learner.update, start)
         self.without_sums: dict[str, str] = without_names
         if earlier:
@@ -178,6 +182,8 @@ class TrainingLoop:
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
             self.strategy.norms = earlier.norms
+            tensors = {name.removeprefix(COHORTS): v for name, v in earlier.memory.items() if name.startswith(COHORTS)}
+            self.strategy.cohorts = cohorts.Cohorts.of(experiment, earlier.steering.get("cohorts", {}), tensors)
         self.steering = Steering(experiment, learner, self.strategy, earlier)
         self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
@@ -306,13 +312,18 @@ class TrainingLoop:
             budget=self.strategy.budget,
             metrics=self.logger.metrics,
             schedule=self.logger.schedule,
-            steering=self.steering.to_json(),
-            memory=self.steering.memory,
+            steering=self.steering.to_json() | self._cohorts(),
+            memory=self.steering.memory
+            | {COHORTS + name: value for name, value in self.strategy.cohorts.tensors.items()},
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.logger.folder)
         self.strategy.saved_rounds = checkpoints.rounds(self.logger.folder, self.round_number)
         return path
+
+    def _cohorts(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the sites that took part, beside tensors."""
+        return {} if self.strategy.cohorts.plain else {"cohorts": self.strategy.cohorts.to_json()}
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
