@@ -150,9 +150,7 @@ class Cohorts:
             for name in sorted(updates):
                 flat += factors[name] * weights[name] * updates[name]
             flat /= total
-        like = replies[0].gradient
-        parts = torch.split(flat, [value.numel() for value in like.values()])
-        return {key: part.reshape(value.shape) for part, (key, value) in zip(parts, like.items(), strict=True)}
+        return fedvarp.unflattened(flat, replies[0].gradient)
 
     def _note(self, federation: Federation, sites: NDArray[np.int64], factors: NDArray[np.float64]) -> None:
         names = [federation.names[site] for site in sites.tolist()]

@@ -52,8 +52,15 @@ def remember(memory: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Mem
 
 
 def flattened(update: Mapping[str, Tensor]) -> Tensor:
-    """Returns an update as one vector [values], in float64."""
-    return torch.cat([value.double().reshape(-1) for value in update.values()])
+    """Returns an update as one vector [values], in float64, by sorted keys: a checkpoint does not keep their order."""
+    return torch.cat([update[key].double().reshape(-1) for key in sorted(update)])
+
+
+def unflattened(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a vector [values] as an update with the keys and shapes of another."""
+    keys = sorted(like)
+    parts = torch.split(flat, [like[key].numel() for key in keys])
+    return {key: part.reshape(like[key].shape) for key, part in zip(keys, parts, strict=True)}
 
 
 def stacked(memory: Mapping[str, Tensor]) -> tuple[Sequence[str], Tensor | None]:
