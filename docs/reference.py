@@ -20,6 +20,7 @@ from fedmeta.messages import (
     CategoriesRequest,
     EngineReply,
     EvaluateReply,
+    NormsReply,
     RoundRequest,
     SitesReply,
     SumsReply,
@@ -59,6 +60,7 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
     (messages.QUERY_SUMS, "server to node", SumsRequest(NAMES)),
     (messages.QUERY_SUMS, "node to server", SumsReply(np.zeros(2), np.zeros(2), np.zeros(2))),
     (messages.QUERY_ENGINE, "node to server", EngineReply("lowrank", 1 << 30, {"loop": 0.02, "lowrank": 0.01})),
+    (messages.QUERY_NORMS, "node to server", NormsReply(NAMES, np.zeros(2))),
     (f"{messages.TRAIN}, {messages.EVALUATE}", "server to node", RoundRequest(THETA, 1, ("0", "1"), NAMES, "maml")),
     (messages.TRAIN, "node to server", TrainReply(THETA, 2.0, NAMES, np.zeros(2), np.ones(2, dtype=bool))),
     (
