@@ -9,12 +9,14 @@ checked before one is used, and what cannot be recorded, such as random numbers,
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedmeta.engines.lowrank.graph_passes import annotate_layout, optimize_graph
+from fedmeta.importing import first_line
 from fedmeta.models import FunctionalModel
+
+log = logging.getLogger("fedmeta.engines")
 
 Computation = Callable[..., list[Tensor]]
 """A function of tensors alone, but for what its key names."""
@@ -51,6 +56,8 @@ ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.defau
 _known: WeakKeyDictionary[FunctionalModel, OrderedDict[Hashable, int | Computation | None]] = WeakKeyDictionary()
 
 
+_lock = RLock()
+
 _sights: ContextVar[int] = ContextVar("sights", default=WARMUP_CALLS)
 
 
@@ -71,20 +78,22 @@ def run_captured(
     """
     key = (key, *((value.shape, value.stride(), value.dtype, value.device) for value in inputs))
     try:
-        known = _known.setdefault(network, OrderedDict())
-        found = known.get(key, 0)
+        hash(key)
     except TypeError:
         return compute(*inputs)
-    if isinstance(found, int):
-        outputs = compute(*inputs)
-        found = found + 1
-        known[key] = found if found < _sights.get() else _verified(network, compute, inputs, outputs)
-    else:
-        outputs = found(*inputs) if found else compute(*inputs)
-    known.move_to_end(key)
-    if len(known) > CACHE_SIZE:
-        known.popitem(last=False)
-    return outputs
+    with _lock:
+        # A module takes one set of parameters at a time: only replays run side by side.
+        known = _known.setdefault(network, OrderedDict())
+        found = known.get(key, 0)
+        if not callable(found):
+            outputs = compute(*inputs)
+            if found is not None:
+                sights = found + 1
+                known[key] = sights if sights < _sights.get() else _verified(network, compute, inputs, outputs)
+        known.move_to_end(key)
+        if len(known) > CACHE_SIZE:
+            known.popitem(last=False)
+    return found(*inputs) if callable(found) else outputs
 
 
 @contextmanager
@@ -136,9 +145,13 @@ def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
-            traced = script.trace(lines, tuple(inputs), check_trace=False).forward
-    except Exception:  # whatever an operation that it does not know makes it raise
+            traced = script.trace(_traceable(lines), tuple(inputs), check_trace=False).forward
+    except Exception as error:  # whatever an operation that it does not know makes it raise
+        log.info(
+            "%d operations run as a list in Python: TorchScript refuses: %s", len(lines.graph.nodes), first_line(error)
+        )
         return lines.forward
+    log.info("%d operations run as TorchScript", len(lines.graph.nodes))
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         # What TorchScript would make quicker is so already, and other ways of adding up have other last bits.
@@ -147,6 +160,53 @@ def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         return values
 
     return run
+
+
+def _traceable(lines: fx.GraphModule) -> fx.GraphModule:
+    """Returns straight-line code whose operations with truth values in a list are scripted functions.
+
+    `torch.jit.trace` refuses such arguments, which state what derivatives of a convolution or a norm are wanted.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(lines.graph, {}))
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and any(str(each.type) == "List[bool]" for each in schema.arguments):
+            node.target, node.args = _scripted(schema.name, node.args), tuple(filter(_is_node, node.args))
+    return fx.GraphModule(lines, graph)
+
+
+def _scripted(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Returns an operation as a scripted function of its tensors, whose other arguments are constants.
+
+    Args:
+        name: The operation's name, with its namespace.
+        arguments: All of its arguments, a node for each tensor; the last is what derivatives are wanted.
+    """
+    *_, wanted = arguments
+    places = [place for place, wants in enumerate(wanted) if wants]
+    named = [f"t{place}" if _is_node(each) else repr(_plain(each)) for place, each in enumerate(arguments)]
+    tensors = ", ".join(f"{text}: Tensor" for text, each in zip(named, arguments, strict=True) if _is_node(each))
+    called = f"torch.ops.{name.replace('::', '.')}({', '.join(named)})"
+    returned = ", ".join(f"r[{place}]" for place in places)
+    script: Any = torch.jit
+    function = script.CompilationUnit(f"def f({tensors}):\n    r = {called}\n    return {returned}\n").f
+
+    def call(*tensors: Tensor) -> list[Tensor | None]:
+        result = function(*tensors)
+        found = dict(zip(places, [result] if len(places) == 1 else result, strict=True))
+        return [found.get(place) for place in range(len(wanted))]
+
+    return call
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _plain(value: Any) -> Any:
+    """Returns an argument's constant as what Python writes it as."""
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _verified(
