@@ -31,7 +31,7 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     A site keeps its rows and, for every step and in each of about four passes (forward, derivative, and backward
     through both), its activations, and its weights where it has its own.
     """
-    if engine == "loop":
+    if engine in ("loop", "program"):  # one site after the other
         return max(1, batch.sites)
     if not learner.problem.on_rows:
         own = sum(value.numel() * value.element_size() for value in learner.theta(meta_state).values())

@@ -41,7 +41,7 @@ WARMUP_CALLS = 8
 CACHE_SIZE = 16
 """How many of a model's computations are known at a time: cohorts of unequal sites have many shapes."""
 
-MAX_OPS = 3000
+MAX_OPS = 8000
 """The most lines of a recording."""
 
 SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
@@ -66,7 +66,7 @@ class UnrecordableError(Exception):
 
 
 def run_captured(
-    network: FunctionalModel, key: Hashable, compute: Computation, inputs: Sequence[Tensor]
+    network: FunctionalModel, key: Hashable, compute: Computation, inputs: Sequence[Tensor], copies: bool = True
 ) -> list[Tensor]:
     """Returns compute(*inputs), by a recording of it where there is one or it is time for one.
 
@@ -75,6 +75,7 @@ def run_captured(
         key: What the computation depends on besides its inputs; one that cannot be hashed is not recorded.
         compute: The computation.
         inputs: Its tensors.
+        copies: Whether the results may be differentiated; those of a recording are copied for that.
     """
     key = (key, *((value.shape, value.stride(), value.dtype, value.device) for value in inputs))
     try:
@@ -93,7 +94,9 @@ def run_captured(
         known.move_to_end(key)
         if len(known) > CACHE_SIZE:
             known.popitem(last=False)
-    return found(*inputs) if callable(found) else outputs
+    if not callable(found):
+        return outputs
+    return found(*inputs) if copies else found(*inputs, copies=False)
 
 
 @contextmanager
@@ -126,11 +129,11 @@ def capture_graph(compute: Computation, inputs: Sequence[Tensor], constants: Ite
     optimize_graph(graph)
     run = _without_python(fx.GraphModule(recorder.constants, graph), inputs)
 
-    def replay(*inputs: Tensor) -> list[Tensor]:
+    def replay(*inputs: Tensor, copies: bool = True) -> list[Tensor]:
         # Quicker by what each operation does for differentiation; what it makes cannot be differentiated, a copy can.
         with torch.inference_mode():
             values = run(*inputs)
-        return [value.clone() for value in values]
+        return [value.clone() for value in values] if copies else list(values)
 
     return replay
 
