@@ -31,6 +31,7 @@ from fedmeta.data import (
     gather,
     gram_matrices,
     group_by_size,
+    left_out,
     load_site,
     split,
     standardised,
@@ -350,7 +351,10 @@ def _source(experiment: Experiment) -> Population | TaskSource:
 def _partition_node(experiment: Experiment, partition: int, partitions: int) -> Node:
     source = _source(experiment.for_source())
     if isinstance(source, TaskSource):
-        return TaskNode(experiment, source, np.arange(partition, len(source.sites()), partitions))
+        node = TaskNode(experiment, source, np.arange(len(source.sites())))
+        without, _ = left_out(node.names, experiment.data.without)
+        kept = np.array([place for place, name in enumerate(node.names) if name not in without], dtype=np.int64)
+        return replace(node, hosted=kept[partition::partitions])
     hosted = np.arange(partition, len(source), partitions)
     return RowNode(experiment, source, split(source, experiment.data, experiment.runtime.seed), hosted)
 

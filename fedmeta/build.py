@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedmeta import models
-from fedmeta.data import Population, load
+from fedmeta.data import Population, left_out, load, without_sites
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.importing import first_line, load_object
@@ -119,7 +119,8 @@ def source_of(experiment: Experiment, **node: str) -> Population | TaskSource:
         if not isinstance(found, TaskSource | Population):
             kind = type(found).__name__
             raise FedmetaError(f'[data] source = "{name}" returned {kind}, not a fedmeta.TaskSource or a population')
-        return found
+        # A task source's sites are left out where they are listed.
+        return found if isinstance(found, TaskSource) else without_sites(found, experiment.data.without)
     if experiment.problem.name != SUPERVISED:
         factory = load_code(experiment.problem.name, "[problem] name")
         if isinstance(factory, type) and issubclass(factory, TaskSource):
@@ -164,8 +165,9 @@ def _asked(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]
 def site_names(experiment: Experiment) -> tuple[str, ...]:
     """Returns the names of an experiment's sites, sorted."""
     source = source_of(experiment)
-    names = source.sites() if isinstance(source, TaskSource) else source.names
-    return tuple(sorted(map(str, names)))
+    names = sorted(map(str, source.sites() if isinstance(source, TaskSource) else source.names))
+    without, _ = left_out(names, experiment.data.without)
+    return tuple(name for name in names if name not in without)
 
 
 def smoke_test(experiment: Experiment) -> Learner:

@@ -27,7 +27,7 @@ from fedmeta.files import read_tensors, write_atomic
 FORMAT = "2"
 LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
-    "targets", "norms", "categories",
+    "targets", "norms", "categories", "took_part",
 )  # fmt: skip
 FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
@@ -118,6 +118,7 @@ class Checkpoint:
         targets: What each target of a regression is called; empty for classes.
         categories: The columns of categories, and the names that the run knows of each.
         norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
+        took_part: In how many rounds each site's reply was in the step, of all names; empty where that is not known.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -149,6 +150,12 @@ class Checkpoint:
     finished: bool = False
     targets: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    took_part: tuple[int, ...] = ()
+
+    @property
+    def state_digest(self) -> str:
+        """A hash of the meta-state alone, every tensor with its name, type and shape; 64 characters."""
+        return _digest({}, self.meta_state, 32)
 
     @property
     def categorical(self) -> tuple[str, ...]:
@@ -327,8 +334,8 @@ def _adapter(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(get_type_hints(Checkpoint)[name])
 
 
-def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    content = blake2b(json.dumps(dict(sorted(header.items()))).encode(), digest_size=16)
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor], size: int = 16) -> str:
+    content = blake2b(json.dumps(dict(sorted(header.items()))).encode(), digest_size=size)
     for name in sorted(tensors):
         tensor = tensors[name]
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -27,6 +27,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
 BACKOFF_FACTOR = 4.0
 """How many times as long as it took to fail a node is left alone at least: one that hangs must not hold up the rest."""
 
+LEFT_OUT = "the run is without it: data.without names it"
+
 DUPLICATE_SITE = "another node serves this site too; stop one of the two"
 
 
@@ -63,6 +65,7 @@ class Membership:
         self._paused: dict[int, Backoff] = {}
         self._keys = site_keys.keys_file()
         self._impostors: dict[str, str] = {}
+        self._left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self.refused: dict[str, str] = {}
         self.federation = self._assemble()
@@ -105,7 +108,7 @@ class Membership:
                 self.refused.update(dict.fromkeys(accepted.pop(node).names, why))
             for reasons in contested.values():
                 self.refused |= reasons
-            self.refused |= self._impostors
+            self.refused |= self._impostors | self._left_out
             present = [name for reply in accepted.values() for name in reply.names]
             over = time.monotonic() >= deadline
             # What a checkpoint holds of its sites is enough to continue without those that are lost.
@@ -131,7 +134,11 @@ class Membership:
             try:
                 if isinstance(content, str):
                     raise MessageError(content)
-                answers[node] = SitesReply.unpack(content)
+                reply = SitesReply.unpack(content)
+                if left_out := set(reply.names) & set(self._experiment.data.without):
+                    self._left_out |= dict.fromkeys(sorted(left_out), LEFT_OUT)
+                    continue
+                answers[node] = reply
             except MessageError as error:
                 problems[node] = f"node {node}: {error}"
                 self._pause(node, time.monotonic() - started)
@@ -190,6 +197,7 @@ class Membership:
 
     def _register(self, nodes: set[int]) -> list[str]:
         answers, problems = self._ask_sites(nodes)
+        self.refused |= self._left_out
         notes = [problem for node, problem in problems.items() if self._paused[node].seconds <= FIRST_PAUSE_S]
         federation = self.federation
         node_ids = dict(zip(federation.names, federation.node_ids.tolist(), strict=True)) if answers else {}

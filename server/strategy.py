@@ -76,6 +76,7 @@ class RoundLog:
         shortened: Site and by how much, for each whose reply was shortened (`server.influence`).
         outlying: Site and why its query loss is not in the round's mean.
         undone: Whether the round's step was undone.
+        took_part: The sites whose replies are in the round's step.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
     """
@@ -84,6 +85,7 @@ class RoundLog:
     shortened: dict[str, str] = field(default_factory=dict)
     outlying: dict[str, str] = field(default_factory=dict)
     undone: bool = False
+    took_part: tuple[str, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -241,6 +243,9 @@ class MetaGradientStrategy(Strategy):
             return None, None
         self.norms = norms
         self._packed = None
+        self.log.took_part = tuple(
+            name for reply in usable for name, finite in zip(reply.names, reply.finite, strict=True) if finite
+        )
         metrics = self._mean_loss(usable)
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
 

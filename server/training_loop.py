@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,8 @@ class TrainingLoop:
         self.strategy.saved_rounds = checkpoints.rounds(folder, self.round_number)
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
+        known = zip(earlier.names, earlier.took_part, strict=False) if earlier else ()
+        self.took_part: Counter[str] = Counter(dict(known))
         self.scores: tuple[float | None, float | None] = (None, None)
         self.last = experiment.server.rounds
         if self.privacy:
@@ -292,6 +295,7 @@ class TrainingLoop:
             form=federation.form,
             held_out=federation.held_out,
             norms=self.strategy.norms,
+            took_part=tuple(self.took_part[name] for name in federation.names),
             evaluations=tuple(self.evaluations),
             totals=self.totals,
             engine=self.strategy.engine,
@@ -323,6 +327,7 @@ class TrainingLoop:
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.empty_rounds = self.empty_rounds + 1 if idle else 0
             self.useful = self.useful or not idle
+            self.took_part.update(strategy.log.took_part)
             seconds = time.perf_counter() - started
             self._count(seconds)
             figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}

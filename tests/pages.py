@@ -81,11 +81,35 @@ def end(session: int) -> None:
         return
 
 
+NUMBER = r"\d+(?:\.\d+)?"
+TIMES = re.compile(r" ?(?:s|ms|min|kB|KB|MB|GB)\b")
+TOLERANCE = 0.05
+"""How far a printed figure may lie from the page's: processors round differently, and training magnifies it."""
+
+
 def missing(promised: str, printed: str) -> list[str]:
-    """Returns the promised lines that were not printed; figures, spaces and the table's rules may differ."""
-    loose = [plain(line) for line in printed.splitlines()]
-    return [line for line in promised.splitlines() if line.strip() and not any(plain(line) in each for each in loose)]
+    """Returns the promised lines that were not printed; spaces, rules of tables and what `close` allows may differ."""
+    lines = [plain(line) for line in printed.splitlines()]
+    return [line for line in promised.splitlines() if line.strip() and not any(_holds(plain(line), of) for of in lines)]
+
+
+def _holds(promised: str, printed: str) -> bool:
+    texts, wanted = re.split(NUMBER, promised), re.findall(NUMBER, promised)
+    pattern = f"({NUMBER})".join(re.escape(text) for text in texts)
+    return any(
+        all(close(*pair) for pair in zip(wanted, found.groups(), texts[1:], strict=True))
+        for found in re.finditer(f"(?<!\\d){pattern}" if not texts[0] else pattern, printed)
+    )
+
+
+def close(wanted: str, found: str, after: str) -> bool:
+    """Compares a number on a page with the printed one: counts equal, times free, figures within a tolerance."""
+    if TIMES.match(after):
+        return True
+    if "." not in wanted:
+        return wanted == found
+    return abs(float(wanted) - float(found)) <= TOLERANCE * max(1.0, abs(float(wanted)))
 
 
 def plain(line: str) -> str:
-    return " ".join(re.sub(r"[│┃┏┗━┓┛─|]", " ", re.sub(r"\d+", "0", line)).split())
+    return " ".join(re.sub(r"[│┃┏┗━┓┛─|]", " ", line).split())

@@ -1,4 +1,4 @@
-"""The command line: fedmeta run, compare, tune, sites, init, check, adapt, report, landscape, ui, sync, certs."""
+"""The command line: the program and the order of its commands in the help."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from fedmeta.cli import operating, reading, training
+from fedmeta.cli import operating, reading, training, unlearning
 from fedmeta.cli.application import app
 from fedmeta.errors import FedmetaError
 
 INTERRUPTED = 130
-ORDER = [module.__name__ for module in (training, reading, operating)]
+ORDER = [module.__name__ for module in (training, reading, unlearning, operating)]
 """In which order the help lists the modules' commands."""
 
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__module__", "")))

@@ -21,6 +21,7 @@ from fedmeta.tables import groups, local_methods, number, percent, score_label, 
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
+    from fedmeta.unlearning.values import Values
 
 MOST_COLUMNS = 60
 MOST_ROWS = 60
@@ -97,6 +98,29 @@ def _other_metrics(summary: Mapping[str, Any]) -> list[str]:
         parts += with_diverged(own)
         lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines
+
+
+def site_values(found: Values) -> None:
+    """Shows what each training site is worth, the most valuable for new sites first."""
+    console = Console(stderr=True)
+    score = f"{found.score}, {'higher' if found.higher_is_better else 'lower, with its sign turned,'} is better"
+    for group, label in (("new_sites", "new sites"), ("training_sites", "training sites")):
+        if group not in found.everyone:
+            continue
+        title = f"what each site adds at {label}: {number(found.start[group])} without any, "
+        title += f"{number(found.everyone[group])} with all ({score})"
+        caption = f"Shapley: mean of {found.pairs} pairs of orders and a 95 % interval; {found.runs} runs"
+        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+        table.add_column("site")
+        for heading in ("leave-one-out", "Shapley", "±"):
+            table.add_column(heading, justify="right")
+        shown = found.shapley[group] if found.pairs else found.left_out[group]
+        for place in shown.argsort()[::-1][:MOST_ROWS].tolist():
+            cells = (found.left_out[group], found.shapley[group], found.half_width[group])
+            table.add_row(escape(found.names[place]), *(number(float(each[place])) for each in cells))
+        console.print(table)
+        if (more := len(found.names) - MOST_ROWS) > 0:
+            console.print(f"and {more} more: --json, or the file", highlight=False)
 
 
 def comparison(found: Comparison) -> None:

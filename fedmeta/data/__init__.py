@@ -23,7 +23,14 @@ from fedmeta.data.episodes import (
 )
 from fedmeta.data.few_shot import evaluation_tasks, few_shot, training_tasks
 from fedmeta.data.gram import GramCache, gram_matrices
-from fedmeta.data.population import ArrayPopulation, Population, class_codes, order_classes
+from fedmeta.data.population import (
+    ArrayPopulation,
+    Population,
+    class_codes,
+    left_out,
+    order_classes,
+    without_sites,
+)
 from fedmeta.data.ragged import Ragged
 from fedmeta.data.splits import Split, draw_new_sites, draw_validation_sites, split
 from fedmeta.data.sums import (
@@ -53,6 +60,10 @@ SOURCES = {
 that a source needs take seconds to import, and a deployed node is a new process for every message."""
 
 
+LEAVE_OUT = ("npz", "tables")
+"""Sources that leave out the sites of `data.without` before they look at any cell."""
+
+
 def load(data: Data) -> Population:
     """Returns the population that an experiment's `[data]` section describes.
 
@@ -60,6 +71,8 @@ def load(data: Data) -> Population:
         FedmetaError: The source is not there, or its data are not as they should be.
     """
     population: Population = _function(SOURCES[data.source])(data)
+    if data.source not in LEAVE_OUT:
+        population = without_sites(population, data.without)
     _check_names(population, data.path or data.source)
     return _few_shot(population, data)
 
@@ -143,6 +156,7 @@ __all__ = [
     "gather_rows",
     "gram_matrices",
     "group_by_size",
+    "left_out",
     "load",
     "load_site",
     "order_classes",
@@ -155,4 +169,5 @@ __all__ = [
     "training_episodes",
     "training_order",
     "training_tasks",
+    "without_sites",
 ]

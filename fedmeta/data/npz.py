@@ -1,5 +1,7 @@
 """Sites from one NumPy `.npz` file: arrays `x`, `y`, `site`, and optionally names and the order of time."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from fedmeta.data.arrays import build_population, feature_order
 from fedmeta.data.labels import encode_labels
 from fedmeta.data.npz_file import npz_path, read_arrays
-from fedmeta.data.population import ArrayPopulation
+from fedmeta.data.population import ArrayPopulation, left_out
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.table_file import clean_name
 from fedmeta.errors import FedmetaError
@@ -30,7 +32,22 @@ def load_npz(data: Data) -> ArrayPopulation:
     path = npz_path(data.path)
     arrays = read_arrays(path, ("x", "y", data.site_key), (f"{data.site_key}_names",))
     sites = _site_names(path, data.site_key, arrays)
-    return _population(path, arrays, data, sites, data.min_rows)
+    notes: list[str] = []
+    if data.without:
+        arrays, sites, notes = _without(arrays, sites, data.without)
+    return replace(_population(path, arrays, data, sites, data.min_rows), notes=tuple(notes))
+
+
+def _without(
+    arrays: dict[str, NDArray[Any]], sites: "_Sites", names: Sequence[str]
+) -> tuple[dict[str, NDArray[Any]], "_Sites", list[str]]:
+    """Returns a file's arrays and sites as if it did not hold the rows of some sites, and notes on names not there."""
+    gone, notes = left_out(sites.names, names)
+    kept = ~np.isin(sites.owners, [place for place, name in enumerate(sites.names) if name in gone])
+    by_row = ("x", "y", "time")
+    arrays = {name: value[kept] if name in by_row else value for name, value in arrays.items()}
+    there, owners = np.unique(sites.owners[kept], return_inverse=True)
+    return arrays, _Sites([sites.names[site] for site in there], owners.reshape(-1).astype(np.int64)), notes
 
 
 def load_npz_site(data: Data, path: str, name: str) -> ArrayPopulation:

@@ -7,7 +7,7 @@ a million, and whether their rows are stored (`ArrayPopulation`) or made from th
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -198,6 +198,37 @@ class ArrayPopulation(Population):
 def unknown_site(name: str, names: Sequence[str]) -> FedmetaError:
     """Returns the error for a name that no site has."""
     return FedmetaError(f'no site "{name}" among {len(names)} sites{nearest(name, names[:10_000])}')
+
+
+def left_out(there: Sequence[str], without: Sequence[str]) -> tuple[frozenset[str], list[str]]:
+    """Returns those of the names in `data.without` that are there, and a note on each of the others.
+
+    Raises:
+        FedmetaError: No site would be left.
+    """
+    known, given = set(there), dict.fromkeys(without)
+    names = frozenset(name for name in given if name in known)
+    if there and len(names) == len(known):
+        raise FedmetaError("data.without names every site")
+    return names, [f'data.without: there is no site "{name}" to leave out' for name in given if name not in known]
+
+
+def without_sites(population: Population, without: Sequence[str]) -> Population:
+    """Returns a population as if it did not hold some sites.
+
+    Raises:
+        FedmetaError: No site would be left, or the population makes its sites from their numbers.
+    """
+    if not without:
+        return population
+    if not isinstance(population, ArrayPopulation):
+        raise FedmetaError(
+            "data.without: sites can be left out of stored rows alone, and this source makes rows from their numbers"
+        )
+    names, notes = left_out(population.names, without)
+    kept = np.array([place for place, name in enumerate(population.names) if name not in names], dtype=np.int64)
+    left = tuple(population.names[place] for place in kept.tolist())
+    return replace(population, names=left, sites=population.sites.take(kept), notes=(*population.notes, *notes))
 
 
 def chunks(x: NDArray[Any], size: int = 1 << 24) -> Iterable[NDArray[Any]]:

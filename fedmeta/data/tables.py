@@ -24,7 +24,7 @@ from fedmeta.data.columns import (
     names_of,
 )
 from fedmeta.data.labels import Labels, encode_labels
-from fedmeta.data.population import ArrayPopulation
+from fedmeta.data.population import ArrayPopulation, left_out
 from fedmeta.data.table_file import (
     HEADERLESS_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -72,9 +72,14 @@ def load_tables(data: Data) -> ArrayPopulation:
     path = _existing(data.path)
     notes: list[str] = []
     files = _files(path, data, notes) if path.is_dir() else [path]
+    if data.without and not data.site_column:
+        names, unknown = left_out([site_name(file) for file in files], data.without)
+        files, notes = [file for file in files if site_name(file) not in names], [*notes, *unknown]
     tables = [_read(file, data) for file in files]
     if data.site_column:
         sites = _by_column(tables, data.site_column)
+        names, unknown = left_out([site.name for site in sites], data.without)
+        sites, notes = [site for site in sites if site.name not in names], [*notes, *unknown]
     else:
         sites = [SiteTable(site_name(file), table) for file, table in zip(files, tables, strict=True)]
         if len(sites) == 1:

@@ -74,6 +74,9 @@ class Data(OpenSection):
     new_sites: Share | Count | Texts = Field(
         default=0.2, description="Sites that never train, drawn or named (share of sites, count of sites, or names)"
     )
+    without: Texts = Field(
+        default=(), description="Sites that are left out, as if they had no data here; fedmeta forget sets it (names)"
+    )
     test: float = Field(
         default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
     )

