@@ -93,10 +93,16 @@ def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str,
 
 
 def needs_autotuning(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
-    """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site anyway."""
+    """Returns whether the rule of `choose_engine` is weak.
+
+    That is where most parameters take one value per site anyway, or a low-rank weight meets several rows for each row
+    of the data, as in attention: corrections grow with the square of those.
+    """
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
     except UnsupportedModelError:
+        return True
+    if any(call.rows > 1 and call.weight in forms.lowrank for call in forms.calls):
         return True
     sizes = {name: value.numel() for name, value in learner.theta(meta_state).items()}
     return sum(sizes[name] for name in forms.dense) > sum(sizes[name] for name in forms.lowrank)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedmeta import engines, models
-from fedmeta.engines import loop, program
+from fedmeta import engines, models, noise
+from fedmeta.engines import loop, program, selection
 from fedmeta.engines.lowrank import capture_immediately
 from fedmeta.engines.program.chain import chain_of
 from fedmeta.engines.program.layers import Convolution, GroupNorm, Layer
@@ -227,6 +227,13 @@ def test_what_workers_return_is_in_order_and_what_they_raise_arrives() -> None:
         torch.set_num_threads(1)
 
 
+class Noisy(nn.Sequential):
+    """A layer behind noise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(noise.dropout(x, 0.1))
+
+
 class Doubled(supervised.Supervised):
     """Another loss."""
 
@@ -240,8 +247,10 @@ def test_what_it_does_not_compute_it_leaves_to_others() -> None:
     own = build("maml", Doubled(mlp))
     assert program.fits(own, batch) == "its objectives are not those of supervised learning"
     assert program.fits(build("reptile", mlp), batch) == "what Reptile sends is no derivative of a query loss"
+    noisy = build("maml", Noisy(nn.Linear(20, CLASSES)))
+    assert program.fits(noisy, batch) == "the model draws noise"
     assert program.fits(build("maml", mlp), replace(batch, support=tuple(each.to("meta") for each in batch.support)))
-    for learner in (own, build("reptile", mlp)):
+    for learner in (own, build("reptile", mlp), noisy):
         expected = engines.meta_gradients(learner, state(learner), batch, "loop")[0]
         assert distance(engines.meta_gradients(learner, state(learner), batch, "program")[0], expected) < 1e-10
 
@@ -250,3 +259,32 @@ def test_what_it_does_not_compute_it_leaves_to_others() -> None:
 def test_auto_takes_it_for_rates_per_element(name: str) -> None:
     learner, batch = build(name, models.build("mlp", (20,), CLASSES, hidden=(8,))), tasks(RAGGED, (20,))
     assert engines.choose_engine(learner, batch) == {"meta-sgd": "program", "maml": "lowrank"}[name]
+
+
+@pytest.mark.parametrize("model", ["attention", "mlp"])
+def test_attention_is_timed_and_linear_layers_are_not(model: str) -> None:
+    own = Transformer("none", width=32) if model == "attention" else MODELS["mlp"]()
+    learner = build("maml", own, inner_steps=1)
+    batch = tasks(RAGGED, () if model == "attention" else (110,), tokens=model == "attention")
+    assert selection.needs_autotuning(learner, batch, state(learner)) == (model == "attention")
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose derivative torch does not take back in a recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(5, 3, batch_first=True), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.view(-1, 4, 5))[0][:, -1])
+
+
+def test_a_recording_that_does_not_run_is_none() -> None:
+    learner, batch = build("fomaml", Recurrent(), inner_steps=1), tasks(RAGGED, (20,), torch.float32)
+    own = state(learner, torch.float32)
+    expected = engines.meta_gradients(learner, own, batch, "loop")[0]
+    with capture_immediately():
+        for _ in range(2):
+            found = program.meta_gradients(learner, own, batch, torch.ones(3, dtype=torch.float64))
+    assert distance(found.total, expected) < 1e-5

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from math import isfinite
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from fedmeta import noise
 from fedmeta.engines import loop, lowrank
-from fedmeta.engines.gradcheck import UnprovenError, check
+from fedmeta.engines.gradcheck import UnprovenError, check, cut
 from fedmeta.engines.lowrank.capture import run_captured
+from fedmeta.engines.lowrank.trace import DATA_DEPENDENT
 from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.program.chain import chain_of
 from fedmeta.engines.program.derivatives import Derivatives, Reverse
@@ -120,8 +124,10 @@ def fits(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None
     key = (type(learner), x.shape[2:], x.is_floating_point())
     known = _known.setdefault(learner.network, {})
     if key not in known:
+        state = learner.init(0) if meta_state is None else meta_state
         try:
-            check(learner, learner.init(0) if meta_state is None else meta_state, batch, meta_gradients)
+            _check_path(learner, state, batch)
+            check(learner, state, batch, meta_gradients)
         except UnprovenError as unproven:
             return str(unproven)
         except UnsupportedModelError as misfit:
@@ -140,6 +146,24 @@ def _check(learner: Learner, batch: Batch) -> None:
         raise UnsupportedModelError(f"what {type(learner).__name__} sends is no derivative of a query loss")
     if batch.device.type != "cpu":
         raise UnsupportedModelError("one site after the other leaves a GPU idle")
+
+
+class _Watch(TorchFunctionMode):
+    """Within it a model may not look at values: its path could not be recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DATA_DEPENDENT:
+            raise UnsupportedModelError(f"the model looks at values ({func.__name__}), so that no program is right")
+        return func(*args, **(kwargs or {}))
+
+
+def _check_path(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> None:
+    """Raises `UnsupportedModelError` where a model looks at values, or draws noise, whose keys are those of a step."""
+    rows = cut(batch.take(slice(0, 1))).support[0][0]
+    with torch.no_grad(), noise.asked() as drawn, _Watch():
+        learner.network(learner.theta(meta_state), rows)
+    if drawn:
+        raise UnsupportedModelError("the model draws noise")
 
 
 def _site(

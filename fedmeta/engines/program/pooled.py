@@ -22,8 +22,9 @@ def quarters(x: Tensor) -> list[Tensor]:
 
     The places are in the order in which torch looks at them.
     """
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    pools = x[:, :height, :width].unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    n, height, width, channels = x.shape
+    h, w = height // 2, width // 2
+    pools = x[:, : 2 * h, : 2 * w].view(n, h, 2, w, 2, channels)
     return [line[:, :, :, b] for line in pools.unbind(2) for b in (0, 1)]
 
 
