@@ -20,6 +20,7 @@ from fedmeta.messages import (
     CategoriesRequest,
     EngineReply,
     EvaluateReply,
+    NormsReply,
     RoundRequest,
     SitesReply,
     SumsReply,
@@ -34,6 +35,7 @@ BY_HAND = "Made by `python docs/reference.py` from docstrings; do not edit."
 
 API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta", (fedmeta.load_experiment, fedmeta.Experiment, fedmeta.run, fedmeta.Result, fedmeta.Task)),
+    ("fedmeta.adapt.classifier", (fedmeta.PersonalizedClassifier,)),
     ("fedmeta.problems", (fedmeta.Problem, fedmeta.Metric, fedmeta.Solver, fedmeta.TaskSource, fedmeta.implicit)),
     ("fedmeta.noise", (noise.noise_key, noise.dropout, noise.uniform, noise.normal)),
     ("fedmeta.learners", (learners.build, learners.Learner)),
@@ -58,6 +60,7 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
     (messages.QUERY_SUMS, "server to node", SumsRequest(NAMES)),
     (messages.QUERY_SUMS, "node to server", SumsReply(np.zeros(2), np.zeros(2), np.zeros(2))),
     (messages.QUERY_ENGINE, "node to server", EngineReply("lowrank", 1 << 30, {"loop": 0.02, "lowrank": 0.01})),
+    (messages.QUERY_NORMS, "node to server", NormsReply(NAMES, np.zeros(2))),
     (f"{messages.TRAIN}, {messages.EVALUATE}", "server to node", RoundRequest(THETA, 1, ("0", "1"), NAMES, "maml")),
     (messages.TRAIN, "node to server", TrainReply(THETA, 2.0, NAMES, np.zeros(2), np.ones(2, dtype=bool))),
     (

@@ -29,7 +29,7 @@ LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
     "targets", "norms", "categories", "took_part",
 )  # fmt: skip
-FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
+FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished", "steering")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
 """The file in a run's folder that is there until its results are written down and handed over."""
@@ -118,6 +118,8 @@ class Checkpoint:
         targets: What each target of a regression is called; empty for classes.
         categories: The columns of categories, and the names that the run knows of each.
         norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
+        steering: What the run has decided about itself so far, and by which figures (`server.steering`).
+        memory: Tensors that such decisions need: the best meta-state, or the one from before a decision.
         took_part: In how many rounds each site's reply was in the step, of all names; empty where that is not known.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
@@ -150,6 +152,8 @@ class Checkpoint:
     finished: bool = False
     targets: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    steering: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
     took_part: tuple[int, ...] = ()
 
     @property
@@ -295,6 +299,7 @@ def _newest_first(root: Path) -> Iterator[Path]:
 def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
     tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
+    tensors |= {f"memory/{name}": value for name, value in checkpoint.memory.items()}
     for evaluation in checkpoint.evaluations:
         for what, array in evaluation.arrays().items():
             tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(np.asarray(array))
@@ -309,7 +314,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
     values: dict[str, Any] = {name: json.loads(value) for name, value in header.items() if name != "format"}
-    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "evaluation": {}}
+    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "memory": {}, "evaluation": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
@@ -324,7 +329,7 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     for name, value in values.items():
         _adapter(name).validate_python(value, strict=True)
-    values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}
+    values |= {name: groups[name] for name in ("meta_state", "optimizer", "memory")} | {"evaluations": evaluations}
     return Checkpoint(**values)
 
 

@@ -25,10 +25,12 @@ from fedmeta.messages import (
     FAILURES,
     LOSS,
     QUERY_ENGINE,
+    QUERY_NORMS,
     TRAIN,
     EngineReply,
     EvaluateReply,
     MessageError,
+    NormsReply,
     RoundRequest,
     TrainReply,
     failure,
@@ -40,6 +42,7 @@ from fedmeta.problems.pooled import impossible as pooled_impossible
 from fedmeta.problems.problem import has_outer_step
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
+from server.cohorts import Cohorts, by_site
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
@@ -133,6 +136,8 @@ class MetaGradientStrategy(Strategy):
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.norms: tuple[float, ...] = ()
+        self.cohorts = Cohorts.of(experiment, {}, {})
+        self.per_site = experiment.server.aggregator != "mean" or not experiment.plain_cohorts
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -154,6 +159,11 @@ class MetaGradientStrategy(Strategy):
         """A copy of the meta-state as it stands, with its constants."""
         return {**self.optimizer.meta_state, **self.constants}
 
+    def replace(self, meta_state: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state in place; the optimizer's memory stays."""
+        self.optimizer.replace(meta_state)
+        self._packed = None
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
@@ -168,9 +178,35 @@ class MetaGradientStrategy(Strategy):
         server = self.experiment.server
         if self.privacy:
             cohort = self.privacy.sample(self.federation.training)
-        else:
+        elif self.cohorts.plain:
             cohort = draw_cohort(self.federation, server, self.experiment.runtime.seed, server_round)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
+        else:
+
+            def ask_norms(sites: NDArray[np.int64]) -> dict[str, float]:
+                return self._norms(grid, server_round, sites, arrays)
+
+            cohort = self.cohorts.draw(self.federation, server_round, ask_norms)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site)
+
+    def _norms(self, grid: Grid, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord) -> dict[str, float]:
+        """Asks training sites how long their updates are; those whose update is not finite or that fail are absent."""
+        messages = self._messages(grid, QUERY_NORMS, server_round, sites, arrays)
+        found: dict[str, float] = {}
+        for node, content in self._valid_replies(
+            grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        ):
+            try:
+                reply = NormsReply.unpack(content)
+                self._check_names(node, reply.names)
+            except MessageError as error:
+                self._record_failure(node, f"bad reply: {error}")
+                continue
+            for name, norm in zip(reply.names, reply.norms.tolist(), strict=True):
+                if np.isfinite(norm):
+                    found[name] = norm
+                else:
+                    self.log.failed[name] = DIVERGED
+        return found
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
         """Asks up to three nodes which engine is fastest for the first cohort, and takes the choice of most.
@@ -226,6 +262,8 @@ class MetaGradientStrategy(Strategy):
             meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
         usable = self._train_replies(replies)
+        if not self.cohorts.plain:
+            usable = by_site(usable, self.experiment, self.federation)
         norms = self.norms
         if self.experiment.server.aggregator == "mean" and not self.privacy:
             usable, norms = self._bounded(usable)
@@ -233,6 +271,8 @@ class MetaGradientStrategy(Strategy):
         gradient: Gradient | None = None
         if self.privacy:
             gradient = self.privacy.release(usable, self._template)
+        elif num_ok >= max(1, self.experiment.server.min_sites) and not self.cohorts.plain:
+            gradient = self.cohorts.aggregate(usable, self.federation)
         elif num_ok >= max(1, self.experiment.server.min_sites):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
@@ -378,8 +418,7 @@ class MetaGradientStrategy(Strategy):
         usable: list[TrainReply] = []
         for node, content in self._valid_replies(replies):
             try:
-                per_site = self.experiment.server.aggregator != "mean"
-                reply = TrainReply.unpack(content, self._template, per_site)
+                reply = TrainReply.unpack(content, self._template, self.per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:
