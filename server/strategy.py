@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -24,6 +25,7 @@ from fedmeta.messages import (
     EVALUATE,
     FAILURES,
     LOSS,
+    MASKED_TRAIN,
     QUERY_ENGINE,
     TRAIN,
     EngineReply,
@@ -35,15 +37,18 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
+from fedmeta.messages.secure import TAIL
 from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
 from fedmeta.problems.problem import has_outer_step
+from fedmeta.secure.ring import decode
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
+from server.secure_sum import secure_sum
 
 STATES = ("global", "personalized")
 """Before and after adaptation, as pooled sums name it."""
@@ -76,6 +81,7 @@ class RoundLog:
         shortened: Site and by how much, for each whose reply was shortened (`server.influence`).
         outlying: Site and why its query loss is not in the round's mean.
         undone: Whether the round's step was undone.
+        skipped: Why a round with secure aggregation has no sum.
         took_part: The sites whose replies are in the round's step.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
@@ -85,12 +91,15 @@ class RoundLog:
     shortened: dict[str, str] = field(default_factory=dict)
     outlying: dict[str, str] = field(default_factory=dict)
     undone: bool = False
+    skipped: str = ""
     took_part: tuple[str, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
 
     def reasons(self, advise: bool = False) -> str:
         """Returns the first failure, with who gave it, how many others there are, and what may help."""
+        if self.skipped:
+            return self.skipped
         if not self.failed:
             return "no site was asked, or too few gave a finite gradient"
         site, reason = next(iter(self.failed.items()))
@@ -165,12 +174,13 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        server = self.experiment.server
-        if self.privacy:
-            cohort = self.privacy.sample(self.federation.training)
-        else:
-            cohort = draw_cohort(self.federation, server, self.experiment.runtime.seed, server_round)
+        server, cohort = self.experiment.server, self._cohort(server_round)
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
+
+    def _cohort(self, server_round: int) -> NDArray[np.int64]:
+        if self.privacy:
+            return self.privacy.sample(self.federation.training)
+        return draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, server_round)
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
         """Asks up to three nodes which engine is fastest for the first cohort, and takes the choice of most.
@@ -184,8 +194,8 @@ class MetaGradientStrategy(Strategy):
         Raises:
             FedmetaError: Every node of the cohort reports that it cannot compute it.
         """
-        if self.engine != "auto" and self.budget:
-            return None
+        if (self.engine != "auto" and self.budget) or self.experiment.privacy.secure_aggregation:
+            return None  # with secure aggregation every node follows its own rule: its times and memory are its own
         cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
         homes = self.federation.node_ids[cohort]
         nodes = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE]
@@ -225,7 +235,55 @@ class MetaGradientStrategy(Strategy):
             gave a usable gradient, or fewer than the aggregator needs, or the step would make it infinite, and the
             meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
-        usable = self._train_replies(replies)
+        return self._aggregate(self._train_replies(replies))
+
+    def secure_train(self, server_round: int, grid: Grid) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Runs a round whose replies the server sees as their sum alone; returns what `aggregate_train` does."""
+        self.log = log = RoundLog()
+        cohort = self._cohort(server_round)
+        self._requested = self.federation.by_node(cohort)
+        template = {name: self._template[name] for name in sorted(self._template)}
+        size = sum(value.numel() for value in template.values()) + len(TAIL)
+        arrays = self.arrays()
+        found = secure_sum(
+            grid,
+            self._requested,
+            self.experiment,
+            f"{self.run} train {server_round}",
+            MASKED_TRAIN,
+            lambda names: self._request(server_round, names).pack(arrays),
+            size,
+        )
+        log.bytes_down, log.bytes_up, log.failed = found.bytes_down, found.bytes_up, found.failed
+        if found.total is None:
+            log.skipped = found.why
+            return None, None
+        sums = decode(found.total, self.experiment.privacy.quantum)
+        *flat, weight, count, loss, counted = torch.from_numpy(sums).split(
+            [*(value.numel() for value in template.values()), *[1] * len(TAIL)]
+        )
+        gradient = {name: own.reshape(template[name].shape) for name, own in zip(template, flat, strict=True)}
+        total, num_ok = float(weight), round(float(count))
+        log.took_part = found.left
+        if num_ok < len(found.left):
+            log.failed["of the sum"] = f"{len(found.left) - num_ok} of {len(found.left)} sites: {DIVERGED}"
+        mean: Gradient | None = None
+        if self.privacy:
+            mean = self.privacy.release_noised(gradient)
+        elif num_ok >= max(1, self.experiment.server.min_sites) and total > 0:
+            mean = {name: value / total for name, value in gradient.items()}
+        if mean is None:
+            return None, None
+        if not self._step(mean, total):
+            log.undone = True
+            log.took_part = ()
+            log.failed.update(dict.fromkeys(found.left, UNDONE))
+            return None, None
+        self._packed = None
+        metrics = {"query_loss": float(loss) / round(float(counted))} if round(float(counted)) else {}
+        return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
+
+    def _aggregate(self, usable: list[TrainReply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         norms = self.norms
         if self.experiment.server.aggregator == "mean" and not self.privacy:
             usable, norms = self._bounded(usable)
@@ -237,7 +295,7 @@ class MetaGradientStrategy(Strategy):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
-        if not self._step(gradient, usable):
+        if not self._step(gradient, sum(reply.weight for reply in usable)):
             self.log.undone = True
             self.log.failed.update({name: UNDONE for reply in usable for name in reply.names})
             return None, None
@@ -278,7 +336,7 @@ class MetaGradientStrategy(Strategy):
                 self.log.shortened.update(dict.fromkeys(names, f"{what} shortened"))
         return found.replies, found.norms
 
-    def _step(self, mean: Gradient, replies: list[TrainReply]) -> bool:
+    def _step(self, mean: Gradient, weight: float) -> bool:
         """Steps the meta-state along the sites' mean, or by the problem's own step where it has one.
 
         Returns:
@@ -287,7 +345,6 @@ class MetaGradientStrategy(Strategy):
         problem = self.learner.problem
         if not has_outer_step(problem):
             return self.optimizer.step_if_finite(mean)
-        weight = sum(reply.weight for reply in replies)
         state = self.meta_state
         whole = self.learner.theta(state)
         total = {name: value * weight for name, value in mean.items()}
@@ -406,24 +463,26 @@ class MetaGradientStrategy(Strategy):
         messages = []
         for node, names in self._requested.items():
             grouped = tuple(self._groups[name] for name in names) if kind == EVALUATE and self._groups else ()
-            content = RoundRequest(
-                meta_state={},
-                round_number=server_round,
-                classes=self.federation.classes,
-                names=names,
-                run=self.run,
-                saved_rounds=self.saved_rounds,
-                engine=self.engine,
-                budget=self.budget,
-                **how,
-                groups=grouped,
-                categories=self.federation.categories,
-            ).pack(arrays)
+            content = self._request(server_round, names, **how, groups=grouped).pack(arrays)
             if node == NO_NODE:
                 continue
             self.log.bytes_down += payload_bytes(content)
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
+
+    def _request(self, server_round: int, names: tuple[str, ...], **how: Any) -> RoundRequest:
+        return RoundRequest(
+            meta_state={},
+            round_number=server_round,
+            classes=self.federation.classes,
+            names=names,
+            run=self.run,
+            saved_rounds=self.saved_rounds,
+            engine=self.engine,
+            budget=self.budget,
+            **how,
+            categories=self.federation.categories,
+        )
 
     def _valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, RecordDict]]:
         """Yields each node's answer in the order of its first site; counts errors, failures and silence."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar
+from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation
+from server import aggregation, secure_sum
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.membership import Membership
@@ -147,6 +148,8 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
+        if experiment.privacy.secure_aggregation:
+            self.membership.notes += secure_sum.check(experiment, len(federation.training))
         self.privacy = make_dp_mechanism(
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
@@ -318,10 +321,16 @@ class TrainingLoop:
         self.logger.log_failures(number, fresh, "start")
         self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
         strategy.federation = self.membership.federation
-        messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-        replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        secure = self.experiment.privacy.secure_aggregation
+        replies: Iterable[Message] = ()
+        if not secure:
+            messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
+            replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         with defer_keyboard_interrupt():
-            _, metrics = strategy.aggregate_train(number, replies)
+            if secure:
+                _, metrics = strategy.secure_train(number, self.grid)
+            else:
+                _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])

@@ -290,9 +290,7 @@ class Privacy(Section):
     clip_norm: float = Field(
         default=0.0, ge=0, description="Length to which a site shortens a longer meta-gradient; 0 = not (its norm)"
     )
-    noise_multiplier: float = Field(
-        default=0.0, ge=0, description="Noise on a round's sum, drawn by the server; 0 = none (clip_norm)"
-    )
+    noise_multiplier: float = Field(default=0.0, ge=0, description="Noise on a round's sum; 0 = none (clip_norm)")
     delta: float = Field(
         default=1e-5,
         gt=0,
@@ -302,10 +300,24 @@ class Privacy(Section):
     epsilon: float = Field(
         default=0.0, ge=0, description="Budget: the round that would go beyond it is not begun; 0 = any (epsilon)"
     )
+    secure_aggregation: bool = Field(
+        default=False, description="Whether the server learns sums over sites alone; noise is then added at the sites"
+    )
+    survivors: float = Field(
+        default=0.5, gt=0, le=1, description="Sites of a round that must be left for its secure sum (share of them)"
+    )
+    colluding: int = Field(
+        default=0, ge=0, description="Sites that may share their noise with the server; others add more for it (sites)"
+    )
+    quantum: float = Field(
+        default=2.0**-32, gt=0, description="Step to which numbers are rounded in secure sums (unit of the gradient)"
+    )
 
     def conflicts(self) -> Conflicts:
         """Yields noise without a bound, and a budget without noise."""
         if self.noise_multiplier and not self.clip_norm:
             yield "noise_multiplier", "needs clip_norm above 0: noise hides what has a bound"
+        if self.colluding and not (self.secure_aggregation and self.noise_multiplier):
+            yield "colluding", "needs secure_aggregation and noise_multiplier above 0: the server adds noise otherwise"
         if self.epsilon and not self.noise_multiplier:
             yield "epsilon", "needs noise_multiplier above 0: without noise nothing is private"
