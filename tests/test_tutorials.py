@@ -11,8 +11,13 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 
 def follow(name, folder, replaced=None):
     page = read(TUTORIALS / f"{name}.md")
-    for (commands, promised), printed in zip(page.commands, run(page, folder, replaced), strict=True):
-        assert not missing(promised, printed), f"after\n{commands}\nnot this, but:\n{printed[-3000:]}"
+    blocks = zip(page.commands, run(page, folder, replaced), strict=True)
+    wrong = [
+        f"after\n{commands}\nnot {lines}, but:\n{printed[-3000:]}"
+        for (commands, promised), printed in blocks
+        if (lines := missing(promised, printed))
+    ]
+    assert not wrong, "\n\n".join(wrong)
 
 
 @pytest.mark.slow
