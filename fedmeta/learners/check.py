@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fedmeta.errors import FedmetaError
 from fedmeta.learners.gradient_kind import CUSTOM
@@ -70,6 +70,15 @@ class Checked:
 
     passed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+
+
+KEPT = "escaped?"
+"""What torch's derivatives raise, as an internal error, for a tensor that outlives the call it was made in."""
+
+_KEPT = (
+    "a tensor that depends on the parameters is kept from one call for another, as a cache does: compute it in each "
+    "call, or keep what depends on the data alone"
+)
 
 
 def check(learner: Learner, tasks: Sequence[Task], seed: int = 0, straight_through: bool = False) -> Checked:
@@ -129,8 +138,9 @@ def _call(what: str, function: Any, *arguments: Any) -> Any:
     except FedmetaError:
         raise
     except Exception as error:  # whatever a user's own code raises
+        text = str(error).splitlines()[0] if str(error) else ""
         raise FedmetaError(
-            f"check: {what} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"check: {what} failed: {type(error).__name__}: {_KEPT if KEPT in text else text}"
         ) from error
 
 
@@ -157,6 +167,13 @@ def _repeatable(learner: Learner, state: dict[str, Tensor], task: Task) -> None:
         "an objective or a metric has another value when it is asked twice (noise, dropout or a changed buffer)",
     )
     _same(kept, theta, "an objective or a metric changes parameters that it is given")
+    moved = {name: value * 1.01 + 0.001 if value.is_floating_point() else value for name, value in theta.items()}
+    with torch.no_grad():
+        _same(
+            _call("the inner objective", learner.inner, moved, task.support),
+            _call("the inner objective", learner.inner, moved, tree_map_only(Tensor, Tensor.clone, task.support)),
+            "the inner objective has another value for a copy of the same data (it keeps what depends on parameters)",
+        )
     if not torch.equal(random, torch.get_rng_state()):
         raise FedmetaError(
             "check: an objective or a metric draws from torch's random generator, which differs between processes and "
@@ -172,7 +189,7 @@ def _first_useful(learner: Learner, state: dict[str, Tensor], tasks: Sequence[Ta
     """Returns what the first site sends whose message is neither zero nor infinite; else the last one's."""
     sent: dict[str, Tensor] = {}
     for task in tasks:
-        sent, _ = message(learner, state, task)
+        sent, _ = _call("what a site sends", message, learner, state, task)
         values = list(sent.values())
         if all(bool(v.isfinite().all()) for v in values) and any(bool(v.any()) for v in values):
             break
@@ -180,7 +197,7 @@ def _first_useful(learner: Learner, state: dict[str, Tensor], tasks: Sequence[Ta
     for key, value in sent.items():
         if not bool(value.isfinite().all()):
             raise FedmetaError(f"check: {name} sends {key} that is not finite at the start: lower learner.inner_lr")
-    if learner.update == "gradient" and not any(bool(value.any()) for value in sent.values()):
+    if learner.update != "nothing" and not any(bool(value.any()) for value in sent.values()):
         raise FedmetaError(
             f"check: {name} sends zeros at every site that was tried, and learns nothing; does the outer objective "
             "depend on the parameters, and is every label known?"
@@ -217,7 +234,7 @@ def _derivative(
     if not exact or own_gradient:
         comparisons += _inner_comparisons(learner, state, task, seed)
     for what, objective, values, gradient in comparisons:
-        verdict, error = _compare(objective, values, gradient, seed)
+        verdict, error = _call(what, _compare, objective, values, gradient, seed)
         if verdict == AGREES:
             found.passed.append(f"{what} agrees with a finite difference to {error:.0e}")
         elif verdict == UNSTABLE:
@@ -267,7 +284,8 @@ def _inner_comparisons(learner: Learner, state: Mapping[str, Tensor], task: Task
     def inner(values: Mapping[str, Tensor]) -> Tensor:
         return learner.inner({**rest, **values}, task.support)
 
-    found: list[Comparison] = [("the inner objective's gradient", inner, own, torch.func.grad(inner)(own))]
+    first = _call("the inner objective's gradient", torch.func.grad(inner), own)
+    found: list[Comparison] = [("the inner objective's gradient", inner, own, first)]
     if learner.estimator == CUSTOM and learner.differentiates:
         direction = _direction(own, torch.Generator().manual_seed(seed + 2))
 

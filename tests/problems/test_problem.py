@@ -241,6 +241,38 @@ def test_check_refuses_a_model_whose_rows_mix():
         check(build("maml", Supervised(MixesRows())), rows)
 
 
+class Caches(Simplex):
+    """Keeps what it computed of parameters for data that it has seen, under a key of the caller's choice."""
+
+    def __init__(self, key):
+        self.key, self.kept = key, {}
+
+    def inner(self, parameters, data):
+        key = self.key(data)
+        if key not in self.kept:
+            self.kept[key] = parameters["weights"].log()
+        return -(data * self.kept[key]).mean()
+
+
+class Fails(Simplex):
+    """Computes what its derivative cannot be taken of."""
+
+    def inner(self, parameters, data):
+        return torch.tensor(float(super().inner(parameters, data)), dtype=data.dtype)
+
+
+NOT_DERIVED = "kept from one call|differs from a finite difference|another value|sends zeros|failed: RuntimeError"
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "fedavg"])
+@pytest.mark.parametrize("problem", [lambda: Caches(id), lambda: Caches(lambda data: ""), Fails])
+def test_what_torch_cannot_derive_is_refused_in_one_line(problem, name):
+    with pytest.raises(FedmetaError, match=NOT_DERIVED) as raised:
+        check(build(name, problem(), inner_steps=2, inner_lr=0.05), CASES["simplex"][1])
+    assert "\n" not in str(raised.value)
+    assert "INTERNAL ASSERT" not in str(raised.value)
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES.parent))
