@@ -29,7 +29,7 @@ LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
     "targets", "norms", "categories", "took_part",
 )  # fmt: skip
-FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished")
+FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "lateness", "finished")
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
 """The file in a run's folder that is there until its results are written down and handed over."""
@@ -119,6 +119,8 @@ class Checkpoint:
         categories: The columns of categories, and the names that the run knows of each.
         norms: The norms of the replies accepted lately, by which longer ones are known (`server.influence`).
         took_part: In how many rounds each site's reply was in the step, of all names; empty where that is not known.
+        lateness: The simulated clock, sites' usual times, and which replies are outstanding (`server.lateness`).
+        late: The gradients of those that a simulation holds.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -151,6 +153,8 @@ class Checkpoint:
     targets: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
     took_part: tuple[int, ...] = ()
+    lateness: Mapping[str, Any] = field(default_factory=dict)
+    late: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def state_digest(self) -> str:
@@ -295,6 +299,7 @@ def _newest_first(root: Path) -> Iterator[Path]:
 def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
     tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
+    tensors |= {f"late/{name}": value for name, value in checkpoint.late.items()}
     for evaluation in checkpoint.evaluations:
         for what, array in evaluation.arrays().items():
             tensors[f"evaluation/{evaluation.round_number}/{what}"] = torch.from_numpy(np.asarray(array))
@@ -309,7 +314,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
     values: dict[str, Any] = {name: json.loads(value) for name, value in header.items() if name != "format"}
-    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "evaluation": {}}
+    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "evaluation": {}, "late": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
@@ -324,7 +329,8 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     for name, value in values.items():
         _adapter(name).validate_python(value, strict=True)
-    values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "evaluations": evaluations}
+    values |= {"meta_state": groups["meta_state"], "optimizer": groups["optimizer"], "late": groups["late"]}
+    values["evaluations"] = evaluations
     return Checkpoint(**values)
 
 

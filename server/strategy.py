@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ from fedmeta.secure.ring import decode
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
+from server.lateness import Answer, Outstanding, Received, scaled
 from server.optimizer import ServerOptimizer
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
@@ -82,6 +83,7 @@ class RoundLog:
         outlying: Site and why its query loss is not in the round's mean.
         undone: Whether the round's step was undone.
         skipped: Why a round with secure aggregation has no sum.
+        late: Sites that the round closed without, and sites whose late replies are not used, with the reason.
         took_part: The sites whose replies are in the round's step.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
@@ -92,6 +94,7 @@ class RoundLog:
     outlying: dict[str, str] = field(default_factory=dict)
     undone: bool = False
     skipped: str = ""
+    late: dict[str, str] = field(default_factory=dict)
     took_part: tuple[str, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
@@ -142,6 +145,7 @@ class MetaGradientStrategy(Strategy):
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.norms: tuple[float, ...] = ()
+        self.busy: frozenset[str] = frozenset()
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -237,6 +241,39 @@ class MetaGradientStrategy(Strategy):
         """
         return self._aggregate(self._train_replies(replies))
 
+    def configure_quorum(self, server_round: int, grid: Grid) -> list[tuple[Message, int, tuple[str, ...]]]:
+        """Returns a round's messages with their nodes and sites, for those of its cohort that are not busy."""
+        self.log = RoundLog()
+        cohort = self._cohort(server_round)
+        free = np.array([self.federation.names[site] not in self.busy for site in cohort.tolist()], dtype=bool)
+        per_site = self.experiment.server.aggregator != "mean"
+        split = getattr(grid, "splits_sites", False)
+        found = []
+        for sites in [cohort[free][place : place + 1] for place in range(int(free.sum()))] if split else [cohort[free]]:
+            messages = self._messages(grid, TRAIN, server_round, sites, self.arrays(), per_site=per_site)
+            for message in messages:
+                node = message.metadata.dst_node_id
+                found.append((message, node, self._requested[node]))
+            self.log.failed.update(dict.fromkeys(self._requested.get(NO_NODE, ()), SITE_UNAVAILABLE))
+        return found
+
+    def aggregate_quorum(
+        self, server_round: int, received: Received, weight_of: Callable[[Outstanding, int], float]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Steps along what came before the round closed; returns what `aggregate_train` does."""
+        self.log.late = {**received.missing, **received.dropped}
+        usable = [reply for each, answer in received.on_time for reply in self._usable(each, answer)]
+        for each, answer in received.late:
+            factor = weight_of(each, server_round)
+            usable += [scaled(reply, factor) for reply in self._usable(each, answer)]
+        return self._aggregate(usable)
+
+    def _usable(self, each: Outstanding, answer: Answer) -> list[TrainReply]:
+        if isinstance(answer, TrainReply):
+            return [answer]
+        self._requested = {each.node: each.names}
+        return self._train_replies([answer])
+
     def secure_train(self, server_round: int, grid: Grid) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Runs a round whose replies the server sees as their sum alone; returns what `aggregate_train` does."""
         self.log = log = RoundLog()
@@ -259,9 +296,8 @@ class MetaGradientStrategy(Strategy):
             log.skipped = found.why
             return None, None
         sums = decode(found.total, self.experiment.privacy.quantum)
-        *flat, weight, count, loss, counted = torch.from_numpy(sums).split(
-            [*(value.numel() for value in template.values()), *[1] * len(TAIL)]
-        )
+        sizes = [*(value.numel() for value in template.values()), *[1] * len(TAIL)]
+        *flat, weight, count, loss, counted = torch.split(torch.from_numpy(sums), sizes)
         gradient = {name: own.reshape(template[name].shape) for name, own in zip(template, flat, strict=True)}
         total, num_ok = float(weight), round(float(count))
         log.took_part = found.left

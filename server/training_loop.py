@@ -25,9 +25,10 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, secure_sum
+from server import aggregation, lateness, secure_sum
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
+from server.lateness import Received
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
@@ -148,6 +149,13 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
+        server, self.lateness = experiment.server, None
+        if server.quorum != 1.0 or server.late == "buffer" or server.patience:
+            self.membership.notes += lateness.check(experiment, grid)
+            kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
+            self.lateness = lateness.Lateness(experiment, *kept)
+            if earlier and hasattr(grid, "clock"):
+                grid.clock = self.lateness.clock
         if experiment.privacy.secure_aggregation:
             self.membership.notes += secure_sum.check(experiment, len(federation.training))
         self.privacy = make_dp_mechanism(
@@ -276,7 +284,10 @@ class TrainingLoop:
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
         federation = self.membership.federation
+        lateness, late = self.lateness.state(self.grid) if self.lateness else ({}, {})
         checkpoint = Checkpoint(
+            lateness=lateness,
+            late=late,
             experiment=self.experiment.to_toml(),
             run_id=self.logger.run_id,
             round_number=self.round_number,
@@ -323,11 +334,17 @@ class TrainingLoop:
         strategy.federation = self.membership.federation
         secure = self.experiment.privacy.secure_aggregation
         replies: Iterable[Message] = ()
-        if not secure:
+        received: Received | None = None
+        if self.lateness:
+            strategy.busy = self.lateness.busy
+            received = self.lateness.receive(self.grid, strategy.configure_quorum(number, self.grid), number)
+        elif not secure:
             messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
             replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
         with defer_keyboard_interrupt():
-            if secure:
+            if self.lateness and received:
+                _, metrics = strategy.aggregate_quorum(number, received, self.lateness.staleness)
+            elif secure:
                 _, metrics = strategy.secure_train(number, self.grid)
             else:
                 _, metrics = strategy.aggregate_train(number, replies)
@@ -344,9 +361,15 @@ class TrainingLoop:
             figures |= self.monitor.metrics()
             if self.privacy:
                 figures["privacy/epsilon"] = self.privacy.epsilon
+            if received:
+                used = sum(len(each.names) for each, _ in received.late)
+                figures |= {"late/sites": float(len(received.missing)), "late/used": float(used)}
+                if self.experiment.runtime.delay:
+                    figures["time/simulated_s"] = self.lateness.clock if self.lateness else 0.0
             loss = metrics.get("query_loss") if metrics else None
             self.logger.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.logger.log_failures(number, strategy.log.failed)
+            self.logger.log_failures(number, strategy.log.late, "late")
             self.logger.log_failures(number, strategy.log.shortened, "shortened")
             self.logger.log_failures(number, strategy.log.outlying, "query loss")
             if strategy.log.shortened or strategy.log.undone:

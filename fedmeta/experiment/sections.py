@@ -194,6 +194,18 @@ class Server(Section):
     )
     admit: bool = Field(default=False, description="Whether sites that join after the start are trained on too")
     round_timeout: float = Field(default=600.0, gt=0, description="When missing replies are given up (seconds)")
+    quorum: Annotated[float, Field(gt=0, le=1)] | Count = Field(
+        default=1.0, description="Replies that close a round; 1.0 = all (share of the sites asked, or a count of sites)"
+    )
+    late: Literal["drop", "buffer"] = Field(
+        default="drop", description="What becomes of replies after their round closed; buffer = in the next step"
+    )
+    staleness: int = Field(default=5, ge=1, description="Oldest late reply that is used, with late = buffer (steps)")
+    patience: float = Field(
+        default=0.0,
+        ge=0,
+        description="How long a site is waited for; 0 = until round_timeout (multiples of its usual time)",
+    )
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
 
     def conflicts(self) -> Conflicts:
@@ -278,6 +290,10 @@ class Runtime(Section):
     memory: float = Field(default=0.0, ge=0, description="Budget for one cohort; 0 = a share of what is free (GiB)")
     checkpoint_every: int = Field(
         default=10, ge=0, description="Interval between checkpoints; 0 = only at the end (rounds)"
+    )
+    delay: Annotated[float, Field(ge=0)] | FunctionPath = Field(
+        default=0.0,
+        description="Mean simulated delay of replies, in local runs, or a function; 0 = none (simulated seconds)",
     )
     nodes: int = Field(
         default=3, ge=1, description="Simulated Flower nodes that share the sites, with --runtime ray (nodes)"
