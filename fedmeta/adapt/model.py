@@ -39,6 +39,7 @@ class SiteModel(nn.Module):
         mean: What is subtracted from features, to be broadcast over a row.
         scale: What they are then divided by.
         form: What rows and labels look like.
+        experiment: The run's description, as the start holds it.
         target: What targets of a regression are standardized by.
     """
 
@@ -48,11 +49,18 @@ class SiteModel(nn.Module):
     target_scale: Tensor
 
     def __init__(
-        self, network: nn.Module, mean: Tensor, scale: Tensor, form: Form, target: TargetScale | None = None
+        self,
+        network: nn.Module,
+        mean: Tensor,
+        scale: Tensor,
+        form: Form,
+        experiment: Experiment,
+        target: TargetScale | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.form = form
+        self.experiment = experiment
         self.register_buffer("mean", mean.clone())
         self.register_buffer("scale", scale.clone())
         self.log = bool(target and target.log)
@@ -66,7 +74,7 @@ class SiteModel(nn.Module):
     def of(cls, start: MetaModel, parameters: Parameters) -> SiteModel:
         """Returns the model of a site that has these parameters."""
         network = copy.deepcopy(start.learner.network.module)
-        model = cls(network, start.mean, start.scale, start.form, start.target)
+        model = cls(network, start.mean, start.scale, start.form, start.experiment, start.target)
         own = {name: value.detach().clone() for name, value in parameters.items()}
         unknown = model.network.load_state_dict(own, strict=False).unexpected_keys
         assert not unknown, f"the model has no {unknown}"
@@ -169,7 +177,7 @@ class SiteModel(nn.Module):
 
         def built() -> SiteModel:
             learner = learner_of(experiment, form.shape, form.classes, form.outputs)
-            return cls(learner.network.module, mean, scale, form, target)
+            return cls(learner.network.module, mean, scale, form, experiment, target)
 
         if not any(":" in name for name in (experiment.model.name, experiment.learner.name)):
             # Without storage first: a few bytes may describe a model of any size.

@@ -1,4 +1,4 @@
-"""The command line: run, compare, tune, sites, init, check, adapt, report, landscape, forget, verify, values, ui ..."""
+"""The command line: the program and the order of its commands in the help."""
 
 from __future__ import annotations
 

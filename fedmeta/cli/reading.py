@@ -1,4 +1,4 @@
-"""Commands that look at sites and at finished runs: sites, init, check, adapt, report, landscape."""
+"""Commands that look at sites and at finished runs: sites, init, check, adapt, predict, report, landscape."""
 
 from __future__ import annotations
 
@@ -197,6 +197,60 @@ def adapt(
     if as_json:
         found = adapted.summary() | {"out": str(out), "files": written.files}
         print(json.dumps(found | {"onnx_difference": written.onnx_difference}))
+
+
+@app.command()
+def predict(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="What fedmeta adapt --out made, or a run's folder.", show_default=False),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Rows without labels (.csv, .tsv, .parquet, .npz); - for the standard input."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write: .csv or .parquet; stdout if left out.")
+    ] = None,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text that means a missing value in the file; may be repeated."),
+    ] = None,
+    code: AllowedCode = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public keys, one of which must have signed the model: signing.pub."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Predicts for the rows of a file: class and probabilities, or a number, and a warning of rows that lie far.
+
+    Columns go by their names. Nothing leaves this machine.
+    """
+    from fedmeta.adapt import prediction
+    from fedmeta.signing import VERIFY_KEY
+    from fedmeta.trust import allow_code
+
+    if key:
+        os.environ[VERIFY_KEY] = str(key)
+    if out:
+        prediction.check_out(out)
+    model, notes = prediction.read_model(folder, allow_code(code or []))
+    found = prediction.predict(model, data, missing or [])
+    if out:
+        prediction.write_table(found.table, out)
+    else:
+        found.table.to_csv(sys.stdout, index=False)
+    warnings = [f"{found.far} of {len(found.table)} rows lie far from what the model has seen: see warning"]
+    notes = (*notes, *found.notes, *(warnings if found.far else []))
+    for note in notes:
+        print(f"note  {visible(note)}", file=sys.stderr)
+    if as_json:
+        print(
+            json.dumps({"rows": len(found.table), "far": found.far, "notes": notes, "out": str(out) if out else None})
+        )
 
 
 @app.command()

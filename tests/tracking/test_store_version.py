@@ -49,6 +49,23 @@ def test_an_older_mlflows_store_is_refused_with_what_to_do_and_not_touched(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db"]
 
 
+@pytest.mark.slow
+def test_a_store_that_mlflow_2_9_made_is_refused_and_upgraded_only_when_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(Path(__file__).with_name("mlflow_2_9_2.sql").read_text())
+    before = file.read_bytes()
+    with pytest.raises(FedmetaError, match=r"revision acf3f17fdcc7.*mlflow db upgrade"):
+        mlflow_client.checked_uri(f"sqlite:///{file}")
+    assert file.read_bytes() == before
+    monkeypatch.setenv(UPGRADE, "1")
+    client = mlflow_client.open_client(mlflow_client.checked_uri(f"sqlite:///{file}"))
+    (run,) = client.search_runs([client.get_experiment_by_name("theirs").experiment_id])
+    assert run.data.metrics == {"a": 1.0}
+
+
 def test_a_newer_mlflows_store_is_refused(tmp_path: Path, current: bytes) -> None:
     file = store(tmp_path, current, "f00dfeedf00d")
     with pytest.raises(FedmetaError, match="a newer MLflow made this store"):
