@@ -199,11 +199,19 @@ class Lateness:
                 continue
             for key, value in reply.gradient.items():
                 tensors[f"{len(entries)}/{key}"] = value
-            entry = {"id": f"kept-{each.round_number}-{'-'.join(each.names)}", "node": str(each.node)}
-            entry |= {"names": list(each.names), "round": each.round_number, "sent": each.sent, "arrives": arrives}
-            entry |= {"weight": reply.weight, "finite": reply.finite.astype(int).tolist()}
             entries.append(
-                entry | {"query_loss": [repr(float(loss)) for loss in reply.query_loss], "place": len(entries)}
+                {
+                    "id": f"kept-{each.round_number}-{'-'.join(each.names)}",
+                    "node": str(each.node),
+                    "names": list(each.names),
+                    "round": each.round_number,
+                    "sent": each.sent,
+                    "arrives": arrives,
+                    "weight": reply.weight,
+                    "finite": reply.finite.astype(int).tolist(),
+                    "query_loss": [repr(float(loss)) for loss in reply.query_loss],
+                    "place": len(entries),
+                }
             )
         return {"clock": self.clock, "times": self.times, "outstanding": entries}, tensors
 

@@ -1,4 +1,4 @@
-"""The local runtime with sites that take time: delays on a simulated clock that only waiting moves, so that runs repeat.
+"""The local runtime with sites that take time: simulated delays on a clock that only waiting moves; runs repeat.
 
 `runtime.delay` is a scale in seconds: each site has its speed (log-normal, one standard deviation of the logarithm) and
 each reply a draw (exponential), keyed by seed, round and name. Or it names a function of sites' names, the round and a
