@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients import secure
+from clients.compressed import packed_reply
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
@@ -183,17 +184,18 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
-    gradient, weight, metrics, _ = _train(
-        node, request, context, policy, per_site=request.per_site, rounded=request.per_site
-    )
+    packs = node.experiment.server.compression != "none"
+    per_site = request.per_site or packs
+    gradient, weight, metrics, _ = _train(node, request, context, policy, per_site=per_site, rounded=request.per_site)
     query_loss = metrics["query_loss"].cpu().numpy()
-    return TrainReply(
+    reply = TrainReply(
         gradient=gradient,
         weight=weight,
         names=request.names,
         query_loss=policy.figures(query_loss) if policy else query_loss,
         finite=metrics["finite"].cpu().numpy().astype(bool),
-    ).pack()
+    )
+    return packed_reply(reply, context, node.experiment, request) if packs else reply.pack()
 
 
 @app.train("masked")

@@ -37,6 +37,7 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
+from fedmeta.messages.compressed import unpack_reply
 from fedmeta.messages.secure import TAIL
 from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
@@ -472,7 +473,12 @@ class MetaGradientStrategy(Strategy):
         for node, content in self._valid_replies(replies):
             try:
                 per_site = self.experiment.server.aggregator != "mean"
-                reply = TrainReply.unpack(content, self._template, per_site)
+                server = self.experiment.server
+                if server.compression != "none":
+                    reply = unpack_reply(content, self._template, server.compression, server.compression_keep)
+                    reply = reply if per_site else self._summed(reply)
+                else:
+                    reply = TrainReply.unpack(content, self._template, per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:
@@ -544,12 +550,22 @@ class MetaGradientStrategy(Strategy):
     def _check_weight(self, reply: TrainReply) -> None:
         """Checks a reply's weight: one for each site in the sum, or the weight that it announced when it joined."""
         finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
-        announced = float(len(finite))
-        if self.experiment.weighs_rows:
-            weights = self.federation.weights[self.federation.indices(finite)]
-            announced = float(np.minimum(weights, self.experiment.server.max_weight or np.inf).sum())
+        announced = float(self._weights(finite).sum())
         if abs(reply.weight - announced) > 1e-9 * max(1.0, announced):
             raise MessageError("its weight is not that of its sites as they announced it")
+
+    def _summed(self, reply: TrainReply) -> TrainReply:
+        """Returns sites' own gradients as the weighted sum that a node sends where nothing is packed."""
+        weights = torch.from_numpy(self._weights(reply.names) * reply.finite)
+        gradient = {name: torch.tensordot(weights, value.double(), dims=1) for name, value in reply.gradient.items()}
+        return TrainReply(gradient, reply.weight, reply.names, reply.query_loss, reply.finite)
+
+    def _weights(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Returns what sites weigh in the mean: 1, or as they announced when they joined."""
+        if not self.experiment.weighs_rows:
+            return np.ones(len(names))
+        own = self.federation.weights[self.federation.indices(names)]
+        return np.minimum(own, self.experiment.server.max_weight or np.inf)
 
     def _ranges(self) -> dict[str, tuple[float, float]]:
         """Returns the range of each figure of a site; the loss on rows, where it is the usual one, is at least 0."""

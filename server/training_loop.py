@@ -25,7 +25,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, lateness, secure_sum
+from server import aggregation, compression, lateness, secure_sum
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
@@ -149,7 +149,10 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
-        server, self.lateness = experiment.server, None
+        if experiment.server.compression != "none":
+            self.membership.notes += compression.check(experiment, learner)
+        server = experiment.server
+        self.lateness: lateness.Lateness | None = None
         if server.quorum != 1.0 or server.late == "buffer" or server.patience:
             self.membership.notes += lateness.check(experiment, grid)
             kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
@@ -284,9 +287,9 @@ class TrainingLoop:
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
         federation = self.membership.federation
-        lateness, late = self.lateness.state(self.grid) if self.lateness else ({}, {})
+        under_way, late = self.lateness.state(self.grid) if self.lateness else ({}, {})
         checkpoint = Checkpoint(
-            lateness=lateness,
+            lateness=under_way,
             late=late,
             experiment=self.experiment.to_toml(),
             run_id=self.logger.run_id,

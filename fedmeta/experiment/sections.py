@@ -206,6 +206,12 @@ class Server(Section):
         ge=0,
         description="How long a site is waited for; 0 = until round_timeout (multiples of its usual time)",
     )
+    compression: Literal["none", "float16", "bfloat16", "int8", "int4", "top-k"] = Field(
+        default="none", description="How sites' replies get smaller; top-k keeps what was not sent for the next one"
+    )
+    compression_keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Entries of a reply that top-k sends, 8 bytes each (share of them)"
+    )
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
 
     def conflicts(self) -> Conflicts:

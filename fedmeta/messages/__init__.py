@@ -12,7 +12,8 @@
 `train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
     and whether the gradient was finite. Where the server's aggregator is not the mean, it asks for each site's own
-    meta-gradient, and a node replies with those in place of the sum.
+    meta-gradient, and a node replies with those in place of the sum. With `server.compression` the node replies with
+    each site's own in fewer bytes (`fedmeta.compression`).
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
     number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
