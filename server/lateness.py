@@ -97,6 +97,11 @@ class Lateness:
         """The sites whose answer is outstanding."""
         return frozenset(name for each in self._outstanding.values() for name in each.names)
 
+    @property
+    def arrivals(self) -> list[float]:
+        """When the replies arrive that a checkpoint kept."""
+        return [each.arrives for each in self._outstanding.values() if each.kept]
+
     def receive(
         self, grid: Grid, messages: Sequence[tuple[Message, int, tuple[str, ...]]], round_number: int
     ) -> Received:

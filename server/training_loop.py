@@ -158,7 +158,7 @@ class TrainingLoop:
             kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
             self.lateness = lateness.Lateness(experiment, *kept)
             if earlier and hasattr(grid, "clock"):
-                grid.clock = self.lateness.clock
+                grid.clock, grid.alarms = self.lateness.clock, self.lateness.arrivals  # type: ignore[attr-defined]
         if experiment.privacy.secure_aggregation:
             self.membership.notes += secure_sum.check(experiment, len(federation.training))
         self.privacy = make_dp_mechanism(

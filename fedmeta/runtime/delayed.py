@@ -27,6 +27,7 @@ class DelayedGrid(LocalGrid):
 
     Attributes:
         clock: The simulated time (seconds).
+        alarms: When replies arrive that a checkpoint kept: waiting ends there too.
     """
 
     splits_sites = True
@@ -35,6 +36,7 @@ class DelayedGrid(LocalGrid):
     def __init__(self, client: ClientApp, experiment: Experiment) -> None:
         super().__init__(client, experiment)
         self.clock = 0.0
+        self.alarms: list[float] = []
         self._experiment = experiment
         self._sent = 0
         self._arriving: dict[str, tuple[float, Message]] = {}
@@ -45,7 +47,8 @@ class DelayedGrid(LocalGrid):
 
     def sleep(self, seconds: float) -> None:
         """Moves the clock to the next arrival, at most by so many seconds."""
-        later = [time for time, _ in self._arriving.values() if time > self.clock]
+        coming = [*self.alarms, *(time for time, _ in self._arriving.values())]
+        later = [time for time in coming if time > self.clock]
         self.clock = min([self.clock + seconds, *later])
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -44,6 +44,7 @@ def simulated(folder: Path) -> float:
     return float(checkpoint.newest(folder)[0].lateness["clock"])
 
 
+@pytest.mark.quick("buffer")
 @pytest.mark.parametrize("more", [(), ("server.late=buffer",)], ids=["drop", "buffer"])
 def test_one_slow_site_of_five_holds_nobody_up(tmp_path: Path, more: tuple[str, ...]) -> None:
     result = run(five(tmp_path, "server.quorum=0.8", *more))
@@ -54,17 +55,20 @@ def test_one_slow_site_of_five_holds_nobody_up(tmp_path: Path, more: tuple[str, 
     assert took_part[SLOW] == 0
 
 
+@pytest.mark.slow
 def test_without_a_quorum_it_is_waited_for(tmp_path: Path) -> None:
     result = run(five(tmp_path, "server.quorum=5", "server.rounds=2"))
     assert simulated(result.folder) == 2 * SLOWLY
 
 
+@pytest.mark.slow
 def test_a_site_is_given_up_after_a_multiple_of_its_own_usual_time(tmp_path: Path) -> None:
     result = run(five(tmp_path, "server.patience=2.0", "server.rounds=3"))
     # Nothing is known of anybody in the first round; then each has its own time, the slow one too.
     assert SLOWLY <= simulated(result.folder) <= 3 * SLOWLY + 1
 
 
+@pytest.mark.quick("k")
 @pytest.mark.parametrize("more", [("server.quorum=0.5",), ("server.quorum=3", "server.late=buffer")], ids=["drop", "k"])
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(tmp_path: Path, more: tuple[str, ...]) -> None:
     own = ("runtime.delay=5.0", *more)
@@ -83,6 +87,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(tmp_path: Path, more: t
     assert one.late or more[0] == "server.quorum=0.5"
 
 
+@pytest.mark.slow
 def test_no_reply_counts_twice_and_every_one_is_used_dropped_or_outstanding(tmp_path: Path) -> None:
     sent: list[tuple[int, str]] = []
     used: list[tuple[int, str]] = []
