@@ -19,7 +19,7 @@ from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
 from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
-from clients.policy import Policy, PolicyError, count_request, policy_of
+from clients.policy import ROUNDED, Policy, PolicyError, count_request, policy_of
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
@@ -30,6 +30,7 @@ from fedmeta.messages import (
     CategoriesRequest,
     EngineReply,
     MessageError,
+    NormsReply,
     RoundRequest,
     SumsReply,
     SumsRequest,
@@ -176,6 +177,29 @@ def masked_sums(content: RecordDict, context: Context) -> RecordDict:
     return secure.masked(
         delivery, context, request.names, lambda sites: ring.encode_wide(np.stack(own), quantum, sites)
     )
+
+
+@app.query("norms")
+@error_coded
+def norms(content: RecordDict, context: Context) -> RecordDict:
+    """Reports how long the meta-gradient of each training site that is here is in a round."""
+    node, request = _node_and_request(content, context)
+    policy = _granted(node, context, request)
+    _configure_runtime(node.experiment.runtime.threads)
+    here = node.find(request.names)
+    meta_state, scale = _meta_state(node, request)
+    learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
+    found = np.zeros(len(here))
+    for group, batch in node.training_batches(here, request.round_number, scale, request.classes, learner.minibatches):
+        if policy:
+            policy.check_rows(batch, test=False)
+        budget, check = request.budget or engines.BUDGET, node.experiment.runtime.check
+        own = engines.gradient_norms(learner, meta_state, batch, request.engine, budget=budget, check=check)
+        found[group] = own.cpu().numpy()
+    if policy and policy.metrics == ROUNDED:
+        # Significant digits: decimals would make a short gradient none, and its site would never be drawn.
+        found = np.array([float(f"{norm:.3g}") for norm in found.tolist()])
+    return NormsReply(request.names, found).pack()
 
 
 @app.train()

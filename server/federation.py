@@ -167,7 +167,8 @@ def build_federation(
         new = _split_off(federation, experiment)
     federation = _with_kinds(federation, new, ())
     # How far to adapt is chosen on separate sites, not on those that are scored.
-    choosing = experiment.evaluation.schedule == "auto" and len(federation.training) > 1
+    chooses = experiment.evaluation.schedule == "auto" or experiment.steered
+    choosing = chooses and len(federation.training) > 1
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 
 

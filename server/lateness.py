@@ -124,7 +124,7 @@ class Lateness:
             waiting = [each for each in self._outstanding.values() if each.round_number == round_number]
             if self._enough(found, asked) or not (waiting or (self._outstanding and not asked)):
                 break
-            if all(now() > each.sent + self._patience(each.names) for each in waiting) and found.on_time:
+            if all(now() > each.sent + self._deadline(each.names) for each in waiting) and found.on_time:
                 break
             if now() - started >= self._settings.round_timeout:
                 break
@@ -150,12 +150,12 @@ class Lateness:
         wanted = min(quorum, most) if isinstance(quorum, int) else math.ceil(quorum * asked - 1e-9)
         return here >= max(1, wanted)
 
-    def _patience(self, names: Sequence[str]) -> float:
+    def _deadline(self, names: Sequence[str]) -> float:
         """Returns how long sites are waited for by their own usual times; without any, until the timeout."""
         known = [float(np.median(self.times[name])) for name in names if self.times.get(name)]
-        if not self._settings.patience or len(known) < len(names):
+        if not self._settings.deadline or len(known) < len(names):
             return self._settings.round_timeout
-        return self._settings.patience * max(known)
+        return self._settings.deadline * max(known)
 
     def _collect(self, grid: Grid, moment: float, round_number: int, found: Received) -> None:
         for name in list(self._outstanding):
@@ -272,6 +272,11 @@ def check(experiment: Experiment, grid: Grid) -> list[str]:
             privacy.secure_aggregation,
             f"[server] quorum = {server.quorum}: must be 1.0 with privacy.secure_aggregation",
             "a secure sum has its own: privacy.survivors",
+        ),
+        (
+            not experiment.plain_cohorts,
+            "[server] quorum, late, deadline: must be left alone with sampling, variance_reduction or objective",
+            "these count each drawn site by a factor of its round, and late sites are others than those that answer",
         ),
         (
             server.late == "buffer" and server.aggregator != "mean",

@@ -181,6 +181,16 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
             f'[server] sampling = "{server.sampling}": must be "uniform"',
             "the accountant counts on a draw that is independent for each site",
         ),
+        (
+            server.variance_reduction != "none",
+            f'[server] variance_reduction = "{server.variance_reduction}": must be "none"',
+            "a remembered update would count in rounds whose noise was not measured for it",
+        ),
+        (
+            server.objective != "mean",
+            f'[server] objective = "{server.objective}": must be "mean"',
+            "weights by loss change how much one site may add, and losses have no noise",
+        ),
         (server.admit, "[server] admit = true: must be false", "the accountant's number of sites is fixed"),
         (
             server.min_sites > 1,

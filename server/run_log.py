@@ -88,6 +88,12 @@ class RunLogger:
         if self.tracker:
             self.tracker.round(number, figures)
 
+    def add(self, number: int, figures: Mapping[str, float]) -> None:
+        """Writes down further figures of a round."""
+        self.metrics[number] = {**self.metrics.get(number, {}), **figures}
+        if self.tracker:
+            self.tracker.round(number, figures)
+
     def log_failures(self, number: int, reasons: Mapping[str, str], what: str = "training") -> None:
         """Writes down who did not take part in a round, and why; round 0 is the start.
 
@@ -124,6 +130,7 @@ class RunLogger:
         checkpoint: Path,
         privacy: Mapping[str, float],
         held_out: bool,
+        steering: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
         summary: dict[str, Any] = {
@@ -141,6 +148,7 @@ class RunLogger:
             **groups,
             **({"schedule": self.schedule} if self.schedule else {}),
             **({"privacy": dict(privacy)} if privacy else {}),
+            **steering,
             "versions": versions(),
             "checkpoint": str(checkpoint),
         }

@@ -31,11 +31,13 @@ def sample_cohort(training: NDArray[np.int64], size: int, seed: int, round_numbe
 def draw_cohort(federation: Federation, settings: Server, seed: int, round_number: int) -> NDArray[np.int64]:
     """Returns the sites of a round, ascending: uniformly drawn, or by the function that `server.sampling` names.
 
+    Draws by norms and from clusters need more than names (`server.cohorts`); here they count as uniform ones.
+
     Raises:
         FedmetaError: That function fails, or does not return names of training sites, each once.
     """
     training, size = federation.training, settings.sites_per_round
-    if settings.sampling == "uniform":
+    if ":" not in settings.sampling:
         return sample_cohort(training, size, seed, round_number)
     names = [federation.names[site] for site in training]
     rows = federation.train_rows[training].tolist()

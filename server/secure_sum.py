@@ -220,6 +220,11 @@ def check(experiment: Experiment, sites: int) -> list[str]:
             "any other needs each site's own gradient, which the server does not see",
         ),
         (
+            not experiment.plain_cohorts,
+            "[server] sampling, variance_reduction and objective: must be left alone",
+            "they need each site's own update or loss, which the server does not see",
+        ),
+        (
             cohort < FEWEST,
             f"[server] sites_per_round: a round has {cohort} sites, and must have {FEWEST}",
             "in a sum over two each site knows the other's part",

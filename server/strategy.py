@@ -27,10 +27,12 @@ from fedmeta.messages import (
     LOSS,
     MASKED_TRAIN,
     QUERY_ENGINE,
+    QUERY_NORMS,
     TRAIN,
     EngineReply,
     EvaluateReply,
     MessageError,
+    NormsReply,
     RoundRequest,
     TrainReply,
     failure,
@@ -45,6 +47,7 @@ from fedmeta.problems.problem import has_outer_step
 from fedmeta.secure.ring import decode
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
+from server.cohorts import Cohorts, by_site
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.lateness import Answer, Outstanding, Received, scaled
 from server.optimizer import ServerOptimizer
@@ -147,6 +150,8 @@ class MetaGradientStrategy(Strategy):
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.norms: tuple[float, ...] = ()
         self.busy: frozenset[str] = frozenset()
+        self.cohorts = Cohorts.of(experiment, {}, {})
+        self.per_site = experiment.server.aggregator != "mean" or not experiment.plain_cohorts
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -168,6 +173,11 @@ class MetaGradientStrategy(Strategy):
         """A copy of the meta-state as it stands, with its constants."""
         return {**self.optimizer.meta_state, **self.constants}
 
+    def replace(self, meta_state: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state in place; the optimizer's memory stays."""
+        self.optimizer.replace(meta_state)
+        self._packed = None
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
@@ -179,13 +189,39 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        server, cohort = self.experiment.server, self._cohort(server_round)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=server.aggregator != "mean")
+        cohort = self._cohort(server_round, grid)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site)
 
-    def _cohort(self, server_round: int) -> NDArray[np.int64]:
+    def _norms(self, grid: Grid, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord) -> dict[str, float]:
+        """Asks training sites how long their updates are; those whose update is not finite or that fail are absent."""
+        messages = self._messages(grid, QUERY_NORMS, server_round, sites, arrays)
+        found: dict[str, float] = {}
+        for node, content in self._valid_replies(
+            grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        ):
+            try:
+                reply = NormsReply.unpack(content)
+                self._check_names(node, reply.names)
+            except MessageError as error:
+                self._record_failure(node, f"bad reply: {error}")
+                continue
+            for name, norm in zip(reply.names, reply.norms.tolist(), strict=True):
+                if np.isfinite(norm):
+                    found[name] = norm
+                else:
+                    self.log.failed[name] = DIVERGED
+        return found
+
+    def _cohort(self, server_round: int, grid: Grid) -> NDArray[np.int64]:
         if self.privacy:
             return self.privacy.sample(self.federation.training)
-        return draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, server_round)
+        if self.cohorts.plain:
+            return draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, server_round)
+
+        def ask_norms(sites: NDArray[np.int64]) -> dict[str, float]:
+            return self._norms(grid, server_round, sites, self.arrays())
+
+        return self.cohorts.draw(self.federation, server_round, ask_norms)
 
     def choose_engine(self, grid: Grid) -> EngineReply | None:
         """Asks up to three nodes which engine is fastest for the first cohort, and takes the choice of most.
@@ -245,13 +281,12 @@ class MetaGradientStrategy(Strategy):
     def configure_quorum(self, server_round: int, grid: Grid) -> list[tuple[Message, int, tuple[str, ...]]]:
         """Returns a round's messages with their nodes and sites, for those of its cohort that are not busy."""
         self.log = RoundLog()
-        cohort = self._cohort(server_round)
+        cohort = self._cohort(server_round, grid)
         free = np.array([self.federation.names[site] not in self.busy for site in cohort.tolist()], dtype=bool)
-        per_site = self.experiment.server.aggregator != "mean"
         split = getattr(grid, "splits_sites", False)
         found = []
         for sites in [cohort[free][place : place + 1] for place in range(int(free.sum()))] if split else [cohort[free]]:
-            messages = self._messages(grid, TRAIN, server_round, sites, self.arrays(), per_site=per_site)
+            messages = self._messages(grid, TRAIN, server_round, sites, self.arrays(), per_site=self.per_site)
             for message in messages:
                 node = message.metadata.dst_node_id
                 found.append((message, node, self._requested[node]))
@@ -278,7 +313,7 @@ class MetaGradientStrategy(Strategy):
     def secure_train(self, server_round: int, grid: Grid) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Runs a round whose replies the server sees as their sum alone; returns what `aggregate_train` does."""
         self.log = log = RoundLog()
-        cohort = self._cohort(server_round)
+        cohort = self._cohort(server_round, grid)
         self._requested = self.federation.by_node(cohort)
         template = {name: self._template[name] for name in sorted(self._template)}
         size = sum(value.numel() for value in template.values()) + len(TAIL)
@@ -321,6 +356,8 @@ class MetaGradientStrategy(Strategy):
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
 
     def _aggregate(self, usable: list[TrainReply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        if not self.cohorts.plain:
+            usable = by_site(usable, self.experiment, self.federation)
         norms = self.norms
         if self.experiment.server.aggregator == "mean" and not self.privacy:
             usable, norms = self._bounded(usable)
@@ -328,6 +365,8 @@ class MetaGradientStrategy(Strategy):
         gradient: Gradient | None = None
         if self.privacy:
             gradient = self.privacy.release(usable, self._template)
+        elif num_ok >= max(1, self.experiment.server.min_sites) and not self.cohorts.plain:
+            gradient = self.cohorts.aggregate(usable, self.federation)
         elif num_ok >= max(1, self.experiment.server.min_sites):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
@@ -472,13 +511,12 @@ class MetaGradientStrategy(Strategy):
         usable: list[TrainReply] = []
         for node, content in self._valid_replies(replies):
             try:
-                per_site = self.experiment.server.aggregator != "mean"
                 server = self.experiment.server
                 if server.compression != "none":
                     reply = unpack_reply(content, self._template, server.compression, server.compression_keep)
-                    reply = reply if per_site else self._summed(reply)
+                    reply = reply if self.per_site else self._summed(reply)
                 else:
-                    reply = TrainReply.unpack(content, self._template, per_site)
+                    reply = TrainReply.unpack(content, self._template, self.per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:

@@ -25,7 +25,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, compression, lateness, secure_sum
+from server import aggregation, cohorts, compression, lateness, secure_sum
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
@@ -35,11 +35,15 @@ from server.privacy import make_dp_mechanism
 from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
 from server.signals import defer_keyboard_interrupt
 from server.site_statistics import ask_categories, ask_standardisation
+from server.steering import Steering
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
+
+COHORTS = "cohorts/"
+"""How the names of what the server remembers of sites begin in the checkpoint's memory."""
 
 MAX_EMPTY_ROUNDS = 10
 """After so many rounds in a row without a usable reply the run stops."""
@@ -153,7 +157,7 @@ class TrainingLoop:
             self.membership.notes += compression.check(experiment, learner)
         server = experiment.server
         self.lateness: lateness.Lateness | None = None
-        if server.quorum != 1.0 or server.late == "buffer" or server.patience:
+        if server.quorum != 1.0 or server.late == "buffer" or server.deadline:
             self.membership.notes += lateness.check(experiment, grid)
             kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
             self.lateness = lateness.Lateness(experiment, *kept)
@@ -164,6 +168,7 @@ class TrainingLoop:
         self.privacy = make_dp_mechanism(
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
+        cohorts.check(experiment, learner, start, len(federation.training))
         optimizer = ServerOptimizer(experiment.server, learner.update, start)
         self.without_sums: dict[str, str] = without_names
         if earlier:
@@ -194,6 +199,9 @@ class TrainingLoop:
         if earlier:
             self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
             self.strategy.norms = earlier.norms
+            tensors = {name.removeprefix(COHORTS): v for name, v in earlier.memory.items() if name.startswith(COHORTS)}
+            self.strategy.cohorts = cohorts.Cohorts.of(experiment, earlier.steering.get("cohorts", {}), tensors)
+        self.steering = Steering(experiment, learner, self.strategy, earlier)
         self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
     def start(self) -> None:
@@ -234,11 +242,13 @@ class TrainingLoop:
         # A run that was stopped between a round and its evaluation continues with the evaluation.
         if every and self.round_number % every == 0 and self.round_number < last and not self._evaluated():
             self._evaluate()
-        while self.round_number < last:
+        self._steer()
+        while self.round_number < last and not self.steering.ended:
             self._round(self.round_number + 1)
             # The last evaluation, with all that belongs to it, is `finish`'s.
             if every and self.round_number % every == 0 and self.round_number < last:
                 self._evaluate()
+            self._steer()
             if saves and self.round_number % saves == 0:
                 self.save()
             self.report()
@@ -246,6 +256,9 @@ class TrainingLoop:
     def finish(self, data_here: bool) -> Outcome:
         """Evaluates the final meta-state where that is not done, writes the results, and ends the tracked run."""
         if not self.finished:
+            with defer_keyboard_interrupt():
+                if note := self.steering.restore_best():
+                    self.report(note)
             self._evaluate(last=True)
         if not self.finished:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
@@ -265,8 +278,9 @@ class TrainingLoop:
         outcome: Outcome | None = None
         try:
             with defer_keyboard_interrupt():
+                steering = self.steering.summary(self.experiment.server.rounds)
                 summary = self.logger.finish(
-                    sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out
+                    sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out, steering
                 )
                 outcome = Outcome(summary, sites, self.strategy.meta_state, self.logger.folder)
         except (KeyboardInterrupt, SystemExit):
@@ -319,11 +333,18 @@ class TrainingLoop:
             budget=self.strategy.budget,
             metrics=self.logger.metrics,
             schedule=self.logger.schedule,
+            steering=self.steering.to_json() | self._cohorts(),
+            memory=self.steering.memory
+            | {COHORTS + name: value for name, value in self.strategy.cohorts.tensors.items()},
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.logger.folder)
         self.strategy.saved_rounds = checkpoints.rounds(self.logger.folder, self.round_number)
         return path
+
+    def _cohorts(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the sites that took part, beside tensors."""
+        return {} if self.strategy.cohorts.plain else {"cohorts": self.strategy.cohorts.to_json()}
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
@@ -422,6 +443,21 @@ class TrainingLoop:
             self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
         self.report()
+
+    def _steer(self) -> None:
+        """Scores the validation sites, where the run decides by them and it is time, and decides."""
+        number, last, settings = self.round_number, self.last, self.experiment.evaluation
+        if not self.steering.due(number, last):
+            return
+        steps = self.learner.evaluation_steps(settings.steps)
+        reply = self._ask(self.strategy.arrays(), steps=steps, rate=1.0, gate=settings.gate, validation=True)
+        with defer_keyboard_interrupt():
+            note = self.steering.observe(number, last, reply, self.totals)
+            found = self.steering.last_score
+            if found and found.round_number == number:
+                self.logger.add(number, {f"validation/personalized_{self.metrics[0].name}": found.score})
+        if note:
+            self.report(note)
 
     def _ask(self, arrays: ArrayRecord, **how: ConfigScalar) -> EvaluateReply | None:
         """Returns the scores of one message to all nodes; None where no site was evaluated, which is reported."""

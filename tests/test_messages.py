@@ -21,6 +21,7 @@ from fedmeta.messages import (
     QUERY_CATEGORIES,
     QUERY_ENGINE,
     QUERY_KEYS,
+    QUERY_NORMS,
     QUERY_SHARES,
     QUERY_SITES,
     QUERY_SUMS,
@@ -31,6 +32,7 @@ from fedmeta.messages import (
     EngineReply,
     EvaluateReply,
     MessageError,
+    NormsReply,
     RoundRequest,
     SitesReply,
     SumsReply,
@@ -94,6 +96,7 @@ EVALUATED = EvaluateReply(
     pooled_sites=(2,),
 )
 ENGINE = EngineReply("lowrank", 1 << 28, {"lowrank": 0.01, "loop": 0.5})
+NORMS = NormsReply(("abbey", "zion"), np.array([0.25, math.nan]))
 
 KEY, SHARE = bytes(32), bytes(33)
 KEYS = KeysReply(("abbey", "zion"), (KEY, KEY), (KEY, bytes([1]) * 32))
@@ -123,6 +126,7 @@ PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
     (MASKED, MaskedReply.unpack),
     (UNMASK, UnmaskRequest.unpack),
     (HANDED, UnmaskReply.unpack),
+    (NORMS, NormsReply.unpack),
 ]
 KINDS = [type(message).__name__ for message, _ in PACKED]
 
@@ -200,6 +204,7 @@ CONTRACT: dict[str, Form] = {
         "sums": dict.fromkeys(("count", "total", "square"), "float64(1, 1)")
         | {f"target_{name}": "float64(0,)" for name in ("count", "total", "square")}
     },
+    QUERY_NORMS: {"sites": {"names": "str*3"}, "cohort": {"norms": "float*3"}},
     QUERY_ENGINE: {"choice": {"engine": "str", "budget": "int"}, "seconds": {}},
     TRAIN: {
         "sites": {"names": "str*3"},
@@ -527,6 +532,9 @@ WRONG = [
     ("EvaluateReply", changed(EVALUATED, "counts", "chosen", [0, -1]), "a site takes more steps than there are"),
     ("EvaluateReply", changed(EVALUATED, "counts", "chosen", [0, 2**63]), '"chosen" has a number that is too large'),
     ("EvaluateReply", of_no_site(2**62), "the figures are of no site or have no column"),
+    ("NormsReply", changed(NORMS, "cohort", "norms", [-1.0, 0.0]), "a norm is below 0 or infinite"),
+    ("NormsReply", changed(NORMS, "cohort", "norms", [math.inf, 0.0]), "a norm is below 0 or infinite"),
+    ("NormsReply", changed(NORMS, "cohort", "norms", [1.0]), '"norms" has 1 values and not 2'),
     ("RoundRequest", changed(REQUEST, "task", "round", "1"), '"round" is not of type int'),
     ("RoundRequest", changed(REQUEST, "task", "round", True), '"round" is not of type int'),
     ("EngineReply", changed(ENGINE, "choice", "budget", -1), "the budget is not between 0 and"),

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_info
-from fedmeta.search.comparison import Comparison, compared_kind
+from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
 from fedmeta.tables import groups, local_methods, number, percent, score_label, with_diverged
@@ -154,6 +154,8 @@ def comparison(found: Comparison) -> None:
         cells = (number(row["global"]), personalized, *others, shares, against(found, row))
         table.add_row(escape(str(row["learner"])), *map(escape, cells))
     console.print(table)
+    if early := budget(found.runs):
+        console.print(escape(early), highlight=False, soft_wrap=True)
     for learner, reason in found.left_out.items():
         console.print(f"{learner} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     if found.trials:

@@ -16,14 +16,17 @@ from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
 from fedmeta.engines.rows import check_derivatives, check_labels, check_rows, check_tasks
 from fedmeta.engines.selection import ENGINES, choose_engine, choose_engine_by_site, run, trial
-from fedmeta.engines.weighted_sum import Figures, WeightedSum, join_figures
+from fedmeta.engines.weighted_sum import NORM, Figures, WeightedSum, join_figures
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.learners import Learner
 from fedmeta.learners.local_steps import with_order
 from fedmeta.models.attention import exact_attention
 from fedmeta.task import Batch, Task, stack, stack_trees
 
-__all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "meta_gradients", "trial"]
+__all__ = ["BUDGET", "ENGINES", "choose_engine", "evaluate", "fits", "gradient_norms", "meta_gradients", "trial"]
+
+NO_BOUND = 1e300
+"""A length that no gradient has: with it as `clip_norm` norms are computed and nothing is shortened."""
 
 
 def meta_gradients(
@@ -88,6 +91,33 @@ def meta_gradients(
     values = total.stacked() if per_site else total.total
     gradient = {name: value.to(template[name].dtype) if rounded else value for name, value in values.items()}
     return gradient, total.weight, {name: values[0] for name, values in total.metrics.items()}
+
+
+def gradient_norms(
+    learner: Learner,
+    meta_state: Mapping[str, Tensor],
+    batch: Batch,
+    engine: str = "auto",
+    *,
+    budget: int = BUDGET,
+    check: str = "auto",
+) -> Tensor:
+    """Returns the norm of each site's meta-gradient over all entries [sites], float64; NaN where it is not finite.
+
+    In the low-rank form no site's gradient is made for it (`fedmeta.engines.lowrank.ghost_clipping`).
+
+    Args:
+        learner: The learner.
+        meta_state: The meta-state.
+        batch: The sites' tasks.
+        engine: As for `meta_gradients`.
+        budget: As for `meta_gradients`.
+        check: As for `meta_gradients`.
+    """
+    _, _, figures = meta_gradients(
+        learner, meta_state, batch, engine, budget=budget, rounded=False, clip_norm=NO_BOUND, check=check
+    )
+    return torch.where(figures["finite"].bool(), figures[NORM], torch.nan)
 
 
 def evaluate(

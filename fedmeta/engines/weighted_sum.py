@@ -36,6 +36,9 @@ def _one_length(values: list[Tensor]) -> list[Tensor]:
     return [torch.cat([v, v.new_zeros(*v.shape[:2], longest - v.shape[2], *v.shape[3:])], 2) for v in values]
 
 
+NORM = "norm"
+"""The figure of a site that is the norm of its gradient before it is shortened, where gradients are."""
+
 Part = tuple[Any, dict[str, Tensor], float, dict[str, Tensor]]
 """The places of some of a cohort's sites, and what `fedmeta.engines.meta_gradients` returns of them."""
 
@@ -95,7 +98,12 @@ class WeightedSum:
         clean = gradients
         if not bool(finite.all()):
             clean = {name: torch.where(_like(finite, value), value, 0.0) for name, value in gradients.items()}
-        factors = clip_factors(clean, self.clip_norm) if self.clip_norm else torch.ones_like(own)
+        if self.clip_norm:
+            norms = norms_of(clean)
+            factors = self.clip_norm / norms.clamp(min=self.clip_norm)
+            metrics = {**metrics, NORM: norms}
+        else:
+            factors = torch.ones_like(own)
         if self.kept is None:
             for name, value in clean.items():
                 self.total[name] += torch.tensordot(own * factors, value.double(), dims=1)
@@ -121,14 +129,10 @@ class WeightedSum:
             self.metrics.setdefault(name, []).append(values.detach().double())
 
 
-def clip_factors(gradients: Mapping[str, Tensor], clip_norm: float) -> Tensor:
-    """Returns what shortens each site's gradient [sites, ...] to `clip_norm`: min(1, clip_norm / norm), [sites].
-
-    The norm is that of all entries together, in float64; a gradient of zeros stays one.
-    """
+def norms_of(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Returns the norm of each site's gradient [sites, ...] over all entries together, in float64 [sites]."""
     squares = [by_site(value).double().square().sum(1) for value in gradients.values()]
-    norms = torch.stack(squares).sum(0).sqrt()
-    return clip_norm / norms.clamp(min=clip_norm)
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def by_site(values: Tensor) -> Tensor:

@@ -192,6 +192,23 @@ class Experiment(Section):
         return self.learner.name in WEIGHED_BY_ROWS and server.aggregator == "mean" and not self.privacy.clip_norm
 
     @property
+    def plain_cohorts(self) -> bool:
+        """Whether a round is the mean over a cohort in which all sites count alike, as it is by default."""
+        server = self.server
+        weighed = server.variance_reduction != "none" or server.objective != "mean"
+        return server.sampling not in ("optimal", "clustered") and not weighed
+
+    @property
+    def target(self) -> float | None:
+        """The score at which the run ends (`server.until`); None where it has no target."""
+        return float(self.server.until.removeprefix("score = ")) if self.server.until else None
+
+    @property
+    def steered(self) -> bool:
+        """Whether validation sites are scored while the run trains, because something is decided by their scores."""
+        return bool(self.evaluation.patience or self.server.until)
+
+    @property
     def evaluation_steps(self) -> int:
         """Inner steps at evaluation: `evaluation.steps`, or `learner.inner_steps` where that is left out."""
         return self.learner.inner_steps if self.evaluation.steps is None else self.evaluation.steps

@@ -20,6 +20,7 @@ from fedmeta.experiment.validation import (
     OpenSection,
     Section,
     Share,
+    Target,
     Texts,
     Widths,
 )
@@ -163,8 +164,25 @@ class Server(Section):
         default="mean",
         description="How the sites' replies are combined; all built-in ones but mean bound what a few false ones do",
     )
-    sampling: Literal["uniform"] | FunctionPath = Field(
-        default="uniform", description="Who takes part in a round, or a function that draws the cohort"
+    sampling: Literal["uniform", "optimal", "clustered"] | FunctionPath = Field(
+        default="uniform",
+        description="Who takes part: drawn alike, by norms, from groups that send alike, or by a function",
+    )
+    variance_reduction: Literal["none", "fedvarp"] = Field(
+        default="none", description="What the server remembers: nothing, or the last update of each site (fedvarp)"
+    )
+    objective: Literal["mean", "worst", "cvar", "q"] = Field(
+        default="mean",
+        description="For whom theta steps: all sites alike, the worst one, the worst share, or leaning so",
+    )
+    worst_lr: float = Field(
+        default=0.1, gt=0, description='How fast objective = "worst" moves to sites with a high loss (per unit of loss)'
+    )
+    cvar_share: float = Field(
+        default=0.3, gt=0, le=1, description='The worst sites of a round that objective = "cvar" sees (share of them)'
+    )
+    q: float = Field(
+        default=1.0, ge=0, description='How far objective = "q" leans to sites with a high loss (power of the loss)'
     )
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] | Annotated[int, Field(ge=1)] = Field(
         default=0.2,
@@ -193,6 +211,10 @@ class Server(Section):
         default=0, description="Who must be present to start: names, or a count; 0 = one node is enough (sites)"
     )
     admit: bool = Field(default=False, description="Whether sites that join after the start are trained on too")
+    until: Target = Field(
+        default="",
+        description="Score of validation sites at which the run ends, such as {score = 0.9}; empty = after all rounds",
+    )
     round_timeout: float = Field(default=600.0, gt=0, description="When missing replies are given up (seconds)")
     quorum: Annotated[float, Field(gt=0, le=1)] | Count = Field(
         default=1.0, description="Replies that close a round; 1.0 = all (share of the sites asked, or a count of sites)"
@@ -201,7 +223,7 @@ class Server(Section):
         default="drop", description="What becomes of replies after their round closed; buffer = in the next step"
     )
     staleness: int = Field(default=5, ge=1, description="Oldest late reply that is used, with late = buffer (steps)")
-    patience: float = Field(
+    deadline: float = Field(
         default=0.0,
         ge=0,
         description="How long a site is waited for; 0 = until round_timeout (multiples of its usual time)",
@@ -221,6 +243,18 @@ class Server(Section):
             yield "weighting", hint
         if self.max_weight and self.weighting == "uniform":
             yield "max_weight", 'needs weighting = "examples": else each site weighs 1'
+        if self.aggregator != "mean":
+            why = f'needs aggregator = "mean": "{self.aggregator}" knows no weights of single sites'
+            if self.sampling in ("optimal", "clustered"):
+                yield "sampling", why
+            if self.variance_reduction != "none":
+                yield "variance_reduction", why
+            if self.objective != "mean":
+                yield "objective", why
+        if ":" in self.sampling and self.variance_reduction != "none":
+            yield "variance_reduction", "needs a sampling of the program's: of an own one no chances are known"
+        if self.variance_reduction != "none" and self.objective != "mean":
+            yield "variance_reduction", 'needs objective = "mean": what is remembered has the weights of earlier rounds'
         if self.mixing and self.aggregator == "mean":
             yield "mixing", 'must be false with aggregator = "mean", which sees no single reply'
 
@@ -260,6 +294,16 @@ class Evaluation(Section):
         default=20, ge=1, description="Few-shot tasks that score a site, averaged, with data.ways (tasks)"
     )
     sites: int = Field(default=0, ge=0, description="Most that one evaluation visits, new sites first; 0 = all (sites)")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="When a run ends with its best state, without a better validation score; 0 = never (evaluations)",
+    )
+
+    def conflicts(self) -> Conflicts:
+        """Yields patience where no evaluation comes that it could count."""
+        if self.patience and not self.every:
+            yield "patience", "needs every above 0: it counts evaluations"
 
 
 class Tracking(Section):

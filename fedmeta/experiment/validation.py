@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
@@ -112,6 +113,23 @@ def _widths(value: object) -> object:
     return re.sub(r"[\[\]\s]", "", value) if isinstance(value, str) else value
 
 
+def _target(value: object) -> object:
+    """Returns a target as the text that it is stored as, such as "score = 0.9", from a table or a text of one."""
+    if isinstance(value, str):
+        text = value.strip().removeprefix("{").removesuffix("}").strip()
+        try:
+            value = tomllib.loads(text)
+        except (ValueError, RecursionError):
+            return "not a target"
+        if not value:
+            return ""
+    if not isinstance(value, Mapping) or set(value) != {"score"}:
+        return "not a target"
+    score = value["score"]
+    finite = isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score)
+    return f"score = {to_text(float(score))}" if finite else "not a target"
+
+
 def _odd(number: int) -> int:
     if number % 2 == 0:
         raise ValueError("even")
@@ -132,6 +150,12 @@ Widths = Annotated[
     Field(pattern=r"^[1-9][0-9]{0,8}(,[1-9][0-9]{0,8}){0,255}$"),
     BeforeValidator(_widths),
     TextFormat('whole numbers of at least 1 with commas between, at most 256, such as "64,64"'),
+]
+Target = Annotated[
+    str,
+    Field(pattern=r"^(score = \S+)?$"),
+    BeforeValidator(_target),
+    TextFormat("a table with the key score, such as {score = 0.9}"),
 ]
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
 Name = Annotated[str, Field(min_length=1)]

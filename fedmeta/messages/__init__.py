@@ -9,11 +9,14 @@
     feature, and of each target of a regression, over those sites' train rows, added up.
 `query.engine`: the server sends what it will send for the first round's `train`; a node replies with the cohort engine
     that it found fastest, the seconds that each took in a trial, and the memory that it can give to one cohort.
+`query.norms`: with server.sampling = "optimal" the server sends what it sends for `train`, for all training sites;
+    a node replies with the norm of each site's meta-gradient.
 `train`: the server sends the meta-state, the round, the class list and the names of the cohort's sites; a node replies
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
-    and whether the gradient was finite. Where the server's aggregator is not the mean, it asks for each site's own
-    meta-gradient, and a node replies with those in place of the sum. With `server.compression` the node replies with
-    each site's own in fewer bytes (`fedmeta.compression`).
+    and whether the gradient was finite. Where the server's aggregator is not the mean, where it weighs sites by
+    their loss or remembers what they sent, it asks for each site's own meta-gradient, and a node replies with those in
+    place of the sum. With `server.compression` the node replies with each site's own in fewer bytes
+    (`fedmeta.compression`).
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
     number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
@@ -41,7 +44,15 @@ from fedmeta.messages.registration import (
     SumsReply,
     SumsRequest,
 )
-from fedmeta.messages.rounds import LOCAL_METHODS, LOSS, EngineReply, EvaluateReply, RoundRequest, TrainReply
+from fedmeta.messages.rounds import (
+    LOCAL_METHODS,
+    LOSS,
+    EngineReply,
+    EvaluateReply,
+    NormsReply,
+    RoundRequest,
+    TrainReply,
+)
 
 __all__ = [
     "EVALUATE",
@@ -53,6 +64,7 @@ __all__ = [
     "QUERY_CATEGORIES",
     "QUERY_ENGINE",
     "QUERY_KEYS",
+    "QUERY_NORMS",
     "QUERY_SHARES",
     "QUERY_SITES",
     "QUERY_SUMS",
@@ -63,6 +75,7 @@ __all__ = [
     "EngineReply",
     "EvaluateReply",
     "MessageError",
+    "NormsReply",
     "RoundRequest",
     "SitesReply",
     "SumsReply",
@@ -75,7 +88,7 @@ __all__ = [
 ]
 
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
-QUERY_CATEGORIES = "query.categories"
+QUERY_CATEGORIES, QUERY_NORMS = "query.categories", "query.norms"
 QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK = "query.keys", "query.shares", "query.unmask"
 MASKED_SUMS, MASKED_TRAIN = "query.masked_sums", "train.masked"
 TRAIN, EVALUATE = "train", "evaluate"

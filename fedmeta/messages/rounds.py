@@ -263,6 +263,35 @@ class TrainReply:
 
 
 @dataclass(frozen=True)
+class NormsReply:
+    """How long the meta-gradient of each of a node's training sites is in a round: what the cohort is drawn by.
+
+    Attributes:
+        names: The sites.
+        norms: The norm of each site's meta-gradient over all entries [sites]; NaN where it is not finite.
+    """
+
+    names: tuple[str, ...]
+    norms: Floats
+
+    def pack(self) -> RecordDict:
+        """Returns the reply's content."""
+        norms: dict[str, Any] = {"norms": self.norms.tolist()}
+        return RecordDict({"cohort": MetricRecord(norms), "sites": write_names(self.names)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> NormsReply:
+        """Reads a reply; raises `MessageError` where it is not one."""
+        only(content, "cohort", "sites")
+        names = read_names(content)
+        cohort = read_record(content, "cohort", MetricRecord, "norms")
+        norms = np.array(read_list(cohort, "norms", float, len(names)), dtype=np.float64)
+        if (norms < 0).any() or np.isinf(norms).any():
+            raise MessageError("a norm is below 0 or infinite")
+        return cls(names, norms)
+
+
+@dataclass(frozen=True)
 class EvaluateReply:
     """Figures of a node's sites on their test data.
 

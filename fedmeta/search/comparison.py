@@ -29,8 +29,8 @@ class Comparison:
     """The result of several learners on the same sites.
 
     Attributes:
-        runs: One row per run: learner, seed, run_id, rounds, wall_s, bytes_up, bytes_down, and of new sites the
-            columns of `SCORES`.
+        runs: One row per run: learner, seed, run_id, rounds, rounds_allowed, wall_s, bytes_up, bytes_down, and of new
+            sites the columns of `SCORES`.
         sites: The final evaluation of every run, one row per site, with learner and seed.
         table: One row per learner: means and standard deviations over seeds, and the paired difference of the
             personalized score of new sites from the baseline's (positive = better), with its interval.
@@ -112,6 +112,7 @@ def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     group = compared_group(summary)
     return {
         **{key: summary[key] for key in ("learner", "seed", "run_id", "rounds", "wall_s", "bytes_up", "bytes_down")},
+        "rounds_allowed": (summary.get("stopping") or {}).get("rounds_allowed", summary["rounds"]),
         "sites": group["n"],
         "global": group["global"]["mean"],
         "personalized": group["personalized"]["mean"],
@@ -120,6 +121,25 @@ def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "helped": group["helped"],
         "harmed": group["harmed"],
     }
+
+
+def budget(runs: pd.DataFrame) -> str:
+    """Returns a sentence on runs that ended before their last round; "" where none did.
+
+    Args:
+        runs: As in `Comparison`.
+    """
+    if "rounds_allowed" not in runs:
+        return ""
+    early = int((runs["rounds"] < runs["rounds_allowed"]).sum())
+    if not early:
+        return ""
+    allowed = sorted({int(count) for count in runs["rounds_allowed"]})
+    most = f"{allowed[0]}" if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
+    return (
+        f"Each run might have {most} rounds; {early} of {len(runs)} ended before that, by the scores of validation "
+        "sites. The rounds, bytes and seconds are what was used."
+    )
 
 
 def compared_kind(sites: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedmeta.experiment import Experiment
 from fedmeta.launch import tracked
-from fedmeta.search.comparison import Comparison, compared_kind, interval, sites_by_learner
+from fedmeta.search.comparison import Comparison, budget, compared_kind, interval, sites_by_learner
 from fedmeta.search.space import describe
 from fedmeta.tables import markdown_table, number, percent
 from fedmeta.tracking.description import data_name
@@ -49,6 +49,8 @@ def markdown(comparison: Comparison) -> str:
     )
     table = markdown_table([*heads, f"difference to {comparison.baseline}", "rounds", "MB up", "seconds"], rows)
     lines = [comparison.verdict, "", *table, "", note]
+    if early := budget(comparison.runs):
+        lines += ["", early]
     for learner, reason in comparison.left_out.items():
         lines += ["", f"{learner} is left out: {reason}."]
     if comparison.privacy:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fedmeta import engines
 from fedmeta.engines.lowrank import ghost_clipping
 from fedmeta.engines.personal_state import stack_personal, train_personal
-from fedmeta.engines.weighted_sum import WeightedSum, clip_factors
+from fedmeta.engines.weighted_sum import WeightedSum, norms_of
 from fedmeta.learners import Learner, build
 from fedmeta.models import FunctionalModel
 from fedmeta.task import Batch
@@ -143,7 +143,8 @@ def test_the_sum_of_clipped_gradients_is_exact_in_float32() -> None:
         "theta": torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]),
         "alpha": torch.tensor([[12.0], [0.0], [0.0]]),
     }
-    assert torch.equal(clip_factors(gradients, 1.0), torch.tensor([1 / 13, 1.0, 1.0], dtype=torch.float64))
+    factors = 1.0 / norms_of(gradients).clamp(min=1.0)
+    assert torch.equal(factors, torch.tensor([1 / 13, 1.0, 1.0], dtype=torch.float64))
     total = WeightedSum.empty({name: value[0] for name, value in gradients.items()}, clip_norm=1.0)
     total.add(gradients, torch.ones(3), {"query_loss": torch.zeros(3)})
     assert total.total["theta"].tolist() == pytest.approx([3 / 13 + 0.3, 4 / 13 + 0.4])

@@ -11,7 +11,7 @@ import pytest
 from fedmeta.errors import FedmetaError
 from fedmeta.problems.metric import Metric
 from fedmeta.runtime import Result
-from fedmeta.search.comparison import Comparison, build_table, difference, verdict
+from fedmeta.search.comparison import Comparison, budget, build_table, difference, verdict
 from fedmeta.search.comparison_report import markdown
 
 ACCURACY, RMSE = Metric("accuracy", True), Metric("rmse", False)
@@ -125,3 +125,15 @@ def test_runs_with_different_scores_are_refused() -> None:
     runs = [result("maml", [0.5, 0.6], ACCURACY), result("anil", [0.5, 0.6], replace(ACCURACY, name="auroc"))]
     with pytest.raises(FedmetaError, match="maml is scored by accuracy and anil by auroc"):
         build_table(runs, ["maml", "anil"], Path(), 0)
+
+
+def test_runs_that_ended_early_are_counted_beside_what_they_might_have_had() -> None:
+    def stopped(rounds: int, allowed: int | None) -> Result:
+        found = result("maml", [0.5, 0.6], ACCURACY)
+        own = {} if allowed is None else {"stopping": {"rounds_allowed": allowed}}
+        return replace(found, summary={**found.summary, "rounds": rounds, **own})
+
+    early = build_table([stopped(20, 50), stopped(50, 50)], ["maml"], Path(), 0)
+    assert budget(early.runs).startswith("Each run might have 50 rounds; 1 of 2 ended before that")
+    assert budget(early.runs) in markdown(early)
+    assert budget(build_table([stopped(50, 50), stopped(50, None)], ["maml"], Path(), 0).runs) == ""

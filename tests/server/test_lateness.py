@@ -63,7 +63,7 @@ def test_without_a_quorum_it_is_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_site_is_given_up_after_a_multiple_of_its_own_usual_time(tmp_path: Path) -> None:
-    result = run(five(tmp_path, "server.patience=2.0", "server.rounds=3"))
+    result = run(five(tmp_path, "server.deadline=2.0", "server.rounds=3"))
     # Nothing is known of anybody in the first round; then each has its own time, the slow one too.
     assert SLOWLY <= simulated(result.folder) <= 3 * SLOWLY + 1
 

@@ -142,6 +142,7 @@ def test_noise_is_added_at_the_sites_and_counted_without_amplification(tmp_path:
 
 REFUSED = {
     "an aggregator": (("server.aggregator=median",), "must be \"mean\" with privacy.secure_aggregation"),
+    "weights by loss": (("server.sampling=optimal", "server.sites_per_round=8"), "they need each site's own update"),
     "a cohort of two": (("server.sites_per_round=2",), "a round has 2 sites, and must have 3"),
     "all may collude": (
         ("privacy.colluding=8", "privacy.noise_multiplier=1.0", "privacy.clip_norm=1.0", "privacy.delta=0.001"),

@@ -26,7 +26,7 @@ from fedmeta.engines.lowrank import engine
 from fedmeta.engines.lowrank.plan import ParameterPlan
 from fedmeta.engines.lowrank.trace import OpCall
 from fedmeta.engines.misfit import UnsupportedModelError
-from fedmeta.engines.weighted_sum import WeightedSum, by_site
+from fedmeta.engines.weighted_sum import NORM, WeightedSum, by_site
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import with_theta
 from fedmeta.models import FunctionalModel
@@ -119,7 +119,9 @@ def add_sites(
         pieces.own = {name: _mask_sites(value, finite) for name, value in pieces.own.items()}
     summed = _sums(meta_state, joined, pieces.own, shares)
     weight = float(torch.where(finite, weights, 0.0).sum())
-    total.merge(WeightedSum(summed, weight, {"query_loss": [losses.double()], "finite": [finite.double()]}))
+    norms = torch.where(finite, squares.sqrt(), 0.0)
+    figures = {"query_loss": [losses.double()], "finite": [finite.double()], NORM: [norms]}
+    total.merge(WeightedSum(summed, weight, figures))
 
 
 def _parts(call: OpCall, forms: ParameterPlan) -> bool:
