@@ -114,7 +114,7 @@ def training_numbers(
 
     A site whose gradient is not finite adds nothing at all, and the sum does not show which one that was. Noise for
     privacy is in the gradient's part: a discrete Gaussian of variance (noise_multiplier clip_norm)^2 / (t - c), so
-    that the t sites that must be left, of which c tell the server theirs, still add as much as is promised.
+    that the t sites that must be left, of which c give the server theirs, still add as much as is promised.
 
     Args:
         experiment: The run's description.

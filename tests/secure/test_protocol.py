@@ -71,15 +71,17 @@ class Round:
 
 
 def without(names: list[str], share: float, seed: int) -> list[str]:
-    gone = random.Random(seed).sample(names, round(share * len(names)))
-    return [name for name in names if name not in gone]
+    lost = random.Random(seed).sample(names, round(share * len(names)))
+    return [name for name in names if name not in lost]
 
 
 @pytest.mark.quick("3-0.0-0", "10-0.3-*", "40-0.3-1")
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("sites", [3, 10, 40])
-def test_the_sum_is_that_of_the_sites_left_whoever_drops_out_when(sites: int, share: float, step: int) -> None:
+def test_the_sum_is_that_of_the_sites_left_at_whichever_step_others_drop_out(
+    sites: int, share: float, step: int
+) -> None:
     own = Round(sites, 7, seed=step)
     groups, names = [], own.names
     for number in range(3):
@@ -144,7 +146,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a step twice": (asked_twice, "step 4 of a round was asked for after step 4"),
     "both secrets": (lambda own: site.handed_over(own.secrets["site-000"], 4, ["site-001"], ["site-001"]), "both"),
     "its own key": (lambda own: site.handed_over(own.secrets["site-000"], 4, [], ["site-000"]), "both secrets"),
-    "a stranger's": (lambda own: site.handed_over(own.secrets["site-000"], 4, ["oak"], []), "has no share"),
+    "another's": (lambda own: site.handed_over(own.secrets["site-000"], 4, ["oak"], []), "has no share"),
     "too few left": (lambda own: site.handed_over(own.secrets["site-000"], 1, [], []), "1 sites are left of 4"),
     "fewer than are named": (lambda own: site.handed_over(own.secrets["site-000"], 2, own.names, []), "too few"),
 }

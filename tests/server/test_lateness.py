@@ -46,7 +46,7 @@ def simulated(folder: Path) -> float:
 
 @pytest.mark.quick("buffer")
 @pytest.mark.parametrize("more", [(), ("server.late=buffer",)], ids=["drop", "buffer"])
-def test_one_slow_site_of_five_holds_nobody_up(tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_one_slow_site_of_five_does_not_hold_up_the_others(tmp_path: Path, more: tuple[str, ...]) -> None:
     result = run(five(tmp_path, "server.quorum=0.8", *more))
     assert simulated(result.folder) <= 1.3 * 6 * 2.0  # the others take up to 2 s in each of 6 rounds
     state, _ = checkpoint.newest(result.folder)
