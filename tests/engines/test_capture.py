@@ -260,6 +260,8 @@ def test_derivatives_with_truth_values_run_as_torchscript(
     assert "run as TorchScript" in caplog.text
     # A trace refers to the functions that it calls; once they are gone it would read what lies there instead.
     gc.collect()
+    others = [torch.jit.CompilationUnit(f"def f(a: Tensor):\n    return a * {k}\n").f for k in range(3)]
+    assert len(others) == 3
     assert all(torch.equal(one, other) for one, other in zip(replay(*second), compute(*second), strict=True))
 
 

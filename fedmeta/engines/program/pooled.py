@@ -29,7 +29,7 @@ def quarters(x: Tensor) -> list[Tensor]:
 
 
 def passing(places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns what passes ReLU and pool, and the sum of the masks, each of which is written over the place's numbers."""
+    """Returns what passes ReLU and pool, and the masks' sum; each mask is written over its place's numbers."""
     largest = torch.maximum(torch.maximum(places[0], places[1]), torch.maximum(places[2], places[3]))
     # Equal to no number where nothing passes.
     wanted = functional.threshold(largest, 0.0, float("inf"))
