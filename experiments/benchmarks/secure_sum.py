@@ -1,7 +1,7 @@
 """What one secure sum costs all of its sites and the server together, without messages.
 
-`python experiments/benchmarks/secure_sum.py [SITES] [NUMBERS]` prints seconds of processor time by step, without and with
-30 % drop-outs after the shares and after the numbers.
+`python experiments/benchmarks/secure_sum.py [SITES] [NUMBERS]` prints seconds of processor time by step, without and
+with 30 % drop-outs after the shares and after the numbers.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def measure(sites: int, size: int, drops: tuple[float, float]) -> tuple[float, f
 
 
 def _without(names: list[str], share: float) -> list[str]:
-    lost = set(random.Random(0).sample(names, int(share * len(names))))  # noqa: S311
+    lost = set(random.Random(0).sample(names, int(share * len(names))))
     return [name for name in names if name not in lost]
 
 
 if __name__ == "__main__":
-    sites, size = (int(word) for word in (sys.argv[1:] + ["100", "100000"])[:2])
+    sites, size = (int(word) for word in [*sys.argv[1:], "100", "100000"][:2])
     for drops in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.3)):
         keys, masks, rest, error = measure(sites, size, drops)
         print(
