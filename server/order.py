@@ -68,7 +68,7 @@ class Order:
         stalled: Evaluations without a better score at the validation sites since the order changed.
         best: The best score so far since then, in the metric's direction (higher is better).
         guarded: Evaluations that may still undo the last climb; 0 where there is none to undo.
-        guard: The loss of each validation site at that climb.
+        guard: The loss of each validation site at that climb; empty until they are scored, which a climb has done.
         rounds: Rounds in each order.
         probes: How many probes there were.
         seconds: The last times of each order, the first ones left out.
@@ -151,7 +151,9 @@ def after_evaluation(order: Order, score: float, losses: NDArray[np.float64], se
         losses: The loss of each validation site [sites].
         settings: The experiment's section.
     """
-    if order.now == EXACT and order.guarded:
+    if order.now == EXACT and order.guarded and not order.guard:
+        order = replace(order, guard=_finite(losses))
+    elif order.now == EXACT and order.guarded:
         if is_worse(losses, np.array(order.guard)):
             penalty = 2 * order.penalty
             fallen = replace(order, now=FIRST, waits=order.penalty, penalty=penalty, guarded=0, guard=(), calm=0)
@@ -165,10 +167,20 @@ def after_evaluation(order: Order, score: float, losses: NDArray[np.float64], se
     return order, "climb" if stalls else ""
 
 
-def climbed(order: Order, losses: NDArray[np.float64]) -> Order:
-    """Returns the order after a climb, guarded by the validation sites' losses [sites] from before it."""
-    guard = tuple(np.where(np.isfinite(losses), losses, np.finfo(np.float32).max).tolist())
-    return replace(order, now=EXACT, calm=0, stalled=0, best=None, guarded=GUARDED if guard else 0, guard=guard)
+def climbed(order: Order, losses: NDArray[np.float64] | None = None) -> Order:
+    """Returns the order after a climb.
+
+    Args:
+        order: The order before.
+        losses: The loss of each validation site [sites] at the state that it climbs from; None where they are not
+            scored yet: the next evaluation is of that state.
+    """
+    guard = () if losses is None else _finite(losses)
+    return replace(order, now=EXACT, calm=0, stalled=0, best=None, guarded=GUARDED, guard=guard)
+
+
+def _finite(losses: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(np.where(np.isfinite(losses), losses, np.finfo(np.float32).max).tolist())
 
 
 def is_worse(losses: NDArray[np.float64], before: NDArray[np.float64]) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import Checkpoint
@@ -67,7 +68,6 @@ class Steering:
         self.order: Order | None = None
         if experiment.learner.order == "auto":
             self.order = Order.from_json(known["order"]) if "order" in known else Order()
-        self.losses = np.array(known.get("losses", []), dtype=np.float64)
         self.guard = {name.removeprefix(GUARD): value for name, value in memory.items() if name.startswith(GUARD)}
         self.guard_memory = {
             name.removeprefix(GUARD_MEMORY): value for name, value in memory.items() if name.startswith(GUARD_MEMORY)
@@ -83,7 +83,7 @@ class Steering:
             "target": self.target,
             "ledger": [decision.to_json() for decision in self.ledger],
             **({"last_score": self.last_score.to_json()} if self.last_score else {}),
-            **({"order": self.order.to_json(), "losses": self.losses.tolist()} if self.order else {}),
+            **({"order": self.order.to_json()} if self.order else {}),
             **({"best": self.progress.best.to_json(), "waited": self.progress.waited} if self.progress else {}),
         }
 
@@ -124,7 +124,7 @@ class Steering:
         self.order, decision = after_probe(self.order, probe, settings)
         what = f"cosine {probe.cosine:.3f} between both gradients, their norms {probe.ratio:.3g} to 1"
         if decision == "climb":
-            return self._climb(round_number, f"{what}, below climb_below = {settings.climb_below:g}")
+            return self._climb(round_number, f"{what}, below climb_below = {settings.climb_below:g}", None)
         if decision == "descend":
             self.guard, self.guard_memory = {}, {}
             why = f"{what}, above descend_above = {settings.descend_above:g} in {settings.descend_probes} probes"
@@ -133,8 +133,11 @@ class Steering:
 
     def due(self, round_number: int, last: int) -> bool:
         """Returns whether the validation sites are to be scored after a round."""
-        every = self.experiment.evaluation.every
-        return self.active and self.seen < round_number and (round_number % every == 0 or round_number >= last)
+        if not self.active or self.seen >= round_number:
+            return False
+        # A climb is guarded by what validation sites have at the state that it leaves.
+        climbed_now = bool(self.order and self.order.guarded and not self.order.guard)
+        return climbed_now or round_number % self.experiment.evaluation.every == 0 or round_number >= last
 
     def observe(self, round_number: int, last: int, reply: EvaluateReply | None, totals: Mapping[str, float]) -> str:
         """Decides by the scores of validation sites.
@@ -196,7 +199,7 @@ class Steering:
         """Climbs, or undoes a climb, by what the validation sites have; returns what to report."""
         if not self.order or reply is None:
             return ""
-        if self.ledger and self.ledger[-1].after is None:
+        if self.ledger and self.ledger[-1].after is None and self.ledger[-1].round < found.round_number:
             self.ledger[-1] = replace(self.ledger[-1], after=found.score)
         losses = reply.figures[LOSS][np.arange(len(reply.names)), reply.chosen]
         score = self.metric.sign * found.score
@@ -209,17 +212,16 @@ class Steering:
             self.guard, self.guard_memory = {}, {}
             self.ledger.append(Decision(found.round_number, "undo", why, climb.before, found.score, -rounds))
             return f"round {found.round_number}: undid the climb to the exact gradient: {why}"
-        self.losses = losses
         if decision == "climb":
             patience = self.experiment.server.climb_patience
-            return self._climb(found.round_number, f"{patience} evaluations without a better validation score")
+            return self._climb(found.round_number, f"{patience} evaluations without a better validation score", losses)
         if not self.order.guarded:
             self.guard, self.guard_memory = {}, {}
         return ""
 
-    def _climb(self, round_number: int, why: str) -> str:
+    def _climb(self, round_number: int, why: str, losses: NDArray[np.float64] | None) -> str:
         assert self.order
-        self.order = climbed(self.order, self.losses)
+        self.order = climbed(self.order, losses)
         self.guard, self.guard_memory = self.strategy.optimizer.meta_state, self.strategy.optimizer.state()
         self.guard_memory = {name: value.clone() for name, value in self.guard_memory.items()}
         return self._decide(round_number, "climb", why)

@@ -55,6 +55,10 @@ def test_validation_sites_that_stall_climb_and_those_that_get_worse_undo_it() ->
         fallen, decision = after_probe(fallen, LOW, SETTINGS)
         decisions.append(decision)
     assert decisions == ["", "", "climb"]
+    # A climb between evaluations is guarded from the next one on, which is of the state that it leaves.
+    waiting, decision = after_evaluation(climbed(Order()), 0.4, LOSSES, SETTINGS)
+    assert (decision, waiting.guard, waiting.guarded) == ("", tuple(LOSSES.tolist()), 3)
+    assert after_evaluation(waiting, 0.3, LOSSES + 1, SETTINGS)[1] == "undo"
     again, _ = after_evaluation(climbed(fallen, LOSSES), 0.4, LOSSES + 1, SETTINGS)
     assert again.waits == 4
 
@@ -140,7 +144,7 @@ AUTO = ("learner.order=auto", "server.probe_every=2", "evaluation.every=2", "ser
 def test_a_planted_bad_climb_is_caught_and_undone(tmp_path: Path) -> None:
     wrong = ("learner.name=tests.server.test_order:Wrong", "runtime.check=off", "evaluation.validation_sites=8")
     notes: list[str] = []
-    settings = digits(tmp_path, *AUTO, *wrong, "runtime.checkpoint_every=1")
+    settings = digits(tmp_path, *AUTO, *wrong, "server.rounds=4")
     result = fedmeta.run(settings, report=lambda progress: notes.append(progress.note))
     ledger = result.summary["ledger"]
     assert [decision["what"] for decision in ledger][:2] == ["climb", "undo"]
@@ -149,10 +153,10 @@ def test_a_planted_bad_climb_is_caught_and_undone(tmp_path: Path) -> None:
     assert any("undid the climb to the exact gradient" in note for note in notes)
     assert result.summary["order"]["now"] == FIRST
     assert result.summary["order"]["rounds_exact"] == ledger[1]["round"] - ledger[0]["round"]
-    # The way back is complete: a run of the right gradient alone, without the rounds that were undone, ends the same.
-    lost = result.summary["order"]["rounds_exact"]
-    assert lost == 2
-    assert result.summary["new_sites"]["personalized"]["mean"] > 0.5
+    assert ledger[1]["saved_rounds"] == -2
+    # The way back is complete: the state is the one that the climb left, to the last bit.
+    there = fedmeta.run(digits(tmp_path / "there", *AUTO, *wrong, "server.rounds=2"))
+    assert all(torch.equal(value, there.meta_state[name]) for name, value in result.meta_state.items())
 
 
 @pytest.mark.slow
