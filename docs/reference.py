@@ -35,6 +35,7 @@ BY_HAND = "Made by `python docs/reference.py` from docstrings; do not edit."
 
 API: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("fedmeta", (fedmeta.load_experiment, fedmeta.Experiment, fedmeta.run, fedmeta.Result, fedmeta.Task)),
+    ("fedmeta.adapt.classifier", (fedmeta.PersonalizedClassifier,)),
     ("fedmeta.problems", (fedmeta.Problem, fedmeta.Metric, fedmeta.Solver, fedmeta.TaskSource, fedmeta.implicit)),
     ("fedmeta.noise", (noise.noise_key, noise.dropout, noise.uniform, noise.normal)),
     ("fedmeta.learners", (learners.build, learners.Learner)),

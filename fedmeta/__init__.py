@@ -14,6 +14,7 @@ from fedmeta.versions import __version__
 
 if TYPE_CHECKING:
     from fedmeta import engines, learners, noise, problems
+    from fedmeta.adapt.classifier import PersonalizedClassifier
     from fedmeta.engines import meta_gradients
     from fedmeta.experiment import Experiment, load_experiment
     from fedmeta.noise import noise_key
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Experiment",
     "Metric",
+    "PersonalizedClassifier",
     "Problem",
     "Result",
     "Solver",
@@ -52,6 +54,7 @@ _HOMES = {
     "Solver": "fedmeta.problems",
     "TaskSource": "fedmeta.problems",
     "implicit": "fedmeta.problems",
+    "PersonalizedClassifier": "fedmeta.adapt.classifier",
     "Result": "fedmeta.runtime",
     "run": "fedmeta.runtime",
     "Task": "fedmeta.task",

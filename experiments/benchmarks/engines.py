@@ -27,13 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clients.app import memory_budget
 from fedmeta import models
-from fedmeta.engines import fits, meta_gradients, trial
+from fedmeta.engines import fits, meta_gradients, program, trial
 from fedmeta.engines.lowrank.capture import WARMUP_CALLS
 from fedmeta.learners import Learner, build
 from fedmeta.problems.rows import loss
 from fedmeta.task import Batch, Task, stack
 
-ENGINES = ("loop", "vmap", "lowrank")
+ENGINES = ("loop", "vmap", "lowrank", "program")
+FITTING = {"lowrank": fits, "program": program.fits}
 
 
 class Block(nn.Module):
@@ -101,6 +102,14 @@ def cnn(side: int, classes: int, **settings: object) -> Callable[[], nn.Module]:
     return lambda: models.build("cnn", (side, side), classes, **settings)
 
 
+def conv4() -> nn.Module:
+    """Returns the network of few-shot learning on Omniglot's images."""
+    return models.build("conv4", (28, 28), 5)
+
+
+IMAGES = ("loop", "lowrank", "program")
+"""The engines of convolutions: under `vmap` they become grouped ones."""
+
 SMALL_CNN = {"channels": (8, 16), "kernel": 3, "dense": 64}
 CASES = (
     Case("784-128-10", mlp((128,)), (784,), 10),
@@ -117,8 +126,10 @@ CASES = (
     Case("logistic 13-2", mlp((), 13, 2), (13,), 2, sites=32),
     Case("3136-2048-62", mlp((2048,), 3136, 62), (3136,), 62, sites=16),
     Case("transformer block 64", Block, (20,), 80, sites=16, steps=2, tokens=80),
-    Case("small CNN", cnn(28, 10, **SMALL_CNN), (28, 28), 10, sites=16, engines=("loop", "lowrank")),
-    Case("FedMeta CNN", cnn(28, 62), (28, 28), 62, sites=4, rows=(10, 10), steps=1, engines=("loop", "lowrank")),
+    Case("small CNN", cnn(28, 10, **SMALL_CNN), (28, 28), 10, sites=16, engines=IMAGES),
+    Case("FedMeta CNN", cnn(28, 62), (28, 28), 62, sites=4, rows=(10, 10), steps=1, engines=IMAGES),
+    Case("conv4, 1 step", conv4, (28, 28), 5, sites=4, rows=(5, 75), steps=1, engines=IMAGES),
+    Case("conv4, 5 steps", conv4, (28, 28), 5, sites=2, rows=(5, 75), steps=5, engines=IMAGES),
 )
 
 
@@ -167,7 +178,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     ways: dict[str, Callable[[], object]] = {
         name: lambda name=name: meta_gradients(learner, state, batch, name, budget=budget)
         for name in case.engines
-        if name != "lowrank" or fits(learner, batch, state) is None
+        if name not in FITTING or FITTING[name](learner, batch, state) is None
     }
     if learner.estimator == "exact" and case.learner == "maml":
         own = {name: value.clone() for name, value in state.items()}
@@ -175,7 +186,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, object]:
     chosen, figures = trial(learner, state, batch)
     ways["clipped"] = lambda: meta_gradients(learner, state, batch, chosen, budget=budget, clip_norm=0.1)
     for name, way in ways.items():
-        for _ in range(WARMUP_CALLS if name == "lowrank" else 1):
+        for _ in range(WARMUP_CALLS if name in ("lowrank", "program") else 1):
             way()
     runs: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)

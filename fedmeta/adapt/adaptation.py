@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmeta.adapt.conformal import Sets, make_sets
 from fedmeta.adapt.estimate import (
     PERSONAL,
     UNDECIDED,
@@ -41,11 +42,15 @@ class Proof:
         rows: How many.
         before: The global model's score.
         after: That of the model after the steps that cross-validation chose.
+        covered: The share of these rows whose prediction set holds the truth; None without sets.
+        size: The mean size of their sets, of a number the mean width of the interval.
     """
 
     rows: int
     before: float
     after: float
+    covered: float | None = None
+    size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Adapted:
         test: Scores on test rows; None where there are none.
         warnings: What to know before the model is used, a sentence each.
         date: When, in UTC.
+        sets: Its prediction sets; None where several numbers are predicted.
     """
 
     start: MetaModel
@@ -73,6 +79,7 @@ class Adapted:
     test: Proof | None
     warnings: tuple[str, ...]
     date: str
+    sets: Sets | None = None
 
     @property
     def advice(self) -> str:
@@ -137,8 +144,17 @@ class Adapted:
             "global": _figures(found.before, test.before if test else None),
             "personalized": _figures(found.after, test.after if test else None),
             "test_rows": test.rows if test else 0,
+            "sets": self._sets(),
             "warnings": list(self.warnings),
         }
+
+    def _sets(self) -> dict[str, Any] | None:
+        """Returns what is known of the prediction sets, with their coverage and mean size on test rows."""
+        if not self.sets:
+            return None
+        measured = {"test_coverage": self.test.covered, "test_size": self.test.size} if self.test else {}
+        finite = {name: value if value is not None and np.isfinite(value) else None for name, value in measured.items()}
+        return asdict(self.sets.facts) | {"guarantee": self.sets.facts.guarantee} | finite
 
 
 def adapt(
@@ -170,15 +186,19 @@ def adapt(
     y = y.to(x.dtype) if start.form.regression else y
     found = cross_validate(start, x, y, report, use)
     model = SiteModel.of(start, found.parameters)
+    sets = make_sets(start, model, rows.x, rows.y)
     tested = None
     if apart:
         chosen = found.parameters if found.steps else start.learner.adapt(start.state, (x, y), found.chosen)
         tested = _test(bare, SiteModel.of(start, chosen), apart)
+        if sets:
+            covered, size = sets.covered(apart.x, apart.y)
+            tested = replace(tested, covered=covered, size=size)
     path = Path(data)
     notes = (*rows.notes, *(apart.notes if apart else ()))
     warnings = (*_warnings(start, rows), *column_warnings(start, rows.x), *notes)
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Adapted(start, site_name(path), path.name, rows, found, model, tested, warnings, date)
+    return Adapted(start, site_name(path), path.name, rows, found, model, tested, warnings, date, sets)
 
 
 def _test(before: SiteModel, after: SiteModel, rows: SiteRows) -> Proof:

@@ -83,4 +83,5 @@ def _absent(
     """Returns in which rows a column is missing."""
     own = [f"{name}={each}" for each in categories[name]] if name in categories else [name]
     places = [features.index(feature) for feature in own]
-    return ~present[:, places].all(axis=1)
+    found: NDArray[np.bool_] = np.logical_not(present[:, places].all(axis=1))
+    return found

@@ -234,6 +234,10 @@ class MetaModel:
         check(found, f"run {checkpoint.run_id}")
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is copied and pickled: the fields, without the learner that is built from them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @cached_property
     def learner(self) -> Learner:
         """The run's learner, with the inner rate that the run chose."""

@@ -41,8 +41,19 @@ def card(adapted: Adapted, files: Sequence[str]) -> str:
             "that trained it. It does not cover this model: what this site's rows changed was made without noise.",
             "",
         ]
+    if adapted.sets:
+        lines += [adapted.sets.facts.guarantee, *measured_sets(adapted), ""]
     lines += [f"- {warning}" for warning in adapted.warnings] + [""] * bool(adapted.warnings)
     return "\n".join([*lines, "## How to use it", "", *_use(adapted, files)]) + "\n"
+
+
+def measured_sets(adapted: Adapted) -> list[str]:
+    """Returns a sentence on what the prediction sets gave on the test rows, where there are any."""
+    test, form = adapted.test, adapted.start.form
+    if not adapted.sets or not test or test.covered is None or test.size is None:
+        return []
+    what = "mean width" if form.regression else f"mean size of {len(form.classes)} classes"
+    return [f"On {test.rows} test rows they held the truth for {test.covered:.1%}; {what}: {number(test.size)}."]
 
 
 def _table(adapted: Adapted) -> list[str]:

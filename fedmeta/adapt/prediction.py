@@ -15,7 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
+from fedmeta.adapt import conformal
+from fedmeta.adapt.conformal import Sets
 from fedmeta.adapt.distance import far_rows
 from fedmeta.adapt.initialization import FILE as START_FILE
 from fedmeta.adapt.initialization import MetaModel
@@ -40,7 +43,8 @@ class Predicted(NamedTuple):
 
     Attributes:
         table: A line for each row, in the file's order: `prediction` (of several targets one column each), of classes
-            `probability_CLASS` each, and `warning`, "" where there is none.
+            `probability_CLASS` each and `set`, the classes of its prediction set between bars, of a number `low` and
+            `high`; and `warning`, "" where there is none.
         notes: What to know of the file and the model, a sentence each.
     """
 
@@ -84,11 +88,18 @@ def _global(path: Path, code: Collection[str]) -> tuple[SiteModel, tuple[str, ..
     return SiteModel.of(start, start.learner.theta(start.state)), (note,)
 
 
-def predict(model: SiteModel, data: str, missing: Sequence[str] = ()) -> Predicted:
+def read_sets(folder: Path, model: SiteModel) -> Sets | None:
+    """Returns the prediction sets in a site's folder; None where it has none, as that of a run."""
+    path = (folder.parent if folder.is_file() else folder) / conformal.FILE
+    return Sets.read(path, model) if path.is_file() else None
+
+
+def predict(model: SiteModel, data: str, missing: Sequence[str] = (), sets: Sets | None = None) -> Predicted:
     """Returns what a model predicts for the rows of a file.
 
     Args:
         model: The model.
+        sets: Its prediction sets.
         data: A CSV, TSV, Parquet or npz file; "-" for the standard input.
         missing: Texts that mean a missing value in the file, besides the run's.
 
@@ -101,6 +112,7 @@ def predict(model: SiteModel, data: str, missing: Sequence[str] = ()) -> Predict
     notes = tuple(note.replace(path, "stdin") for note in notes) if data == STDIN else notes
     with torch.no_grad():
         parts = [model(torch.from_numpy(np.ascontiguousarray(x[start : start + BATCH]))) for start in _starts(len(x))]
+        inside = [_inside(sets, x[start : start + BATCH]) for start in _starts(len(x))] if sets else []
     outputs = torch.cat(parts)
     form = model.form
     predicted = decode(outputs, form)
@@ -110,7 +122,21 @@ def predict(model: SiteModel, data: str, missing: Sequence[str] = ()) -> Predict
         columns = {"prediction": predicted}
     if not form.regression:
         columns |= {f"probability_{name}": outputs[:, place].numpy() for place, name in enumerate(form.classes)}
+    if sets:
+        notes = (*notes, sets.facts.guarantee)
+        ends = np.concatenate(inside)
+        if form.regression:
+            columns |= {"low": ends[:, 0], "high": ends[:, 1]}
+        else:
+            names = np.array(form.classes, dtype=object)
+            columns["set"] = np.array(["|".join(names[row]) for row in ends], dtype=object)
     return Predicted(pd.DataFrame(columns | {"warning": far_rows(model, x)}), notes)
+
+
+def _inside(sets: Sets, x: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Returns which classes are in the set of each raw row [n, classes], or the interval of its number [n, 2]."""
+    rows = torch.from_numpy(np.ascontiguousarray(x))
+    return sets.interval(rows) if sets.model.form.regression else sets.classes(rows)
 
 
 def _starts(rows: int) -> range:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmeta.adapt import export
+from fedmeta.adapt import conformal, export
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.model import FILE
 from fedmeta.adapt.model_card import card
@@ -95,6 +95,8 @@ def _fill(folder: Path, adapted: Adapted) -> tuple[float | None, str]:
 
     start, form = adapted.start, adapted.start.form
     adapted.model.write(folder / FILE, start, adapted.summary())
+    if adapted.sets:
+        adapted.sets.write(folder / conformal.FILE)
     difference, note = _export(folder, adapted)
     example, columns = start.example_input()
     tracked.save(

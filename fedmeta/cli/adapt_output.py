@@ -13,6 +13,7 @@ from rich.table import Table
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.estimate import SplitProgress
 from fedmeta.adapt.intervals import LEVEL, Estimate
+from fedmeta.adapt.model_card import measured_sets
 from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
 from fedmeta.signing import UNSIGNED
@@ -47,6 +48,9 @@ def show(adapted: Adapted, written: Written) -> None:
         )
     console.print(table)
     console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
+    if adapted.sets:
+        for line in (adapted.sets.facts.guarantee, *measured_sets(adapted)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if start.signature != UNSIGNED:
         console.print(f"start {start.signature}", highlight=False, markup=False)
     for warning in (*adapted.warnings, *([written.note] if written.note else [])):

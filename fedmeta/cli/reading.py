@@ -238,7 +238,7 @@ def predict(
     if out:
         prediction.check_out(out)
     model, notes = prediction.read_model(folder, allow_code(code or []))
-    found = prediction.predict(model, data, missing or [])
+    found = prediction.predict(model, data, missing or [], prediction.read_sets(folder, model))
     if out:
         prediction.write_table(found.table, out)
     else:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedmeta.engines import vmap
+from fedmeta.engines import program, vmap
 from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
 from fedmeta.engines.rows import check_derivatives, check_labels, check_rows, check_tasks
@@ -188,6 +188,8 @@ def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch
     check_labels(learner, batch)
     if name == "vmap" and vmap.fits(learner, batch, meta_state):
         return "loop"
+    if name == "program" and program.fits(learner, batch, meta_state):
+        return choose_engine(learner, batch, meta_state)
     if name == "auto" or (name == "lowrank" and fits(learner, batch, meta_state)):
         return choose_engine(learner, batch, meta_state)
     return name

@@ -16,7 +16,10 @@ BUDGET = 1 << 29
 """How much memory the sites that are computed together may take, by prediction (512 MiB)."""
 
 CACHE = 1 << 20
-"""How much a convolution's outputs may take on a processor: it loops over sites, and many gain only in the cache."""
+"""How much a convolution's outputs may take on a processor: it loops over sites, and many gain only in the cache.
+
+That is not so before a low-rank layer whose weight is larger than this: each chunk reads it from memory again.
+"""
 
 MIN_FILL = 0.6
 """The share of the longest site's rows that a shorter one must have to be padded to it, where many are shorter."""
@@ -28,7 +31,7 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     A site keeps its rows and, for every step and in each of about four passes (forward, derivative, and backward
     through both), its activations, and its weights where it has its own.
     """
-    if engine == "loop":
+    if engine in ("loop", "program"):  # one site after the other
         return max(1, batch.sites)
     if not learner.problem.on_rows:
         own = sum(value.numel() * value.element_size() for value in learner.theta(meta_state).values())
@@ -39,16 +42,17 @@ def chunk_sites(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
     item = next(iter(theta.values())).element_size()
     steps = learner.inner_steps + 1
     support, query = (part[0].shape[1] for part in batch)
-    own, activations, largest = sum(value.numel() for value in theta.values()), 0, 0
+    own, activations, largest, read = sum(value.numel() for value in theta.values()), 0, 0, 0
     if engine == "lowrank":
         forms = lowrank.plan_of(learner, batch, meta_state)
         own = sum(theta[name].numel() for name in forms.dense)
         activations = sum(call.rows * call.width + call.size for call in forms.calls)
         largest = max((call.size for call in forms.calls if call.adapts and call.kind == "convolution"), default=0)
+        read = max((theta[name].numel() for name in forms.lowrank), default=0)
     numbers = 4 * steps * (own + (support + query) * activations)
     numbers += 4 * (support + query) * batch.support[0][0, 0].numel()
     fits_budget, fits_cache = budget // (numbers * item), CACHE // max(1, largest * max(support, query) * item)
-    looped = largest and batch.support[0].device.type == "cpu"
+    looped = largest and read * item <= CACHE and batch.support[0].device.type == "cpu"
     return max(1, min(fits_budget, fits_cache) if looped else fits_budget)
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedmeta.engines import loop, lowrank, vmap
+from fedmeta.engines import loop, lowrank, program, vmap
 from fedmeta.engines.lowrank import ghost_clipping
 from fedmeta.engines.lowrank.capture import capture_immediately
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
@@ -40,15 +40,20 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "lowrank": lowrank}
+ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "lowrank": lowrank, "program": program}
 """Every engine by its name in an experiment; "auto" chooses among them."""
 
-BY_SITE = {"loop": loop.add_sites, "vmap": vmap.add_sites, "lowrank": ghost_clipping.add_sites}
+BY_SITE = {
+    "loop": loop.add_sites,
+    "vmap": vmap.add_sites,
+    "lowrank": ghost_clipping.add_sites,
+    "program": program.add_sites,
+}
 """What adds each site's own gradient to a contribution; "lowrank" does so for clipped sums alone."""
 
 
 def choose_engine(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None = None) -> str:
-    """Returns the engine that "auto" stands for: "lowrank" where it fits, else "vmap" where that does, else "loop".
+    """Returns the engine that "auto" stands for: the first that fits of "lowrank", "program", "vmap" and "loop".
 
     Convolutions with weights of their own per site become grouped ones under `vmap`, several times slower than a loop.
 
@@ -79,6 +84,8 @@ def choose_engine_by_site(
 
 
 def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None) -> str:
+    if program.fits(learner, batch, meta_state) is None:
+        return "program"
     loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
     if learner.problem.on_rows and any(isinstance(layer, loops) for layer in learner.network.module.modules()):
         return "loop"
@@ -86,10 +93,16 @@ def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str,
 
 
 def needs_autotuning(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
-    """Returns whether the rule of `choose_engine` is weak: most parameters take one value per site anyway."""
+    """Returns whether the rule of `choose_engine` is weak.
+
+    That is where most parameters take one value per site anyway, or a low-rank weight meets several rows for each row
+    of the data, as in attention: corrections grow with the square of those.
+    """
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
     except UnsupportedModelError:
+        return True
+    if any(call.rows > 1 and call.weight in forms.lowrank for call in forms.calls):
         return True
     sizes = {name: value.numel() for name, value in learner.theta(meta_state).items()}
     return sum(sizes[name] for name in forms.dense) > sum(sizes[name] for name in forms.lowrank)
@@ -106,12 +119,12 @@ def trial(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> t
     if not needs_autotuning(learner, batch, meta_state):
         return choose_engine(learner, batch, meta_state), {}
     few = batch.chunk(0, TRIAL_SITES)
-    fitting = {"lowrank": lowrank.fits, "vmap": vmap.fits}
+    fitting = {"lowrank": lowrank.fits, "vmap": vmap.fits, "program": program.fits}
     running = [name for name in ENGINES if name not in fitting or fitting[name](learner, batch, meta_state) is None]
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(TRIAL_RUNS):
         for name in running:
-            if not seconds[name] and name == "lowrank":
+            if not seconds[name] and name in ("lowrank", "program"):
                 # All rounds of a run but its first few are replays, a third quicker for some models.
                 with capture_immediately():
                     _seconds(name, learner, meta_state, few)

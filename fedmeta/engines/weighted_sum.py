@@ -109,7 +109,7 @@ class WeightedSum:
                 self.total[name] += torch.tensordot(own * factors, value.double(), dims=1)
         else:
             self.kept.append({name: value.mul(_like(factors, value)).to(value) for name, value in clean.items()})
-        self._note(float(own.sum()), {**metrics, "finite": finite})
+        self.note(float(own.sum()), {**metrics, "finite": finite})
 
     def stacked(self) -> dict[str, Tensor]:
         """Returns the gradients of the sites so far [sites, ...], 0 where one was not finite, where they were kept."""
@@ -123,7 +123,18 @@ class WeightedSum:
         for name, values in other.metrics.items():
             self.metrics.setdefault(name, []).extend(values)
 
-    def _note(self, weight: float, metrics: Mapping[str, Tensor]) -> None:
+    def absorb(self, other: WeightedSum) -> None:
+        """Adds the contribution of the sites that come next, in place: to a sum in float64 and to gradients kept."""
+        for name, value in other.total.items():
+            self.total[name].add_(value)
+        if self.kept is not None and other.kept is not None:
+            self.kept.extend(other.kept)
+        self.weight += other.weight
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+
+    def note(self, weight: float, metrics: Mapping[str, Tensor]) -> None:
+        """Notes a weight and per-site figures of sites whose gradients were added."""
         self.weight += weight
         for name, values in metrics.items():
             self.metrics.setdefault(name, []).append(values.detach().double())

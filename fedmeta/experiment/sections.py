@@ -334,7 +334,7 @@ class Runtime(Section):
     """The machine: what may change the speed, and the result only by the last bits of a float."""
 
     seed: int = Field(default=0, ge=0, description="Key of every random draw (no unit)")
-    engine: Literal["auto", "loop", "vmap", "lowrank"] = Field(
+    engine: Literal["auto", "loop", "vmap", "lowrank", "program"] = Field(
         default="auto", description="How a cohort's gradients are computed"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where tensors live")

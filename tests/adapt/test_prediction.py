@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedmeta.adapt import export
+from fedmeta.adapt import conformal, export
+from fedmeta.adapt.conformal import make_sets
 from fedmeta.adapt.initialization import Form, MetaModel
 from fedmeta.adapt.model import FILE, SiteModel
 from fedmeta.adapt.rows import raw_rows
@@ -168,3 +169,23 @@ def test_onnx_and_mlflow_give_the_same(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(figures(table), served.reshape(len(rows), -1), atol=1e-5)
     in_folder, _ = call(tmp_path / "mlflow", "--data", tmp_path / "rows.csv")
     assert in_folder.equals(table)
+
+
+def test_sets_are_in_the_table(tmp_path: Path, folder: Path) -> None:
+    own = start(SiteModel.read(folder / FILE).form.regression)
+    model = SiteModel.read(folder / FILE)
+    x = torch.from_numpy(raw_rows(frame(30), model.form)[0])
+    y = torch.arange(30) % 2
+    sets = make_sets(own, model, x, y.double() if model.form.regression else y)
+    assert sets is not None
+    model.write(tmp_path / FILE, own, {})
+    sets.write(tmp_path / conformal.FILE)
+    frame(9).to_csv(tmp_path / "rows.csv", index=False)
+    table, notes = call(tmp_path, "--data", tmp_path / "rows.csv")
+    assert "at least 90%" in notes
+    rows = torch.from_numpy(raw_rows(frame(9), model.form)[0])
+    if model.form.regression:
+        np.testing.assert_allclose(table[["low", "high"]], sets.interval(rows), rtol=1e-6)
+    else:
+        inside = sets.classes(rows)
+        assert table["set"].tolist() == ["|".join(np.array(CLASSES)[row]) for row in inside]

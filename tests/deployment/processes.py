@@ -62,6 +62,20 @@ class Federation:
         """Returns the command of a SuperNode that shows no registered key."""
         return [*self.plain(site, file), "--root-certificates", str(self.certs / "sites" / site / "public" / "ca.crt")]
 
+    @contextmanager
+    def forked(self, command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Runs a SuperNode of this command whose app is a process of its own, which has torch, as in the compose files.
+
+        Each message then costs a fork where the SuperNode by itself starts a Python that imports torch.
+        """
+        app = [sys.executable, "-P", "-m", "fedmeta.prefork_superexec", "--insecure"]
+        app += ["--runtime-api-address", f"{HERE}:{command[command.index('--port') + 1]}"]
+        with (
+            keep([*command, "--isolation", "process"], self.env, log) as node,
+            keep(app, self.env, log.with_suffix(".app.log")),
+        ):
+            yield node
+
     def plain(self, site: str, file: Path) -> list[str]:
         """Returns the command of a SuperNode, without what secures it."""
         return [
@@ -90,8 +104,14 @@ def write_sites(folder: Path, sites: int = 3, rows: int = 24) -> dict[str, Path]
 
 
 @contextmanager
-def federation(work: Path, files: Mapping[str, Path]) -> Iterator[Federation]:
-    """Runs a SuperLink, a gate and a SuperNode for each file, and sets the submitter's environment."""
+def federation(work: Path, files: Mapping[str, Path], forked: bool = False) -> Iterator[Federation]:
+    """Runs a SuperLink, a gate and a SuperNode for each file, and sets the submitter's environment.
+
+    Args:
+        work: The folder of keys, logs and state.
+        files: Each site's file.
+        forked: Whether the nodes' apps are copies of a process that has torch (`Federation.forked`).
+    """
     certs = work / "certs"
     make_certs(certs, [HERE], [*files, INTRUDER])
     tls = [part for option, file in _TLS.items() for part in (option, str(certs / "server" / file))]
@@ -112,7 +132,9 @@ def federation(work: Path, files: Mapping[str, Path]) -> Iterator[Federation]:
         patch.setenv(deployment.ROOT_CERTIFICATES, str(certs / "ca.crt"))
         register([certs / "sites" / site / "node.pub" for site in files])
         for site, file in files.items():
-            running.nodes[site] = stack.enter_context(keep(running.node(site, file), running.env, work / f"{site}.log"))
+            command, log = running.node(site, file), work / f"{site}.log"
+            node = running.forked(command, log) if forked else keep(command, running.env, log)
+            running.nodes[site] = stack.enter_context(node)
         yield running
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import fedmeta
-from fedmeta.runtime.superlink import keep
 from server import site_keys
 from tests.deployment.processes import INTRUDER, Federation, federation, register, write_sites
 from tests.deployment.test_processes import EXPERIMENT
@@ -26,7 +25,7 @@ def test_a_registered_key_cannot_take_another_sites_name(tmp_path: Path, monkeyp
         (tmp_path / f"{folder}.toml").write_text(text)
         return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
 
-    with federation(tmp_path, files) as running:
+    with federation(tmp_path, files, forked=True) as running:
         first = fedmeta.run(experiment("first", str([*files]).replace("'", '"')), runtime="deployment")
         owners = json.loads(keys.read_text())
         assert set(owners) == set(files)
@@ -34,7 +33,7 @@ def test_a_registered_key_cannot_take_another_sites_name(tmp_path: Path, monkeyp
         # The intruder's key is registered, as that of a site that has turned. Its node gives the name of another.
         register([running.certs / "sites" / INTRUDER / "node.pub"])
         with ExitStack() as stack:
-            stack.enter_context(keep(impostor(running, files), running.env, tmp_path / "impostor.log"))
+            stack.enter_context(running.forked(impostor(running, files), tmp_path / "impostor.log"))
             second = fedmeta.run(experiment("second", "3"), runtime="deployment")
         assert json.loads(keys.read_text()) == owners
         assert second.summary["rounds"] == 2

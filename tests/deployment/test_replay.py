@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 import fedmeta
-from fedmeta.runtime.superlink import free_port, keep
+from fedmeta.runtime.superlink import free_port
 from tests.deployment.processes import INTRUDER, Federation, federation, register, write_sites
 from tests.deployment.proxies import HERE, trust
 from tests.deployment.test_processes import EXPERIMENT
@@ -136,14 +136,14 @@ def test_recorded_requests_change_nothing(tmp_path: Path) -> None:
         (tmp_path / f"{folder}.toml").write_text(text)
         return fedmeta.load_experiment(tmp_path / f"{folder}.toml")
 
-    with federation(tmp_path, hosted) as running:
+    with federation(tmp_path, hosted, forked=True) as running:
         register([running.certs / "sites" / INTRUDER / "node.pub"])
         inside = sender(running.ways[INTRUDER], trust(running.certs))
         with recorder(running, inside) as (port, recorded):
             command = running.node(INTRUDER, files[SITE])
             command[command.index("--superlink") + 1] = f"{HERE}:{port}"
             command[command.index("--node-config") + 1] = f'site="{SITE}" data="{files[SITE]}"'
-            with keep(command, running.env, tmp_path / "recorded.log"):
+            with running.forked(command, tmp_path / "recorded.log"):
                 first = fedmeta.run(experiment("first"), runtime="deployment")
                 replies = [request for request in recorded if request.call in REPLIES]
                 assert {request.call for request in replies} >= {"push-messages", "push-object"}

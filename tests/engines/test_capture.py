@@ -231,3 +231,40 @@ def test_a_computation_without_end_is_not_recorded() -> None:
 
     with pytest.raises(UnrecordableError, match="so long"):
         capture_graph(compute, [torch.ones(2)])
+
+
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "convolution": lambda x, weight: nn.functional.conv2d(x, weight.view(2, 3, 2, 2), stride=2, padding=1),
+    "layer norm": lambda x, weight: nn.functional.layer_norm(x, (4, 4), weight[:16].view(4, 4)),
+    "group norm": lambda x, weight: nn.functional.group_norm(x, 3, weight[:3], weight[3:6]),
+}
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_with_truth_values_run_as_torchscript(
+    name: str, wanted: tuple[bool, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    def compute(x: Tensor, weight: Tensor) -> list[Tensor]:
+        leaves = [value.detach().requires_grad_(wants) for value, wants in zip((x, weight), wanted, strict=True)]
+        learned = [leaf for leaf in leaves if leaf.requires_grad]
+        return list(torch.autograd.grad(DERIVATIVES[name](*leaves).sin().sum(), learned))
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        (torch.randn(5, 3, 4, 4, generator=generator), torch.randn(24, generator=generator)) for _ in range(2)
+    )
+    with caplog.at_level("INFO", "fedmeta.engines"):
+        replay = capture_graph(compute, first)
+    assert "run as TorchScript" in caplog.text
+    assert all(torch.equal(one, other) for one, other in zip(replay(*second), compute(*second), strict=True))
+
+
+def test_what_torchscript_refuses_runs_as_a_list_and_the_log_has_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.jit, "trace", None)
+    with caplog.at_level("INFO", "fedmeta.engines"):
+        replay = capture_graph(lambda x: [x.exp()], [torch.zeros(2)])
+    assert "run as a list in Python: TorchScript refuses: TypeError: 'NoneType' object is not callable" in caplog.text
+    assert replay(torch.zeros(2))[0].tolist() == [1, 1]

@@ -55,6 +55,16 @@ def test_chunks_change_nothing(engine: str) -> None:
         assert torch.allclose(scores["loss"], engines.evaluate(learner, own, batch, engine)["loss"])
 
 
+def test_a_weight_that_fills_the_cache_is_read_once_for_all_sites_of_the_budget() -> None:
+    sizes = {}
+    for dense in (16, 1024):
+        model = models.build("cnn", (16, 16), CLASSES, channels=(16, 32), kernel=3, dense=dense)
+        learner, batch = build("maml", model, inner_steps=1), tasks([(40, 40)] * 4, (16, 16), torch.float32)
+        sizes[dense] = chunk_sites(learner, learner.init(0), batch, "lowrank", engines.BUDGET)
+    assert sizes[16] == 1
+    assert sizes[1024] >= 4
+
+
 def test_a_sum_of_parts_can_stay_as_it_was_added_up() -> None:
     learner, batch = mlp(), tasks(RAGGED, (20,), dtype=torch.float32)
     own = state(learner, dtype=torch.float32)
@@ -322,7 +332,7 @@ def test_trial_names_an_engine_that_works() -> None:
     learner = mlp("meta-sgd")
     chosen, figures = engines.trial(learner, state(learner), batch)
     assert chosen in figures
-    assert set(figures) == {"loop", "vmap"}
+    assert set(figures) == {"loop", "vmap", "program"}
 
 
 def test_an_unknown_engine_is_named_with_the_nearest() -> None:

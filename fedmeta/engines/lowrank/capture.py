@@ -9,12 +9,14 @@ checked before one is used, and what cannot be recorded, such as random numbers,
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedmeta.engines.lowrank.graph_passes import annotate_layout, optimize_graph
+from fedmeta.importing import first_line
 from fedmeta.models import FunctionalModel
+
+log = logging.getLogger("fedmeta.engines")
 
 Computation = Callable[..., list[Tensor]]
 """A function of tensors alone, but for what its key names."""
@@ -36,7 +41,7 @@ WARMUP_CALLS = 8
 CACHE_SIZE = 16
 """How many of a model's computations are known at a time: cohorts of unequal sites have many shapes."""
 
-MAX_OPS = 3000
+MAX_OPS = 8000
 """The most lines of a recording."""
 
 SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
@@ -51,6 +56,8 @@ ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.defau
 _known: WeakKeyDictionary[FunctionalModel, OrderedDict[Hashable, int | Computation | None]] = WeakKeyDictionary()
 
 
+_lock = RLock()
+
 _sights: ContextVar[int] = ContextVar("sights", default=WARMUP_CALLS)
 
 
@@ -59,7 +66,7 @@ class UnrecordableError(Exception):
 
 
 def run_captured(
-    network: FunctionalModel, key: Hashable, compute: Computation, inputs: Sequence[Tensor]
+    network: FunctionalModel, key: Hashable, compute: Computation, inputs: Sequence[Tensor], copies: bool = True
 ) -> list[Tensor]:
     """Returns compute(*inputs), by a recording of it where there is one or it is time for one.
 
@@ -68,23 +75,28 @@ def run_captured(
         key: What the computation depends on besides its inputs; one that cannot be hashed is not recorded.
         compute: The computation.
         inputs: Its tensors.
+        copies: Whether the results may be differentiated; those of a recording are copied for that.
     """
     key = (key, *((value.shape, value.stride(), value.dtype, value.device) for value in inputs))
     try:
-        known = _known.setdefault(network, OrderedDict())
-        found = known.get(key, 0)
+        hash(key)
     except TypeError:
         return compute(*inputs)
-    if isinstance(found, int):
-        outputs = compute(*inputs)
-        found = found + 1
-        known[key] = found if found < _sights.get() else _verified(network, compute, inputs, outputs)
-    else:
-        outputs = found(*inputs) if found else compute(*inputs)
-    known.move_to_end(key)
-    if len(known) > CACHE_SIZE:
-        known.popitem(last=False)
-    return outputs
+    with _lock:
+        # A module takes one set of parameters at a time: only replays run side by side.
+        known = _known.setdefault(network, OrderedDict())
+        found = known.get(key, 0)
+        if not callable(found):
+            outputs = compute(*inputs)
+            if found is not None:
+                sights = found + 1
+                known[key] = sights if sights < _sights.get() else _verified(network, compute, inputs, outputs)
+        known.move_to_end(key)
+        if len(known) > CACHE_SIZE:
+            known.popitem(last=False)
+    if not callable(found):
+        return outputs
+    return found(*inputs) if copies else found(*inputs, copies=False)
 
 
 @contextmanager
@@ -117,11 +129,11 @@ def capture_graph(compute: Computation, inputs: Sequence[Tensor], constants: Ite
     optimize_graph(graph)
     run = _without_python(fx.GraphModule(recorder.constants, graph), inputs)
 
-    def replay(*inputs: Tensor) -> list[Tensor]:
+    def replay(*inputs: Tensor, copies: bool = True) -> list[Tensor]:
         # Quicker by what each operation does for differentiation; what it makes cannot be differentiated, a copy can.
         with torch.inference_mode():
             values = run(*inputs)
-        return [value.clone() for value in values]
+        return [value.clone() for value in values] if copies else list(values)
 
     return replay
 
@@ -136,9 +148,13 @@ def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
-            traced = script.trace(lines, tuple(inputs), check_trace=False).forward
-    except Exception:  # whatever an operation that it does not know makes it raise
+            traced = script.trace(_traceable(lines), tuple(inputs), check_trace=False).forward
+    except Exception as error:  # whatever an operation that it does not know makes it raise
+        log.info(
+            "%d operations run as a list in Python: TorchScript refuses: %s", len(lines.graph.nodes), first_line(error)
+        )
         return lines.forward
+    log.info("%d operations run as TorchScript", len(lines.graph.nodes))
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         # What TorchScript would make quicker is so already, and other ways of adding up have other last bits.
@@ -147,6 +163,53 @@ def _without_python(lines: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         return values
 
     return run
+
+
+def _traceable(lines: fx.GraphModule) -> fx.GraphModule:
+    """Returns straight-line code whose operations with truth values in a list are scripted functions.
+
+    `torch.jit.trace` refuses such arguments, which state what derivatives of a convolution or a norm are wanted.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(lines.graph, {}))
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and any(str(each.type) == "List[bool]" for each in schema.arguments):
+            node.target, node.args = _scripted(schema.name, node.args), tuple(filter(_is_node, node.args))
+    return fx.GraphModule(lines, graph)
+
+
+def _scripted(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Returns an operation as a scripted function of its tensors, whose other arguments are constants.
+
+    Args:
+        name: The operation's name, with its namespace.
+        arguments: All of its arguments, a node for each tensor; the last is what derivatives are wanted.
+    """
+    *_, wanted = arguments
+    places = [place for place, wants in enumerate(wanted) if wants]
+    named = [f"t{place}" if _is_node(each) else repr(_plain(each)) for place, each in enumerate(arguments)]
+    tensors = ", ".join(f"{text}: Tensor" for text, each in zip(named, arguments, strict=True) if _is_node(each))
+    called = f"torch.ops.{name.replace('::', '.')}({', '.join(named)})"
+    returned = ", ".join(f"r[{place}]" for place in places)
+    script: Any = torch.jit
+    function = script.CompilationUnit(f"def f({tensors}):\n    r = {called}\n    return {returned}\n").f
+
+    def call(*tensors: Tensor) -> list[Tensor | None]:
+        result = function(*tensors)
+        found = dict(zip(places, [result] if len(places) == 1 else result, strict=True))
+        return [found.get(place) for place in range(len(wanted))]
+
+    return call
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _plain(value: Any) -> Any:
+    """Returns an argument's constant as what Python writes it as."""
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _verified(
@@ -158,7 +221,12 @@ def _verified(
         replay = capture_graph(compute, inputs, [*module.buffers(), *module.parameters()])
     except UnrecordableError:
         return None
-    pairs = zip(replay(*inputs), outputs, strict=True)
+    try:
+        found = replay(*inputs)
+    except Exception as error:  # an operation whose arguments torch does not take back, as of recurrent layers
+        log.info("no recording: %s", first_line(error))
+        return None
+    pairs = zip(found, outputs, strict=True)
     return replay if all(_equal(value, expected) for value, expected in pairs) else None
 
 
