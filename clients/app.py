@@ -13,6 +13,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from clients import secure
+from clients.compressed import packed_reply
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
@@ -36,6 +38,10 @@ from fedmeta.messages import (
     TrainReply,
     pack_failure,
 )
+from fedmeta.messages.secure import Delivery, KeysRequest
+from fedmeta.secure import ring
+from fedmeta.secure.ring import RangeError
+from fedmeta.secure.site import ProtocolError
 
 log = logging.getLogger("fedmeta.client")
 app = ClientApp()
@@ -47,6 +53,8 @@ CODES: dict[type[BaseException], str] = {
     PolicyError: "beyond-policy",
     MessageError: "bad-message",
     FedmetaError: "bad-experiment",
+    ProtocolError: "secure-refused",
+    RangeError: "beyond-range",
     MemoryError: "out-of-memory",
     torch.OutOfMemoryError: "out-of-memory",
     Exception: "internal",
@@ -124,6 +132,54 @@ def engine(content: RecordDict, context: Context) -> RecordDict:
     return EngineReply(chosen, memory_budget(runtime.memory, runtime.device), seconds).pack()
 
 
+@app.query("keys")
+@error_coded
+def keys(content: RecordDict, context: Context) -> RecordDict:
+    """Makes keys of a round for secure sums."""
+    node_of(context).find(KeysRequest.unpack(content).names)
+    return secure.keys(content, context)
+
+
+@app.query("shares")
+@error_coded
+def shares(content: RecordDict, context: Context) -> RecordDict:
+    """Shares sites' secrets of a round among their neighbors."""
+    return secure.shares(content, context, node_of(context).experiment)
+
+
+@app.query("unmask")
+@error_coded
+def unmask(content: RecordDict, context: Context) -> RecordDict:
+    """Hands over shares of what does not cancel in a secure sum."""
+    return secure.unmask(content, context)
+
+
+@app.query("masked_sums")
+@error_coded
+def masked_sums(content: RecordDict, context: Context) -> RecordDict:
+    """Adds up the features and targets of training sites, under masks."""
+    delivery, content = Delivery.take_from(content)
+    node, policy, request = node_of(context), policy_of(context.node_config), SumsRequest.unpack(content)
+    node = node.with_categories(request.categories)
+    here = node.find(request.names)
+    if policy and isinstance(node, RowNode):
+        policy.check_sums(node.split.train_sizes(here))
+    own = [
+        np.concatenate(
+            [
+                value.ravel()
+                for sums in (node.sums(part), node.target_sums(part))
+                for value in (sums.count, sums.total, sums.square)
+            ]
+        )
+        for part in (here[place : place + 1] for place in range(len(here)))
+    ]
+    quantum = node.experiment.privacy.quantum
+    return secure.masked(
+        delivery, context, request.names, lambda sites: ring.encode_wide(np.stack(own), quantum, sites)
+    )
+
+
 @app.query("norms")
 @error_coded
 def norms(content: RecordDict, context: Context) -> RecordDict:
@@ -153,6 +209,42 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     """Computes the weighted sum of the meta-gradients of the cohort's sites that are here, or each site's own."""
     node, request = _node_and_request(content, context)
     policy = _granted(node, context, request)
+    packs = node.experiment.server.compression != "none"
+    per_site = request.per_site or packs
+    gradient, weight, metrics, _ = _train(node, request, context, policy, per_site=per_site, rounded=request.per_site)
+    query_loss = metrics["query_loss"].cpu().numpy()
+    reply = TrainReply(
+        gradient=gradient,
+        weight=weight,
+        names=request.names,
+        query_loss=policy.figures(query_loss) if policy else query_loss,
+        finite=metrics["finite"].cpu().numpy().astype(bool),
+    )
+    return packed_reply(reply, context, node.experiment, request) if packs else reply.pack()
+
+
+@app.train("masked")
+@error_coded
+def train_masked(content: RecordDict, context: Context) -> RecordDict:
+    """Computes what `train` does, and replies with each site's share of the sum under masks."""
+    delivery, content = Delivery.take_from(content)
+    node, request = _node_and_request(content, context)
+    policy = _granted(node, context, request)
+    gradient, _, metrics, weights = _train(node, request, context, policy, per_site=True, rounded=False)
+    losses = metrics["query_loss"].double().cpu().numpy()
+    finite = metrics["finite"].cpu().numpy().astype(bool)
+    return secure.masked(
+        delivery,
+        context,
+        request.names,
+        lambda sites: secure.training_numbers(node.experiment, sites, gradient, weights, losses, finite),
+    )
+
+
+def _train(
+    node: Node, request: RoundRequest, context: Context, policy: Policy | None, *, per_site: bool, rounded: bool
+) -> tuple[dict[str, Tensor], float, dict[str, Tensor], Tensor]:
+    """Returns the sites' sum or their own gradients, the weight of the sum, figures, and each site's weight."""
     _configure_runtime(node.experiment.runtime.threads)
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
@@ -168,7 +260,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
         if kept:
             own = stack_personal(learner, meta_state, [before[site] for site in group.tolist()])
             gradient, weight, metrics, own = train_personal(
-                learner, meta_state, batch, weights[group], own, clip_norm=clip_norm, per_site=request.per_site
+                learner, meta_state, batch, weights[group], own, clip_norm=clip_norm, per_site=per_site
             )
             after.append(own)
         else:
@@ -179,23 +271,16 @@ def train(content: RecordDict, context: Context) -> RecordDict:
                 request.engine,
                 weights=weights[group],
                 budget=request.budget or engines.BUDGET,
-                rounded=request.per_site,
+                rounded=rounded,
                 clip_norm=clip_norm,
-                per_site=request.per_site,
+                per_site=per_site,
                 check=node.experiment.runtime.check,
             )
         parts.append((group, gradient, weight, metrics))
-    gradient, weight, metrics = join_parts(parts, request.per_site)
+    gradient, weight, metrics = join_parts(parts, per_site)
     if kept:
         kept.write(in_site_order([group for group, *_ in parts], after))
-    query_loss = metrics["query_loss"].cpu().numpy()
-    return TrainReply(
-        gradient=gradient,
-        weight=weight,
-        names=request.names,
-        query_loss=policy.figures(query_loss) if policy else query_loss,
-        finite=metrics["finite"].cpu().numpy().astype(bool),
-    ).pack()
+    return gradient, weight, metrics, weights
 
 
 @app.evaluate()

@@ -89,10 +89,13 @@ class RowNode:
     def describe(self) -> SitesReply:
         """Returns what the node sends of itself when it joins."""
         population, train_rows = self.population, self.split.train_sizes(self.hosted)
+        test_rows = self.split.test_sizes(self.hosted)
+        if self.experiment.privacy.secure_aggregation:  # how many rows a site has is its own affair then
+            train_rows, test_rows = np.minimum(train_rows, 1), np.minimum(test_rows, 1)
         return SitesReply(
             names=population.names_of(self.hosted),
             train_rows=tuple(train_rows.tolist()),
-            test_rows=tuple(self.split.test_sizes(self.hosted).tolist()),
+            test_rows=tuple(test_rows.tolist()),
             classes=self.classes(),
             features=tuple(population.feature_names),
             shape=tuple(population.shape),

@@ -27,6 +27,16 @@ from fedmeta.messages import (
     SumsRequest,
     TrainReply,
 )
+from fedmeta.messages.secure import (
+    Delivery,
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    SharesReply,
+    SharesRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
 from fedmeta.search import compare, comparison, comparison_report
 
 FOLDER = Path(__file__).parent
@@ -48,6 +58,8 @@ API: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 THETA = {"theta.weight": torch.zeros(3, 2)}
 NAMES = ("hospital-a", "hospital-b")
+KEY = bytes(32)
+DELIVERY = Delivery.of("a round", {NAMES: KEY})
 FIGURES = np.zeros((2, 6))
 MESSAGES: tuple[tuple[str, str, Any], ...] = (
     (
@@ -63,6 +75,22 @@ MESSAGES: tuple[tuple[str, str, Any], ...] = (
     (messages.QUERY_NORMS, "node to server", NormsReply(NAMES, np.zeros(2))),
     (f"{messages.TRAIN}, {messages.EVALUATE}", "server to node", RoundRequest(THETA, 1, ("0", "1"), NAMES, "maml")),
     (messages.TRAIN, "node to server", TrainReply(THETA, 2.0, NAMES, np.zeros(2), np.ones(2, dtype=bool))),
+    (messages.QUERY_KEYS, "server to node", KeysRequest(NAMES, "a round")),
+    (messages.QUERY_KEYS, "node to server", KeysReply(NAMES, (KEY, KEY), (KEY, KEY))),
+    (
+        messages.QUERY_SHARES,
+        "server to node",
+        SharesRequest(NAMES, "a round", 2, 1, 2, NAMES, (0, 1), (KEY, KEY), (KEY, KEY)),
+    ),
+    (messages.QUERY_SHARES, "node to server", SharesReply(NAMES, NAMES, (0, 1), (1, 0), (KEY, KEY))),
+    (f"{messages.MASKED_TRAIN}, {messages.MASKED_SUMS}", "server to node, beside the request", DELIVERY),
+    (
+        f"{messages.MASKED_TRAIN}, {messages.MASKED_SUMS}",
+        "node to server",
+        MaskedReply(NAMES, np.zeros((2, 9), dtype=np.uint64)),
+    ),
+    (messages.QUERY_UNMASK, "server to node", UnmaskRequest(NAMES, "a round", 2, NAMES, ())),
+    (messages.QUERY_UNMASK, "node to server", UnmaskReply(NAMES, NAMES, (0,), (1,), (KEY + b"0",))),
     (
         messages.EVALUATE,
         "node to server",

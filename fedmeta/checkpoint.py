@@ -29,7 +29,9 @@ LISTS = (
     "classes", "names", "new_sites", "validation_sites", "features", "shape", "train_rows", "test_rows", "weights",
     "targets", "norms", "categories", "took_part",
 )  # fmt: skip
-FIGURES = ("regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "finished", "steering")
+FIGURES = (
+    "regression", "tokens", "form", "held_out", "engine", "budget", "schedule", "lateness", "finished", "steering",
+)  # fmt: skip
 HEADER = ("experiment", "run_id", "round_number", *LISTS, *FIGURES)
 UNFINISHED = "unfinished"
 """The file in a run's folder that is there until its results are written down and handed over."""
@@ -121,6 +123,8 @@ class Checkpoint:
         steering: What the run has decided about itself so far, and by which figures (`server.steering`).
         memory: Tensors that such decisions need: the best meta-state, or the one from before a decision.
         took_part: In how many rounds each site's reply was in the step, of all names; empty where that is not known.
+        lateness: The simulated clock, sites' usual times, and which replies are outstanding (`server.lateness`).
+        late: The gradients of those that a simulation holds.
         finished: Whether training and the last evaluation are over; writing down the results is all that may be left.
     """
 
@@ -155,6 +159,8 @@ class Checkpoint:
     steering: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     took_part: tuple[int, ...] = ()
+    lateness: Mapping[str, Any] = field(default_factory=dict)
+    late: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def state_digest(self) -> str:
@@ -299,6 +305,7 @@ def _newest_first(root: Path) -> Iterator[Path]:
 def _encode(checkpoint: Checkpoint) -> bytes:
     tensors = {f"meta_state/{name}": value for name, value in checkpoint.meta_state.items()}
     tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
+    tensors |= {f"late/{name}": value for name, value in checkpoint.late.items()}
     tensors |= {f"memory/{name}": value for name, value in checkpoint.memory.items()}
     for evaluation in checkpoint.evaluations:
         for what, array in evaluation.arrays().items():
@@ -314,7 +321,9 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
     values: dict[str, Any] = {name: json.loads(value) for name, value in header.items() if name != "format"}
-    groups: dict[str, dict[str, Tensor]] = {"meta_state": {}, "optimizer": {}, "memory": {}, "evaluation": {}}
+    groups: dict[str, dict[str, Tensor]] = {
+        name: {} for name in ("meta_state", "optimizer", "memory", "late", "evaluation")
+    }
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
@@ -329,7 +338,8 @@ def _decode(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpo
     values["metrics"] = {int(number): figures for number, figures in values["metrics"].items()}
     for name, value in values.items():
         _adapter(name).validate_python(value, strict=True)
-    values |= {name: groups[name] for name in ("meta_state", "optimizer", "memory")} | {"evaluations": evaluations}
+    kept = ("meta_state", "optimizer", "memory", "late")
+    values |= {name: groups[name] for name in kept} | {"evaluations": evaluations}
     return Checkpoint(**values)
 
 

@@ -121,7 +121,8 @@ def _named(experiment: Experiment) -> Iterator[tuple[str, str]]:
             if any(_takes_code(part) for part in (field.annotation, *field.metadata)):
                 value = getattr(values, key)
                 for text in value if isinstance(value, tuple) else (value,):
-                    yield f"[{section}] {key}", text
+                    if isinstance(text, str):  # a key may take a number or code
+                        yield f"[{section}] {key}", text
 
 
 def _takes_code(part: Any) -> bool:

@@ -40,14 +40,16 @@ def evaluate_all_sites(
     settings = strategy.experiment.evaluation
     schedule = _schedule(ask, strategy, learner) if last and settings.schedule == "auto" else None
     steps, rate = schedule[:2] if schedule else (learner.evaluation_steps(settings.steps), 1.0)
-    reply = ask(strategy.arrays(), steps=steps, rate=rate, gate=settings.gate, pool=last and learner.problem.on_rows)
+    # Sums over rows cannot be checked against numbers of rows that the server does not know.
+    pooling = learner.problem.on_rows and not strategy.experiment.privacy.secure_aggregation
+    reply = ask(strategy.arrays(), steps=steps, rate=rate, gate=settings.gate, pool=last and pooling)
     if reply is None:
         return None
     local: dict[str, NDArray[np.float64]] = {}
     baselines: dict[str, NDArray[np.float64]] = {}
     pooled = reply.pooled
     if last and settings.local_baseline != "none":
-        alone = ask(_start_arrays(strategy, learner), baseline="local_only", pool=learner.problem.on_rows)
+        alone = ask(_start_arrays(strategy, learner), baseline="local_only", pool=pooling)
         pooled = {**reply.pooled, **(alone.pooled if alone else {})}
         if alone:
             local = _aligned(alone, reply.names, "method")

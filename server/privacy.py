@@ -55,7 +55,10 @@ class SiteLevelDP:
                 f"[privacy] delta = {settings.delta:g}: must be below 1/{sites}, one over the number of training sites"
             )
         expected = min(experiment.server.sites_per_round or sites, sites)
-        self.accountant = Accountant(sites, expected, settings.noise_multiplier, settings.delta)
+        # A server that draws the cohort knows who is in it: towards it drawing hides nothing.
+        counted = sites if settings.secure_aggregation else expected
+        self.accountant = Accountant(sites, counted, settings.noise_multiplier, settings.delta)
+        self.expected = expected
         self.clip_norm = settings.clip_norm
         self.deviation = settings.noise_multiplier * settings.clip_norm
         self._ledger = folder / BUDGET_FILE
@@ -81,7 +84,7 @@ class SiteLevelDP:
 
     def sample(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the training sites that take part in a round: each one by its own draw."""
-        share = self.accountant.expected / self.accountant.sites
+        share = self.expected / self.accountant.sites
         return training[_uniform(len(training)) <= share]
 
     def check(self, reply: TrainReply) -> None:
@@ -108,9 +111,17 @@ class SiteLevelDP:
         empty = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         sums = total(replies) if replies else empty
         return {
-            name: (value + self.deviation * noise(tuple(value.shape))) / self.accountant.expected
-            for name, value in sums.items()
+            name: (value + self.deviation * noise(tuple(value.shape))) / self.expected for name, value in sums.items()
         }
+
+    def release_noised(self, sums: Gradient) -> Gradient:
+        """Returns the mean of a secure sum, whose noise the sites added, once it is written down that it was released.
+
+        Raises:
+            FedmetaError: It cannot be written down.
+        """
+        self._count()
+        return {name: value / self.expected for name, value in sums.items()}
 
     def _count(self) -> None:
         """Counts one more round on the disk, on top of what stands there: also rounds that another process released.

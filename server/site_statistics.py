@@ -20,6 +20,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     FAILURES,
+    MASKED_SUMS,
     QUERY_CATEGORIES,
     QUERY_SUMS,
     CategoriesReply,
@@ -29,6 +30,8 @@ from fedmeta.messages import (
     SumsRequest,
     failure,
 )
+from fedmeta.messages.registration import SUMS
+from fedmeta.secure.ring import decode_wide
 from fedmeta.targets import TARGET_MEAN, TARGET_SCALE
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 
@@ -194,6 +197,9 @@ def ask_standardisation(
     if federation.form:
         # An own source's data are used as they are.
         return {"standardisation.mean": torch.zeros(1), "standardisation.scale": torch.ones(1)}, {}
+    if experiment.privacy.secure_aggregation:
+        sums, refused = secure_feature_sums(grid, federation, experiment)
+        return _entries([sums], federation, experiment, robust=False), refused
     robust = experiment.server.aggregator != "mean"
     shape = statistic_shape(federation.row_shape, experiment.data.standardise, tokens=federation.tokens)
 
@@ -219,7 +225,13 @@ def ask_standardisation(
         raise FedmetaError(f"{usable} sites sent usable feature sums; {site}: {reason}")
     if notes is not None and not robust:
         notes += far_off(parts, federation)
-    replies = [reply for _, reply in parts]
+    return _entries([reply for _, reply in parts], federation, experiment, robust=robust), refused
+
+
+def _entries(
+    replies: Sequence[SumsReply], federation: Federation, experiment: Experiment, *, robust: bool
+) -> dict[str, Tensor]:
+    """Returns the meta-state's standardisation entries of sums."""
     scale = standardisation(_combined(replies, "", robust=robust))
     found = {
         "standardisation.mean": torch.from_numpy(scale.mean),
@@ -231,10 +243,47 @@ def ask_standardisation(
                 f'[data] target = "{experiment.data.target}": the labels are classes, and it is for numbers; '
                 "leave it out"
             )
-        return found, refused
+        return found
     target = target_scale(_combined(replies, "target_", robust=robust), experiment.target_kind)
     found |= {TARGET_MEAN: torch.from_numpy(target.mean), TARGET_SCALE: torch.from_numpy(target.scale)}
-    return found, refused
+    return found
+
+
+def secure_feature_sums(grid: Grid, federation: Federation, experiment: Experiment) -> tuple[SumsReply, dict[str, str]]:
+    """Returns the sums over all training sites, of which the server learns nothing else, and the sites without a part.
+
+    Raises:
+        FedmetaError: Too few sites were left, or the sums cannot be.
+    """
+    from server.secure_sum import secure_sum  # asks as this file does
+
+    shape = statistic_shape(federation.row_shape, experiment.data.standardise, tokens=federation.tokens)
+    targets = (len(federation.targets),)
+    shapes = {key: targets if key.startswith("target_") else shape for key in SUMS}
+    sizes = [int(np.prod(own, dtype=np.int64)) for own in shapes.values()]
+    found = secure_sum(
+        grid,
+        federation.by_node(federation.training),
+        experiment,
+        f"sums {experiment.identity()}",
+        MASKED_SUMS,
+        lambda names: SumsRequest(names, per_site=False, categories=federation.categories).pack(),
+        2 * sum(sizes),
+    )
+    if found.total is None:
+        site, reason = next(iter(found.failed.items()), ("", ""))
+        raise FedmetaError("; ".join([found.why, *([f"{site}: {reason}"] if site else [])]))
+    parts = np.split(decode_wide(found.total, experiment.privacy.quantum), np.cumsum(sizes)[:-1])
+    own = {key: part.reshape(shapes[key]) for key, part in zip(SUMS, parts, strict=True)}
+    # Counts are whole; what squares fall short of for rounding to the quantum is none.
+    for what in ("", "target_"):
+        own[f"{what}count"] = np.rint(own[f"{what}count"])
+        least = own[f"{what}total"] ** 2 / np.maximum(own[f"{what}count"], 1.0)
+        own[f"{what}square"] = np.maximum(own[f"{what}square"], least)
+    try:
+        return SumsReply.unpack(SumsReply(**own).pack()), found.failed
+    except MessageError as error:
+        raise FedmetaError(f"the secure sums of features are not possible: {error}") from None
 
 
 def far_off(parts: Sequence[tuple[tuple[str, ...], SumsReply]], federation: Federation) -> list[str]:

@@ -301,7 +301,17 @@ def _check_order(experiment: Experiment, learner: Learner) -> None:
     wanted = experiment.learner.order
     if wanted == "exact":
         return
+    server = experiment.server
+    whole = server.quorum == 1.0 and server.late != "buffer" and not server.deadline
     rules = (
+        (
+            experiment.privacy.secure_aggregation or not whole,
+            "rounds with a quorum or secure aggregation have one gradient: name the learner fomaml or maml in its place",
+        ),
+        (
+            wanted == "auto" and server.compression != "none",
+            "a probe would take what compression keeps at a site for the next round",
+        ),
         (
             not has_first_order(learner),
             f'learner.name = "{experiment.learner.name}" has no first-order approximation of all that it trains: take '

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -24,6 +25,7 @@ from fedmeta.messages import (
     EVALUATE,
     FAILURES,
     LOSS,
+    MASKED_TRAIN,
     QUERY_ENGINE,
     QUERY_NORMS,
     TRAIN,
@@ -37,17 +39,22 @@ from fedmeta.messages import (
     payload_bytes,
     write_arrays,
 )
+from fedmeta.messages.compressed import unpack_reply
+from fedmeta.messages.secure import TAIL
 from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
 from fedmeta.problems.problem import has_outer_step
+from fedmeta.secure.ring import decode
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.cohorts import Cohorts, by_site
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
+from server.lateness import Answer, Outstanding, Received, scaled
 from server.optimizer import ServerOptimizer
 from server.order import Probe, compare
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
+from server.secure_sum import secure_sum
 
 STATES = ("global", "personalized")
 """Before and after adaptation, as pooled sums name it."""
@@ -80,6 +87,8 @@ class RoundLog:
         shortened: Site and by how much, for each whose reply was shortened (`server.influence`).
         outlying: Site and why its query loss is not in the round's mean.
         undone: Whether the round's step was undone.
+        skipped: Why a round with secure aggregation has no sum.
+        late: Sites that the round closed without, and sites whose late replies are not used, with the reason.
         took_part: The sites whose replies are in the round's step.
         bytes_down: Bytes of all messages sent.
         bytes_up: Bytes of all replies received.
@@ -89,12 +98,16 @@ class RoundLog:
     shortened: dict[str, str] = field(default_factory=dict)
     outlying: dict[str, str] = field(default_factory=dict)
     undone: bool = False
+    skipped: str = ""
+    late: dict[str, str] = field(default_factory=dict)
     took_part: tuple[str, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
 
     def reasons(self, advise: bool = False) -> str:
         """Returns the first failure, with who gave it, how many others there are, and what may help."""
+        if self.skipped:
+            return self.skipped
         if not self.failed:
             return "no site was asked, or too few gave a finite gradient"
         site, reason = next(iter(self.failed.items()))
@@ -137,6 +150,7 @@ class MetaGradientStrategy(Strategy):
         self.engine: str = experiment.runtime.engine
         self.budget = int(experiment.runtime.memory * (1 << 30))
         self.norms: tuple[float, ...] = ()
+        self.busy: frozenset[str] = frozenset()
         self.cohorts = Cohorts.of(experiment, {}, {})
         self.per_site = experiment.server.aggregator != "mean" or not experiment.plain_cohorts
         self.order = "first" if experiment.learner.order != "exact" else ""
@@ -184,17 +198,7 @@ class MetaGradientStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
-        server = self.experiment.server
-        if self.privacy:
-            cohort = self.privacy.sample(self.federation.training)
-        elif self.cohorts.plain:
-            cohort = draw_cohort(self.federation, server, self.experiment.runtime.seed, server_round)
-        else:
-
-            def ask_norms(sites: NDArray[np.int64]) -> dict[str, float]:
-                return self._norms(grid, server_round, sites, arrays)
-
-            cohort = self.cohorts.draw(self.federation, server_round, ask_norms)
+        cohort = self._cohort(server_round, grid)
         return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site, order=self.order)
 
     def probe(self, server_round: int, order: str, grid: Grid) -> None:
@@ -226,6 +230,17 @@ class MetaGradientStrategy(Strategy):
                     self.log.failed[name] = DIVERGED
         return found
 
+    def _cohort(self, server_round: int, grid: Grid) -> NDArray[np.int64]:
+        if self.privacy:
+            return self.privacy.sample(self.federation.training)
+        if self.cohorts.plain:
+            return draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, server_round)
+
+        def ask_norms(sites: NDArray[np.int64]) -> dict[str, float]:
+            return self._norms(grid, server_round, sites, self.arrays())
+
+        return self.cohorts.draw(self.federation, server_round, ask_norms)
+
     def choose_engine(self, grid: Grid) -> EngineReply | None:
         """Asks up to three nodes which engine is fastest for the first cohort, and takes the choice of most.
 
@@ -238,8 +253,8 @@ class MetaGradientStrategy(Strategy):
         Raises:
             FedmetaError: Every node of the cohort reports that it cannot compute it.
         """
-        if self.engine != "auto" and self.budget:
-            return None
+        if (self.engine != "auto" and self.budget) or self.experiment.privacy.secure_aggregation:
+            return None  # with secure aggregation every node follows its own rule: its times and memory are its own
         cohort = draw_cohort(self.federation, self.experiment.server, self.experiment.runtime.seed, 1)
         homes = self.federation.node_ids[cohort]
         nodes = [node for node in dict.fromkeys(homes.tolist()) if node != NO_NODE]
@@ -280,7 +295,86 @@ class MetaGradientStrategy(Strategy):
             meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
         self.compared = None
-        usable = self._train_replies(replies)
+        return self._aggregate(self._train_replies(replies))
+
+    def configure_quorum(self, server_round: int, grid: Grid) -> list[tuple[Message, int, tuple[str, ...]]]:
+        """Returns a round's messages with their nodes and sites, for those of its cohort that are not busy."""
+        self.log = RoundLog()
+        cohort = self._cohort(server_round, grid)
+        free = np.array([self.federation.names[site] not in self.busy for site in cohort.tolist()], dtype=bool)
+        split = getattr(grid, "splits_sites", False)
+        found = []
+        for sites in [cohort[free][place : place + 1] for place in range(int(free.sum()))] if split else [cohort[free]]:
+            messages = self._messages(grid, TRAIN, server_round, sites, self.arrays(), per_site=self.per_site)
+            for message in messages:
+                node = message.metadata.dst_node_id
+                found.append((message, node, self._requested[node]))
+            self.log.failed.update(dict.fromkeys(self._requested.get(NO_NODE, ()), SITE_UNAVAILABLE))
+        return found
+
+    def aggregate_quorum(
+        self, server_round: int, received: Received, weight_of: Callable[[Outstanding, int], float]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Steps along what came before the round closed; returns what `aggregate_train` does."""
+        self.log.late = {**received.missing, **received.dropped}
+        usable = [reply for each, answer in received.on_time for reply in self._usable(each, answer)]
+        for each, answer in received.late:
+            factor = weight_of(each, server_round)
+            usable += [scaled(reply, factor) for reply in self._usable(each, answer)]
+        return self._aggregate(usable)
+
+    def _usable(self, each: Outstanding, answer: Answer) -> list[TrainReply]:
+        if isinstance(answer, TrainReply):
+            return [answer]
+        self._requested = {each.node: each.names}
+        return self._train_replies([answer])
+
+    def secure_train(self, server_round: int, grid: Grid) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Runs a round whose replies the server sees as their sum alone; returns what `aggregate_train` does."""
+        self.log = log = RoundLog()
+        cohort = self._cohort(server_round, grid)
+        self._requested = self.federation.by_node(cohort)
+        template = {name: self._template[name] for name in sorted(self._template)}
+        size = sum(value.numel() for value in template.values()) + len(TAIL)
+        arrays = self.arrays()
+        found = secure_sum(
+            grid,
+            self._requested,
+            self.experiment,
+            f"{self.run} train {server_round}",
+            MASKED_TRAIN,
+            lambda names: self._request(server_round, names).pack(arrays),
+            size,
+        )
+        log.bytes_down, log.bytes_up, log.failed = found.bytes_down, found.bytes_up, found.failed
+        if found.total is None:
+            log.skipped = found.why
+            return None, None
+        sums = decode(found.total, self.experiment.privacy.quantum)
+        sizes = [*(value.numel() for value in template.values()), *[1] * len(TAIL)]
+        *flat, weight, count, loss, counted = torch.split(torch.from_numpy(sums), sizes)
+        gradient = {name: own.reshape(template[name].shape) for name, own in zip(template, flat, strict=True)}
+        total, num_ok = float(weight), round(float(count))
+        log.took_part = found.left
+        if num_ok < len(found.left):
+            log.failed["of the sum"] = f"{len(found.left) - num_ok} of {len(found.left)} sites: {DIVERGED}"
+        mean: Gradient | None = None
+        if self.privacy:
+            mean = self.privacy.release_noised(gradient)
+        elif num_ok >= max(1, self.experiment.server.min_sites) and total > 0:
+            mean = {name: value / total for name, value in gradient.items()}
+        if mean is None:
+            return None, None
+        if not self._step(mean, total):
+            log.undone = True
+            log.took_part = ()
+            log.failed.update(dict.fromkeys(found.left, UNDONE))
+            return None, None
+        self._packed = None
+        metrics = {"query_loss": float(loss) / round(float(counted))} if round(float(counted)) else {}
+        return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
+
+    def _aggregate(self, usable: list[TrainReply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if not self.cohorts.plain:
             usable = by_site(usable, self.experiment, self.federation)
         norms = self.norms
@@ -299,7 +393,7 @@ class MetaGradientStrategy(Strategy):
         if self.probed is not None:
             both = (gradient, self.probed) if self.order == "first" else (self.probed, gradient)
             self.compared, self.probed = compare(*both), None
-        if not self._step(gradient, usable):
+        if not self._step(gradient, sum(reply.weight for reply in usable)):
             self.log.undone = True
             self.log.failed.update({name: UNDONE for reply in usable for name in reply.names})
             return None, None
@@ -340,7 +434,7 @@ class MetaGradientStrategy(Strategy):
                 self.log.shortened.update(dict.fromkeys(names, f"{what} shortened"))
         return found.replies, found.norms
 
-    def _step(self, mean: Gradient, replies: list[TrainReply]) -> bool:
+    def _step(self, mean: Gradient, weight: float) -> bool:
         """Steps the meta-state along the sites' mean, or by the problem's own step where it has one.
 
         Returns:
@@ -349,7 +443,6 @@ class MetaGradientStrategy(Strategy):
         problem = self.learner.problem
         if not has_outer_step(problem):
             return self.optimizer.step_if_finite(mean)
-        weight = sum(reply.weight for reply in replies)
         state = self.meta_state
         whole = self.learner.theta(state)
         total = {name: value * weight for name, value in mean.items()}
@@ -440,7 +533,12 @@ class MetaGradientStrategy(Strategy):
         usable: list[TrainReply] = []
         for node, content in self._valid_replies(replies):
             try:
-                reply = TrainReply.unpack(content, self._template, self.per_site)
+                server = self.experiment.server
+                if server.compression != "none":
+                    reply = unpack_reply(content, self._template, server.compression, server.compression_keep)
+                    reply = reply if self.per_site else self._summed(reply)
+                else:
+                    reply = TrainReply.unpack(content, self._template, self.per_site)
                 self._check_names(node, reply.names)
                 self._check_weight(reply)
                 if self.privacy:
@@ -467,24 +565,26 @@ class MetaGradientStrategy(Strategy):
         messages = []
         for node, names in self._requested.items():
             grouped = tuple(self._groups[name] for name in names) if kind == EVALUATE and self._groups else ()
-            content = RoundRequest(
-                meta_state={},
-                round_number=server_round,
-                classes=self.federation.classes,
-                names=names,
-                run=self.run,
-                saved_rounds=self.saved_rounds,
-                engine=self.engine,
-                budget=self.budget,
-                **how,
-                groups=grouped,
-                categories=self.federation.categories,
-            ).pack(arrays)
+            content = self._request(server_round, names, **how, groups=grouped).pack(arrays)
             if node == NO_NODE:
                 continue
             self.log.bytes_down += payload_bytes(content)
             messages.append(grid.create_message(content, kind, node, str(server_round)))
         return messages
+
+    def _request(self, server_round: int, names: tuple[str, ...], **how: Any) -> RoundRequest:
+        return RoundRequest(
+            meta_state={},
+            round_number=server_round,
+            classes=self.federation.classes,
+            names=names,
+            run=self.run,
+            saved_rounds=self.saved_rounds,
+            engine=self.engine,
+            budget=self.budget,
+            **how,
+            categories=self.federation.categories,
+        )
 
     def _valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, RecordDict]]:
         """Yields each node's answer in the order of its first site; counts errors, failures and silence."""
@@ -510,12 +610,22 @@ class MetaGradientStrategy(Strategy):
     def _check_weight(self, reply: TrainReply) -> None:
         """Checks a reply's weight: one for each site in the sum, or the weight that it announced when it joined."""
         finite = [name for name, whole in zip(reply.names, reply.finite, strict=True) if whole]
-        announced = float(len(finite))
-        if self.experiment.weighs_rows:
-            weights = self.federation.weights[self.federation.indices(finite)]
-            announced = float(np.minimum(weights, self.experiment.server.max_weight or np.inf).sum())
+        announced = float(self._weights(finite).sum())
         if abs(reply.weight - announced) > 1e-9 * max(1.0, announced):
             raise MessageError("its weight is not that of its sites as they announced it")
+
+    def _summed(self, reply: TrainReply) -> TrainReply:
+        """Returns sites' own gradients as the weighted sum that a node sends where nothing is packed."""
+        weights = torch.from_numpy(self._weights(reply.names) * reply.finite)
+        gradient = {name: torch.tensordot(weights, value.double(), dims=1) for name, value in reply.gradient.items()}
+        return TrainReply(gradient, reply.weight, reply.names, reply.query_loss, reply.finite)
+
+    def _weights(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Returns what sites weigh in the mean: 1, or as they announced when they joined."""
+        if not self.experiment.weighs_rows:
+            return np.ones(len(names))
+        own = self.federation.weights[self.federation.indices(names)]
+        return np.minimum(own, self.experiment.server.max_weight or np.inf)
 
     def _ranges(self) -> dict[str, tuple[float, float]]:
         """Returns the range of each figure of a site; the loss on rows, where it is the usual one, is at least 0."""

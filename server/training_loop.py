@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar
+from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -24,9 +25,10 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, cohorts
+from server import aggregation, cohorts, compression, lateness, secure_sum
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
+from server.lateness import Received
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
@@ -151,6 +153,18 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
+        if experiment.server.compression != "none":
+            self.membership.notes += compression.check(experiment, learner)
+        server = experiment.server
+        self.lateness: lateness.Lateness | None = None
+        if server.quorum != 1.0 or server.late == "buffer" or server.deadline:
+            self.membership.notes += lateness.check(experiment, grid)
+            kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
+            self.lateness = lateness.Lateness(experiment, *kept)
+            if earlier and hasattr(grid, "clock"):
+                grid.clock, grid.alarms = self.lateness.clock, self.lateness.arrivals  # type: ignore[attr-defined]
+        if experiment.privacy.secure_aggregation:
+            self.membership.notes += secure_sum.check(experiment, len(federation.training))
         self.privacy = make_dp_mechanism(
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
@@ -287,7 +301,10 @@ class TrainingLoop:
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
         federation = self.membership.federation
+        under_way, late = self.lateness.state(self.grid) if self.lateness else ({}, {})
         checkpoint = Checkpoint(
+            lateness=under_way,
+            late=late,
             experiment=self.experiment.to_toml(),
             run_id=self.logger.run_id,
             round_number=self.round_number,
@@ -340,15 +357,28 @@ class TrainingLoop:
         self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
         strategy.federation = self.membership.federation
         self.steering.before_round()
-        messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-        asked = time.perf_counter()
-        replies = list(self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout))
-        answered = time.perf_counter()
-        if other := self.steering.probes(number):
-            strategy.probe(number, other, self.grid)
-        probed = time.perf_counter()
+        secure = self.experiment.privacy.secure_aggregation
+        replies: Iterable[Message] = ()
+        received: Received | None = None
+        other = ""
+        asked = answered = probed = time.perf_counter()
+        if self.lateness:
+            strategy.busy = self.lateness.busy
+            received = self.lateness.receive(self.grid, strategy.configure_quorum(number, self.grid), number)
+        elif not secure:
+            messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
+            replies = list(self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout))
+            answered = time.perf_counter()
+            if other := self.steering.probes(number):
+                strategy.probe(number, other, self.grid)
+            probed = time.perf_counter()
         with defer_keyboard_interrupt():
-            _, metrics = strategy.aggregate_train(number, replies)
+            if self.lateness and received:
+                _, metrics = strategy.aggregate_quorum(number, received, self.lateness.staleness)
+            elif secure:
+                _, metrics = strategy.secure_train(number, self.grid)
+            else:
+                _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
             if note := self.steering.after_round(number, answered - asked, probed - answered if other else None):
@@ -364,9 +394,15 @@ class TrainingLoop:
             figures |= self.monitor.metrics()
             if self.privacy:
                 figures["privacy/epsilon"] = self.privacy.epsilon
+            if received:
+                used = sum(len(each.names) for each, _ in received.late)
+                figures |= {"late/sites": float(len(received.missing)), "late/used": float(used)}
+                if self.experiment.runtime.delay:
+                    figures["time/simulated_s"] = self.lateness.clock if self.lateness else 0.0
             loss = metrics.get("query_loss") if metrics else None
             self.logger.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
             self.logger.log_failures(number, strategy.log.failed)
+            self.logger.log_failures(number, strategy.log.late, "late")
             self.logger.log_failures(number, strategy.log.shortened, "shortened")
             self.logger.log_failures(number, strategy.log.outlying, "query loss")
             if strategy.log.shortened or strategy.log.undone:

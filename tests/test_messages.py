@@ -16,11 +16,16 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
+    MASKED_SUMS,
+    MASKED_TRAIN,
     QUERY_CATEGORIES,
     QUERY_ENGINE,
+    QUERY_KEYS,
     QUERY_NORMS,
+    QUERY_SHARES,
     QUERY_SITES,
     QUERY_SUMS,
+    QUERY_UNMASK,
     TRAIN,
     CategoriesReply,
     CategoriesRequest,
@@ -36,6 +41,17 @@ from fedmeta.messages import (
     failure,
     pack_failure,
     records,
+)
+from fedmeta.messages.secure import (
+    TAIL,
+    Delivery,
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    SharesReply,
+    SharesRequest,
+    UnmaskReply,
+    UnmaskRequest,
 )
 from fedmeta.runtime.local import NODE_ID, LocalGrid
 
@@ -83,6 +99,17 @@ EVALUATED = EvaluateReply(
 ENGINE = EngineReply("lowrank", 1 << 28, {"lowrank": 0.01, "loop": 0.5})
 NORMS = NormsReply(("abbey", "zion"), np.array([0.25, math.nan]))
 
+KEY, SHARE = bytes(32), bytes(33)
+KEYS = KeysReply(("abbey", "zion"), (KEY, KEY), (KEY, bytes([1]) * 32))
+SHARES_WANTED = SharesRequest(
+    ("abbey",), "run train 1", 3, 2, 2, ("abbey", "elm", "zion"), (0, 2, 1), (KEY,) * 3, (KEY,) * 3
+)
+SHARES = SharesReply(("abbey",), ("elm", "zion"), (0, 0), (0, 1), (b"one", b"two"))
+DELIVERY = Delivery.of("run train 1", {("elm", "abbey"): b"one", ("zion", "abbey"): b"two"})
+MASKED = MaskedReply(("abbey", "zion"), np.array([[1, 2**64 - 1], [0, 3]], dtype=np.uint64))
+UNMASK = UnmaskRequest(("abbey",), "run train 1", 2, ("abbey", "zion"), ("elm",))
+HANDED = UnmaskReply(("abbey",), ("elm", "zion"), (0, 0), (0, 1), (SHARE, SHARE))
+
 PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
     (SITES, SitesReply.unpack),
     (SumsRequest(("abbey", "zion")), SumsRequest.unpack),
@@ -92,6 +119,14 @@ PACKED: list[tuple[Any, Callable[[RecordDict], Any]]] = [
     (TRAINED, lambda content: TrainReply.unpack(content, GRADIENT)),
     (EVALUATED, EvaluateReply.unpack),
     (ENGINE, EngineReply.unpack),
+    (KeysRequest(("abbey", "zion"), "run train 1"), KeysRequest.unpack),
+    (KEYS, KeysReply.unpack),
+    (SHARES_WANTED, SharesRequest.unpack),
+    (SHARES, SharesReply.unpack),
+    (DELIVERY, Delivery.unpack),
+    (MASKED, MaskedReply.unpack),
+    (UNMASK, UnmaskRequest.unpack),
+    (HANDED, UnmaskReply.unpack),
     (NORMS, NormsReply.unpack),
 ]
 KINDS = [type(message).__name__ for message, _ in PACKED]
@@ -156,7 +191,7 @@ def test_a_failure_that_says_more_is_told_as_an_internal_one() -> None:
 
 # ---------------------------------------------------------------- what leaves a site
 
-TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
+TYPES = {int: "int", float: "float", bool: "bool", str: "str", bytes: "bytes"}
 Form = dict[str, dict[str, str]]
 
 CONTRACT: dict[str, Form] = {
@@ -247,7 +282,32 @@ def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, wo
 
 def test_every_question_that_a_client_answers_is_in_the_contract() -> None:
     answered = {kind.removesuffix(".default") for kind in app._registered_funcs}
-    assert answered == {*CONTRACT, QUERY_CATEGORIES}
+    secure = {QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK, MASKED_TRAIN, MASKED_SUMS}
+    assert answered == {*CONTRACT, QUERY_CATEGORIES, *secure}
+
+
+def test_replies_of_a_secure_sum_hold_what_the_contract_says_and_nothing_else(
+    exchange: Any, work: RoundRequest
+) -> None:
+    name, ring = "a round", range(3)
+    keys = exchange(QUERY_KEYS, KeysRequest(work.names, name).pack())
+    assert form(keys) == {"sites": {"names": "str*3"}, "keys": {"cipher": "bytes*3", "mask": "bytes*3"}}
+    public = KeysReply.unpack(keys)
+    wanted = SharesRequest(work.names, name, 3, 2, 2, work.names, tuple(ring), public.cipher, public.mask)
+    shares = exchange(QUERY_SHARES, wanted.pack())
+    pairs = {"known": "str*3", "senders": "int*6", "receivers": "int*6", "texts": "bytes*6"}
+    assert form(shares) == {"sites": {"names": "str*3"}, "shares": pairs}
+    delivery = Delivery.of(name, SharesReply.unpack(shares).by_pair())
+    masked = exchange(MASKED_TRAIN, delivery.add_to(work.pack()))
+    values = 8 * 64 + 8 + 10 * 8 + 10 + len(TAIL)
+    assert form(masked) == {"sites": {"names": "str*3"}, "masked": {"numbers": f"int64(3, {values})"}}
+    handed = exchange(QUERY_UNMASK, UnmaskRequest(work.names, name, 3, work.names, ()).pack())
+    back = {"known": "str*3", "holders": "int*9", "owners": "int*9", "shares": "bytes*9"}
+    assert form(handed) == {"sites": {"names": "str*3"}, "shares": back}
+    assert (
+        failure(exchange(QUERY_UNMASK, UnmaskRequest(work.names, name, 3, work.names, ()).pack())) == "secure-refused"
+    )
+    assert failure(exchange(QUERY_SHARES, wanted.pack())) == "secure-refused"
 
 
 def test_columns_of_categories_travel_as_they_are() -> None:
@@ -485,6 +545,29 @@ WRONG = [
     ("EngineReply", changed(ENGINE, "seconds", "lowrank", [1.0]), '"lowrank" is not of type float'),
     ("EngineReply", changed(ENGINE, "choice", "engine", "spam"), 'there is no engine "spam"'),
     ("EngineReply", changed(ENGINE, "seconds", "x" * 300, 1.0), 'there is no engine "xxx'),
+    ("KeysRequest", changed(KeysRequest(("a",), "x"), "round", "context", ""), "the round has no name"),
+    ("KeysRequest", changed(KeysRequest(("a",), "x"), "round", "context", "x\n"), "the round has no name"),
+    ("KeysReply", changed(KEYS, "keys", "mask", [KEY]), '"mask" has 1 values and not 2'),
+    ("KeysReply", changed(KEYS, "keys", "cipher", [KEY, b""]), '"cipher" has a value of another length'),
+    ("KeysReply", changed(KEYS, "keys", "cipher", ["a", "b"]), '"cipher" is not a list of bytes'),
+    ("SharesRequest", changed(SHARES_WANTED, "ring", "sites", 2), "the round's ring, its neighborhoods"),
+    ("SharesRequest", changed(SHARES_WANTED, "ring", "needed", 9), "the round's ring, its neighborhoods"),
+    ("SharesRequest", changed(SHARES_WANTED, "ring", "sites", 2**40), "the round's ring, its neighborhoods"),
+    ("SharesRequest", changed(SHARES_WANTED, "ring", "places", [0, 0, 1]), "two sites have one place"),
+    ("SharesRequest", changed(SHARES_WANTED, "ring", "places", [0, 3, 1]), '"places" has a value that is not'),
+    ("SharesRequest", changed(SHARES_WANTED, "sites", "names", ["oak"]), "two sites have one place in the ring, or a"),
+    ("SharesReply", changed(SHARES, "shares", "receivers", [0, 0]), "a site shares twice with another"),
+    ("SharesReply", changed(SHARES, "shares", "senders", [0, 1]), '"senders" has a value that is not between'),
+    ("SharesReply", changed(SHARES, "shares", "texts", [b"one", b"x" * 2000]), '"texts" has a value of another'),
+    ("SharesReply", changed(SHARES, "shares", "known", ["elm", "elm"]), '"known" has a site twice'),
+    ("SharesReply", changed(SHARES, "shares", "known", ["elm", "a\nb"]), "the site "),
+    ("Delivery", changed(DELIVERY, "secure", "receivers", [0, -1]), '"receivers" has a value that is not between'),
+    ("MaskedReply", changed(MASKED, "masked", "numbers", Array(np.zeros(4))), "the masked numbers are not int64 by"),
+    ("MaskedReply", changed(MASKED, "masked", "numbers", Array(np.zeros((3, 1), int))), "the masked numbers are not"),
+    ("UnmaskRequest", changed(UNMASK, "wanted", "keys", ["zion"]), "both secrets of one site are asked for"),
+    ("UnmaskRequest", changed(UNMASK, "wanted", "left", -1), "the number of sites that are left is not between"),
+    ("UnmaskReply", changed(HANDED, "shares", "shares", [SHARE, KEY]), '"shares" has a value of another length'),
+    ("UnmaskReply", changed(HANDED, "shares", "owners", [1, 1]), "a site hands over two shares of one secret"),
 ]
 
 

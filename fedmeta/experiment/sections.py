@@ -238,6 +238,24 @@ class Server(Section):
         description="Score of validation sites at which the run ends, such as {score = 0.9}; empty = after all rounds",
     )
     round_timeout: float = Field(default=600.0, gt=0, description="When missing replies are given up (seconds)")
+    quorum: Annotated[float, Field(gt=0, le=1)] | Count = Field(
+        default=1.0, description="Replies that close a round; 1.0 = all (share of the sites asked, or a count of sites)"
+    )
+    late: Literal["drop", "buffer"] = Field(
+        default="drop", description="What becomes of replies after their round closed; buffer = in the next step"
+    )
+    staleness: int = Field(default=5, ge=1, description="Oldest late reply that is used, with late = buffer (steps)")
+    deadline: float = Field(
+        default=0.0,
+        ge=0,
+        description="How long a site is waited for; 0 = until round_timeout (multiples of its usual time)",
+    )
+    compression: Literal["none", "float16", "bfloat16", "int8", "int4", "top-k"] = Field(
+        default="none", description="How sites' replies get smaller; top-k keeps what was not sent for the next one"
+    )
+    compression_keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Entries of a reply that top-k sends, 8 bytes each (share of them)"
+    )
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
 
     def conflicts(self) -> Conflicts:
@@ -347,6 +365,10 @@ class Runtime(Section):
     checkpoint_every: int = Field(
         default=10, ge=0, description="Interval between checkpoints; 0 = only at the end (rounds)"
     )
+    delay: Annotated[float, Field(ge=0)] | FunctionPath = Field(
+        default=0.0,
+        description="Mean simulated delay of replies, in local runs, or a function; 0 = none (simulated seconds)",
+    )
     nodes: int = Field(
         default=3, ge=1, description="Simulated Flower nodes that share the sites, with --runtime ray (nodes)"
     )
@@ -358,9 +380,7 @@ class Privacy(Section):
     clip_norm: float = Field(
         default=0.0, ge=0, description="Length to which a site shortens a longer meta-gradient; 0 = not (its norm)"
     )
-    noise_multiplier: float = Field(
-        default=0.0, ge=0, description="Noise on a round's sum, drawn by the server; 0 = none (clip_norm)"
-    )
+    noise_multiplier: float = Field(default=0.0, ge=0, description="Noise on a round's sum; 0 = none (clip_norm)")
     delta: float = Field(
         default=1e-5,
         gt=0,
@@ -370,10 +390,24 @@ class Privacy(Section):
     epsilon: float = Field(
         default=0.0, ge=0, description="Budget: the round that would go beyond it is not begun; 0 = any (epsilon)"
     )
+    secure_aggregation: bool = Field(
+        default=False, description="Whether the server learns sums over sites alone; noise is then added at the sites"
+    )
+    survivors: float = Field(
+        default=0.5, gt=0, le=1, description="Sites of a round that must be left for its secure sum (share of them)"
+    )
+    colluding: int = Field(
+        default=0, ge=0, description="Sites that may share their noise with the server; others add more for it (sites)"
+    )
+    quantum: float = Field(
+        default=2.0**-32, gt=0, description="Step to which numbers are rounded in secure sums (unit of the gradient)"
+    )
 
     def conflicts(self) -> Conflicts:
         """Yields noise without a bound, and a budget without noise."""
         if self.noise_multiplier and not self.clip_norm:
             yield "noise_multiplier", "needs clip_norm above 0: noise hides what has a bound"
+        if self.colluding and not (self.secure_aggregation and self.noise_multiplier):
+            yield "colluding", "needs secure_aggregation and noise_multiplier above 0: the server adds noise otherwise"
         if self.epsilon and not self.noise_multiplier:
             yield "epsilon", "needs noise_multiplier above 0: without noise nothing is private"

@@ -15,11 +15,18 @@
     with the weighted sum of their meta-gradients (or displacements) and its weight, and per site with the query loss
     and whether the gradient was finite. Where the server's aggregator is not the mean, where it weighs sites by
     their loss or remembers what they sent, it asks for each site's own meta-gradient, and a node replies with those in
-    place of the sum.
+    place of the sum. With `server.compression` the node replies with each site's own in fewer bytes
+    (`fedmeta.compression`).
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
     number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
     right rows, confusion matrix, sums of losses, of confidence and of errors, and histograms of log odds by class.
+`query.keys`, `query.shares`, `query.unmask`: with `privacy.secure_aggregation`, steps 1, 2 and 4 of a secure sum
+    (`fedmeta.secure`): public keys of sites, their secrets in shares that are encrypted for their neighbors, and shares
+    of what does not cancel.
+`train.masked`, `query.masked_sums`: step 3: what `train` and `query.sums` are sent, with the neighbors' shares; a node
+    replies per site with numbers under masks: the weighted meta-gradient, the weight, and the query loss with their
+    counts; or the sums of features and targets.
 
 A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
 of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
@@ -52,11 +59,16 @@ __all__ = [
     "FAILURES",
     "LOCAL_METHODS",
     "LOSS",
+    "MASKED_SUMS",
+    "MASKED_TRAIN",
     "QUERY_CATEGORIES",
     "QUERY_ENGINE",
+    "QUERY_KEYS",
     "QUERY_NORMS",
+    "QUERY_SHARES",
     "QUERY_SITES",
     "QUERY_SUMS",
+    "QUERY_UNMASK",
     "TRAIN",
     "CategoriesReply",
     "CategoriesRequest",
@@ -77,6 +89,8 @@ __all__ = [
 
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
 QUERY_CATEGORIES, QUERY_NORMS = "query.categories", "query.norms"
+QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK = "query.keys", "query.shares", "query.unmask"
+MASKED_SUMS, MASKED_TRAIN = "query.masked_sums", "train.masked"
 TRAIN, EVALUATE = "train", "evaluate"
 
 
@@ -87,6 +101,8 @@ FAILURES = {
     "bad-storage": "the site could not write to its disk what stays with it; its own log has the reason",
     "beyond-policy": "the site's policy does not grant what was asked; its own log names the limit",
     "unknown-site": "the node does not host a site that it was asked for",
+    "secure-refused": "the site refused a step of secure aggregation, or lost its secrets; its log has the reason",
+    "beyond-range": "a number of the site is too large for secure sums: raise privacy.quantum, or shorten by clip_norm",
     "out-of-memory": "the node ran out of memory",
     "internal": "the node failed for another reason; its own log has the traceback",
 }

@@ -158,6 +158,7 @@ def _local(experiment: Experiment, resume: Path | None, report: ProgressCallback
     from clients.app import app
     from clients.node import invalidate_stale_caches, node_of
     from fedmeta.runtime.checking import check_own_code
+    from fedmeta.runtime.delayed import DelayedGrid
     from fedmeta.runtime.local import LocalGrid
     from server import training_loop
 
@@ -166,7 +167,7 @@ def _local(experiment: Experiment, resume: Path | None, report: ProgressCallback
     invalidate_stale_caches(experiment.data)
     for note in check_own_code(experiment):
         report(Progress(0, experiment.server.rounds, note=note))
-    grid = LocalGrid(app, experiment)
+    grid = DelayedGrid(app, experiment) if experiment.runtime.delay else LocalGrid(app, experiment)
     node = node_of(grid.context)  # errors in the data are reported in full here, since they are the user's own
     for note in data_notes(getattr(node, "population", None), experiment):
         report(Progress(0, experiment.server.rounds, note=note))

@@ -4,7 +4,7 @@ The protocol is that of Bonawitz et al. 2017, "Practical Secure Aggregation for 
 on the sparse graph of Bell et al. 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead" (SecAgg+):
 
 1. each site makes two X25519 keys for the round and sends the public ones;
-2. each site shares its mask key and a seed of its own among its neighbors (Shamir 1979), encrypted for each of them;
+2. each site shares its mask key and a seed among its neighbors (Shamir 1979), encrypted for each of them;
 3. each site sends its numbers, in a ring of 2^64, plus a mask from its seed, plus or minus a mask for each near
    neighbor that took part in step 2; the latter cancel in the sum;
 4. the server names who sent step 3; neighbors hand over their shares of the seed of those who did, and of the mask key

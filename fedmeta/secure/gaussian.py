@@ -45,7 +45,8 @@ def _discrete_laplace(scale: int, count: int) -> Whole:
     size = kept + scale * high
     negative = _uniform(len(kept)) < 0.5
     fine = ~(negative & (size == 0))
-    return np.where(negative, -size, size)[fine]
+    found: Whole = np.where(negative, -size, size)[fine]
+    return found
 
 
 def _uniform(count: int) -> NDArray[np.float64]:

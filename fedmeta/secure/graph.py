@@ -2,7 +2,7 @@
 
 A site's seed and mask key are shared among its neighbors and itself, and it masks towards its neighbors alone, so that
 its work grows with log n and not with n (Bell et al. 2020). The server draws the order of each round; a server that
-chooses it could surround a site with sites of its own (docs/secure_aggregation.md).
+chooses it could surround a site with sites that it has made up (docs/secure_aggregation.md).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def agreed(private: bytes, public: bytes, purpose: str, context: str) -> bytes:
 
 
 def stretched(seed: bytes, context: str) -> bytes:
-    """Returns the key of the mask that a site makes of its own seed."""
+    """Returns the key of the mask that a site makes of its seed."""
     return HKDF(hashes.SHA256(), _BLOCK, None, f"fedmeta own {context}".encode()).derive(seed)
 
 

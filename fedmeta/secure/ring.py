@@ -33,6 +33,26 @@ def encode(values: Floats, quantum: float, sites: int) -> Ring:
     return steps.astype(np.int64).view(np.uint64)
 
 
+WIDE = 2.0**16
+"""What one step of the upper of two numbers is worth."""
+
+
+def encode_wide(values: Floats, quantum: float, sites: int) -> Ring:
+    """Returns numbers up to 1e22 / sites, each as two in the ring [..., 2 * numbers]: steps of 2^16, and the rest.
+
+    Raises:
+        RangeError: A number is too large.
+    """
+    upper = np.rint(values / WIDE) * WIDE
+    return np.concatenate([encode(upper, WIDE, sites), encode(values - upper, quantum, sites)], axis=-1)
+
+
+def decode_wide(ring: Ring, quantum: float) -> Floats:
+    """Returns the numbers that a sum of `encode_wide`'s stands for."""
+    half = ring.shape[-1] // 2
+    return decode(ring[..., :half], WIDE) + decode(ring[..., half:], quantum)
+
+
 def decode(ring: Ring, quantum: float) -> Floats:
     """Returns the numbers that a sum in the ring stands for."""
     found: Floats = ring.view(np.int64).astype(np.float64) * quantum

@@ -58,7 +58,7 @@ class Secrets:
         context: The run and the round.
         cipher: Its private key for shares.
         mask: Its private key for masks.
-        seed: The seed of its own mask.
+        seed: The seed of the mask that it has alone.
         place: Its place in the ring.
         sites: How many sites the ring has.
         degree: How many neighbors each has.

@@ -118,7 +118,7 @@ def site_values(
         name: The run's folder, that folder's name, or its MLflow id.
         root: The folder of all runs.
         pairs: How many orders to draw, each taken with its reverse; 0 = leave-one-out alone.
-        workers: How many runs are computed at once, each in a process of its own with one thread.
+        workers: How many runs are computed at once, each in another process with one thread.
         seconds: After this time no further pair is begun; 0 = no limit. What is given is then of fewer pairs.
         overrides: `section.key=value` texts that change every run, such as fewer rounds: values are then of such runs.
         code: What the run may name of code that is not part of fedmeta.
@@ -249,7 +249,7 @@ def _order(names: tuple[str, ...], seed: int, number: int) -> tuple[str, ...]:
 
 
 def _chain(order: tuple[str, ...]) -> list[Group]:
-    """Returns the groups that an order of joining goes through."""
+    """Returns the groups that an order of joining passes through."""
     return [frozenset(order[:length]) for length in range(len(order) + 1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -257,6 +258,10 @@ def test_derivatives_with_truth_values_run_as_torchscript(
     with caplog.at_level("INFO", "fedmeta.engines"):
         replay = capture_graph(compute, first)
     assert "run as TorchScript" in caplog.text
+    # A trace refers to the functions that it calls; once they are gone it would read what lies there instead.
+    gc.collect()
+    others = [torch.jit.CompilationUnit(f"def f(a: Tensor):\n    return a * {k}\n").f for k in range(3)]
+    assert len(others) == 3
     assert all(torch.equal(one, other) for one, other in zip(replay(*second), compute(*second), strict=True))
 
 

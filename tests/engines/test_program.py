@@ -203,6 +203,7 @@ def test_the_number_of_workers_changes_no_bit(model: str) -> None:
     batch = tasks(sizes, () if model == "transformer" else (110,), torch.float32, tokens=model == "transformer")
     found = []
     for threads in (1, 2, 3):
+        torch.manual_seed(0)
         learner = build("maml", MODELS[model](), inner_steps=1)
         torch.set_num_threads(threads)
         try:

@@ -216,8 +216,8 @@ def test_real_data_are_forgotten_to_the_bit(tmp_path: Path, shared_data: Path, k
     names = load(Experiment.from_toml(state.experiment).data).names
     ids = np.unique(arrays["site"])
     listed = arrays.get("site_names")
-    gone = list(names).index(site) if listed is None else [str(name) for name in listed].index(site)
-    kept = arrays["site"] != (ids[gone] if listed is None else gone)
+    number = list(names).index(site) if listed is None else [str(name) for name in listed].index(site)
+    kept = arrays["site"] != (ids[number] if listed is None else number)
     rows = {name: value[kept] if name in ("x", "y", "site", "time") else value for name, value in arrays.items()}
     np.savez(tmp_path / "without.npz", **rows)
     experiment = Experiment.from_toml(done.certificate.experiment)

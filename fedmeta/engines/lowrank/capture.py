@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -192,8 +193,7 @@ def _scripted(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     tensors = ", ".join(f"{text}: Tensor" for text, each in zip(named, arguments, strict=True) if _is_node(each))
     called = f"torch.ops.{name.replace('::', '.')}({', '.join(named)})"
     returned = ", ".join(f"r[{place}]" for place in places)
-    script: Any = torch.jit
-    function = script.CompilationUnit(f"def f({tensors}):\n    r = {called}\n    return {returned}\n").f
+    function = _compiled(f"def f({tensors}):\n    r = {called}\n    return {returned}\n")
 
     def call(*tensors: Tensor) -> list[Tensor | None]:
         result = function(*tensors)
@@ -201,6 +201,16 @@ def _scripted(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         return [found.get(place) for place in range(len(wanted))]
 
     return call
+
+
+@cache
+def _compiled(source: str) -> Callable[..., Any]:
+    """Returns a scripted function by its source.
+
+    It is kept for good: a trace refers to the functions that it calls, and does not keep them.
+    """
+    script: Any = torch.jit
+    return script.CompilationUnit(source).f  # type: ignore[no-any-return]
 
 
 def _is_node(value: Any) -> bool:

@@ -28,20 +28,21 @@ def quarters(x: Tensor) -> list[Tensor]:
     return [line[:, :, :, b] for line in pools.unbind(2) for b in (0, 1)]
 
 
-def passing(places: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Returns what passes ReLU and pool, a mask for each place, and their sum."""
+def passing(places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns what passes ReLU and pool, and the masks' sum; each mask is written over its place's numbers."""
     largest = torch.maximum(torch.maximum(places[0], places[1]), torch.maximum(places[2], places[3]))
     # Equal to no number where nothing passes.
     wanted = functional.threshold(largest, 0.0, float("inf"))
-    masks, seen = [], None
-    for place in places:
-        mask = torch.eq(place, wanted).to(place.dtype)
-        if seen is not None:
-            mask = torch.gt(mask, seen).to(place.dtype)
-        masks.append(mask)
-        seen = mask if seen is None else seen + mask
+    seen = None
+    for mask in places:
+        mask.eq_(wanted)
+        if seen is None:
+            seen = mask
+        else:
+            mask.gt_(seen)
+            seen = seen + mask
     assert seen is not None
-    return largest.relu(), masks, seen
+    return largest.relu(), seen
 
 
 def gathered(masks: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
@@ -52,21 +53,16 @@ def gathered(masks: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def joined(masks: Sequence[Tensor]) -> Tensor:
-    """Returns masks of the four places as one [n, h, 2, w, 2, channels]."""
-    return torch.stack([torch.stack(list(pair), 3) for pair in (masks[:2], masks[2:])], 2)
-
-
-def spread(mask: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:
-    """Returns values [n, h, w, channels] where they passed [n, height, width, channels], else 0.
+def spread(mask: Tensor, values: Tensor) -> Tensor:
+    """Returns values [n, h // 2, w // 2, channels] where they passed [n, h, w, channels], else 0.
 
     Args:
-        mask: Of all places (`joined`).
+        mask: The masks of the four places, in their places; what no pool covers does not count.
         values: What passed.
-        size: The height and width.
     """
-    n, h, w, channels = values.shape
-    out = (mask * values.view(n, h, 1, w, 1, channels)).view(n, 2 * h, 2 * w, channels)
+    (n, h, w, channels), size = values.shape, mask.shape[1:3]
+    pools = mask[:, : 2 * h, : 2 * w].view(n, h, 2, w, 2, channels)
+    out = (pools * values.view(n, h, 1, w, 1, channels)).view(n, 2 * h, 2 * w, channels)
     return functional.pad(out, (0, 0, 0, size[1] - 2 * w, 0, size[0] - 2 * h)) if (2 * h, 2 * w) != tuple(size) else out
 
 
@@ -75,17 +71,17 @@ class ReluPool(Layer):
 
     def forward(self, x: Tensor, theta: Values) -> tuple[Tensor, Any]:
         """See `Layer`."""
-        y, masks, _ = passing(quarters(_inward(x)))
-        return _outward(y), (masks, joined(masks), x.shape[2:])
+        mask = _inward(x).clone(memory_format=torch.contiguous_format)
+        y, _ = passing(quarters(mask))
+        return _outward(y), mask
 
     def backward(self, kept: Any, theta: Values, dy: Tensor, by_x: bool) -> tuple[Tensor | None, list[Tensor], Any]:
         """See `Layer`."""
-        _, mask, size = kept
-        return _outward(spread(mask, _inward(dy).contiguous(), size)), [], None
+        return _outward(spread(kept, _inward(dy).contiguous())), [], None
 
     def tangent(self, kept: Any, theta: Values, x1: Tensor | None, v: Values) -> tuple[Tensor | None, Any]:
         """See `Layer`."""
-        return (None if x1 is None else _outward(gathered(kept[0], quarters(_inward(x1))))), None
+        return (None if x1 is None else _outward(gathered(quarters(kept), quarters(_inward(x1))))), None
 
     def tangent_backward(
         self, kept: Any, more: Any, along: Any, theta: Values, v: Values, dy: Tensor, dy1: Tensor, by_x: bool
@@ -119,23 +115,24 @@ class NormReluPool(Layer):
         mean = self._summed(own.sum((1, 2))) / size
         centred = own - mean
         r = (self._summed(centred.square().sum((1, 2))) / size + self.eps).rsqrt()
-        y, masks, alive = passing(quarters(torch.addcmul(theta[1], centred, r * theta[0])))
-        hat = (gathered(masks, quarters(own)) - mean * alive) * r
-        return _outward(y), (own, (masks, joined(masks)), alive, mean, r, hat, size)
+        mask = torch.addcmul(theta[1], centred, r * theta[0])
+        y, alive = passing(quarters(mask))
+        hat = (gathered(quarters(mask), quarters(own)) - mean * alive) * r
+        return _outward(y), (own, mask, alive, mean, r, hat, size)
 
     def backward(self, kept: Any, theta: Values, dy: Tensor, by_x: bool) -> tuple[Tensor | None, list[Tensor], Any]:
         """See `Layer`."""
-        own, masks, alive, mean, r, hat, size = kept
+        own, mask, alive, mean, r, hat, size = kept
         passed = _inward(dy) * alive
         by_beta, by_gamma = passed.sum((1, 2)), (passed * hat).sum((1, 2))
         e, slope = self._summed(by_beta * theta[0]) / size, self._summed(by_gamma * theta[0]) / size
         c1 = -r * r * slope
-        dx = torch.addcmul(-r * e - c1 * mean, own, c1) + spread(masks[1], passed * (theta[0] * r), own.shape[1:3])
+        dx = torch.addcmul(-r * e - c1 * mean, own, c1) + spread(mask, passed * (theta[0] * r))
         return _outward(dx), [by_gamma.sum(0), by_beta.sum(0)], (passed, e, slope, by_beta, by_gamma)
 
     def tangent(self, kept: Any, theta: Values, x1: Tensor | None, v: Values) -> tuple[Tensor, Any]:
         """See `Layer`."""
-        own, masks, alive, mean, r, hat, size = kept
+        own, mask, alive, mean, r, hat, size = kept
         y1 = torch.addcmul(alive * v[1], hat, v[0])
         if x1 is None:
             return _outward(y1), None
@@ -143,14 +140,14 @@ class NormReluPool(Layer):
         mean1 = self._summed(own1.sum((1, 2))) / size
         both = self._summed((own1 * own).sum((1, 2))) / size
         r1 = -r * r * r * (both - mean * mean1)
-        hat1 = torch.addcmul(hat * (r1 / r), gathered(masks[0], quarters(own1)) - mean1 * alive, r)
+        hat1 = torch.addcmul(hat * (r1 / r), gathered(quarters(mask), quarters(own1)) - mean1 * alive, r)
         return _outward(torch.addcmul(y1, hat1, theta[0])), (own1, mean1, r1, hat1)
 
     def tangent_backward(
         self, kept: Any, more: Any, along: Any, theta: Values, v: Values, dy: Tensor, dy1: Tensor, by_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """See `Layer`."""
-        own, masks, alive, mean, r, hat, size = kept
+        own, mask, alive, mean, r, hat, size = kept
         passed, e, slope, by_beta, by_gamma = more
         passed1 = _inward(dy1) * alive
         by_beta1, by_gamma1 = passed1.sum((1, 2)), passed1 * hat
@@ -173,7 +170,7 @@ class NormReluPool(Layer):
             dx = torch.addcmul(-r1 * e - r * e1 - c1 * mean - c2 * mean1, own, c1)
             dx = torch.addcmul(dx, own1, c2)
             lifted = torch.addcmul(lifted, passed, theta[0] * r1)
-        return _outward(dx + spread(masks[1], lifted, own.shape[1:3])), found
+        return _outward(dx + spread(mask, lifted)), found
 
 
 class FirstPool(Layer):
@@ -286,7 +283,8 @@ class FirstPool(Layer):
 
     def forward(self, x: Any, theta: Values) -> tuple[Tensor, Any]:
         """See `Layer`."""
-        y, masks, alive = passing(self._products(x, *self._combined(x, theta)))
+        masks = self._products(x, *self._combined(x, theta))
+        y, alive = passing(masks)
         return self._image(x, y), (x, masks, alive)
 
     def backward(self, kept: Any, theta: Values, dy: Tensor, by_x: bool) -> tuple[Tensor | None, list[Tensor], Any]:
