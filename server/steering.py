@@ -306,7 +306,7 @@ def _check_order(experiment: Experiment, learner: Learner) -> None:
     rules = (
         (
             experiment.privacy.secure_aggregation or not whole,
-            "rounds with a quorum or secure aggregation have one gradient: name the learner fomaml or maml in its place",
+            "rounds with a quorum or secure aggregation have one gradient: name fomaml or maml in its place",
         ),
         (
             wanted == "auto" and server.compression != "none",
