@@ -71,7 +71,7 @@ def sites(start: MetaModel, run: checkpoint.Checkpoint, names: list[str], rows: 
             own = own[draw.permutation(len(own))]
         if len(own) >= rows + FEWEST_TEST_ROWS:
             x = population.features(own).to(start.form.dtype)
-            yield Site(population.site_names[site], x, torch.from_numpy(codes[population.labels(own)]))
+            yield Site(str(population.names[site]), x, torch.from_numpy(codes[population.labels(own)]))
 
 
 def scores(start: MetaModel, bare: SiteModel, parameters: Parameters, x: Tensor) -> NDArray[np.float64]:

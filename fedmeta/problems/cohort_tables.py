@@ -1,0 +1,149 @@
+"""A task source of tables, one a site, for problems whose outcome is more than a label: a time and an event, a count.
+
+A site's rows are split once into train and test rows by a draw under the run's seed; a training task is a draw of
+disjoint support and query rows of the former. Tasks have one form: rows that a site lacks are padding, with `mask` 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmeta.data.table_file import RawTable, listed, read_raw, site_name
+from fedmeta.errors import FedmetaError, nearest
+from fedmeta.experiment import Data
+from fedmeta.problems.source import TaskSource
+from fedmeta.randomness import row_draws, site_keys
+from fedmeta.task import Task
+
+Table = dict[str, NDArray[np.float64]]
+"""A site's columns [rows]."""
+
+
+def read_tables(path: str, features: Sequence[str], others: Sequence[str], site: str = "") -> dict[str, Table]:
+    """Returns the columns of each site's table: of a folder's files, or of one file.
+
+    Args:
+        path: A folder of CSV, TSV or Parquet files, one a site, or one site's file.
+        features: The columns of features; all must be numbers, and none missing.
+        others: The columns of the outcome.
+        site: The name of a single file's site; that of the file where empty.
+
+    Raises:
+        FedmetaError: There is no such file, a column is missing, or a cell is no number; names all that is wrong.
+    """
+    place = Path(path).expanduser()
+    files = sorted(each for each in place.iterdir() if each.is_file()) if place.is_dir() else [place]
+    files = [each for each in files if not each.name.startswith(".")]
+    if not place.exists() or not files:
+        raise FedmetaError(f"[problem] path = {path}: no such file, or a folder without any")
+    found, problems = {}, []
+    for file in files:
+        table = read_raw(file, Data())
+        problems += table.problems or _wrong(table, [*features, *others])
+        if not problems:
+            name = site if site and len(files) == 1 else site_name(file)
+            found[name] = {each: table.frame[each].to_numpy(dtype=np.float64) for each in (*features, *others)}
+    if problems:
+        raise FedmetaError("; ".join(problems))
+    return found
+
+
+def _wrong(table: RawTable, columns: Sequence[str]) -> list[str]:
+    """Returns what is wrong with the columns of a file that a problem needs."""
+    there = [str(name) for name in table.frame.columns]
+    absent = [name for name in columns if name not in there]
+    if absent:
+        return [f"{table.path} lacks {listed(absent)}{nearest(absent[0], there)}"]
+    found = []
+    for name in columns:
+        bad = ~np.isfinite(
+            pd.to_numeric(table.frame[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        )
+        if bad.any():
+            found.append(
+                f"{table.place(np.flatnonzero(bad).tolist(), name)} is no finite number: fill it in, or leave out"
+            )
+    return found
+
+
+class CohortTables(TaskSource):
+    """Sites with tables of features and an outcome; subclass it and give `outcome`.
+
+    Args:
+        tables: Each site's columns.
+        features: Which of them are features.
+        support: Rows that a site adapts on.
+        query: Rows that score it in training.
+        test: The share of rows that are kept for the final scores.
+        center: What is subtracted from each feature, known to all sites beforehand; 0 each where empty.
+        scale: What features are then divided by; 1 each where empty.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Table],
+        features: Sequence[str],
+        support: int,
+        query: int,
+        test: float,
+        center: Sequence[float] = (),
+        scale: Sequence[float] = (),
+    ) -> None:
+        for key, values in (("center", center), ("scale", scale)):
+            if values and len(values) != len(features):
+                raise FedmetaError(f"[problem] {key} has {len(values)} numbers, and there are {len(features)} features")
+        if not 0 < test < 1 or min(support, query) < 1 or not features:
+            raise FedmetaError("[problem] needs features, support and query of at least 1, and 0 < test < 1")
+        shift, unit = np.array(center or [0.0] * len(features)), np.array(scale or [1.0] * len(features))
+        if not (unit > 0).all():
+            raise FedmetaError("[problem] scale must be greater than 0")
+        self.support, self.query, self.test = support, query, test
+        self.rows: dict[str, dict[str, Tensor]] = {}
+        for name, table in tables.items():
+            x = (np.stack([table[each] for each in features], axis=1) - shift) / unit
+            self.rows[name] = {"x": torch.from_numpy(x).float(), **self.outcome(name, table)}
+            if len(x) < 3:
+                raise FedmetaError(
+                    f"site {name} has {len(x)} rows, and needs 3: one each to adapt, to score and to test"
+                )
+        self.longest = max(len(each["x"]) for each in self.rows.values())
+
+    def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
+        """Returns the outcome's tensors [rows] by name; raises `FedmetaError` where a value is impossible."""
+        raise NotImplementedError
+
+    def sites(self) -> list[str]:
+        """Returns the sites' names, sorted."""
+        return sorted(self.rows)
+
+    def task(self, site: str, purpose: str, round: int, seed: int) -> Task:  # noqa: A002 - the task source's name
+        """Returns support and query rows of a site; of "test" the query is all test rows."""
+        count = len(self.rows[site]["x"])
+        keys, places = site_keys([site]).repeat(count), np.arange(count)
+        order = np.argsort(row_draws(seed, "split", 0, keys, places), kind="stable")
+        held = max(1, min(count - 2, round_half(self.test * count)))
+        test, train = order[:held], order[held:]
+        if purpose == "train":
+            train = train[np.argsort(row_draws(seed, "task", round, keys[: len(train)], places[: len(train)]))]
+        support = train[: min(self.support, len(train) - 1)]
+        if purpose == "test":
+            return Task(self._part(site, support, self.support), self._part(site, test, self.longest))
+        query = train[len(support) : len(support) + self.query]
+        return Task(self._part(site, support, self.support), self._part(site, query, self.query))
+
+    def _part(self, site: str, rows: NDArray[np.int64], length: int) -> dict[str, Tensor]:
+        index = torch.from_numpy(np.pad(rows, (0, max(0, length - len(rows)))))
+        mask = (torch.arange(len(index)) < len(rows)).float()
+        return {name: values[index] for name, values in self.rows[site].items()} | {"mask": mask}
+
+
+def round_half(value: float) -> int:
+    """Returns the nearest whole number, halves up."""
+    return int(value + 0.5)
