@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from fedmeta.messages import (
     EVALUATE,
     FAILURES,
     LOSS,
+    MASKED_EVALUATE,
     MASKED_TRAIN,
     QUERY_ENGINE,
     QUERY_NORMS,
@@ -40,11 +42,12 @@ from fedmeta.messages import (
     write_arrays,
 )
 from fedmeta.messages.compressed import unpack_reply
-from fedmeta.messages.secure import TAIL
+from fedmeta.messages.secure import SCORE_GROUPS, TAIL, scores_size
 from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
 from fedmeta.problems.problem import has_outer_step
-from fedmeta.secure.ring import decode
+from fedmeta.secure.graph import FEWEST
+from fedmeta.secure.ring import decode, decode_wide
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.cohorts import Cohorts, by_site
@@ -373,6 +376,32 @@ class MetaGradientStrategy(Strategy):
         self._packed = None
         metrics = {"query_loss": float(loss) / round(float(counted))} if round(float(counted)) else {}
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
+
+    def secure_evaluate(self, server_round: int, grid: Grid, **how: Any) -> NDArray[np.float64] | None:
+        """Returns the sums of an evaluation by group of sites [groups, numbers]; None where too few were left.
+
+        A group of fewer than three sites is left out: its sums would be those of one or two.
+        """
+        self.log = log = RoundLog()
+        sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
+        kinds = {NEW: 0, TRAINING: 1}
+        group_of = {self.federation.names[site]: kinds.get(self.federation.kind(site), -1) for site in sites.tolist()}
+        sizes = Counter(group_of.values())
+        small = {group for group, count in sizes.items() if count < FEWEST}
+        arrays, size = self.arrays(), scores_size(len(self.learner.problem.metrics))
+
+        def request(names: tuple[str, ...]) -> RecordDict:
+            groups = tuple(-1 if group_of[name] in small else group_of[name] for name in names)
+            return self._request(server_round, names, groups=groups, **how).pack(arrays)
+
+        context = f"{self.run} evaluate {server_round}"
+        shares = self.federation.by_node(sites)
+        found = secure_sum(grid, shares, self.experiment, context, MASKED_EVALUATE, request, 2 * size)
+        log.bytes_down, log.bytes_up, log.failed = found.bytes_down, found.bytes_up, found.failed
+        if found.total is None:
+            log.skipped = found.why
+            return None
+        return decode_wide(found.total, self.experiment.privacy.quantum).reshape(SCORE_GROUPS, -1)
 
     def _aggregate(self, usable: list[TrainReply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if not self.cohorts.plain:

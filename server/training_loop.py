@@ -25,7 +25,8 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, cohorts, compression, lateness, secure_sum
+from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum
+from server.adaptation_schedule import AdaptationSchedule
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
@@ -434,7 +435,10 @@ class TrainingLoop:
         """Evaluates all sites; at the end also local-only, and after as many steps as the schedule allows."""
         counted = self.totals
         try:
-            found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
+            if self.experiment.privacy.secure_aggregation:
+                found = self._secure_evaluate()
+            else:
+                found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
         except BaseException:
             # It comes a second time, should the run be resumed, and is then counted.
             self.totals = counted
@@ -452,6 +456,18 @@ class TrainingLoop:
             self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
         self.report()
+
+    def _secure_evaluate(self) -> tuple[Evaluation, AdaptationSchedule | None] | None:
+        """Returns an evaluation that holds the sums of groups of sites alone; None where too few were left."""
+        started, settings = time.perf_counter(), self.experiment.evaluation
+        steps = self.learner.evaluation_steps(settings.steps)
+        sums = self.strategy.secure_evaluate(self.round_number, self.grid, steps=steps, rate=1.0, gate=settings.gate)
+        self._count(time.perf_counter() - started)
+        self.logger.log_failures(self.round_number, self.strategy.log.failed, "evaluation")
+        if sums is None:
+            self.report(f"no evaluation after round {self.round_number}: {self.strategy.log.reasons()}")
+            return None
+        return secure_evaluation.evaluation_of(self.round_number, sums, self.metrics), None
 
     def _steer(self) -> None:
         """Scores the validation sites, where the run decides by them and it is time, and decides."""
@@ -486,7 +502,8 @@ class TrainingLoop:
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
         positive = getattr(self.learner.problem, "positive", 1)
-        return summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        groups = summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        return secure_evaluation.summaries(groups, evaluation.pooled, self.metrics)
 
     def _evaluated(self) -> bool:
         return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number

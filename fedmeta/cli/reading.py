@@ -296,15 +296,22 @@ def report(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder for it; in the run's own if left out.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write figures as SVG and PDF, tables as CSV and LaTeX, and no page."),
+    ] = None,
     uri: Annotated[str, typer.Option(help="The MLflow store that knows the run.", show_default=DEFAULT_STORE)] = "",
 ) -> None:
     """Writes one page about a run, or about several runs: HTML that needs no network, Markdown, LaTeX, tables as CSV.
 
     RUN is a run's folder, checkpoint or MLflow id, or a comparison's folder or MLflow id; several runs are compared.
     """
-    from fedmeta.report import write
+    from fedmeta import report as pages
 
-    for path in write(runs, out, Path(Tracking().folder), uri or default_uri()):
+    if export and out:
+        raise FedmetaError("--out is the page's folder and --export that of files for a paper: give one of them")
+    root, store = Path(Tracking().folder), uri or default_uri()
+    for path in pages.export(runs, export, root, store) if export else pages.write(runs, out, root, store):
         print(path)
 
 
