@@ -284,6 +284,8 @@ def _check(experiment: Experiment, learner: Learner, strategy: MetaGradientStrat
     key = key if experiment.evaluation.patience or experiment.server.until else '[learner] order = "auto"'
     if not experiment.evaluation.every:
         raise FedmetaError(f"{key}: needs evaluation.every above 0: validation sites are scored at evaluations")
+    if experiment.privacy.secure_aggregation:
+        raise FedmetaError(f"{key} with privacy.secure_aggregation: it needs the score of each validation site")
     if not strategy.federation.validation.any():
         raise FedmetaError(
             f"{key}: no training site can be split off as a validation site: give the run more sites, or raise "
