@@ -27,6 +27,7 @@ from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
+from fedmeta.learners.order import in_order
 from fedmeta.messages import (
     CategoriesReply,
     CategoriesRequest,
@@ -250,6 +251,7 @@ def _train(
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
+    learner = in_order(learner, request.order)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     kept = LocalStateStore.of(context, node.experiment, request) if learner.personal(meta_state) else None
     before, after, parts = kept.read() if kept else [], [], []

@@ -54,6 +54,7 @@ from server.cohorts import Cohorts, by_site
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.lateness import Answer, Outstanding, Received, scaled
 from server.optimizer import ServerOptimizer
+from server.order import Probe, compare
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
 from server.secure_sum import secure_sum
@@ -155,6 +156,9 @@ class MetaGradientStrategy(Strategy):
         self.busy: frozenset[str] = frozenset()
         self.cohorts = Cohorts.of(experiment, {}, {})
         self.per_site = experiment.server.aggregator != "mean" or not experiment.plain_cohorts
+        self.order = "first" if experiment.learner.order != "exact" else ""
+        self.probed: Gradient | None = None
+        self.compared: Probe | None = None
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -181,6 +185,11 @@ class MetaGradientStrategy(Strategy):
         self.optimizer.replace(meta_state)
         self._packed = None
 
+    def restore(self, meta_state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state and the optimizer's memory beside it in place."""
+        self.optimizer.restore(meta_state, memory)
+        self._packed = None
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
@@ -193,7 +202,16 @@ class MetaGradientStrategy(Strategy):
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
         cohort = self._cohort(server_round, grid)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site, order=self.order)
+
+    def probe(self, server_round: int, order: str, grid: Grid) -> None:
+        """Computes the round's cohort in another order too: `aggregate_train` compares, and steps along its own."""
+        names = [name for requested in self._requested.values() for name in requested]
+        sites, arrays = self.federation.indices(sorted(names)), self.arrays()
+        messages = self._messages(grid, TRAIN, server_round, sites, arrays, per_site=self.per_site, order=order)
+        replies = grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        usable = self._train_replies(replies)
+        self.probed = aggregate_replies(usable, self.experiment.server) if usable else None
 
     def _norms(self, grid: Grid, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord) -> dict[str, float]:
         """Asks training sites how long their updates are; those whose update is not finite or that fail are absent."""
@@ -279,6 +297,7 @@ class MetaGradientStrategy(Strategy):
             gave a usable gradient, or fewer than the aggregator needs, or the step would make it infinite, and the
             meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
+        self.compared = None
         return self._aggregate(self._train_replies(replies))
 
     def configure_quorum(self, server_round: int, grid: Grid) -> list[tuple[Message, int, tuple[str, ...]]]:
@@ -400,6 +419,9 @@ class MetaGradientStrategy(Strategy):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
+        if self.probed is not None:
+            both = (gradient, self.probed) if self.order == "first" else (self.probed, gradient)
+            self.compared, self.probed = compare(*both), None
         if not self._step(gradient, sum(reply.weight for reply in usable)):
             self.log.undone = True
             self.log.failed.update({name: UNDONE for reply in usable for name in reply.names})

@@ -357,15 +357,22 @@ class TrainingLoop:
         self.logger.log_failures(number, fresh, "start")
         self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
         strategy.federation = self.membership.federation
+        self.steering.before_round()
         secure = self.experiment.privacy.secure_aggregation
         replies: Iterable[Message] = ()
         received: Received | None = None
+        other = ""
+        asked = answered = probed = time.perf_counter()
         if self.lateness:
             strategy.busy = self.lateness.busy
             received = self.lateness.receive(self.grid, strategy.configure_quorum(number, self.grid), number)
         elif not secure:
             messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-            replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+            replies = list(self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout))
+            answered = time.perf_counter()
+            if other := self.steering.probes(number):
+                strategy.probe(number, other, self.grid)
+            probed = time.perf_counter()
         with defer_keyboard_interrupt():
             if self.lateness and received:
                 _, metrics = strategy.aggregate_quorum(number, received, self.lateness.staleness)
@@ -375,6 +382,8 @@ class TrainingLoop:
                 _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
+            if note := self.steering.after_round(number, answered - asked, probed - answered if other else None):
+                self.report(note)
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.empty_rounds = self.empty_rounds + 1 if idle else 0
             self.useful = self.useful or not idle

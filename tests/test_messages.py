@@ -83,6 +83,7 @@ REQUEST = RoundRequest(
     steps=5,
     engine="vmap",
     budget=1 << 26,
+    order="first",
 )
 TRAINED = TrainReply(GRADIENT, 2.5, ("abbey", "zion"), np.array([0.25, math.nan]), np.array([True, False]))
 EVALUATED = EvaluateReply(

@@ -51,7 +51,7 @@ def _block(block: Block, pictures: str) -> list[str]:
         case Text(text):
             return [escape(text)]
         case Table():
-            return [_table(block)]
+            return [latex_table(block)]
         case Pictures(drawn):
             files = (Path(pictures, f"{each.name}.png").as_posix() for each in drawn)
             return [
@@ -65,7 +65,8 @@ def _block(block: Block, pictures: str) -> list[str]:
             return [rf"\paragraph{{{escape(title)}}}", *_blocks(inside, pictures)]
 
 
-def _table(table: Table) -> str:
+def latex_table(table: Table) -> str:
+    """Returns a table in LaTeX, by the packages booktabs and longtable, with its caption under it."""
     sides = "".join("l" if place < table.left else "r" for place in range(len(table.headings)))
     head, *rows = [
         " & ".join(escape(tables.text(cell)) for cell in row) + r" \\" for row in (table.headings, *table.rows)

@@ -15,7 +15,7 @@ from fedmeta.evaluation import summarize
 from fedmeta.experiment import Experiment, load_experiment
 from fedmeta.problems.metric import score_of
 from fedmeta.progress import ignore_progress
-from fedmeta.report import write
+from fedmeta.report import export, write
 from fedmeta.report.document import Code, Document, Folded, Key, Picture, Pictures, Section, Table, Text
 from fedmeta.report.html import html_page
 from fedmeta.report.latex import latex_page
@@ -155,6 +155,40 @@ def test_tables_are_written_in_full_as_csv(made, tmp_path):
     assert sites["personalized accuracy"].to_numpy() == pytest.approx(exact["personalized_accuracy"].to_numpy())
     names = {path.stem for path in (tmp_path / "report_tables").iterdir()}
     assert names >= {"data", "results", "sites"}
+
+
+@pytest.mark.slow
+def test_a_paper_gets_every_figure_and_table(made, tmp_path):
+    root, result = made
+    about = str(result.folder)
+    files = {path.name for path in export([about], tmp_path / "paper", root, NOWHERE)}
+    write([about], tmp_path / "page", root, NOWHERE)
+    tables = {path.stem for path in (tmp_path / "page" / "report_tables").iterdir()}
+    drawn = {path.stem for path in (tmp_path / "page" / "report_pictures").glob("*.png")}
+    assert tables
+    assert drawn
+    expected = {
+        f"{name}.{kind}"
+        for names, kinds in ((tables, ("csv", "tex")), (drawn, ("svg", "pdf")))
+        for name in names
+        for kind in kinds
+    }
+    assert files == expected | {"captions.md"}
+    captions = (tmp_path / "paper" / "captions.md").read_text()
+    assert all(f"- {name}.svg, {name}.pdf: " in captions for name in drawn)
+    for path in (tmp_path / "paper").iterdir():
+        content = path.read_bytes()
+        assert str(root).encode() not in content, f"{path.name} names a folder of this machine"
+        assert content.startswith(b"%PDF") or path.suffix != ".pdf"
+        assert b"<text" in content or path.suffix != ".svg", "letters stay text"
+    for name in tables:
+        page = (tmp_path / "page" / "report_tables" / f"{name}.csv").read_text()
+        assert (tmp_path / "paper" / f"{name}.csv").read_text() == page
+        assert r"\toprule" in (tmp_path / "paper" / f"{name}.tex").read_text()
+    again = export([about], tmp_path / "again", root, NOWHERE)
+    assert all(path.read_bytes() == (tmp_path / "paper" / path.name).read_bytes() for path in again)
+    with pytest.raises(FedmetaError, match="already and not empty"):
+        export([about], tmp_path / "paper", root, NOWHERE)
 
 
 def test_every_format_shows_what_is_written_as_it_is(tmp_path):
