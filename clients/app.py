@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 
 import numpy as np
@@ -20,11 +21,13 @@ from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
 from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
 from clients.policy import ROUNDED, Policy, PolicyError, count_request, policy_of
+from clients.secure_scores import score_numbers
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import stack_personal, train_personal
 from fedmeta.engines.weighted_sum import in_site_order, join_parts
 from fedmeta.errors import FedmetaError
+from fedmeta.learners.order import in_order
 from fedmeta.messages import (
     CategoriesReply,
     CategoriesRequest,
@@ -248,6 +251,7 @@ def _train(
     here = node.find(request.names)
     meta_state, scale = _meta_state(node, request)
     learner = learner_for(node, request.classes).for_round(request.round_number, node.experiment.server.rounds)
+    learner = in_order(learner, request.order)
     weights, clip_norm = node.weights(here), node.experiment.privacy.clip_norm
     kept = LocalStateStore.of(context, node.experiment, request) if learner.personal(meta_state) else None
     before, after, parts = kept.read() if kept else [], [], []
@@ -295,6 +299,28 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     evaluator = Evaluator.of(learner, meta_state, request)
     return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+
+
+@app.evaluate("masked")
+@error_coded
+def evaluate_masked(content: RecordDict, context: Context) -> RecordDict:
+    """Scores sites as `evaluate` does, and replies with each site's share of its group's sums under masks."""
+    delivery, content = Delivery.take_from(content)
+    node, request = _node_and_request(content, context)
+    policy = _granted(node, context, request, evaluation=True)
+    _configure_runtime(node.experiment.runtime.threads)
+    meta_state, scale = _meta_state(node, request)
+    learner = learner_for(node, request.classes)
+    keeps = learner.personal(meta_state)
+    kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
+    groups = request.groups or (-1,) * len(request.names)
+    alone = replace(request, groups=())  # sums over rows are not asked for
+    reply = evaluate_sites(
+        node, node.find(request.names), alone, Evaluator.of(learner, meta_state, alone), scale, kept, policy
+    )
+    own = score_numbers(reply, groups, learner.problem.metrics)
+    quantum = node.experiment.privacy.quantum
+    return secure.masked(delivery, context, request.names, lambda sites: ring.encode_wide(own, quantum, sites))
 
 
 def _node_and_request(content: RecordDict, context: Context) -> tuple[Node, RoundRequest]:

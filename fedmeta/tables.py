@@ -161,3 +161,43 @@ def metrics_table(summary: Mapping[str, Any]) -> Cells:
                 rows.append((name, label, *scores, after["n"], missing.get(name, 0)))
     headings = ("metric", "", "global", "personalized", "worst 10 %", "pooled", "sites", "undefined at")
     return Cells(headings, rows)
+
+
+LEDGER = (
+    "Scores are those of validation sites. Saved: against all the rounds that the run might have had, by the mean of "
+    "its own rounds; below 0 it was lost. Dashes: not measured."
+)
+"""What the table of a run's decisions holds, for a caption."""
+
+
+def ledger_table(summary: Mapping[str, Any]) -> Cells:
+    """Returns what a run decided about itself: a row for each decision, with its figures before and after."""
+    rows: list[tuple[Cell, ...]] = []
+    for each in summary.get("ledger") or []:
+        saved = Change(each["saved_rounds"]), Change(each["saved_s"]), Change(each["saved_bytes"] / 1e6)
+        rows.append((f"{each['what']} after round {each['round']}", each["why"], each["before"], each["after"], *saved))
+    headings = ("decision", "why", "score before", "score after", "rounds saved", "seconds saved", "MB saved")
+    return Cells(headings, rows)
+
+
+def ledger_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each decision of a run about itself, and what it came to; none where it made none."""
+    lines = []
+    for each in summary.get("ledger") or []:
+        saved = (
+            f"; saves {each['saved_rounds']:.0f} rounds, {each['saved_s']:.1f} s" if each["saved_rounds"] > 0 else ""
+        )
+        lost = f"; {-each['saved_rounds']:.0f} rounds lost" if each["saved_rounds"] < 0 else ""
+        lines.append(f"{each['what']} after round {each['round']}: {each['why']}{saved}{lost}")
+    if reached := (summary.get("stopping") or {}).get("to_target"):
+        moved = (reached["bytes_up"] + reached["bytes_down"]) / 1e6
+        lines.append(f"to the target: {reached['rounds']} rounds, {reached['wall_s']:.1f} s, {moved:.1f} MB")
+    if order := summary.get("order"):
+        costs = [f"{name} {order[f'{name}_s']:.3g} s" for name in ("first", "exact") if order[f"{name}_s"] is not None]
+        saved = order["saved_s"]
+        total = "" if saved is None else f"; first order saved {saved:.1f} s, probes counted"
+        lines.append(
+            f"order: {order['rounds_first']} rounds of first order, {order['rounds_exact']} exact, {order['probes']} "
+            f"probes; a cohort takes {', '.join(costs) or 'an unmeasured time'}{total}"
+        )
+    return lines

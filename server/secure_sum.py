@@ -225,6 +225,13 @@ def check(experiment: Experiment, sites: int) -> list[str]:
             "they need each site's own update or loss, which the server does not see",
         ),
         (
+            experiment.evaluation.schedule == "auto"
+            or bool(experiment.evaluation.patience)
+            or experiment.target is not None,
+            "[evaluation] schedule, patience and [server] until: must be left alone",
+            "they compare the scores of single validation sites, which the server does not see",
+        ),
+        (
             cohort < FEWEST,
             f"[server] sites_per_round: a round has {cohort} sites, and must have {FEWEST}",
             "in a sum over two each site knows the other's part",
@@ -254,6 +261,7 @@ def check(experiment: Experiment, sites: int) -> list[str]:
     if not privacy.clip_norm:
         off.append("secure aggregation: privacy.clip_norm is 0, so that one site may move the sum by any length")
     off.append(
-        "secure aggregation: the scores of evaluations are not summed: each site's go to the server, as without it"
+        "secure aggregation: evaluations are sums over groups of at least three sites: no table of sites, no worst "
+        "ones, no local-only"
     )
     return off

@@ -11,19 +11,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import Checkpoint
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
+from fedmeta.learners.order import EXACT, FIRST, has_first_order
 from fedmeta.messages import LOSS, EvaluateReply
+from fedmeta.problems.problem import has_outer_step, has_payload
 from server.ledger import Decision, per_round
+from server.order import Order, after_evaluation, after_probe, climbed
+from server.order import summary as order_summary
 from server.stopping import Progressed, ValidationScore, progressed, reached, score_of_sites
 from server.strategy import MetaGradientStrategy
 
-BEST = "best/"
-"""How the names of the best meta-state's tensors begin in the checkpoint's memory."""
+BEST, GUARD, GUARD_MEMORY = "best/", "guard/", "guard_optimizer/"
+"""How names begin in the checkpoint's memory: of the best meta-state, and of what is put back should a climb fail."""
 
 
 class Steering:
@@ -60,6 +65,13 @@ class Steering:
         self.progress = Progressed(ValidationScore(**known["best"]), known["waited"]) if "best" in known else None
         self.best = {name.removeprefix(BEST): value for name, value in memory.items() if name.startswith(BEST)}
         self.ledger = [Decision(**entry) for entry in known.get("ledger", [])]
+        self.order: Order | None = None
+        if experiment.learner.order == "auto":
+            self.order = Order.from_json(known["order"]) if "order" in known else Order()
+        self.guard = {name.removeprefix(GUARD): value for name, value in memory.items() if name.startswith(GUARD)}
+        self.guard_memory = {
+            name.removeprefix(GUARD_MEMORY): value for name, value in memory.items() if name.startswith(GUARD_MEMORY)
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of it, beside `memory`."""
@@ -71,18 +83,61 @@ class Steering:
             "target": self.target,
             "ledger": [decision.to_json() for decision in self.ledger],
             **({"last_score": self.last_score.to_json()} if self.last_score else {}),
+            **({"order": self.order.to_json()} if self.order else {}),
             **({"best": self.progress.best.to_json(), "waited": self.progress.waited} if self.progress else {}),
         }
 
     @property
     def memory(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint keeps of it."""
-        return {BEST + name: value for name, value in self.best.items()}
+        kept = {BEST: self.best, GUARD: self.guard, GUARD_MEMORY: self.guard_memory}
+        return {prefix + name: value for prefix, values in kept.items() for name, value in values.items()}
+
+    def before_round(self) -> None:
+        """Has the strategy take the gradient that the run is at."""
+        if self.order:
+            self.strategy.order = self.order.now
+
+    def probes(self, round_number: int) -> str:
+        """Returns in which other order the round's cohort is computed too; "" for none."""
+        if not self.order or round_number % self.experiment.server.probe_every:
+            return ""
+        return EXACT if self.order.now == FIRST else FIRST
+
+    def after_round(self, round_number: int, seconds: float, probe_seconds: float | None) -> str:
+        """Takes what a round and its probe found; returns what to report, "" for nothing.
+
+        Args:
+            round_number: The round.
+            seconds: How long its cohort took.
+            probe_seconds: How long it took in the other order; None where there was no probe.
+        """
+        if not self.order:
+            return ""
+        now, settings = self.order.now, self.experiment.server
+        self.order = self.order.timed(now, seconds, stepped=True)
+        if probe_seconds is not None:
+            self.order = self.order.timed(EXACT if now == FIRST else FIRST, probe_seconds, stepped=False)
+        probe = self.strategy.compared
+        if probe is None:
+            return ""
+        self.order, decision = after_probe(self.order, probe, settings)
+        what = f"cosine {probe.cosine:.3f} between both gradients, their norms {probe.ratio:.3g} to 1"
+        if decision == "climb":
+            return self._climb(round_number, f"{what}, below climb_below = {settings.climb_below:g}", None)
+        if decision == "descend":
+            self.guard, self.guard_memory = {}, {}
+            why = f"{what}, above descend_above = {settings.descend_above:g} in {settings.descend_probes} probes"
+            return self._decide(round_number, "descend", why)
+        return ""
 
     def due(self, round_number: int, last: int) -> bool:
         """Returns whether the validation sites are to be scored after a round."""
-        every = self.experiment.evaluation.every
-        return self.active and self.seen < round_number and (round_number % every == 0 or round_number >= last)
+        if not self.active or self.seen >= round_number:
+            return False
+        # A climb is guarded by what validation sites have at the state that it leaves.
+        climbed_now = bool(self.order and self.order.guarded and not self.order.guard)
+        return climbed_now or round_number % self.experiment.evaluation.every == 0 or round_number >= last
 
     def observe(self, round_number: int, last: int, reply: EvaluateReply | None, totals: Mapping[str, float]) -> str:
         """Decides by the scores of validation sites.
@@ -101,6 +156,7 @@ class Steering:
         if found is None:
             return f"no validation site has a score after round {round_number}: nothing is decided by it"
         self.last_score = found
+        note = self._order_by(found, reply)
         if self.patience:
             self.progress = progressed(self.progress, found, self.metric)
             if self.progress.best == found:
@@ -110,7 +166,7 @@ class Steering:
             return self._reach(round_number, last, found, totals)
         if self.progress and self.progress.waited >= self.patience and round_number < last:
             return self._stop(round_number, last, found, totals)
-        return ""
+        return note
 
     def restore_best(self) -> str:
         """Puts the best meta-state in place at the end of training; returns what to report, "" for nothing."""
@@ -136,7 +192,45 @@ class Steering:
             stopping |= {"best_round": self.progress.best.round_number, "best_score": self.progress.best.score}
         if self.experiment.target is not None:
             stopping |= {"target": self.experiment.target, "reached": bool(self.target), **self.target}
-        return {"stopping": stopping, "ledger": [decision.to_json() for decision in self.ledger]}
+        own = {"order": order_summary(self.order)} if self.order else {}
+        return {"stopping": stopping, **own, "ledger": [decision.to_json() for decision in self.ledger]}
+
+    def _order_by(self, found: ValidationScore, reply: EvaluateReply | None) -> str:
+        """Climbs, or undoes a climb, by what the validation sites have; returns what to report."""
+        if not self.order or reply is None:
+            return ""
+        if self.ledger and self.ledger[-1].after is None and self.ledger[-1].round < found.round_number:
+            self.ledger[-1] = replace(self.ledger[-1], after=found.score)
+        losses = reply.figures[LOSS][np.arange(len(reply.names)), reply.chosen]
+        score = self.metric.sign * found.score
+        self.order, decision = after_evaluation(self.order, score, losses, self.experiment.server)
+        if decision == "undo":
+            self.strategy.restore(self.guard, self.guard_memory)
+            climb = next(each for each in reversed(self.ledger) if each.what == "climb")
+            rounds = found.round_number - climb.round
+            why = f"validation sites got worse after the climb in round {climb.round}: its state is put back"
+            self.guard, self.guard_memory = {}, {}
+            self.ledger.append(Decision(found.round_number, "undo", why, climb.before, found.score, -rounds))
+            return f"round {found.round_number}: undid the climb to the exact gradient: {why}"
+        if decision == "climb":
+            patience = self.experiment.server.climb_patience
+            return self._climb(found.round_number, f"{patience} evaluations without a better validation score", losses)
+        if not self.order.guarded:
+            self.guard, self.guard_memory = {}, {}
+        return ""
+
+    def _climb(self, round_number: int, why: str, losses: NDArray[np.float64] | None) -> str:
+        assert self.order
+        self.order = climbed(self.order, losses)
+        self.guard, self.guard_memory = self.strategy.optimizer.meta_state, self.strategy.optimizer.state()
+        self.guard_memory = {name: value.clone() for name, value in self.guard_memory.items()}
+        return self._decide(round_number, "climb", why)
+
+    def _decide(self, round_number: int, what: str, why: str) -> str:
+        before = self.last_score.score if self.last_score else None
+        self.ledger.append(Decision(round_number, what, why, before))
+        to = "up to the exact gradient" if what == "climb" else "down to the first-order gradient"
+        return f"round {round_number}: {to}: {why}"
 
     def _reach(self, round_number: int, last: int, found: ValidationScore, totals: Mapping[str, float]) -> str:
         self.target = {"to_target": {"rounds": round_number, "wall_s": round(totals.get("wall_s", 0.0), 3)}}
@@ -183,11 +277,15 @@ def _score(reply: EvaluateReply | None, name: str, round_number: int) -> Validat
 
 def _check(experiment: Experiment, learner: Learner, strategy: MetaGradientStrategy) -> None:
     """Raises `FedmetaError` where what steers the run has nothing to decide by."""
+    _check_order(experiment, learner)
     if not experiment.steered:
         return
     key = "[evaluation] patience" if experiment.evaluation.patience else "[server] until"
+    key = key if experiment.evaluation.patience or experiment.server.until else '[learner] order = "auto"'
     if not experiment.evaluation.every:
         raise FedmetaError(f"{key}: needs evaluation.every above 0: validation sites are scored at evaluations")
+    if experiment.privacy.secure_aggregation:
+        raise FedmetaError(f"{key} with privacy.secure_aggregation: it needs the score of each validation site")
     if not strategy.federation.validation.any():
         raise FedmetaError(
             f"{key}: no training site can be split off as a validation site: give the run more sites, or raise "
@@ -198,3 +296,36 @@ def _check(experiment: Experiment, learner: Learner, strategy: MetaGradientStrat
             f'[evaluation] patience with [learner] name = "{experiment.learner.name}": what sites kept in the best '
             "round is gone by the end; set patience to 0"
         )
+
+
+def _check_order(experiment: Experiment, learner: Learner) -> None:
+    """Raises `FedmetaError` where a run cannot take the gradient that it asks for."""
+    wanted = experiment.learner.order
+    if wanted == "exact":
+        return
+    server = experiment.server
+    whole = server.quorum == 1.0 and server.late != "buffer" and not server.deadline
+    rules = (
+        (
+            experiment.privacy.secure_aggregation or not whole,
+            "rounds with a quorum or secure aggregation have one gradient: name fomaml or maml in its place",
+        ),
+        (
+            wanted == "auto" and server.compression != "none",
+            "a probe would take what compression keeps at a site for the next round",
+        ),
+        (
+            not has_first_order(learner),
+            f'learner.name = "{experiment.learner.name}" has no first-order approximation of all that it trains: take '
+            "maml or anil",
+        ),
+        (has_payload(learner.problem) or has_outer_step(learner.problem), "the problem sends statistics of its own"),
+        (
+            wanted == "auto" and bool(experiment.privacy.noise_multiplier),
+            "a probe would release a second sum of each cohort, which the accountant does not count",
+        ),
+        (wanted == "auto" and not experiment.plain_cohorts, "a probe compares plain means over a cohort"),
+    )
+    for broken, reason in rules:
+        if broken:
+            raise FedmetaError(f'[learner] order = "{wanted}": {reason}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from fedmeta.messages import (
     EVALUATE,
     FAILURES,
     LOSS,
+    MASKED_EVALUATE,
     MASKED_TRAIN,
     QUERY_ENGINE,
     QUERY_NORMS,
@@ -40,17 +42,19 @@ from fedmeta.messages import (
     write_arrays,
 )
 from fedmeta.messages.compressed import unpack_reply
-from fedmeta.messages.secure import TAIL
+from fedmeta.messages.secure import SCORE_GROUPS, TAIL, scores_size
 from fedmeta.problems import Supervised
 from fedmeta.problems.pooled import impossible as pooled_impossible
 from fedmeta.problems.problem import has_outer_step
-from fedmeta.secure.ring import decode
+from fedmeta.secure.graph import FEWEST
+from fedmeta.secure.ring import decode, decode_wide
 from server import influence
 from server.aggregation import Gradient, aggregate_replies
 from server.cohorts import Cohorts, by_site
 from server.federation import NO_NODE, SITE_UNAVAILABLE, Federation
 from server.lateness import Answer, Outstanding, Received, scaled
 from server.optimizer import ServerOptimizer
+from server.order import Probe, compare
 from server.privacy import SiteLevelDP
 from server.sampling import draw_cohort, sites_to_evaluate
 from server.secure_sum import secure_sum
@@ -152,6 +156,9 @@ class MetaGradientStrategy(Strategy):
         self.busy: frozenset[str] = frozenset()
         self.cohorts = Cohorts.of(experiment, {}, {})
         self.per_site = experiment.server.aggregator != "mean" or not experiment.plain_cohorts
+        self.order = "first" if experiment.learner.order != "exact" else ""
+        self.probed: Gradient | None = None
+        self.compared: Probe | None = None
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
         self._requested: dict[int, tuple[str, ...]] = {}
@@ -178,6 +185,11 @@ class MetaGradientStrategy(Strategy):
         self.optimizer.replace(meta_state)
         self._packed = None
 
+    def restore(self, meta_state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> None:
+        """Puts another meta-state and the optimizer's memory beside it in place."""
+        self.optimizer.restore(meta_state, memory)
+        self._packed = None
+
     def arrays(self) -> ArrayRecord:
         """Returns the meta-state as it stands, as a record."""
         if self._packed is None:
@@ -190,7 +202,16 @@ class MetaGradientStrategy(Strategy):
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
         cohort = self._cohort(server_round, grid)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site)
+        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site, order=self.order)
+
+    def probe(self, server_round: int, order: str, grid: Grid) -> None:
+        """Computes the round's cohort in another order too: `aggregate_train` compares, and steps along its own."""
+        names = [name for requested in self._requested.values() for name in requested]
+        sites, arrays = self.federation.indices(sorted(names)), self.arrays()
+        messages = self._messages(grid, TRAIN, server_round, sites, arrays, per_site=self.per_site, order=order)
+        replies = grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+        usable = self._train_replies(replies)
+        self.probed = aggregate_replies(usable, self.experiment.server) if usable else None
 
     def _norms(self, grid: Grid, server_round: int, sites: NDArray[np.int64], arrays: ArrayRecord) -> dict[str, float]:
         """Asks training sites how long their updates are; those whose update is not finite or that fail are absent."""
@@ -276,6 +297,7 @@ class MetaGradientStrategy(Strategy):
             gave a usable gradient, or fewer than the aggregator needs, or the step would make it infinite, and the
             meta-state stays as it is. A private round always steps, and has no loss where no site was drawn.
         """
+        self.compared = None
         return self._aggregate(self._train_replies(replies))
 
     def configure_quorum(self, server_round: int, grid: Grid) -> list[tuple[Message, int, tuple[str, ...]]]:
@@ -355,6 +377,32 @@ class MetaGradientStrategy(Strategy):
         metrics = {"query_loss": float(loss) / round(float(counted))} if round(float(counted)) else {}
         return self.arrays(), MetricRecord({**metrics, "sites": num_ok})
 
+    def secure_evaluate(self, server_round: int, grid: Grid, **how: Any) -> NDArray[np.float64] | None:
+        """Returns the sums of an evaluation by group of sites [groups, numbers]; None where too few were left.
+
+        A group of fewer than three sites is left out: its sums would be those of one or two.
+        """
+        self.log = log = RoundLog()
+        sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
+        kinds = {NEW: 0, TRAINING: 1}
+        group_of = {self.federation.names[site]: kinds.get(self.federation.kind(site), -1) for site in sites.tolist()}
+        sizes = Counter(group_of.values())
+        small = {group for group, count in sizes.items() if count < FEWEST}
+        arrays, size = self.arrays(), scores_size(len(self.learner.problem.metrics))
+
+        def request(names: tuple[str, ...]) -> RecordDict:
+            groups = tuple(-1 if group_of[name] in small else group_of[name] for name in names)
+            return self._request(server_round, names, groups=groups, **how).pack(arrays)
+
+        context = f"{self.run} evaluate {server_round}"
+        shares = self.federation.by_node(sites)
+        found = secure_sum(grid, shares, self.experiment, context, MASKED_EVALUATE, request, 2 * size)
+        log.bytes_down, log.bytes_up, log.failed = found.bytes_down, found.bytes_up, found.failed
+        if found.total is None:
+            log.skipped = found.why
+            return None
+        return decode_wide(found.total, self.experiment.privacy.quantum).reshape(SCORE_GROUPS, -1)
+
     def _aggregate(self, usable: list[TrainReply]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if not self.cohorts.plain:
             usable = by_site(usable, self.experiment, self.federation)
@@ -371,6 +419,9 @@ class MetaGradientStrategy(Strategy):
             gradient = aggregate_replies(usable, self.experiment.server)
         if gradient is None:
             return None, None
+        if self.probed is not None:
+            both = (gradient, self.probed) if self.order == "first" else (self.probed, gradient)
+            self.compared, self.probed = compare(*both), None
         if not self._step(gradient, sum(reply.weight for reply in usable)):
             self.log.undone = True
             self.log.failed.update({name: UNDONE for reply in usable for name in reply.names})

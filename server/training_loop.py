@@ -25,7 +25,8 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, cohorts, compression, lateness, secure_sum
+from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum
+from server.adaptation_schedule import AdaptationSchedule
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
@@ -356,15 +357,22 @@ class TrainingLoop:
         self.logger.log_failures(number, fresh, "start")
         self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
         strategy.federation = self.membership.federation
+        self.steering.before_round()
         secure = self.experiment.privacy.secure_aggregation
         replies: Iterable[Message] = ()
         received: Received | None = None
+        other = ""
+        asked = answered = probed = time.perf_counter()
         if self.lateness:
             strategy.busy = self.lateness.busy
             received = self.lateness.receive(self.grid, strategy.configure_quorum(number, self.grid), number)
         elif not secure:
             messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-            replies = self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout)
+            replies = list(self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout))
+            answered = time.perf_counter()
+            if other := self.steering.probes(number):
+                strategy.probe(number, other, self.grid)
+            probed = time.perf_counter()
         with defer_keyboard_interrupt():
             if self.lateness and received:
                 _, metrics = strategy.aggregate_quorum(number, received, self.lateness.staleness)
@@ -374,6 +382,8 @@ class TrainingLoop:
                 _, metrics = strategy.aggregate_train(number, replies)
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
+            if note := self.steering.after_round(number, answered - asked, probed - answered if other else None):
+                self.report(note)
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.empty_rounds = self.empty_rounds + 1 if idle else 0
             self.useful = self.useful or not idle
@@ -425,7 +435,10 @@ class TrainingLoop:
         """Evaluates all sites; at the end also local-only, and after as many steps as the schedule allows."""
         counted = self.totals
         try:
-            found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
+            if self.experiment.privacy.secure_aggregation:
+                found = self._secure_evaluate()
+            else:
+                found = evaluate_all_sites(self._ask, self.strategy, self.learner, self.round_number, last)
         except BaseException:
             # It comes a second time, should the run be resumed, and is then counted.
             self.totals = counted
@@ -443,6 +456,18 @@ class TrainingLoop:
             self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
         self.report()
+
+    def _secure_evaluate(self) -> tuple[Evaluation, AdaptationSchedule | None] | None:
+        """Returns an evaluation that holds the sums of groups of sites alone; None where too few were left."""
+        started, settings = time.perf_counter(), self.experiment.evaluation
+        steps = self.learner.evaluation_steps(settings.steps)
+        sums = self.strategy.secure_evaluate(self.round_number, self.grid, steps=steps, rate=1.0, gate=settings.gate)
+        self._count(time.perf_counter() - started)
+        self.logger.log_failures(self.round_number, self.strategy.log.failed, "evaluation")
+        if sums is None:
+            self.report(f"no evaluation after round {self.round_number}: {self.strategy.log.reasons()}")
+            return None
+        return secure_evaluation.evaluation_of(self.round_number, sums, self.metrics), None
 
     def _steer(self) -> None:
         """Scores the validation sites, where the run decides by them and it is time, and decides."""
@@ -477,7 +502,8 @@ class TrainingLoop:
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
         positive = getattr(self.learner.problem, "positive", 1)
-        return summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        groups = summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        return secure_evaluation.summaries(groups, evaluation.pooled, self.metrics)
 
     def _evaluated(self) -> bool:
         return bool(self.evaluations) and self.evaluations[-1].round_number == self.round_number

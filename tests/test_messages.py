@@ -16,6 +16,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
+    MASKED_EVALUATE,
     MASKED_SUMS,
     MASKED_TRAIN,
     QUERY_CATEGORIES,
@@ -82,6 +83,7 @@ REQUEST = RoundRequest(
     steps=5,
     engine="vmap",
     budget=1 << 26,
+    order="first",
 )
 TRAINED = TrainReply(GRADIENT, 2.5, ("abbey", "zion"), np.array([0.25, math.nan]), np.array([True, False]))
 EVALUATED = EvaluateReply(
@@ -281,7 +283,7 @@ def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, wo
 
 def test_every_question_that_a_client_answers_is_in_the_contract() -> None:
     answered = {kind.removesuffix(".default") for kind in app._registered_funcs}
-    secure = {QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK, MASKED_TRAIN, MASKED_SUMS}
+    secure = {QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK, MASKED_TRAIN, MASKED_SUMS, MASKED_EVALUATE}
     assert answered == {*CONTRACT, QUERY_CATEGORIES, *secure}
 
 

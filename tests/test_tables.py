@@ -4,6 +4,7 @@ import pytest
 
 from fedmeta import tables
 from fedmeta.tables import Change, Share
+from fedmeta.tracking import metrics
 from tests.tracking.made_up_run import RMSE, SNR, evaluation, summary
 
 
@@ -63,3 +64,28 @@ def test_further_metrics_count_where_they_are_undefined():
     assert [row[:2] for row in rows] == [("ece", "new sites"), ("ece", "training sites")]
     assert rows[0][headings.index("sites") :] == (1, 1)
     assert rows[1][headings.index("sites") :] == (3, 0)
+
+
+def test_a_ledger_has_a_row_and_a_line_for_each_decision_and_its_totals() -> None:
+    stop = {"round": 30, "what": "stop", "why": "no better", "before": 0.8, "after": 0.7}
+    stop |= {"saved_rounds": 70, "saved_s": 3.5, "saved_bytes": 2e6}
+    undo = {"round": 10, "what": "undo", "why": "worse", "before": 0.8, "after": None}
+    undo |= {"saved_rounds": -4, "saved_s": 0.0, "saved_bytes": 0.0}
+    reached = {"rounds": 5, "wall_s": 1.0, "bytes_up": 1e6, "bytes_down": 2e6}
+    order = {"rounds_first": 9, "rounds_exact": 1, "probes": 2, "first_s": 0.1, "exact_s": 0.3, "saved_s": 1.6}
+    own = {"ledger": [stop, undo], "stopping": {"to_target": reached}, "order": order}
+    assert tables.ledger_lines(own) == [
+        "stop after round 30: no better; saves 70 rounds, 3.5 s",
+        "undo after round 10: worse; 4 rounds lost",
+        "to the target: 5 rounds, 1.0 s, 3.0 MB",
+        "order: 9 rounds of first order, 1 exact, 2 probes; a cohort takes first 0.1 s, exact 0.3 s; first order saved "
+        "1.6 s, probes counted",
+    ]
+    found = tables.ledger_table(own)
+    assert [row[0] for row in found.rows] == ["stop after round 30", "undo after round 10"]
+    assert all(len(row) == len(found.headings) for row in found.rows)
+    assert tables.ledger_lines({}) == []
+    totals = metrics._ledger(own)
+    assert (totals["ledger/saved_rounds"], totals["ledger/to_target_rounds"]) == (66, 5)
+    assert totals["ledger/order_saved_s"] == 1.6
+    assert metrics._ledger({}) == {}

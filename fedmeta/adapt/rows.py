@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.adapt.initialization import Form, MetaModel
+from fedmeta.adapt.initialization import Form
 from fedmeta.data import class_codes, load_site
 from fedmeta.data.arrays import plain
 from fedmeta.data.npz_file import npz_path, read_arrays
@@ -23,10 +23,22 @@ from fedmeta.data.population import Population
 from fedmeta.data.table_file import clean_name
 from fedmeta.data.tables import read_columns, table_columns
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Data
+from fedmeta.experiment import Data, Experiment
 
 NAMED = 5
 """How many columns or classes an error names."""
+
+
+class Described(Protocol):
+    """What knows the form of a run's rows: what a run leaves, or a site's own model."""
+
+    @property
+    def form(self) -> Form:
+        """What rows and labels look like."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """The run's description."""
 
 
 class SiteRows(NamedTuple):
@@ -50,12 +62,12 @@ class SiteRows(NamedTuple):
 
 
 def read_rows(
-    start: MetaModel, path: str, classes: tuple[str, ...] | None = None, missing: Sequence[str] = ()
+    start: Described, path: str, classes: tuple[str, ...] | None = None, missing: Sequence[str] = ()
 ) -> SiteRows:
     """Reads a site's file, of any form that a deployed node's may have.
 
     Args:
-        start: What the run leaves.
+        start: What the run leaves, or a model made of it.
         path: A `.csv`, `.parquet` or `.npz` file.
         classes: What the codes stand for, where other rows of the site fixed that; None = the run's classes, or those
             of a few-shot site's file.

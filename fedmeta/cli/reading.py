@@ -1,4 +1,4 @@
-"""Commands that look at sites and at finished runs: sites, init, check, adapt, predict, report, landscape."""
+"""Commands that look at sites and at finished runs: sites, init, check, adapt, watch, predict, report, landscape."""
 
 from __future__ import annotations
 
@@ -197,6 +197,38 @@ def adapt(
     if as_json:
         found = adapted.summary() | {"out": str(out), "files": written.files}
         print(json.dumps(found | {"onnx_difference": written.onnx_difference}))
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What fedmeta adapt --out made.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Labelled rows in time that the model has not seen (.csv, .parquet, .npz)."),
+    ],
+    rate: Annotated[float, typer.Option(help="Probability of a false alarm on the whole file, at most.")] = 0.01,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text that means a missing value in the file; may be repeated."),
+    ] = None,
+    code: AllowedCode = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Watches a site's rows with its model, and reports when to re-adapt: an alarm with a bound on false ones.
+
+    Rows count in the file's order. Nothing leaves this machine, and the model stays as it is.
+    """
+    from fedmeta.adapt import prediction
+    from fedmeta.stream.watching import watch_file
+    from fedmeta.trust import allow_code
+
+    model, notes = prediction.read_model(folder, allow_code(code or []))
+    found = watch_file(model, data, rate, missing or [])
+    for note in (*notes, *found.notes):
+        print(f"note  {visible(note)}", file=sys.stderr)
+    print(found.advice, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(found.summary()))
 
 
 @app.command()

@@ -206,7 +206,7 @@ class Experiment(Section):
     @property
     def steered(self) -> bool:
         """Whether validation sites are scored while the run trains, because something is decided by their scores."""
-        return bool(self.evaluation.patience or self.server.until)
+        return bool(self.evaluation.patience or self.server.until or self.learner.order == "auto")
 
     @property
     def evaluation_steps(self) -> int:

@@ -94,6 +94,10 @@ class Learner(OpenSection):
         default=5, ge=1, description="Length of adaptation: in training of what adapts, and at evaluation (steps)"
     )
     inner_lr: float = Field(default=0.1, gt=0, description="Learning rate of adaptation and of local epochs (per step)")
+    order: Literal["exact", "first", "auto"] = Field(
+        default="exact",
+        description="Gradient of maml and anil: exact, its first-order approximation, or one by measurement",
+    )
     local_epochs: int = Field(
         default=5,
         ge=1,
@@ -184,6 +188,24 @@ class Server(Section):
     q: float = Field(
         default=1.0, ge=0, description='How far objective = "q" leans to sites with a high loss (power of the loss)'
     )
+    probe_every: int = Field(
+        default=10, ge=1, description='Interval between probes of both gradients, with learner.order = "auto" (rounds)'
+    )
+    climb_below: float = Field(
+        default=0.9,
+        ge=-1,
+        le=1,
+        description="Cosine of both gradients below which a run climbs to the exact (cosine)",
+    )
+    descend_above: float = Field(
+        default=0.98, ge=-1, le=1, description="Cosine above which it comes down again; above climb_below (cosine)"
+    )
+    climb_patience: int = Field(
+        default=3, ge=1, description="Evaluations without a better validation score after which it climbs (evaluations)"
+    )
+    descend_probes: int = Field(
+        default=3, ge=1, description="Probes in a row above descend_above after which it comes down (probes)"
+    )
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] | Annotated[int, Field(ge=1)] = Field(
         default=0.2,
         description="False replies in a round that the aggregator is to withstand (share of its sites, or a count)",
@@ -243,6 +265,8 @@ class Server(Section):
             yield "weighting", hint
         if self.max_weight and self.weighting == "uniform":
             yield "max_weight", 'needs weighting = "examples": else each site weighs 1'
+        if self.descend_above <= self.climb_below:
+            yield "descend_above", f"must be above climb_below = {self.climb_below:g}: else a run climbs up and down"
         if self.aggregator != "mean":
             why = f'needs aggregator = "mean": "{self.aggregator}" knows no weights of single sites'
             if self.sampling in ("optimal", "clustered"):

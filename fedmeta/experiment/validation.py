@@ -266,6 +266,9 @@ Origins = Mapping[tuple[str, str], str]
 MOST = 10
 """How many problems of a file are listed."""
 
+MOST_KEYS = 24
+"""How many keys of a section are listed where none resembles an unknown one."""
+
 
 def report(
     error: ValidationError, table: Mapping[str, Any], sections: Sections, origin: str, origins: Origins
@@ -327,7 +330,8 @@ def _unknown_section(name: str, value: object, sections: Sections) -> str:
 
 def _unknown_key(section: str, key: str, start: str, sections: Sections) -> str:
     known = sections[section].model_fields
-    hint = _elsewhere(key, sections) or nearest(key, known) or f"; its keys are {', '.join(known)}"
+    listed = ", ".join([*known][:MOST_KEYS]) + (", ... (docs/experiment.md has all)" if len(known) > MOST_KEYS else "")
+    hint = _elsewhere(key, sections) or nearest(key, known) or f"; its keys are {listed}"
     return f"unknown key {start}{hint}"
 
 

@@ -24,9 +24,9 @@
 `query.keys`, `query.shares`, `query.unmask`: with `privacy.secure_aggregation`, steps 1, 2 and 4 of a secure sum
     (`fedmeta.secure`): public keys of sites, their secrets in shares that are encrypted for their neighbors, and shares
     of what does not cancel.
-`train.masked`, `query.masked_sums`: step 3: what `train` and `query.sums` are sent, with the neighbors' shares; a node
-    replies per site with numbers under masks: the weighted meta-gradient, the weight, and the query loss with their
-    counts; or the sums of features and targets.
+`train.masked`, `query.masked_sums`, `evaluate.masked`: step 3: what `train`, `query.sums` and `evaluate` are sent, with
+    the neighbors' shares; a node replies per site with numbers under masks: the weighted meta-gradient, the weight, and
+    the query loss with their counts; the sums of features and targets; or its scores, by group of sites.
 
 A node that cannot answer replies with a code of `FAILURES` and nothing else: the text of an exception may hold a cell
 of the data. Every message is built and read here and nowhere else; reading checks names, types, shapes and lengths.
@@ -59,6 +59,7 @@ __all__ = [
     "FAILURES",
     "LOCAL_METHODS",
     "LOSS",
+    "MASKED_EVALUATE",
     "MASKED_SUMS",
     "MASKED_TRAIN",
     "QUERY_CATEGORIES",
@@ -90,7 +91,7 @@ __all__ = [
 QUERY_SITES, QUERY_SUMS, QUERY_ENGINE = "query.sites", "query.sums", "query.engine"
 QUERY_CATEGORIES, QUERY_NORMS = "query.categories", "query.norms"
 QUERY_KEYS, QUERY_SHARES, QUERY_UNMASK = "query.keys", "query.shares", "query.unmask"
-MASKED_SUMS, MASKED_TRAIN = "query.masked_sums", "train.masked"
+MASKED_SUMS, MASKED_TRAIN, MASKED_EVALUATE = "query.masked_sums", "train.masked", "evaluate.masked"
 TRAIN, EVALUATE = "train", "evaluate"
 
 

@@ -53,6 +53,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 BASELINES = ("", "local_only", "classical", "optimum")
 """What an evaluation may be of: adaptation (""), or what it is compared with."""
 
+ORDERS = ("exact", "first")
+"""Which gradient a round may want of a learner that has both."""
+
 LOCAL_METHODS = ("linear", "network", "trees", "solver")
 """How a site may solve alone; a site sends the place of its method in this tuple."""
 
@@ -82,6 +85,7 @@ class RoundRequest:
         groups: The group that each site's pooled sums are added to, -1 = none; empty where no pooled figures are
             wanted (`evaluate`).
         categories: The columns of categories, and the names that the run knows of each.
+        order: Which gradient is wanted of a learner that has both, "exact" or "first"; "" for its own (`train`).
     """
 
     meta_state: Mapping[str, Tensor]
@@ -99,6 +103,7 @@ class RoundRequest:
     per_site: bool = False
     groups: tuple[int, ...] = ()
     categories: Categories = ()
+    order: str = ""
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -117,6 +122,7 @@ class RoundRequest:
             "per_site": self.per_site,
             "groups": list(self.groups),
             **write_categories(self.categories),
+            **({"order": self.order} if self.order else {}),
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -124,7 +130,8 @@ class RoundRequest:
     def unpack(cls, content: RecordDict) -> RoundRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
-        task = read_record(content, "task", ConfigRecord, *with_optional(content, "task", TASK_KEYS, CATEGORY_KEYS))
+        keys = with_optional(content, "task", with_optional(content, "task", TASK_KEYS, CATEGORY_KEYS), ("order",))
+        task = read_record(content, "task", ConfigRecord, *keys)
         run = read_scalar(task, "run", str)
         if not RUN_NAME.fullmatch(run):
             raise MessageError("the run's name is not the name of a folder")
@@ -144,7 +151,14 @@ class RoundRequest:
             per_site=read_scalar(task, "per_site", bool),
             groups=tuple(read_list(task, "groups", int)),
             categories=read_categories(task),
+            order=_order(read_scalar(task, "order", str)) if "order" in task else "",
         )
+
+
+def _order(name: str) -> str:
+    if name not in ORDERS:
+        raise MessageError(f'there is no order "{name[:40]}"')
+    return name
 
 
 def _baseline(name: str) -> str:

@@ -41,6 +41,18 @@ LONGEST_TEXT = 1 << 10
 TAIL = ("weight", "count", "loss", "loss_count")
 """What follows a site's gradient in a round's sum: its weight, 1, its query loss, and 1 where that is in the mean."""
 
+COUNTS = ("n", "diverged", "helped", "harmed")
+"""What the sums of an evaluation begin with, by group of sites."""
+
+SCORE_GROUPS = 2
+"""New sites and training sites."""
+
+
+def scores_size(metrics: int) -> int:
+    """Returns how many numbers a site adds to the sums of an evaluation with so many metrics."""
+    return SCORE_GROUPS * (len(COUNTS) + 2 * 3 * (1 + metrics))
+
+
 SECURE = "secure"
 """The record that makes of a request one for masked numbers."""
 

@@ -46,6 +46,7 @@ def on_run(run: Run) -> Document:
             parts.data(run),
             Section("Results", (*_tables(run), *_own_pictures(run), _plots(run, score))),
             Section("Left behind", _left_behind(run, score)),
+            *_decisions(run),
             parts.again(
                 run.experiment, f"fedmeta run {parts.EXPERIMENT_FILE}", summary.get("versions", {}), _facts(run)
             ),
@@ -144,6 +145,17 @@ def _left_behind(run: Run, score: Metric) -> tuple[Block, ...]:
         "model is the better one there; with evaluation.gate = true each site decides that on its own support data."
     )
     return Text(advice), parts.site_table("left_behind", losing, score)
+
+
+def _decisions(run: Run) -> tuple[Section, ...]:
+    """Returns what the run decided about itself, where it might have."""
+    if "ledger" not in run.summary:
+        return ()
+    found = tables.ledger_table(run.summary)
+    lines = tuple(Text(line) for line in tables.ledger_lines(run.summary)[len(found.rows) :])
+    if not found.rows:
+        return (Section("Decisions", (Text("The run made no decision about itself: it had all its rounds."), *lines)),)
+    return (Section("Decisions", (Table("ledger", *found, tables.LEDGER, left=2), *lines)),)
 
 
 def _facts(run: Run) -> str:

@@ -63,6 +63,8 @@ def description(summary: Mapping[str, Any], sites: pd.DataFrame) -> str:
     further = tables.metrics_table(summary)
     if further.rows:
         lines += ["", *_table(*further, left=2)]
+    if decided := tables.ledger_lines(summary):
+        lines += ["", "Decisions:", "", *(f"- {tables.plain(line)}" for line in decided)]
     worst = per_site(sites).head(NAMED_SITES)
     if len(worst):
         rows = [tuple(row) for row in worst.itertuples(index=False)]

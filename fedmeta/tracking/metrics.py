@@ -15,6 +15,9 @@ import pandas as pd
 from fedmeta.problems.metric import score_of
 from fedmeta.tables import GROUPS
 
+SAVED = ("saved_rounds", "saved_s", "saved_bytes")
+"""What a decision of a run saved, as its ledger names it."""
+
 RESULTS = "final/"
 """How the metrics that compare runs begin."""
 
@@ -93,8 +96,22 @@ def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, 
             f"{RESULTS}beats_local": new.get("beats_local"),
             f"{RESULTS}training_sites_personalized": training["personalized"]["mean"],
             f"{RESULTS}sites_left_behind": len(left_behind(latest(sites))),
+            **_ledger(summary),
         }
     )
+
+
+def _ledger(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the totals of what a run decided about itself; nothing where it might decide nothing."""
+    if "ledger" not in summary:
+        return {}
+    totals = {name: sum(each[name] for each in summary["ledger"]) for name in SAVED}
+    reached = (summary.get("stopping") or {}).get("to_target") or {}
+    return {
+        **{f"ledger/{name}": total for name, total in totals.items()},
+        "ledger/order_saved_s": (summary.get("order") or {}).get("saved_s"),
+        **{f"ledger/to_target_{name}": value for name, value in reached.items()},
+    }
 
 
 def latest(sites: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -185,6 +187,29 @@ def test_steps_that_are_computed_again_change_nothing(name: str, model: str) -> 
 def test_many_steps_are_those_of_the_loop() -> None:
     learner = build("meta-sgd", MODELS["mlp"](), inner_steps=program.engine.KEPT_STEPS + 1)
     assert apart(learner, batch_for("mlp"))[0] < 1e-10
+
+
+MEMORY = """
+import resource
+import torch
+from fedmeta import models
+from fedmeta.engines import program
+from fedmeta.learners import build
+from tests.engines.cases import tasks
+torch.set_num_threads(1)
+learner = build("maml", models.build("conv4", (28, 28), 5), inner_steps=100, inner_lr=0.01)
+state, batch = learner.init(0), tasks([(5, 75)], (28, 28), torch.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = program.meta_gradients(learner, state, batch, torch.ones(1, dtype=torch.float64))
+assert found.weight == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_on_conv4_take_less_than_a_gibibyte() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) < 1 << 20  # KiB
 
 
 @pytest.mark.parametrize("target", ["numbers", "unseen classes"])
