@@ -3,8 +3,8 @@
     python experiments/prediction_sets.py
 
 trains experiments/writers.toml, digits.toml, heart.toml (with four seeds, which make three of its four hospitals
-new) and har.toml, gives 10, 20 and 40 rows of each new site to the code of `fedmeta adapt`, and scores its sets on the site's
-other rows, beside those of
+new) and har.toml, gives 10, 20 and 40 rows of each new site to the code of `fedmeta adapt`, and scores its sets on the
+site's other rows, beside those of
 
 - split conformal: the model adapts to half of the rows, and the other half sets the threshold, at the same level;
 - CV+ at .05, by leaving out one row at a time, whose guarantee is 1 - 2 alpha = 90 % (Barber and others, 2021);
