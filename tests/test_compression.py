@@ -142,7 +142,8 @@ QUIET = ("evaluation.every=0", "evaluation.local_baseline=none", "server.rounds=
 
 @pytest.mark.quick("int8")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_with_small_messages_trains(tmp_path: Path, method: str) -> None:
+def test_a_run_with_small_messages_trains(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     plain = run(digits(tmp_path / "plain", *QUIET))
     small = run(digits(tmp_path / "small", *QUIET, f"server.compression={method}"))
     assert small.summary["failures"] == 0
@@ -151,7 +152,10 @@ def test_a_run_with_small_messages_trains(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_not_sent_is_kept_at_the_site_and_survives_a_restart(tmp_path: Path) -> None:
+def test_what_was_not_sent_is_kept_at_the_site_and_survives_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # sites do not know the folder of runs, and keep what is theirs in the usual one
     own = (*QUIET, "server.compression=top-k", "runtime.checkpoint_every=1")
     whole = run(digits(tmp_path / "whole", *own))
 
@@ -163,7 +167,7 @@ def test_what_was_not_sent_is_kept_at_the_site_and_survives_a_restart(tmp_path: 
         run(digits(tmp_path / "cut", *own), report=stop)
     resumed = run(digits(tmp_path / "cut", *own), resume="auto")
     assert all(torch.equal(value, resumed.meta_state[name]) for name, value in whole.meta_state.items())
-    folder = whole.folder / "personal" / "unsent"
+    folder = tmp_path / "fedmeta-runs" / whole.folder.name / "personal" / "unsent"
     kept_at = [read(folder, f"site-{number:02d}", 99) for number in range(40)]
     assert any(own is not None and bool(own["residual"].any()) for own in kept_at)
 
