@@ -2,7 +2,7 @@
 
     python experiments/prediction_sets.py
 
-trains experiments/writers.toml, digits.toml, heart.toml (with each of four seeds, which make another hospital new) and
+trains experiments/writers.toml, digits.toml, heart.toml (with four seeds, which make three of its four hospitals new) and
 har.toml, gives 10, 20 and 40 rows of each new site to the code of `fedmeta adapt`, and scores its sets on the site's
 other rows, beside those of
 
