@@ -163,7 +163,10 @@ class Tracker:
         self._queue.put(self._values(0, metrics.final_metrics(summary, sites)))
         self._queue.put([Tag("mlflow.note.content", description.description(summary, sites))])
         makers: dict[str, Callable[[], list[Event]]] = {"tables": lambda: self._tables(sites)}
-        if not self._settings.parent:  # a trial's pictures and model take seconds, and are never looked at
+        # With secure aggregation there is no row of a site, and so nothing to draw.
+        if not self._settings.parent and len(
+            sites
+        ):  # a trial's pictures and model take seconds, and are never looked at
             makers["pictures"] = lambda: self._pictures(summary, sites)
             if model:
                 makers["model"] = lambda: [Model(str(made.absolute()), registered) for made in (model(),) if made]
