@@ -57,9 +57,10 @@ class LocalStateStore:
         state = context.node_config.get("state")
         if not state and "partition-id" not in context.node_config:
             raise StorageError("node config: state is missing: this learner keeps a part of the model at the site")
-        folder = (
-            Path(str(state)) / request.run if state else Path(experiment.tracking.folder) / request.run / "personal"
-        )
+        if state:
+            folder = Path(str(state)) / request.run
+        else:
+            folder = Path(str(context.run_config.get("folder", experiment.tracking.folder))) / request.run / "personal"
         return cls(folder, request.names, request.round_number, request.saved_rounds)
 
     def read(self, after_round: bool = False) -> list[dict[str, Tensor] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
@@ -35,7 +36,10 @@ class LocalGrid(Grid):
             node_id=NODE_ID,
             node_config={"partition-id": 0, "num-partitions": 1},
             state=RecordDict(),
-            run_config={"experiment": experiment.for_sites()},
+            run_config={
+                "experiment": experiment.for_sites(),
+                "folder": str(Path(experiment.tracking.folder).absolute()),  # in which sites of a simulation keep parts
+            },
         )
         self._pending: dict[str, Message] = {}
         self._run: Any = None

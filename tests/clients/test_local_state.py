@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
+import fedmeta
 from clients import local_state
 
 SITE = "Mercy Hospital"
@@ -71,3 +74,21 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     (own,) = tmp_path.iterdir()
     (own / "round-000002.safetensors").write_bytes(b"not a tensor")
     assert local_state.read(tmp_path, SITE, 3) is None
+
+
+@pytest.mark.slow
+def test_a_run_keeps_personal_parts_in_its_own_folder_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "sites.npz", x=random.normal(size=(60, 4)), y=np.arange(60) % 3, site=np.arange(60) % 5)
+    settings = [
+        "data.source=npz", f"data.path={tmp_path / 'sites.npz'}", "learner.name=ditto", "server.rounds=2",
+        "tracking.uri=none", f"tracking.folder={tmp_path / 'runs'}", "evaluation.local_baseline=none",
+    ]  # fmt: skip
+    result = fedmeta.run(fedmeta.Experiment().with_overrides(settings))
+    assert [path.parent for path in (tmp_path / "runs").glob("*/personal")] == [result.folder]
+    assert list(elsewhere.iterdir()) == []
