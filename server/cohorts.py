@@ -2,7 +2,7 @@
 
 Uniform draws are in `server.sampling`. What is here applies where `server.sampling` is "optimal" or "clustered", where
 `server.variance_reduction` is "fedvarp", or where `server.objective` weighs sites by their losses. A drawn site's
-update counts by a factor, and the sum is divided by the weight of all training sites, whoever was drawn: the mean
+update counts by a factor, and the sum is divided by the weight of all training sites, whichever sites were drawn: the mean
 over draws is then the mean over all sites. A site that was drawn and did not answer is missing in that sum, and is
 named.
 """
@@ -216,7 +216,7 @@ def check(experiment: Experiment, learner: Learner, meta_state: Mapping[str, Ten
         (
             server.sampling == "optimal" and bool(learner.personal(meta_state)),
             f'learner.name = "{experiment.learner.name}" keeps something at the sites, and asking for norms would be a '
-            "round of its own there",
+            "round by itself there",
         ),
         (
             server.objective != "mean" and learner.update != "gradient",

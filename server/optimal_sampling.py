@@ -7,7 +7,7 @@ sum_{i<=l} u_i / u_l,
 
     p_i = (m + l - n) u_i / sum_{j<=l} u_j   of the l smallest,   p_i = 1   of the others
 
-The paper draws each site by itself, and may draw nobody. Here the draw is systematic in a random order (Madow 1949):
+The paper draws each site by itself, and may draw none. Here the draw is systematic in a random order (Madow 1949):
 the same inclusion probabilities, so that the estimate stays unbiased, and m sites every time.
 """
 

@@ -319,7 +319,7 @@ def _check_order(experiment: Experiment, learner: Learner) -> None:
             f'learner.name = "{experiment.learner.name}" has no first-order approximation of all that it trains: take '
             "maml or anil",
         ),
-        (has_payload(learner.problem) or has_outer_step(learner.problem), "the problem sends statistics of its own"),
+        (has_payload(learner.problem) or has_outer_step(learner.problem), "the problem sends its own statistics"),
         (
             wanted == "auto" and bool(experiment.privacy.noise_multiplier),
             "a probe would release a second sum of each cohort, which the accountant does not count",

@@ -117,7 +117,7 @@ def test_patience_ends_the_run_with_its_best_meta_state(tmp_path: Path) -> None:
     assert there.meta_state.keys() == result.meta_state.keys()
     assert all(torch.equal(value, there.meta_state[name]) for name, value in result.meta_state.items())
     assert there.summary["new_sites"] == result.summary["new_sites"]
-    # What was handed on is the best one too, and sites that decide are no sites that are reported.
+    # The start that other sites get is the best one too, and sites that decide are no sites that are reported.
     kept, _ = checkpoint.newest(result.folder)
     assert all(torch.equal(value, kept.meta_state[name]) for name, value in result.meta_state.items())
     kinds = result.sites.groupby("kind")["site"].nunique()
