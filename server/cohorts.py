@@ -2,7 +2,7 @@
 
 Uniform draws are in `server.sampling`. What is here applies where `server.sampling` is "optimal" or "clustered", where
 `server.variance_reduction` is "fedvarp", or where `server.objective` weighs sites by their losses. A drawn site's
-update counts by a factor, and the sum is divided by the weight of all training sites, whichever sites were drawn: the mean
+update counts by a factor, and the sum is divided by the weight of all training sites: the mean
 over draws is then the mean over all sites. A site that was drawn and did not answer is missing in that sum, and is
 named.
 """
