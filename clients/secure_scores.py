@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmeta.evaluation import DIVERGED
 from fedmeta.messages import LOSS, EvaluateReply
 from fedmeta.messages.secure import COUNTS, SCORE_GROUPS, scores_size
 from fedmeta.problems import Metric
+from fedmeta.problems.metric import DIVERGED
 
 Floats = NDArray[np.float64]
 

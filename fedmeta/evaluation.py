@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 
 from fedmeta.checkpoint import Evaluation
 from fedmeta.messages import LOCAL_METHODS
-from fedmeta.problems.metric import Metric, score_of
+from fedmeta.problems.metric import DIVERGED, Metric, score_of
 from fedmeta.problems.pooled import auroc_bound
 from fedmeta.problems.pooled import pooled as pooled_figures
 
 NEW, TRAINING, VALIDATION = "new", "training", "validation"
 GROUPS = {NEW: "new_sites", TRAINING: "training_sites"}
 """The two kinds of sites, and what summaries call them."""
-
-DIVERGED = 100.0
-"""How many times the global model's loss, or 1, the adapted one's may be before the site counts as diverged."""
 
 RESAMPLES = 2000
 """How many bootstrap samples of sites an interval comes from."""

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+DIVERGED = 100.0
+"""How many times the global model's loss, or 1, the adapted one's may be before the site counts as diverged."""
+
 
 @dataclass(frozen=True)
 class Metric:
