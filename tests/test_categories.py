@@ -150,6 +150,7 @@ def test_a_new_site_is_read_by_the_runs_names(finished: tuple[Path, fedmeta.Resu
         adapt(start, str(tmp_path / "mine.csv"))
 
 
+@pytest.mark.slow
 def test_columns_of_other_units_or_without_values_are_named(
     finished: tuple[Path, fedmeta.Result], tmp_path: Path
 ) -> None:

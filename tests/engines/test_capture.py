@@ -59,6 +59,7 @@ def test_a_replay_gives_the_same_bits_on_other_numbers(model: str, name: str, dt
     assert torch.equal(figures["query_loss"], losses.double())
 
 
+@pytest.mark.slow
 def test_what_a_learner_is_set_to_belongs_to_its_recordings() -> None:
     network = FunctionalModel(MODELS["mlp"])
     batch = tasks(RAGGED, (20,))
@@ -141,6 +142,7 @@ def test_replays_run_without_python_and_give_the_same_bits_with_it(model: str, m
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, batch = build("maml", Transformer(), inner_steps=1), tasks([(3, 2)] * 2, (4,), tokens=True)
     own, replays = state(learner, torch.float32), []
@@ -224,6 +226,7 @@ def test_what_depends_on_more_than_its_inputs_is_not_recorded(compute: Callable[
         capture_graph(compute, [torch.ones(2)])
 
 
+@pytest.mark.slow
 def test_a_computation_without_end_is_not_recorded() -> None:
     def compute(x: Tensor) -> list[Tensor]:
         for number in range(capture.MAX_OPS + 2):
@@ -241,6 +244,7 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.quick("convolution-*")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives_with_truth_values_run_as_torchscript(

@@ -184,6 +184,7 @@ def test_steps_that_are_computed_again_change_nothing(name: str, model: str) -> 
     assert torch.equal(again[1], whole[1])
 
 
+@pytest.mark.slow
 def test_many_steps_are_those_of_the_loop() -> None:
     learner = build("meta-sgd", MODELS["mlp"](), inner_steps=program.engine.KEPT_STEPS + 1)
     assert apart(learner, batch_for("mlp"))[0] < 1e-10

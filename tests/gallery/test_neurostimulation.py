@@ -47,6 +47,7 @@ def test_the_sums_are_the_conditional_moments_of_the_weights():
     assert torch.allclose(sent["second"], torch.linalg.inv(precision) + torch.outer(mean, mean), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_every_round_of_sums_raises_the_likelihood():
     problem = stim.Neurostimulation()
     tasks = [problem.task(site, "train", 1, 0) for site in problem.sites()[:20]]

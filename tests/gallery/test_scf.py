@@ -67,6 +67,7 @@ def test_the_rule_switches_where_the_gradient_stalls(norms, switch):
     assert scf.Rule(2, 0.5).switch(norms) == switch
 
 
+@pytest.mark.slow
 def test_switching_on_stall_never_fails_where_plain_iteration_does_and_saves_builds_where_it_is_slow():
     for name in ("BeO", "CO", "O3"):
         own = calculation(name, "plain")

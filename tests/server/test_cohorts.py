@@ -126,6 +126,7 @@ def test_distributions_cover_each_site_by_its_weight(sites: int, size: int, seed
     assert np.allclose(found.sum(0), size * weights / weights.sum())
 
 
+@pytest.mark.slow
 def test_what_is_remembered_takes_the_variance_away_where_updates_stay() -> None:
     updates = {f"s{place}": torch.from_numpy(row) for place, row in enumerate(updates_of("pareto"))}
     sites = dict.fromkeys(updates, 1.0)
