@@ -45,6 +45,7 @@ def test_transformer(name: str, positions: str, dtype: torch.dtype) -> None:
     assert disagreement(learner, "lowrank", batch, dtype) < TOLERANCE[dtype]
 
 
+@pytest.mark.quick("maml-*", "anil-float64")
 @BOTH
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "reptile"])
 def test_cnn(name: str, dtype: torch.dtype) -> None:

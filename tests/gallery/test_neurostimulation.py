@@ -79,6 +79,7 @@ def test_a_learned_prior_halves_the_regret_of_random_search_and_beats_the_best_f
     assert regret[:, 10].mean() < fixed_regret
 
 
+@pytest.mark.slow
 def test_with_the_limit_no_more_than_one_trial_in_twenty_does_harm(run):
     found = regrets(run.meta_state, measure.new_sites(run), limit=True)
     assert found["harmful_trials"][:, -1].mean() <= 0.05 * 20

@@ -68,7 +68,7 @@ def test_passes_over_keys_that_are_not_its_own(learner: Learner) -> None:
     assert relative_error(learner.adapt({**STANDARDISATION, **state}, task.support), learner.adapt(state, task[0])) == 0
 
 
-@pytest.mark.quick("maml-*", "fedavg-*", "imaml-*", "fedrep-*")
+@pytest.mark.quick("maml-*", "imaml-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_on_ragged_sites(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(4)]
@@ -190,7 +190,7 @@ class Bag(nn.Module):
         return self.head(mean)
 
 
-@pytest.mark.quick("maml-*", "fedavg-*", "fedrep-*")
+@pytest.mark.quick("maml-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_integer_rows_reach_an_embedding(learner: Learner, engine: str) -> None:
     embedded = dataclasses.replace(learner, problem=Supervised(Bag()))
@@ -258,7 +258,7 @@ def test_deep_models_run_under_every_engine(learner: Learner, model: str, engine
     assert flat(total).sub(summed).norm() <= 1e-9 * summed.norm()
 
 
-@pytest.mark.quick("maml-*", "fedavg-*", "imaml-*", "fedrep-*")
+@pytest.mark.quick("maml-*", "fedavg-*")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_on_scores_by_step(learner: Learner, engine: str) -> None:
     tasks = [make_task(seed, (4,), 3, support=3 + seed, query=6 - seed) for seed in range(3)]

@@ -59,6 +59,7 @@ def estimates(rule: str, updates: Floats, weights: Floats, draws: int = DRAWS) -
     return np.array(found)
 
 
+@pytest.mark.quick("rows-pareto-*")
 @pytest.mark.parametrize("rule", ["uniform", "optimal", "approximate", "clustered"])
 @pytest.mark.parametrize("tail", ["equal", "pareto"])
 @pytest.mark.parametrize("weighing", ["alike", "rows"])
@@ -79,6 +80,7 @@ def ratio(rule: str, tail: str) -> float:
     return float(own / uniform)
 
 
+@pytest.mark.quick("*-pareto")
 @pytest.mark.parametrize("tail", ["equal", "light", "lognormal", "pareto"])
 @pytest.mark.parametrize("rule", ["optimal", "clustered"])
 def test_no_rule_has_more_variance_than_uniform_draws(rule: str, tail: str) -> None:
