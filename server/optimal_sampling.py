@@ -18,8 +18,18 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+SMALLEST = 1e-12
+"""A norm below so much of the largest one counts as 0: quotients of smaller numbers overflow."""
+
 APPROXIMATIONS = 4
 """How often `approximate_probabilities` corrects its shares, as in the paper's experiments."""
+
+
+def significant(norms: Floats) -> Floats:
+    """Returns norms [sites] over the largest one, at most 1; those below `SMALLEST` are 0."""
+    largest = float(norms.max(initial=0.0))
+    shares = norms / largest if largest else norms
+    return np.where(shares < SMALLEST, 0.0, shares)
 
 
 def probabilities(norms: Floats, size: int) -> Floats:
@@ -29,7 +39,7 @@ def probabilities(norms: Floats, size: int) -> Floats:
         norms: The norm of each site's weighted update [sites], at least 0; where all are 0, all sites are alike.
         size: m, the expected size of the cohort, at least 1.
     """
-    sites = len(norms)
+    norms, sites = significant(norms), len(norms)
     if size >= sites:
         return np.ones(sites)
     if not norms.any():
@@ -59,7 +69,8 @@ def approximate_probabilities(norms: Floats, size: int, times: int = APPROXIMATI
         size: As for `probabilities`.
         times: How often the shares are corrected.
     """
-    sites, total = len(norms), float(norms.sum())
+    norms, sites = significant(norms), len(norms)
+    total = float(norms.sum())
     if size >= sites:
         return np.ones(sites)
     if not total:
