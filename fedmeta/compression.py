@@ -3,11 +3,14 @@
 | name | bytes a number | what |
 |---|---|---|
 | `float16`, `bfloat16` | 2 | rounded to the nearest; beyond float16's range it is cut to 65504 |
-| `int8`, `int4` | 1 + 4/256, 0.5 + 4/256 | blocks of 256 share a scale; rounded up or down at random, so that the mean is right (QSGD, Alistarh 2017) |
-| `top-k` | 8 x `compression_keep` | the largest entries by size; what was not sent is added to the site's next gradient (Stich 2018) |
+| `int8`, `int4` | 1 + 4/256, 0.5 + 4/256 | blocks of 256 share a scale; rounded at random so that the mean is right |
+| `top-k` | 8 x `compression_keep` | the largest entries; the rest is added to the site's next gradient |
+
+Sources: QSGD (Alistarh and others 2017, arXiv 1610.02132) for the quantization; Stich, Cordonnier and Jaggi (2018,
+arXiv 1809.07599) for top-k with memory.
 
 Arrays are NumPy's own types: no library for a packing of two numbers in a byte is needed.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

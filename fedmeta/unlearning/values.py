@@ -220,7 +220,7 @@ def _worth(experiment: str, scored: str, sites: tuple[tuple[str, ...], ...]) -> 
 
     from fedmeta import checkpoint
     from fedmeta.runtime import run
-    from fedmeta.unlearning.scoring import score_at
+    from fedmeta.runtime.scoring import score_at
 
     torch.set_num_threads(1)
     result = run(Experiment.from_toml(experiment, "experiment"))

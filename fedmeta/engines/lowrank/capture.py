@@ -210,7 +210,8 @@ def _compiled(source: str) -> Callable[..., Any]:
     It is kept for good: a trace refers to the functions that it calls, and does not keep them.
     """
     script: Any = torch.jit
-    return script.CompilationUnit(source).f  # type: ignore[no-any-return]
+    function: Callable[..., Any] = script.CompilationUnit(source).f
+    return function
 
 
 def _is_node(value: Any) -> bool:

@@ -271,9 +271,9 @@ class Tanh(Layer):
 class Reshaped(Layer):
     """Another shape of the same numbers; linear, so that tangents go the same way."""
 
+    @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """Returns y."""
-        raise NotImplementedError
 
     def prepare(self, x: Tensor) -> Tensor:
         """See `Layer`."""
