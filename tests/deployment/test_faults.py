@@ -442,7 +442,7 @@ def test_a_store_whose_disk_is_full_costs_no_round_and_gets_it_all_later(
     result = fedmeta.run(experiment, report=report)
     assert result.summary["rounds"] == 80
     assert (result.folder / "unsent.jsonl").is_file()
-    assert "does not answer (database or disk is full); the run continues" in capsys.readouterr().err
+    assert "does not take events (database or disk is full); training continues" in capsys.readouterr().err
     (small_disk / "ballast").unlink()
     sent = command("sync", str(result.folder))
     assert sent.returncode == 0, sent.stderr
