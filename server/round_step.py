@@ -71,7 +71,7 @@ def step(state: RunState, mean: Gradient, weight: float) -> bool:
     """
     problem = state.learner.problem
     if not has_outer_step(problem):
-        stands = state.optimizer.step_if_finite(mean)
+        stands = state.optimizer.step_if_finite(mean, state.share(weight) if state.learner.averaged else 1.0)
         state.stepped()
         return stands
     before = state.meta_state

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmeta.checkpoint import KEPT
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
+from fedmeta.learners.order import EXACT, FIRST
 from fedmeta.messages import EvaluateReply, RoundRequest, write_arrays
 from server.cohorts import Cohorts
 from server.federation import Federation
@@ -106,6 +107,11 @@ class RunState:
             self._packed = write_arrays(self.meta_state)
         return self._packed
 
+    def order_of(self, number: int) -> str:
+        """Returns the gradient of a round: first order until `learner.first_order_rounds` are over."""
+        first = self.experiment.learner.first_order_rounds
+        return (FIRST if number <= first else EXACT) if first else self.order
+
     def request(self, number: int, names: tuple[str, ...], **how: Any) -> RoundRequest:
         """Returns what a node is asked about its sites, without the meta-state.
 
@@ -129,7 +135,13 @@ class RunState:
 
     def weights(self, names: Sequence[str]) -> NDArray[np.float64]:
         """Returns what sites weigh in the mean: 1, or as they announced when they joined."""
+        return self._weights(self.federation.indices(names))
+
+    def share(self, weight: float) -> float:
+        """Returns what a round's sites weigh, of the weight of all training sites."""
+        return min(1.0, weight / float(self._weights(self.federation.training).sum()))
+
+    def _weights(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
         if not self.experiment.weighs_rows:
-            return np.ones(len(names))
-        own = self.federation.weights[self.federation.indices(names)]
-        return np.minimum(own, self.experiment.server.max_weight or np.inf)
+            return np.ones(len(sites))
+        return np.minimum(self.federation.weights[sites], self.experiment.server.max_weight or np.inf)

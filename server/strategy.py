@@ -43,12 +43,13 @@ class MetaGradientStrategy(RunState, Strategy):
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
         self._shares, self._probed = self.federation.by_node(round_cohort(self, server_round, grid)), None
+        order = self.order_of(server_round)
         return messages(
             grid,
             TRAIN,
             server_round,
             self._shares,
-            lambda names: self.request(server_round, names, per_site=self.per_site, order=self.order).pack(arrays),
+            lambda names: self.request(server_round, names, per_site=self.per_site, order=order).pack(arrays),
             self.log,
         )
 
