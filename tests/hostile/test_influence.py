@@ -119,7 +119,7 @@ def test_one_long_reply_neither_stalls_the_run_nor_makes_it_infinite(tmp_path: P
     saved, _ = checkpoint.newest(lied.folder)
     assert all(bool(value.isfinite().all()) for value in saved.optimizer.values())
     assert len(saved.norms) == 48
-    # Adam goes on: its memory holds at most what one reply of 30 times the usual length leaves there.
+    # Adam continues: its memory holds at most what one reply of 30 times the usual length leaves there.
     squares = [float(value.max()) for name, value in saved.optimizer.items() if name.endswith("exp_avg_sq")]
     memory = checkpoint.newest(honest.folder)[0].optimizer
     usual = [float(value.max()) for name, value in memory.items() if name.endswith("exp_avg_sq")]
