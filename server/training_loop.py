@@ -170,7 +170,7 @@ class TrainingLoop:
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
         cohorts.check(experiment, learner, start, len(federation.training))
-        optimizer = ServerOptimizer(experiment.server, learner.update, start)
+        optimizer = ServerOptimizer(experiment.server, learner.update, start, learner.averaged)
         self.without_sums: dict[str, str] = without_names
         if earlier:
             optimizer.restore(start, earlier.optimizer)
