@@ -28,6 +28,7 @@ from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
 from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
 from fedmeta.versions import versions
+from server import stream
 from server.adaptation_schedule import AdaptationSchedule
 from server.federation import Federation
 
@@ -173,7 +174,7 @@ class RunLogger:
         for number, figures in earlier.metrics.items():
             self.round(number, figures)
         for evaluation in earlier.evaluations:
-            frame = evaluation_frame(federation, evaluation, self.scored_by)
+            frame = evaluation_frame(self.experiment, federation, evaluation, self.scored_by)
             last = evaluation is earlier.evaluations[-1] and earlier.finished
             schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
             self.evaluation(evaluation.round_number, frame, summarize(frame, self.scored_by), schedule)
@@ -238,14 +239,17 @@ def remove_unused(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]) -> pd.DataFrame:
+def evaluation_frame(
+    experiment: Experiment, federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]
+) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
+    train_rows, test_rows = stream.rows_at(experiment, federation, sites, evaluation.round_number)
     return sites_frame(
         [federation.names[site] for site in sites],
         [federation.kind(site) for site in sites],
-        federation.train_rows[sites].tolist(),
-        federation.test_rows[sites].tolist(),
+        train_rows.tolist(),
+        test_rows.tolist(),
         evaluation,
         metrics,
     )

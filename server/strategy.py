@@ -553,7 +553,8 @@ class MetaGradientStrategy(Strategy):
             chosen=np.concatenate([reply.chosen for reply in usable])[order],
             pooled=pooled,
             pooled_sites=tuple(counts.tolist()),
-            evaluations=_counts(usable, order),
+            evaluations=_in_order([reply.evaluations for reply in usable], order),
+            alarms=_in_order([reply.alarms for reply in usable], order),
         )
         return MetricRecord({"sites": len(names)})
 
@@ -704,9 +705,9 @@ class MetaGradientStrategy(Strategy):
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))
 
 
-def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
-    """Returns the sites' evaluations in site order; nothing where one reply has none."""
-    if not all(reply.evaluations for reply in replies):
+def _in_order(counts: Sequence[tuple[int, ...]], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns each reply's count of each of its sites in site order; nothing where one reply has none."""
+    if not all(counts):
         return ()
-    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    every = np.concatenate([np.array(own, dtype=np.int64) for own in counts])
     return tuple(every[order].tolist())

@@ -17,7 +17,7 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, ledger_lines, local_methods, number, percent, score_label, with_diverged
+from fedmeta.tables import groups, ledger_lines, local_methods, number, percent, score_label, stream_lines, with_diverged
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -74,7 +74,7 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
             percent(own["harmed"]),
         )
     console.print(table)
-    for line in [*_other_metrics(summary), *ledger_lines(summary)]:
+    for line in [*_other_metrics(summary), *stream_lines(summary), *ledger_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_after(summary, experiment), highlight=False, markup=False, soft_wrap=True)
 

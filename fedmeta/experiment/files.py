@@ -23,6 +23,7 @@ from fedmeta.experiment.sections import (
     Problem,
     Runtime,
     Server,
+    Stream,
     Tracking,
 )
 from fedmeta.experiment.tracking_uri import default_uri, keep_user_info, without_user_info
@@ -51,6 +52,7 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     runtime: Runtime = Runtime()
+    stream: Stream = Stream()
     privacy: Privacy = Privacy()
 
     @classmethod

@@ -46,6 +46,7 @@ def on_run(run: Run) -> Document:
             parts.data(run),
             Section("Results", (*_tables(run), *_own_pictures(run), _plots(run, score))),
             Section("Left behind", _left_behind(run, score)),
+            *_in_time(run),
             *_decisions(run),
             parts.again(
                 run.experiment, f"fedmeta run {parts.EXPERIMENT_FILE}", summary.get("versions", {}), _facts(run)
@@ -145,6 +146,16 @@ def _left_behind(run: Run, score: Metric) -> tuple[Block, ...]:
         "model is the better one there; with evaluation.gate = true each site decides that on its own support data."
     )
     return Text(advice), parts.site_table("left_behind", losing, score)
+
+
+def _in_time(run: Run) -> tuple[Section, ...]:
+    """Returns what the blocks of a run in time came to."""
+    found = tables.stream_table(run.summary)
+    if found is None:
+        return ()
+    caption = "Each block was scored before it joined its site's rows."
+    lines = tuple(Text(f"{line}.") for line in tables.stream_lines(run.summary))
+    return (Section("In time", (*lines, Table("stream", *found, caption))),)
 
 
 def _decisions(run: Run) -> tuple[Section, ...]:
