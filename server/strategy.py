@@ -22,6 +22,7 @@ from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
 from fedmeta.learners.learner import key_of
+from fedmeta.learners.order import EXACT, FIRST
 from fedmeta.messages import (
     EVALUATE,
     FAILURES,
@@ -202,7 +203,14 @@ class MetaGradientStrategy(Strategy):
         """Draws the round's cohort and sends each of its nodes the meta-state and the names of its sites."""
         self.log = RoundLog()
         cohort = self._cohort(server_round, grid)
-        return self._messages(grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site, order=self.order)
+        return self._messages(
+            grid, TRAIN, server_round, cohort, arrays, per_site=self.per_site, order=self._order(server_round)
+        )
+
+    def _order(self, server_round: int) -> str:
+        """Returns the gradient of a round: first order until `learner.first_order_rounds` are over."""
+        first = self.experiment.learner.first_order_rounds
+        return (FIRST if server_round <= first else EXACT) if first else self.order
 
     def probe(self, server_round: int, order: str, grid: Grid) -> None:
         """Computes the round's cohort in another order too: `aggregate_train` compares, and steps along its own."""
@@ -471,7 +479,7 @@ class MetaGradientStrategy(Strategy):
         """
         problem = self.learner.problem
         if not has_outer_step(problem):
-            return self.optimizer.step_if_finite(mean)
+            return self.optimizer.step_if_finite(mean, self._share(weight) if self.learner.averaged else 1.0)
         state = self.meta_state
         whole = self.learner.theta(state)
         total = {name: value * weight for name, value in mean.items()}
@@ -656,6 +664,12 @@ class MetaGradientStrategy(Strategy):
             return np.ones(len(names))
         own = self.federation.weights[self.federation.indices(names)]
         return np.minimum(own, self.experiment.server.max_weight or np.inf)
+
+    def _share(self, weight: float) -> float:
+        """Returns what a round's sites weigh, of the weight of all training sites."""
+        training = self.federation.training
+        own = self.federation.weights[training] if self.experiment.weighs_rows else np.ones(len(training))
+        return min(1.0, weight / float(np.minimum(own, self.experiment.server.max_weight or np.inf).sum()))
 
     def _ranges(self) -> dict[str, tuple[float, float]]:
         """Returns the range of each figure of a site; the loss on rows, where it is the usual one, is at least 0."""

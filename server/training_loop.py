@@ -173,7 +173,7 @@ class TrainingLoop:
         cohorts.check(experiment, learner, start, len(federation.training))
         self.membership.notes += stream.check(experiment, learner, federation)
         self.alarms: list[dict[str, Any]] = list(earlier.steering.get("alarms", [])) if earlier else []
-        optimizer = ServerOptimizer(experiment.server, learner.update, start)
+        optimizer = ServerOptimizer(experiment.server, learner.update, start, learner.averaged)
         self.without_sums: dict[str, str] = without_names
         if earlier:
             optimizer.restore(start, earlier.optimizer)

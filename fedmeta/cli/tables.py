@@ -17,7 +17,16 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, ledger_lines, local_methods, number, percent, score_label, stream_lines, with_diverged
+from fedmeta.tables import (
+    groups,
+    ledger_lines,
+    local_methods,
+    number,
+    percent,
+    score_label,
+    stream_lines,
+    with_diverged,
+)
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult

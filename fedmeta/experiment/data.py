@@ -88,9 +88,9 @@ class Data(OpenSection):
     test: float = Field(
         default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
     )
-    split: Literal["random", "blocks", "time"] = Field(
+    split: Literal["random", "blocks", "time", "characters"] = Field(
         default="random",
-        description="How test rows are chosen; blocks = the last in the site's own order; time = the latest",
+        description="How test rows are chosen; blocks = last, time = latest, characters = Omniglot's sites mixed",
     )
     support: int = Field(
         default=20, ge=1, description="What a site adapts on, or all it has; with data.ways see data.shots (rows)"
@@ -169,5 +169,7 @@ class Data(OpenSection):
             yield "split", 'must not be "time" with data.ways: the tasks of few classes have no order in time'
         if self.time in (*self.label_names, self.site_column, *self.chosen_features, *self.categorical) and self.time:
             yield "time", "must name a column that is nothing else: neither label, site nor feature"
+        if self.split == "characters" and self.source != "omniglot":
+            yield "split", 'must be "random" or "blocks" where source is not "omniglot": no other has alphabets to mix'
         if self.rotations and self.ways is None:
             yield "rotations", "must be false without data.ways: turned images are classes of few-shot tasks"
