@@ -1,4 +1,4 @@
-"""What forgetting and re-adapting are worth in time: `python experiments/stream.py switch parkinson opponents --seeds 20`.
+"""What forgetting and re-adapting are worth in time: `python experiments/stream.py switch parkinson opponents`.
 
 `switch`, `parkinson` and `opponents` are simulated, so that the truth is known; `har` replays the persons of HAR in the
 order of their windows, as a federation. Prints tables in Markdown; pictures are written to `--pictures`.
