@@ -239,5 +239,5 @@ def stream_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     if found["memory"] == "alarm":
         sites = {alarm["site"] for alarm in found["alarms"]}
-        lines.append(f"{len(found['alarms'])} alarms at {len(sites)} sites")
+        lines.append(f"alarms: {len(found['alarms'])}, at {len(sites)} of the sites")
     return lines

@@ -10,10 +10,12 @@ import torch
 
 import fedmeta
 from clients.stream import Memory, losses_of_rows
+from fedmeta import tables
 from fedmeta.data import evaluation_episodes, load, training_episodes
 from fedmeta.data.stream_split import StreamSplit, step_of, stream_split
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment, Stream
+from fedmeta.messages import EvaluateReply, MessageError, RoundRequest
 from tests.stream.made import settings, switching
 
 
@@ -171,3 +173,41 @@ def test_steps_follow_the_evaluations() -> None:
     assert [step_of(number, 3) for number in (0, 1, 3, 4, 6, 7)] == [0, 0, 0, 1, 1, 2]
     assert Stream(block=5).first_rows == 5
     assert Stream(block=5, first=9).first_rows == 9
+
+
+def evaluated(**changes: Any) -> EvaluateReply:
+    figures = {"loss": np.ones((2, 2)), "rmse": np.ones((2, 2))}
+    return EvaluateReply(**({"names": ("a", "b"), "figures": figures, "chosen": np.array([1, 1])} | changes))
+
+
+def test_messages_name_blocks_and_alarms_only_where_there_are_some() -> None:
+    reply = evaluated(alarms=(-1, 77))
+    assert EvaluateReply.unpack(reply.pack()).alarms == (-1, 77)
+    assert "alarms" not in evaluated().pack()["counts"]
+    assert reply.without({"a"}).alarms == (77,)
+    request = RoundRequest(meta_state={}, round_number=6, classes=(), names=("a",), run="run")
+    assert RoundRequest.unpack(replace(request, block=3).pack()).block == 3
+    assert "block" not in request.pack()["task"]
+    for content in (evaluated(alarms=(-2, 0)).pack(), evaluated(alarms=(1 << 41, 0)).pack()):
+        with pytest.raises(MessageError, match="alarms"):
+            EvaluateReply.unpack(content)
+    with pytest.raises(MessageError):
+        EvaluateReply.unpack(evaluated(alarms=(1,)).pack())
+
+
+def test_what_a_stream_came_to_is_shown_by_block() -> None:
+    none = {"sites": [0, 0], "global": [None, None], "personalized": [None, None], "mean": {}, "regret": None}
+    own = {"sites": [2, 1], "global": [0.5, 0.25], "personalized": [0.75, None], "regret": 0.125}
+    own["mean"] = {"global": 0.4, "personalized": 0.75}
+    alarms = [{"site": "a", "step": 1, "row": 30}]
+    found = {"block": 20, "blocks": 2, "memory": "alarm", "alarms": alarms, "new_sites": own, "training_sites": none}
+    summary = {"score": {"name": "accuracy"}, "stream": found}
+    table = tables.stream_table(summary)
+    assert table is not None
+    assert table.headings == ("block", "new sites: n", "global", "personalized")
+    assert table.rows == [("1", 2, 0.5, 0.75), ("2", 1, 0.25, None)]
+    line, alarmed = tables.stream_lines(summary)
+    assert "accuracy 0.400 not adapted, 0.750 adapted; regret 0.125" in line
+    assert alarmed == "alarms: 1, at 1 of the sites"
+    assert tables.stream_table({"score": {"name": "accuracy"}}) is None
+    assert tables.stream_lines({}) == []
