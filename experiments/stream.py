@@ -302,7 +302,7 @@ def main() -> None:
             print_patients(name, found, asked.seeds)
             if asked.pictures:
                 curves = {way: own.curves for way, own in found.items()}
-                draw(asked.pictures / f"{name}.png", curves, "row", "regret")
+                draw(asked.pictures / f"{name}.png", curves, "rows scored", "regret")
 
 
 if __name__ == "__main__":
