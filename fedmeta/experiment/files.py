@@ -115,6 +115,12 @@ class Experiment(Section):
         """Returns this experiment where a meta-state is at hand: without the file that its first one was read from."""
         return self.model_copy(update={"model": self.model.model_copy(update={"weights": ""})})
 
+    def without_problem_path(self) -> Self:
+        """Returns this experiment without the path of a problem's tables: a site that joins names its own file."""
+        if not self.problem.extra.get("path"):
+            return self
+        return self.model_copy(update={"problem": self.problem.model_copy(update={"path": "", "site": ""})})
+
     def params(self) -> dict[str, Scalar]:
         """Returns the experiment flat, `section.key` to a scalar; lists as TOML text and None as "none"."""
         return {

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -45,6 +46,7 @@ class Survival(Problem, CohortTables):
         test: The share of rows that are kept for the final scores.
         center: What is subtracted from each feature, known to all sites.
         scale: What features are then divided by.
+        most_test: The length that test rows are padded to, the same at all nodes that read their own site alone.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Survival(Problem, CohortTables):
         test: float = 0.3,
         center: Sequence[float] = (),
         scale: Sequence[float] = (),
+        most_test: int = 0,
     ) -> None:
         if not cuts or min(cuts) <= 0 or list(cuts) != sorted(set(cuts)):
             raise FedmetaError(f"[problem] cuts = {list(cuts)}: give rising ends of intervals, greater than 0")
@@ -68,8 +71,8 @@ class Survival(Problem, CohortTables):
         self.place = (brier or (len(cuts) + 2) // 2) - 1
         if not 0 <= self.place < len(cuts):
             raise FedmetaError(f"[problem] brier = {brier}: the interval must be 1 to {len(cuts)}, which have an end")
-        tables = read_tables(path, features, (time, event), site) if path else simulated(self.cuts)
-        CohortTables.__init__(self, tables, features, support, query, test, center, scale)
+        tables = read_tables(path, features, (time, event), site) if path else None
+        CohortTables.__init__(self, tables, features, support, query, test, center, scale, most_test)
         end = f"{self.cuts[self.place]:g}"
         self.metrics = (
             Metric("c_index", higher_is_better=True, low=0, high=1),
@@ -77,6 +80,22 @@ class Survival(Problem, CohortTables):
             Metric("nll", higher_is_better=False, low=0),
         )
         self.width = len(features)
+
+    def simulate(self) -> dict[str, Table]:
+        """Returns simulated sites' tables, with time and event called as the problem's."""
+        names = {"time": self.time, "event": self.event}
+        return {
+            site: {names.get(name, name): values for name, values in table.items()}
+            for site, table in simulated(self.cuts).items()
+        }
+
+    def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Returns each row's chance to survive to each cut, `survival_at_T`, and its `risk`, the sum of hazards."""
+        with torch.no_grad():
+            hazard = self.logits(parameters, self.standardized(table)).sigmoid().double()
+        survival = (1 - hazard).cumprod(-1)
+        found = {f"survival_at_{end:g}": survival[:, place].numpy() for place, end in enumerate(self.cuts.tolist())}
+        return found | {"risk": hazard.sum(-1).numpy()}
 
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns each row's interval and whether it ends in an event."""
