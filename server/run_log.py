@@ -238,7 +238,9 @@ def remove_unused(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]) -> pd.DataFrame:
+def evaluation_frame(
+    federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric], subgroups: Sequence[str] = ()
+) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
     return sites_frame(
@@ -248,6 +250,7 @@ def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Se
         federation.test_rows[sites].tolist(),
         evaluation,
         metrics,
+        subgroups,
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.checkpoint import KEPT
+from fedmeta.data.subgroups import all_levels, parse
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import NEW, TRAINING
 from fedmeta.experiment import Experiment
@@ -554,6 +555,7 @@ class MetaGradientStrategy(Strategy):
             pooled=pooled,
             pooled_sites=tuple(counts.tolist()),
             evaluations=_counts(usable, order),
+            subgroups=_subgroups(usable, order),
         )
         return MetricRecord({"sites": len(names)})
 
@@ -684,10 +686,14 @@ class MetaGradientStrategy(Strategy):
         for name in reply.names:
             of_group.setdefault(self._groups.get(name, -1), []).append(name)
         sums: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
+        levels = {str(place) for place in range(len(self.subgroups))} if self._groups else set()
+        self._check_subgroups(reply, len(levels))
         for key, value in reply.pooled.items():
             group, _, rest = key.partition("/")
             state, _, name = rest.partition("/")
-            if group not in {str(place) for place in of_group if place >= 0} or state not in self._states:
+            whole, _, part = state.partition("@")
+            asked = whole in self._states and (part in levels if "@" in state else True)
+            if group not in {str(place) for place in of_group if place >= 0} or not asked:
                 raise MessageError("its pooled sums are of groups that were not asked for")
             sums.setdefault((group, state), {})[name] = value
         for place, count in enumerate(reply.pooled_sites):
@@ -700,8 +706,42 @@ class MetaGradientStrategy(Strategy):
             if problem := pooled_impossible(found, self.learner.problem.metrics, classes, targets, rows):
                 raise MessageError(f"its pooled sums are not possible: {problem}")
 
+    @property
+    def subgroups(self) -> tuple[str, ...]:
+        """The names of the subgroups that sites are asked for at the end."""
+        return all_levels(parse(self.experiment.evaluation.subgroups), self.federation.categories)
+
+    def _check_subgroups(self, reply: EvaluateReply, levels: int) -> None:
+        """Checks that the figures of subgroups are of those asked for, and possible for the sites' test rows."""
+        if not reply.subgroups:
+            return
+        rows = reply.subgroups["rows"]
+        if not levels or rows.shape[1] != levels:
+            raise MessageError("its subgroups are not those that were asked for")
+        smallest = self.experiment.evaluation.smallest_subgroup
+        most = self.federation.test_rows[self.federation.indices(reply.names)][:, None]
+        if ((rows > 0) & (rows < smallest)).any() or (rows > most).any():
+            raise MessageError("a subgroup has fewer rows than may be shown, or more than its site")
+        score = self.learner.problem.metrics[0]
+        for state in STATES:
+            scores = reply.subgroups[state]
+            outside = (scores < score.low - 1e-6) | (scores > score.high + 1e-6)
+            if outside.any() or np.isfinite(scores[rows == 0]).any():
+                raise MessageError(f"the {score.name} of a subgroup cannot be")
+
     def _record_failure(self, node: int, reason: str) -> None:
         self.log.failed.update(dict.fromkeys(self._requested[node], reason))
+
+
+def _subgroups(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Returns the figures of sites' subgroups in site order; 0 rows and NaN for sites that sent none."""
+    given = next((reply.subgroups for reply in replies if reply.subgroups), {})
+    found = {}
+    for name, own in given.items():
+        empty = 0.0 if name == "rows" else np.nan
+        parts = [reply.subgroups.get(name, np.full((len(reply.names), own.shape[1]), empty)) for reply in replies]
+        found[name] = np.concatenate(parts)[order]
+    return found
 
 
 def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:

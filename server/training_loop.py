@@ -17,6 +17,7 @@ from torch import Tensor
 from fedmeta import checkpoint as checkpoints
 from fedmeta.build import validated_learner
 from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.data import subgroups
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
@@ -143,6 +144,7 @@ class TrainingLoop:
         self.membership = Membership(grid, experiment, earlier)
         self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
         federation = self.membership.federation
+        subgroups.check(experiment, federation.features, federation.categories)
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
@@ -265,7 +267,7 @@ class TrainingLoop:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save()
         sites = pd.concat(
-            [evaluation_frame(self.membership.federation, evaluation, self.metrics) for evaluation in self.evaluations],
+            [self._frame(evaluation) for evaluation in self.evaluations],
             ignore_index=True,
         )
         if (evaluations := self.learner.problem.solver.evaluations) > 1:
@@ -450,7 +452,7 @@ class TrainingLoop:
             if self._evaluated():
                 self.evaluations.pop()
             self.evaluations.append(evaluation)
-            frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
+            frame = self._frame(evaluation)
             groups = self._summarize(evaluation)
             self.scores = headline(groups)
             self.logger.evaluation(self.round_number, frame, groups, schedule)
@@ -499,10 +501,13 @@ class TrainingLoop:
             self.report(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
         return strategy.evaluated
 
+    def _frame(self, evaluation: Evaluation) -> pd.DataFrame:
+        return evaluation_frame(self.membership.federation, evaluation, self.metrics, self.strategy.subgroups)
+
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-        frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
         positive = getattr(self.learner.problem, "positive", 1)
-        groups = summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        sums, counts, names = evaluation.pooled, evaluation.pooled_sites, self.strategy.subgroups
+        groups = summarize(self._frame(evaluation), self.metrics, sums, counts, positive, names)
         return secure_evaluation.summaries(groups, evaluation.pooled, self.metrics)
 
     def _evaluated(self) -> bool:

@@ -324,6 +324,14 @@ class Evaluation(Section):
         description="When a run ends with its best state, without a better validation score; 0 = never (evaluations)",
     )
 
+    subgroups: Texts = Field(
+        default=(),
+        description='Columns that group test rows in the final scores: a category, or bands of a number, "age: 40, 65"',
+    )
+    smallest_subgroup: int = Field(
+        default=10, ge=1, description="Fewest of a subgroup that a site shows; smaller ones stay there (test rows)"
+    )
+
     def conflicts(self) -> Conflicts:
         """Yields patience where no evaluation comes that it could count."""
         if self.patience and not self.every:

@@ -318,6 +318,9 @@ class EvaluateReply:
         pooled_sites: How many sites each group's sums hold.
         evaluations: How many evaluations of the objective a classical method took [sites], or how each site solved
             alone (its place in `LOCAL_METHODS`); empty for all else.
+        subgroups: Of each of the run's subgroups the test rows ("rows") and the score before ("global") and after
+            adaptation [sites, subgroups]; 0 rows and NaN where a site has fewer than `evaluation.smallest_subgroup`.
+            Their sums are among `pooled`, by "GROUP/STATE@SUBGROUP/NAME". Empty where the run has none.
     """
 
     names: tuple[str, ...]
@@ -326,6 +329,7 @@ class EvaluateReply:
     pooled: Mapping[str, Floats] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
     evaluations: tuple[int, ...] = ()
+    subgroups: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def columns(self) -> int:
@@ -342,14 +346,15 @@ class EvaluateReply:
         }
         figures: dict[str, Any] = {name: values.ravel().tolist() for name, values in self.figures.items()}
         pooled = {name: torch.from_numpy(np.asarray(value)) for name, value in self.pooled.items()}
-        return RecordDict(
-            {
-                "figures": MetricRecord(figures),
-                "counts": MetricRecord(counts),
-                "sites": write_names(self.names),
-                "pooled": write_arrays(pooled),
-            }
-        )
+        records: dict[str, Any] = {
+            "figures": MetricRecord(figures),
+            "counts": MetricRecord(counts),
+            "sites": write_names(self.names),
+            "pooled": write_arrays(pooled),
+        }
+        if self.subgroups:
+            records["subgroups"] = write_arrays({name: torch.from_numpy(own) for name, own in self.subgroups.items()})
+        return RecordDict(records)
 
     @classmethod
     def unpack(cls, content: RecordDict, metrics: Sequence[Metric] | None = None) -> EvaluateReply:
@@ -362,7 +367,7 @@ class EvaluateReply:
         Raises:
             MessageError: It is not one.
         """
-        only(content, "figures", "counts", "sites", "pooled")
+        only(content, "figures", "counts", "sites", "pooled", *(["subgroups"] if "subgroups" in content else []))
         names = read_names(content)
         counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites", "evaluations")
         shape = (len(names), read_scalar(counts, "columns", int))
@@ -389,7 +394,8 @@ class EvaluateReply:
         evaluations = tuple(read_list(counts, "evaluations", int))
         if len(evaluations) not in (0, len(names)) or any(not 0 <= count <= MOST_EVALUATIONS for count in evaluations):
             raise MessageError("the evaluations are not a count for each site")
-        return cls(names, figures, chosen, pooled, pooled_sites, evaluations)
+        subgroups = _read_subgroups(content, len(names)) if "subgroups" in content else {}
+        return cls(names, figures, chosen, pooled, pooled_sites, evaluations, subgroups)
 
     def impossible(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, str]:
         """Returns the sites with a figure that cannot be, and what is wrong with it; NaN, for undefined, can be.
@@ -413,7 +419,23 @@ class EvaluateReply:
         names = tuple(name for name in self.names if name not in sites)
         figures = {key: own[kept] for key, own in self.figures.items()}
         counts = tuple(count for count, is_kept in zip(self.evaluations, kept.tolist(), strict=False) if is_kept)
-        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts)
+        subgroups = {name: own[kept] for name, own in self.subgroups.items()}
+        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts, subgroups=subgroups)
+
+
+def _read_subgroups(content: RecordDict, sites: int) -> dict[str, Floats]:
+    """Returns the rows and scores of sites' subgroups; raises `MessageError` where they cannot be."""
+    found = {name: value.numpy() for name, value in read_arrays(content, "subgroups").items()}
+    only(found, "rows", "global", "personalized")
+    shape = found["rows"].shape
+    if len(shape) != 2 or shape[0] != sites or any(own.shape != shape for own in found.values()):
+        raise MessageError("the figures of subgroups have other shapes than they should")
+    if any(own.dtype != np.float64 or np.isinf(own).any() for own in found.values()):
+        raise MessageError("the figures of subgroups are not finite float64 numbers")
+    rows = found["rows"]
+    if not (np.isfinite(rows) & (rows >= 0) & (rows == np.round(rows))).all():
+        raise MessageError("the rows of subgroups are no counts")
+    return found
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:
