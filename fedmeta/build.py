@@ -72,7 +72,7 @@ def problem_of(
 
     def model() -> nn.Module:
         section = experiment.model
-        not_its_own = {"name", "dtype", "freeze", "weights"}
+        not_its_own = {"name", "dtype", "freeze", "weights", "start"}
         keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude=not_its_own)
         module = models.build(section.name, shape, outputs, freeze=section.freeze, weights=section.weights, **keys)
         return module.to(dtype_of(experiment))

@@ -35,6 +35,10 @@ FAILURES_FILE = "failures.json"
 """The file of who did not take part in which round, and why."""
 
 
+STARTED_FROM = "started_from.json"
+"""The file of what a run took of an earlier one."""
+
+
 class RunLogger:
     """Writes a run down: figures by round, evaluations, results.
 
@@ -133,6 +137,7 @@ class RunLogger:
         steering: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
+        start = self.folder / STARTED_FROM
         summary: dict[str, Any] = {
             "run_id": self.run_id,
             "learner": self.experiment.learner.name,
@@ -148,6 +153,7 @@ class RunLogger:
             **groups,
             **({"schedule": self.schedule} if self.schedule else {}),
             **({"privacy": dict(privacy)} if privacy else {}),
+            **({"started_from": json.loads(start.read_text())} if start.is_file() else {}),
             **steering,
             "versions": versions(),
             "checkpoint": str(checkpoint),
@@ -163,6 +169,10 @@ class RunLogger:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return summary
+
+    def keep_start(self, facts: Mapping[str, Any]) -> None:
+        """Keeps what the run took of an earlier one, for its summary, also where the run is resumed."""
+        _write(self.folder / STARTED_FROM, json.dumps(facts))
 
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
         """Ends the tracked run before its time, with the failures in it."""

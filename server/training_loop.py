@@ -40,6 +40,7 @@ from server.site_statistics import ask_categories, ask_standardisation
 from server.steering import Steering
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
+from server.warm_start import warm_start
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
@@ -152,7 +153,11 @@ class TrainingLoop:
             experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
-        start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
+        start = dict(earlier.meta_state) if earlier else dict(learner.init(experiment.runtime.seed))
+        self.started_from: dict[str, Any] = {}
+        if experiment.model.start and not earlier:
+            start, self.started_from, notes = warm_start(experiment, start, federation)
+            self.membership.notes += notes
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
@@ -214,6 +219,8 @@ class TrainingLoop:
         run can be resumed, and in the same tracked run.
         """
         fresh = self.experiment.runtime.checkpoint_every and not self.opened
+        if self.started_from:
+            self.logger.keep_start(self.started_from)
         if fresh:
             self.save()
         with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended

@@ -72,6 +72,10 @@ class Model(OpenSection):
         default="",
         description="Parameters to start from, a safetensors file at the run's start; empty = drawn by the seed",
     )
+    start: str = Field(
+        default="",
+        description="Earlier run whose meta-state is taken as far as it fits: its folder, that folder's name, or MLflow id",
+    )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )
