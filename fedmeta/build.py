@@ -84,8 +84,9 @@ def problem_of(
     }
     if name == SUPERVISED:
         return Supervised(model, **settings)
-    keys = {**settings, **experiment.problem.extra}
-    found: Problem = _call(load_code(name, "[problem] name"), "[problem] name", name, keys, model)
+    factory = load_code(name, "[problem] name")
+    keys = {**settings, **_asked(factory, {"labels": experiment.data.label_names}), **experiment.problem.extra}
+    found: Problem = _call(factory, "[problem] name", name, keys, model)
     return found
 
 

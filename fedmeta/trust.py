@@ -23,7 +23,11 @@ from fedmeta.experiment.validation import Code, on_one_line
 VARIABLE = "FEDMETA_CODE"
 """Environment variable: the packages whose code a model that MLflow loads may name, with commas between."""
 
-SHIPPED = ("fedmeta.problems.survival:Survival", "fedmeta.problems.counts:Counts")
+SHIPPED = (
+    "fedmeta.problems.survival:Survival",
+    "fedmeta.problems.counts:Counts",
+    "fedmeta.problems.multilabel:MultiLabel",
+)
 """Import paths of fedmeta's own problems, which any file may name, as it may name built-in models and learners."""
 
 BY_OPTION, BY_VARIABLE, BY_NODE_CONFIG = "--code {}", VARIABLE + "={}", 'code="{}" in the node config'

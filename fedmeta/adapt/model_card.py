@@ -8,7 +8,7 @@ from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.onnx_columns import MISSING_NUMBER
 from fedmeta.tables import Cell, markdown_table, number, plain
-from fedmeta.trust import VARIABLE, code_of
+from fedmeta.trust import SHIPPED, VARIABLE, code_of
 
 
 def card(adapted: Adapted, files: Sequence[str]) -> str:
@@ -101,7 +101,7 @@ def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
         else:
             lines += [f'{output} = session.run(None, {{"x": rows}})[0]  # rows: {kind}']
         lines += ["```", ""]
-    own = sorted(code_of(adapted.start.experiment))
+    own = sorted(code_of(adapted.start.experiment).keys() - set(SHIPPED))
     variable = f"{VARIABLE}={','.join(own)} " if own else ""
     code = f", {own}" if own else ""
     lines += [

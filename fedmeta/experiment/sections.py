@@ -74,7 +74,7 @@ class Model(OpenSection):
     )
     start: str = Field(
         default="",
-        description="Earlier run whose meta-state is taken as far as it fits: its folder, that folder's name, or MLflow id",
+        description="Earlier run whose meta-state is taken as far as it fits: its folder, or its MLflow id",
     )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
