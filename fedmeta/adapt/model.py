@@ -96,8 +96,8 @@ class SiteModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the classes' probabilities [n, classes] of raw rows [n, *shape].
 
-        Of several labels of 0 or 1 each one's probability [n, labels]. For regression numbers [n], or of several targets
-        [n, targets], float64 and in the targets' own units.
+        Of several labels of 0 or 1 each one's probability [n, labels]. For regression numbers [n], of several targets
+        [n, targets], in float64 and the targets' own units.
         """
         with exact_attention():  # as in training
             outputs: Tensor = self.network(self.prepare(x))
