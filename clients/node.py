@@ -53,7 +53,7 @@ from fedmeta.problems.multilabel import NAME as MULTILABEL
 from fedmeta.problems.multilabel import check_labels
 from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
-from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
+from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code, without_own_files
 
 Sites = NDArray[np.int64]
 
@@ -276,6 +276,7 @@ def node_of(context: Context) -> Node:
     if is_deployed(config):
         allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
         refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
+        experiment = without_own_files(experiment)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
     if is_deployed(config):

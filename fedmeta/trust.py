@@ -28,10 +28,18 @@ SHIPPED = (
     "fedmeta.problems.counts:Counts",
     "fedmeta.problems.multilabel:MultiLabel",
 )
-"""Import paths of fedmeta's own problems, which any file may name, as it may name built-in models and learners."""
+"""Import paths of fedmeta's own problems: any file may name them, as it may name built-in models and learners, but not the
+path of their tables (`without_own_files`)."""
 
 BY_OPTION, BY_VARIABLE, BY_NODE_CONFIG = "--code {}", VARIABLE + "={}", 'code="{}" in the node config'
 """How a person allows a module, as messages put it."""
+
+_FOREIGN = "code that is not part of fedmeta", "If you know and trust that code, allow it"
+_OWN = (
+    "code of fedmeta by its import path, which data may not choose",
+    "What it is called with may name a file of this machine; where that is meant, allow it",
+)
+"""What a refused import path names, and what a person may do."""
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*)?")
 
@@ -89,9 +97,9 @@ def refuse_foreign_code(
         if path in allowed or (path in SHIPPED and where == "[problem] name"):
             continue
         if not _inside(module, allowed):
+            what, advice = _OWN if _inside(module, ("fedmeta",)) else _FOREIGN
             raise FedmetaError(
-                f'{origin}: asks for code that is not part of fedmeta, {where} = "{path}"; it was not imported. '
-                f"If you know and trust that code, allow it: {remedy.format(module)}"
+                f'{origin}: asks for {what}, {where} = "{path}"; it was not imported. {advice}: {remedy.format(module)}'
             )
         home = _home(path)
         if not _inside(home, allowed):
@@ -99,6 +107,15 @@ def refuse_foreign_code(
                 f'{origin}: asks for {where} = "{path}", which is code of {home}; it was not called. '
                 f"If that is meant, allow it: {remedy.format(path)}"
             )
+
+
+def without_own_files(experiment: Experiment) -> Experiment:
+    """Returns an experiment that was read from data, which may choose no file of this machine.
+
+    Left out are the file or run that a first meta-state came from, and of a shipped problem the path of its tables.
+    """
+    found = experiment.without_weights()
+    return found.without_problem_path() if found.problem.name in SHIPPED else found
 
 
 def _inside(module: str, allowed: Collection[str]) -> bool:

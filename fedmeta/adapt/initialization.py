@@ -31,7 +31,7 @@ from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.signing import UNSIGNED, check_signature, signed
 from fedmeta.targets import TARGET_MEAN, TARGET_SCALE, TargetScale
-from fedmeta.trust import BY_OPTION, SHIPPED, code_of, refuse_foreign_code
+from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code, without_own_files
 
 FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
@@ -415,12 +415,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], o
             )
         if value.is_floating_point() and not value.isfinite().all():
             raise FedmetaError(f'{origin}: tensor "{name[:80]}" is not finite')
-
-
-def without_own_files(experiment: Experiment) -> Experiment:
-    """Returns an experiment without the weights, and of a shipped problem without the tables, of where it was run."""
-    found = experiment.without_weights()
-    return found.without_problem_path() if found.problem.name in SHIPPED else found
 
 
 def _without_surroundings(experiment: Experiment) -> Experiment:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmeta.adapt.distance import FAR
 from fedmeta.adapt.initialization import FILE as START_FILE
-from fedmeta.adapt.initialization import MetaModel, check_tensors, without_own_files
+from fedmeta.adapt.initialization import MetaModel, check_tensors
 from fedmeta.adapt.own_problem import FILE, FORMAT
 from fedmeta.adapt.prediction import Predicted, as_file
 from fedmeta.build import problem_of
@@ -22,7 +22,7 @@ from fedmeta.files import read_tensors
 from fedmeta.problems import Problem
 from fedmeta.problems.cohort_tables import CohortTables, read_tables
 from fedmeta.signing import check_signature
-from fedmeta.trust import refuse_foreign_code
+from fedmeta.trust import refuse_foreign_code, without_own_files
 
 
 class SolvedProblem(NamedTuple):

@@ -108,6 +108,11 @@ def all_levels(groupings: Sequence[Subgrouping], categories: Categories) -> tupl
     return tuple(level for each in groupings for level in each.levels(categories))
 
 
+def names_of_run(experiment: Experiment, categories: Categories) -> tuple[str, ...]:
+    """Returns the names of the subgroups that a run's sites are asked for at its end."""
+    return all_levels(parse(experiment.evaluation.subgroups), categories)
+
+
 def codes_of(
     population: ArrayPopulation, rows: NDArray[np.int64], grouping: Subgrouping, categories: Categories
 ) -> NDArray[np.int64]:

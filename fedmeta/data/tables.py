@@ -37,8 +37,9 @@ from fedmeta.data.table_file import (
     site_name,
 )
 from fedmeta.data.table_labels import table_labels
+from fedmeta.data.table_times import table_times
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Data
+from fedmeta.experiment import ROW_ORDER, Data
 
 
 class SiteTable(NamedTuple):
@@ -62,7 +63,7 @@ def load_tables(data: Data) -> ArrayPopulation:
     files are read too. All files have the same columns, in any order: `data.label` is the label (or several columns,
     the targets of a regression), `data.features` or all others are features. A column is a number, a category (text, or
     named in `data.categorical`) or with `data.dates` a date; a cell is missing where it is one of `data.missing`. A
-    single file without `data.site_column` is one site's own.
+    single file without `data.site_column` is one site's own. `data.time` orders a site's rows, and is no feature.
 
     Raises:
         FedmetaError: Files, columns or cells are not as they should be; the error names all that are wrong.
@@ -206,13 +207,13 @@ def _files(folder: Path, data: Data, notes: list[str]) -> list[Path]:
     if others:
         names = [file.name + ("/" if file.is_dir() else "") for file in others]
         sheets = any(format_of(file) in SHEETS for file in others)
-        cure = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
-        cure += (
+        advice = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
+        advice += (
             f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns, or as .csv"
             if _headerless(others)
             else ""
         )
-        notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{cure}")
+        notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{advice}")
     problems = [
         f'{folder}: {before.name} and {file.name} would both be site "{site_name(file)}"'
         for before, file in pairwise(files)
@@ -314,6 +315,7 @@ def _population(
         arrays.append(values)
         categories += [(name, known)] if known is not None else []
     labels = table_labels([site.table for site in own], data, problems, notes) if own else None
+    time = table_times([site.table for site in own], data, problems) if own else None
     refuse(problems)
     if labels is None or not own:
         raise FedmetaError(f"{origin}: there are no rows")
@@ -345,10 +347,16 @@ def _population(
         owners,
         distinct,
         lambda row, column: cell(row, columns[column]),
+        time,
         feature_names=tuple(columns),
         min_rows=data.min_rows if many else 0,
     )
-    return replace(population, categories=tuple(categories), notes=tuple(grouped(list(dict.fromkeys(notes)))))
+    return replace(
+        population,
+        categories=tuple(categories),
+        notes=tuple(grouped(list(dict.fromkeys(notes)))),
+        in_time=time is not None or data.time == ROW_ORDER,
+    )
 
 
 def _check_table(table: RawTable, data: Data) -> list[str]:
@@ -377,7 +385,7 @@ def _shared_columns(
     """Returns the columns that are features, in the order that all sites share; adds what is wrong and left out."""
     tables = list({site.table.path: site.table for site in sites}.values())
     asked = tuple(only) if only is not None else data.chosen_features
-    apart = {*data.label_names, data.site_column}
+    apart = {*data.label_names, data.site_column, data.time}
     everywhere = {str(name) for table in tables for name in table.frame.columns}
     problems += [
         f'data.{key}: "{name}" is the {"label" if name in data.label_names else "site"}\'s column'
@@ -438,11 +446,11 @@ def _column_differences(
             f"{table.path} {' and '.join(given)}: data.features names it"
             + nearest(absent[0], [str(name) for name in table.frame.columns])
         ]
-    cure = "; data.ignore leaves columns out" if foreign and not absent else ""
+    advice = "; data.ignore leaves columns out" if foreign and not absent else ""
     return [
         f"{table.path} {' and '.join(given)}: every file needs the columns of {reference.path}"
         + (nearest(absent[0], foreign) if absent else "")
-        + cure
+        + advice
     ]
 
 

@@ -34,6 +34,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from fedmeta.errors import FedmetaError, nearest
 
 Scalar = bool | int | float | str
+Scalars = tuple[Scalar, ...]
+"""A list of such, as the arguments of one's own class or function may be."""
+
 
 # ---------------------------------------------------------------- values as text
 
@@ -193,13 +196,13 @@ class OpenSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    __pydantic_extra__: dict[str, Annotated[Scalar, BeforeValidator(_fits_64_bits)]] = Field(init=False)
+    __pydantic_extra__: dict[str, Annotated[Scalar, BeforeValidator(_fits_64_bits)] | Scalars] = Field(init=False)
 
     path_key: ClassVar[str] = "name"
     """The key that may hold an import path."""
 
     @property
-    def extra(self) -> dict[str, Scalar]:
+    def extra(self) -> dict[str, Scalar | Scalars]:
         """The further keys: arguments for the user's own function or class; empty for built-in names."""
         return dict(self.__pydantic_extra__)
 

@@ -6,7 +6,7 @@ disjoint support and query rows of the former. Tasks have one form: rows that a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -82,8 +82,11 @@ class CohortTables(TaskSource):
     """Sites with tables of features and an outcome; subclass it and give `outcome`.
 
     Args:
-        tables: Each site's columns; None for sites that are simulated when they are first asked for.
-        features: Which of them are features.
+        path: A folder with a table for each site, or one site's file; empty for simulated sites.
+        site: The name of a single file's site.
+        simulated: Returns each simulated site's columns; called where no path is given and rows are asked for.
+        features: The columns of features.
+        others: The columns of the outcome.
         support: Rows that a site adapts on.
         query: Rows that score it in training.
         test: The share of rows that are kept for the final scores.
@@ -95,8 +98,11 @@ class CohortTables(TaskSource):
 
     def __init__(
         self,
-        tables: Mapping[str, Table] | None,
+        path: str,
+        site: str,
+        simulated: Callable[[], Mapping[str, Table]],
         features: Sequence[str],
+        others: Sequence[str],
         support: int,
         query: int,
         test: float,
@@ -114,13 +120,14 @@ class CohortTables(TaskSource):
             raise FedmetaError("[problem] scale must be greater than 0")
         self.support, self.query, self.test, self.most_test = support, query, test, most_test
         self.features, self.shift, self.unit, self.scaled = tuple(features), shift, unit, bool(scale)
-        if tables is not None:
-            self.rows = self._tensors(tables)
+        self.width, self.simulated = len(features), simulated
+        if path:
+            self.rows = self._tensors(read_tables(path, features, others, site))
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Tensor]]:
-        """Each site's tensors [rows] by name; of simulated sites, where no tables were given."""
-        tables = self.simulate()
+        """Each site's tensors [rows] by name; of simulated sites, where no path was given."""
+        tables = self.simulated()
         if absent := [name for name in self.features if name not in next(iter(tables.values()))]:
             raise FedmetaError(f"[problem] path is not set, and simulated sites have no {listed(absent)}")
         return self._tensors(tables)
@@ -141,10 +148,6 @@ class CohortTables(TaskSource):
         x = (np.stack([table[each] for each in self.features], axis=1) - self.shift) / self.unit
         return torch.from_numpy(x).float()
 
-    def simulate(self) -> Mapping[str, Table]:
-        """Returns simulated sites' tables."""
-        raise FedmetaError("[problem] path is not set: name a folder with a table for each site")
-
     @property
     def needed(self) -> tuple[str, ...]:
         """The columns that a prediction needs: the features, and further ones but the outcome."""
@@ -157,6 +160,11 @@ class CohortTables(TaskSource):
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns the outcome's tensors [rows] by name; raises `FedmetaError` where a value is impossible."""
         raise NotImplementedError
+
+    @staticmethod
+    def mean(values: Tensor, data: Mapping[str, Tensor]) -> Tensor:
+        """Returns the mean of values [n] over the rows that are no padding."""
+        return (values * data["mask"]).sum() / data["mask"].sum()
 
     def sites(self) -> list[str]:
         """Returns the sites' names, sorted."""

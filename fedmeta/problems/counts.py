@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.problems.cohort_tables import CohortTables, Table, read_tables
+from fedmeta.problems.cohort_tables import CohortTables, Table
 from fedmeta.problems.metric import Metric
 from fedmeta.problems.problem import Parameters, Problem
 
@@ -60,13 +60,14 @@ class Counts(Problem, CohortTables):
         scale: Sequence[float] = (),
         most_test: int = 0,
     ) -> None:
-        self.count, self.exposure, self.width = count, exposure, len(features)
+        self.count, self.exposure = count, exposure
         others = (count, *([exposure] if exposure else []))
-        tables = read_tables(path, features, others, site) if path else None
-        CohortTables.__init__(self, tables, features, support, query, test, center, scale, most_test)
+        CohortTables.__init__(
+            self, path, site, self._simulate, features, others, support, query, test, center, scale, most_test
+        )
 
-    def simulate(self) -> dict[str, Table]:
-        """Returns simulated sites' tables, whose exposures are called as the problem's."""
+    def _simulate(self) -> dict[str, Table]:
+        """Returns simulated sites' tables, whose columns are called as the problem's."""
         self.exposure = self.exposure or "days"
         names = {"days": self.exposure, "count": self.count}
         return {
@@ -109,14 +110,14 @@ class Counts(Problem, CohortTables):
     def inner(self, parameters: Parameters, data: CountedRows) -> Tensor:
         """Returns the mean negative log-likelihood of rows, up to log y!."""
         m = self.log_mean(parameters, data)
-        return ((m.exp() - data["y"] * m) * data["mask"]).sum() / data["mask"].sum()
+        return self.mean(m.exp() - data["y"] * m, data)
 
     def evaluate(self, parameters: Parameters, data: CountedRows) -> dict[str, Tensor]:
         """Returns mean deviance, mean absolute error and mean negative log-likelihood."""
-        m, y, mask = self.log_mean(parameters, data), data["y"], data["mask"]
+        m, y = self.log_mean(parameters, data), data["y"]
         deviance = 2 * (torch.xlogy(y, y) - y * m - (y - m.exp()))
-        mean = {"deviance": deviance, "mae": (y - m.exp()).abs(), "nll": m.exp() - y * m}
-        return {name: (each * mask).sum() / mask.sum() for name, each in mean.items()}
+        each = {"deviance": deviance, "mae": (y - m.exp()).abs(), "nll": m.exp() - y * m}
+        return {name: self.mean(values, data) for name, values in each.items()}
 
 
 TRUE_WEIGHT = (0.5, -0.3, 0.0)

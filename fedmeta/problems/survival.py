@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedmeta.errors import FedmetaError
-from fedmeta.problems.cohort_tables import CohortTables, Table, read_tables
+from fedmeta.problems.cohort_tables import CohortTables, Table
 from fedmeta.problems.metric import Metric
 from fedmeta.problems.problem import Parameters, Problem
 
@@ -71,18 +71,18 @@ class Survival(Problem, CohortTables):
         self.place = (brier or (len(cuts) + 2) // 2) - 1
         if not 0 <= self.place < len(cuts):
             raise FedmetaError(f"[problem] brier = {brier}: the interval must be 1 to {len(cuts)}, which have an end")
-        tables = read_tables(path, features, (time, event), site) if path else None
-        CohortTables.__init__(self, tables, features, support, query, test, center, scale, most_test)
+        CohortTables.__init__(
+            self, path, site, self._simulate, features, (time, event), support, query, test, center, scale, most_test
+        )
         end = f"{self.cuts[self.place]:g}"
         self.metrics = (
             Metric("c_index", higher_is_better=True, low=0, high=1),
             Metric(f"brier_at_{end}", higher_is_better=False, low=0),
             Metric("nll", higher_is_better=False, low=0),
         )
-        self.width = len(features)
 
-    def simulate(self) -> dict[str, Table]:
-        """Returns simulated sites' tables, with time and event called as the problem's."""
+    def _simulate(self) -> dict[str, Table]:
+        """Returns simulated sites' tables, whose columns are called as the problem's."""
         names = {"time": self.time, "event": self.event}
         return {
             site: {names.get(name, name): values for name, values in table.items()}
@@ -119,7 +119,7 @@ class Survival(Problem, CohortTables):
         before = (place < data["interval"][:, None]).to(z.dtype)
         here = (place == data["interval"][:, None]).to(z.dtype) * data["event"][:, None]
         each = -(before * logsigmoid(-z) + here * logsigmoid(z)).sum(-1)
-        return (each * data["mask"]).sum() / data["mask"].sum()
+        return self.mean(each, data)
 
     def evaluate(self, parameters: Parameters, data: RowsOfTime) -> dict[str, Tensor]:
         """Returns C-index, Brier score and mean negative log-likelihood; NaN where a score is undefined."""
