@@ -28,8 +28,8 @@ SHIPPED = (
     "fedmeta.problems.counts:Counts",
     "fedmeta.problems.multilabel:MultiLabel",
 )
-"""Import paths of fedmeta's own problems: any file may name them, as it may name built-in models and learners, but not the
-path of their tables (`without_own_files`)."""
+"""Import paths of fedmeta's own problems: any file may name them, as it may name built-in models and learners, but not
+the path of their tables (`without_own_files`)."""
 
 BY_OPTION, BY_VARIABLE, BY_NODE_CONFIG = "--code {}", VARIABLE + "={}", 'code="{}" in the node config'
 """How a person allows a module, as messages put it."""

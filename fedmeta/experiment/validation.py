@@ -34,9 +34,6 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from fedmeta.errors import FedmetaError, nearest
 
 Scalar = bool | int | float | str
-Scalars = tuple[Scalar, ...]
-"""A list of such, as the arguments of one's own class or function may be."""
-
 
 # ---------------------------------------------------------------- values as text
 
@@ -163,6 +160,9 @@ Target = Annotated[
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
 Name = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
+Scalars = Annotated[tuple[Annotated[Scalar, BeforeValidator(_fits_64_bits)], ...], Strict(False)]
+"""A list, as the arguments of one's own class or function may be."""
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 

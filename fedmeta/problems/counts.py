@@ -97,7 +97,7 @@ class Counts(Problem, CohortTables):
             raise FedmetaError(f'site {site}: "{self.count}" must be a whole number of at least 0 in each row')
         if (exposure <= 0).any():
             raise FedmetaError(f'site {site}: "{self.exposure}" must be greater than 0 in each row')
-        return {"y": torch.from_numpy(y).float(), "log_exposure": torch.from_numpy(np.log(exposure)).float()}
+        return {"y": torch.tensor(y, dtype=torch.float32), "log_exposure": torch.from_numpy(np.log(exposure)).float()}
 
     def init(self, seed: int) -> Parameters:
         """Returns no effect of any feature, and a rate of 1."""

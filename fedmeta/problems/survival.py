@@ -103,7 +103,7 @@ class Survival(Problem, CohortTables):
         if (time < 0).any() or not np.isin(event, (0, 1)).all():
             raise FedmetaError(f'site {site}: "{self.time}" must be at least 0 and "{self.event}" 0 or 1 in each row')
         interval = np.searchsorted(self.cuts, time, side="left")
-        return {"interval": torch.from_numpy(interval), "event": torch.from_numpy(event).float()}
+        return {"interval": torch.from_numpy(interval), "event": torch.tensor(event, dtype=torch.float32)}
 
     def init(self, seed: int) -> Parameters:
         """Returns no effect of any feature, and a hazard of 0.1 in each interval."""
