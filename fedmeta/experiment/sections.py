@@ -16,6 +16,8 @@ from fedmeta.experiment.validation import (
     Conflicts,
     Count,
     FunctionPath,
+    Further,
+    FurtherList,
     Odd,
     OpenSection,
     Section,
@@ -82,7 +84,9 @@ class Model(OpenSection):
 
 
 class Problem(OpenSection):
-    """What sites solve. With an import path, all further scalar keys become arguments of that class or function."""
+    """What sites solve. With an import path, all further keys, lists too, become arguments of that class."""
+
+    __pydantic_extra__: dict[str, Further | FurtherList] = Field(init=False)
 
     name: Literal["supervised"] | ClassPath = Field(
         default="supervised",

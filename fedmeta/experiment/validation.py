@@ -160,8 +160,9 @@ Target = Annotated[
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
 Name = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
-Scalars = Annotated[tuple[Annotated[Scalar, BeforeValidator(_fits_64_bits)], ...], Strict(False)]
-"""A list, as the arguments of one's own class or function may be."""
+Further = Annotated[Scalar, BeforeValidator(_fits_64_bits)]
+"""The value of a key that is an argument of one's own class or function."""
+FurtherList = Annotated[tuple[Further, ...], Strict(False)]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -196,13 +197,13 @@ class OpenSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    __pydantic_extra__: dict[str, Annotated[Scalar, BeforeValidator(_fits_64_bits)] | Scalars] = Field(init=False)
+    __pydantic_extra__: dict[str, Further] = Field(init=False)
 
     path_key: ClassVar[str] = "name"
     """The key that may hold an import path."""
 
     @property
-    def extra(self) -> dict[str, Scalar | Scalars]:
+    def extra(self) -> dict[str, Any]:
         """The further keys: arguments for the user's own function or class; empty for built-in names."""
         return dict(self.__pydantic_extra__)
 
