@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from fedmeta.adapt.distance import FAR
 from fedmeta.adapt.initialization import FILE as START_FILE
@@ -19,7 +18,7 @@ from fedmeta.build import problem_of
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.files import read_tensors
-from fedmeta.problems import Problem
+from fedmeta.problems import Parameters, Problem
 from fedmeta.problems.cohort_tables import CohortTables, read_tables
 from fedmeta.signing import check_signature
 from fedmeta.trust import refuse_foreign_code, without_own_files
@@ -35,7 +34,7 @@ class SolvedProblem(NamedTuple):
     """
 
     problem: CohortTables
-    parameters: Mapping[str, Tensor]
+    parameters: Parameters
     notes: tuple[str, ...]
 
 

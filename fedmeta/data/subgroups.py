@@ -132,7 +132,7 @@ def codes_of(
     own = [places[feature] for feature in feature_names((grouping.column,), ((grouping.column, names),))]
     if not own:
         return np.zeros(len(rows), dtype=np.int64)  # the run knows no name: all are other
-    cells = population.x[np.ix_(rows, own)].astype(np.float64)
+    cells = population.x[rows][:, own].astype(np.float64)
     found = np.where((cells == 1).any(1), cells.argmax(1), len(names))
     return np.where(np.isnan(cells).any(1), HIDDEN, found)
 

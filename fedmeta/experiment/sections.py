@@ -6,7 +6,7 @@ Learners and models take the defaults of their keys from here. The other way rou
 whatever reads an experiment would import torch: 2.3 s of processor time, where `fedmeta --help` takes 0.7 s in all.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -16,8 +16,6 @@ from fedmeta.experiment.validation import (
     Conflicts,
     Count,
     FunctionPath,
-    Further,
-    FurtherList,
     Odd,
     OpenSection,
     Section,
@@ -86,7 +84,7 @@ class Model(OpenSection):
 class Problem(OpenSection):
     """What sites solve. With an import path, all further keys, lists too, become arguments of that class."""
 
-    __pydantic_extra__: dict[str, Further | FurtherList] = Field(init=False)
+    takes_lists: ClassVar[bool] = True
 
     name: Literal["supervised"] | ClassPath = Field(
         default="supervised",

@@ -197,10 +197,13 @@ class OpenSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    __pydantic_extra__: dict[str, Further] = Field(init=False)
+    __pydantic_extra__: dict[str, Further | FurtherList] = Field(init=False)
 
     path_key: ClassVar[str] = "name"
     """The key that may hold an import path."""
+
+    takes_lists: ClassVar[bool] = False
+    """Whether further keys may be lists."""
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -211,6 +214,9 @@ class OpenSection(Section):
         """Yields further keys that no code of the user's takes."""
         own = ":" in getattr(self, self.path_key)
         yield from ((key, "") for key in self.__pydantic_extra__ if not (own and key.isidentifier()))
+        for key, value in self.__pydantic_extra__.items():
+            if isinstance(value, tuple) and not self.takes_lists:
+                yield key, "must be true or false, a number or a text"
 
 
 # ---------------------------------------------------------------- types as text

@@ -20,6 +20,7 @@ from fedmeta.data.refusals import listed
 from fedmeta.data.table_file import RawTable, read_raw, site_name
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
+from fedmeta.problems.problem import Parameters
 from fedmeta.problems.source import TaskSource
 from fedmeta.randomness import row_draws, site_keys
 from fedmeta.task import Task
@@ -153,7 +154,7 @@ class CohortTables(TaskSource):
         """The columns that a prediction needs: the features, and further ones but the outcome."""
         return self.features
 
-    def predicted(self, parameters: Mapping[str, Tensor], table: Table) -> dict[str, NDArray[np.float64]]:
+    def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
         """Returns what the problem predicts for each row of a table with the columns `needed`, by name."""
         raise NotImplementedError
 
