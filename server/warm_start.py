@@ -71,8 +71,8 @@ def warm_start(experiment: Experiment, fresh: Mapping[str, Tensor], federation: 
     taken: list[str] = []
     for name, value in fresh.items():
         old = earlier.meta_state.get(name)
-        known = old is not None and (before == now or name in roles)
-        found = _fitted(name, value, old, roles.get(name), before, now) if known else None
+        known = before == now or name in roles
+        found = _fitted(name, value, old, roles.get(name), before, now) if old is not None and known else None
         state[name] = value if found is None else found
         taken += [name] if found is not None else []
     if not taken:

@@ -94,7 +94,7 @@ def take_columns(path: Path, form: Form, missing: Collection[str]) -> None:
         parts.append(f"columns/{number}")
     nodes.append(_node("Concat", parts, "model/x", axis=1))
     widest = max((len(names) for _, names in form.categories), default=0)
-    constants = {
+    constants: dict[str, NDArray[Any]] = {
         "columns/axis": np.array([1], dtype=np.int64),
         "columns/codes": np.arange(widest, dtype=np.float32)[None, :],
         "columns/nan": np.array(np.nan),
@@ -120,8 +120,8 @@ def take_columns(path: Path, form: Form, missing: Collection[str]) -> None:
 def _category(column: str, names: tuple[str, ...], out: str, missing: Collection[str], *, whole: bool) -> list[Any]:
     """Returns the nodes that make of a category's cells its features [rows, names], as `out`."""
     codes: dict[int | str, float] = {int(name) if whole else name: float(code) for code, name in enumerate(names)}
-    absent = [MISSING_NUMBER] if whole else [MISSING_TEXT, *missing]
-    codes = dict.fromkeys(absent, float("nan")) | codes
+    absent: list[int | str] = [MISSING_NUMBER] if whole else [MISSING_TEXT, *missing]
+    codes = {**dict.fromkeys(absent, float("nan")), **codes}
     keys = {"keys_int64s" if whole else "keys_strings": list(codes)}
     values = {"values_floats": list(codes.values()), "default_float": -1.0}
     return [

@@ -269,7 +269,8 @@ def predict(
         os.environ[VERIFY_KEY] = str(key)
     if out:
         prediction.check_out(out)
-    allowed, notes = allow_code(code or []), ()
+    allowed = allow_code(code or [])
+    notes: tuple[str, ...] = ()
     if solved := problem_prediction.read_solved(folder, allowed):
         found = problem_prediction.predict_solved(solved, data, missing or [])
     else:
