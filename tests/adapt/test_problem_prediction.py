@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fedmeta
+from fedmeta import checkpoint
+from fedmeta.adapt.initialization import FILE as START_FILE
+from fedmeta.adapt.initialization import MetaModel
 from fedmeta.adapt.own_problem import FILE
 from fedmeta.cli.main import app
 from fedmeta.experiment import Experiment
@@ -80,6 +83,7 @@ def test_a_site_that_joins_predicts_from_columns_by_name(finished: tuple[str, Pa
 @pytest.mark.slow
 def test_a_runs_folder_predicts_by_its_global_parameters(finished: tuple[str, Path, Path], tmp_path: Path) -> None:
     kind, _, run = finished
+    MetaModel.of(checkpoint.newest(run)[0]).write(run / START_FILE)  # as a tracked run does
     rows = tables(kind)["site-00"]
     rows.to_csv(tmp_path / "rows.csv", index=False)
     found = CliRunner().invoke(app, ["predict", str(run), "--data", str(tmp_path / "rows.csv")])
