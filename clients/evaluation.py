@@ -16,6 +16,7 @@ from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from clients.policy import ROUNDED, Policy
 from clients.stream import losses_of_rows
+from clients.subgroups import SubgroupFigures
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
@@ -121,6 +122,8 @@ def evaluate_sites(
     evaluations = np.zeros(len(here), dtype=np.int64)
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
+    wanted = bool(request.groups) and not evaluator.baseline and not (policy and policy.metrics == ROUNDED)
+    subgroups = SubgroupFigures.of(node, len(here), request.categories, STATES) if wanted else None
     for group, batch in node.evaluation_batches(here, scale, request.classes):
         if policy:
             policy.check_rows(batch, test=True)
@@ -160,6 +163,9 @@ def evaluate_sites(
                 problem, outputs.cpu().numpy(), queries, taken, by_task, states, bool(request.groups)
             )
             per_site = batch.sites // len(group)
+            if subgroups:
+                labels = y.cpu().numpy()
+                subgroups.add(problem, group, here[group], outputs.cpu().numpy(), labels, taken, request.groups)
             for place, parts in enumerate(sums):
                 site = int(group[place // per_site])
                 number = request.groups[site] if request.groups else -1
@@ -176,7 +182,9 @@ def evaluate_sites(
         figures = {name: policy.figures(values) for name, values in figures.items()}
         pooled, pooled_sites = {}, [0] * len(pooled_sites)
     counted = tuple(evaluations.tolist()) if evaluator.baseline in ("classical", "local_only") else ()
-    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
+    by_site = subgroups.by_site if subgroups else {}
+    pooled |= subgroups.sums if subgroups else {}
+    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted, by_site)
 
 
 def _mark_diverged(figures: dict[str, Floats]) -> None:

@@ -163,6 +163,18 @@ def metrics_table(summary: Mapping[str, Any]) -> Cells:
     return Cells(headings, rows)
 
 
+def subgroups_table(summary: Mapping[str, Any]) -> Cells:
+    """Returns the score by subgroup of test rows: a row for each subgroup and group of sites."""
+    rows: list[tuple[Cell, ...]] = []
+    for label, own in groups(summary):
+        for each in own.get("subgroups") or []:
+            before, after = each["global"], each["personalized"]
+            figures = (before["pooled"], after["pooled"], before["mean"], after["mean"])
+            rows.append((each["name"], label, each["sites"], each["rows"], *figures))
+    states = ("global pooled", "personalized pooled", "global mean", "personalized mean")
+    return Cells(("subgroup", "", "sites", "test rows", *states), rows)
+
+
 LEDGER = (
     "Scores are those of validation sites. Saved: against all the rounds that the run might have had, by the mean of "
     "its own rounds; below 0 it was lost. Dashes: not measured."

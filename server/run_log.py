@@ -36,6 +36,10 @@ FAILURES_FILE = "failures.json"
 """The file of who did not take part in which round, and why."""
 
 
+STARTED_FROM = "started_from.json"
+"""The file of what a run took of an earlier one."""
+
+
 class RunLogger:
     """Writes a run down: figures by round, evaluations, results.
 
@@ -134,6 +138,7 @@ class RunLogger:
         steering: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
+        start = self.folder / STARTED_FROM
         summary: dict[str, Any] = {
             "run_id": self.run_id,
             "learner": self.experiment.learner.name,
@@ -149,6 +154,7 @@ class RunLogger:
             **groups,
             **({"schedule": self.schedule} if self.schedule else {}),
             **({"privacy": dict(privacy)} if privacy else {}),
+            **({"started_from": json.loads(start.read_text())} if start.is_file() else {}),
             **steering,
             "versions": versions(),
             "checkpoint": str(checkpoint),
@@ -164,6 +170,10 @@ class RunLogger:
             _write(self.folder / "sites.parquet", sites.to_parquet(index=False))
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return summary
+
+    def keep_start(self, facts: Mapping[str, Any]) -> None:
+        """Keeps what the run took of an earlier one, for its summary, also where the run is resumed."""
+        _write(self.folder / STARTED_FROM, json.dumps(facts))
 
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
         """Ends the tracked run before its time, with the failures in it."""
@@ -240,7 +250,11 @@ def remove_unused(folder: Path) -> None:
 
 
 def evaluation_frame(
-    experiment: Experiment, federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]
+    experiment: Experiment,
+    federation: Federation,
+    evaluation: Evaluation,
+    metrics: Sequence[Metric],
+    subgroups: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
@@ -252,6 +266,7 @@ def evaluation_frame(
         test_rows.tolist(),
         evaluation,
         metrics,
+        subgroups,
     )
 
 

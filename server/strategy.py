@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedmeta.data.subgroups import names_of_run
 from fedmeta.messages import EVALUATE, TRAIN
 from server.aggregation import Gradient
 from server.evaluation_replies import STATES, Asked, evaluation_replies
@@ -96,6 +97,7 @@ class MetaGradientStrategy(RunState, Strategy):
             columns=1 + (steps if isinstance(steps, int) and not baseline else 0),
             states=("local",) if baseline else STATES,
             groups=groups,
+            subgroups=len(names_of_run(self.experiment, self.federation.categories)) if groups and not baseline else 0,
         )
         return messages(
             grid,

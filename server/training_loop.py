@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmeta import checkpoint as checkpoints
 from fedmeta.build import validated_learner
 from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.data import subgroups
 from fedmeta.data.stream_split import step_of
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
@@ -43,6 +44,7 @@ from server.site_statistics import ask_categories, ask_standardisation
 from server.steering import Steering
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
+from server.warm_start import warm_start
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
@@ -144,6 +146,7 @@ class TrainingLoop:
         self.membership = Membership(grid, experiment, earlier)
         self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
         federation = self.membership.federation
+        subgroups.check(experiment, federation.features, federation.categories)
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
@@ -151,7 +154,11 @@ class TrainingLoop:
             experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
-        start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
+        start = dict(earlier.meta_state) if earlier else dict(learner.init(experiment.runtime.seed))
+        self.started_from: dict[str, Any] = {}
+        if experiment.model.start and not earlier:
+            start, self.started_from, notes = warm_start(experiment, start, federation)
+            self.membership.notes += notes
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
@@ -214,6 +221,8 @@ class TrainingLoop:
         run can be resumed, and in the same tracked run.
         """
         fresh = self.experiment.runtime.checkpoint_every and not self.opened
+        if self.started_from:
+            self.logger.keep_start(self.started_from)
         if fresh:
             self.save()
         with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended
@@ -447,7 +456,8 @@ class TrainingLoop:
 
     def _frame(self, evaluation: Evaluation) -> pd.DataFrame:
         """Returns an evaluation as a frame with one row per site."""
-        return evaluation_frame(self.experiment, self.membership.federation, evaluation, self.metrics)
+        federation = self.membership.federation
+        return evaluation_frame(self.experiment, federation, evaluation, self.metrics, self._subgroups)
 
     def _secure_evaluate(self) -> tuple[Evaluation, AdaptationSchedule | None] | None:
         """Returns an evaluation that holds the sums of groups of sites alone; None where too few were left."""
@@ -493,10 +503,14 @@ class TrainingLoop:
             self._hear(strategy.evaluated)
         return strategy.evaluated
 
+    @property
+    def _subgroups(self) -> tuple[str, ...]:
+        return subgroups.names_of_run(self.experiment, self.membership.federation.categories)
+
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-        frame = self._frame(evaluation)
         positive = getattr(self.learner.problem, "positive", 1)
-        groups = summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        sums, counts, names = evaluation.pooled, evaluation.pooled_sites, self._subgroups
+        groups = summarize(self._frame(evaluation), self.metrics, sums, counts, positive, names)
         return secure_evaluation.summaries(groups, evaluation.pooled, self.metrics)
 
     def _evaluated(self) -> bool:

@@ -6,7 +6,7 @@ Learners and models take the defaults of their keys from here. The other way rou
 whatever reads an experiment would import torch: 2.3 s of processor time, where `fedmeta --help` takes 0.7 s in all.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -72,13 +72,19 @@ class Model(OpenSection):
         default="",
         description="Parameters to start from, a safetensors file at the run's start; empty = drawn by the seed",
     )
+    start: str = Field(
+        default="",
+        description="Earlier run whose meta-state is taken as far as it fits: its folder, or its MLflow id",
+    )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )
 
 
 class Problem(OpenSection):
-    """What sites solve. With an import path, all further scalar keys become arguments of that class or function."""
+    """What sites solve. With an import path, all further keys, lists too, become arguments of that class."""
+
+    takes_lists: ClassVar[bool] = True
 
     name: Literal["supervised"] | ClassPath = Field(
         default="supervised",
@@ -341,6 +347,14 @@ class Evaluation(Section):
         default=0,
         ge=0,
         description="When a run ends with its best state, without a better validation score; 0 = never (evaluations)",
+    )
+
+    subgroups: Texts = Field(
+        default=(),
+        description='Columns that group test rows in the final scores: a category, or bands of a number, "age: 40, 65"',
+    )
+    smallest_subgroup: int = Field(
+        default=10, ge=1, description="Fewest of a subgroup that a site shows; smaller ones stay there (test rows)"
     )
 
     def conflicts(self) -> Conflicts:

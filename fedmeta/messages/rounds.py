@@ -334,6 +334,9 @@ class EvaluateReply:
             alone (its place in `LOCAL_METHODS`); empty for all else.
         alarms: The row of a site's stream, from 0, at which its alarm went off in this block, -1 for none [sites];
             empty where no alarm is kept.
+        subgroups: Of each of the run's subgroups the test rows ("rows") and the score before ("global") and after
+            adaptation [sites, subgroups]; 0 rows and NaN where a site has fewer than `evaluation.smallest_subgroup`.
+            Their sums are among `pooled`, by "GROUP/STATE@SUBGROUP/NAME". Empty where the run has none.
     """
 
     names: tuple[str, ...]
@@ -343,6 +346,7 @@ class EvaluateReply:
     pooled_sites: tuple[int, ...] = ()
     evaluations: tuple[int, ...] = ()
     alarms: tuple[int, ...] = ()
+    subgroups: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def columns(self) -> int:
@@ -360,14 +364,15 @@ class EvaluateReply:
         }
         figures: dict[str, Any] = {name: values.ravel().tolist() for name, values in self.figures.items()}
         pooled = {name: torch.from_numpy(np.asarray(value)) for name, value in self.pooled.items()}
-        return RecordDict(
-            {
-                "figures": MetricRecord(figures),
-                "counts": MetricRecord(counts),
-                "sites": write_names(self.names),
-                "pooled": write_arrays(pooled),
-            }
-        )
+        records: dict[str, Any] = {
+            "figures": MetricRecord(figures),
+            "counts": MetricRecord(counts),
+            "sites": write_names(self.names),
+            "pooled": write_arrays(pooled),
+        }
+        if self.subgroups:
+            records["subgroups"] = write_arrays({name: torch.from_numpy(own) for name, own in self.subgroups.items()})
+        return RecordDict(records)
 
     @classmethod
     def unpack(cls, content: RecordDict, metrics: Sequence[Metric] | None = None) -> EvaluateReply:
@@ -380,7 +385,7 @@ class EvaluateReply:
         Raises:
             MessageError: It is not one.
         """
-        only(content, "figures", "counts", "sites", "pooled")
+        only(content, "figures", "counts", "sites", "pooled", *(["subgroups"] if "subgroups" in content else []))
         names = read_names(content)
         there = content.get("counts")
         own = ("alarms",) if isinstance(there, MetricRecord) and "alarms" in there else ()
@@ -412,7 +417,8 @@ class EvaluateReply:
         alarms = tuple(read_list(counts, "alarms", int, len(names))) if own else ()
         if any(not -1 <= row < MOST_ROWS for row in alarms):
             raise MessageError("the alarms are not a row, or -1, for each site")
-        return cls(names, figures, chosen, pooled, pooled_sites, evaluations, alarms)
+        subgroups = _read_subgroups(content, len(names)) if "subgroups" in content else {}
+        return cls(names, figures, chosen, pooled, pooled_sites, evaluations, alarms, subgroups)
 
     def impossible(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, str]:
         """Returns the sites with a figure that cannot be, and what is wrong with it; NaN, for undefined, can be.
@@ -436,8 +442,24 @@ class EvaluateReply:
         names = tuple(name for name in self.names if name not in sites)
         figures = {key: own[kept] for key, own in self.figures.items()}
         counts = tuple(count for count, is_kept in zip(self.evaluations, kept.tolist(), strict=False) if is_kept)
+        subgroups = {name: own[kept] for name, own in self.subgroups.items()}
         alarms = tuple(row for row, is_kept in zip(self.alarms, kept.tolist(), strict=False) if is_kept)
-        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts, alarms=alarms)
+        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts, alarms=alarms, subgroups=subgroups)
+
+
+def _read_subgroups(content: RecordDict, sites: int) -> dict[str, Floats]:
+    """Returns the rows and scores of sites' subgroups; raises `MessageError` where they cannot be."""
+    found = {name: value.numpy() for name, value in read_arrays(content, "subgroups").items()}
+    only(found, "rows", "global", "personalized")
+    shape = found["rows"].shape
+    if len(shape) != 2 or shape[0] != sites or any(own.shape != shape for own in found.values()):
+        raise MessageError("the figures of subgroups have other shapes than they should")
+    if any(own.dtype != np.float64 or np.isinf(own).any() for own in found.values()):
+        raise MessageError("the figures of subgroups are not finite float64 numbers")
+    rows = found["rows"]
+    if not (np.isfinite(rows) & (rows >= 0) & (rows == np.round(rows))).all():
+        raise MessageError("the rows of subgroups are no counts")
+    return found
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:
