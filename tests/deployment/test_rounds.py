@@ -86,7 +86,7 @@ class Running:
 def started(work: Path, sites: int) -> Iterator[Running]:
     """Runs a federation of so many sites."""
     files = write_sites(work / "data", sites=sites, rows=40)
-    with faulty_federation(work) as federation, ExitStack() as stack:
+    with faulty_federation(work, poll_s="1.0") as federation, ExitStack() as stack:
         way, went_up = stack.enter_context(recorded_line(federation.port))
         running = Running(federation, files, went_up, {})
         stack.callback(lambda: [ends.close() for ends in running.ends.values()])
