@@ -18,6 +18,7 @@ from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
 from fedmeta.tables import groups, ledger_lines, local_methods, number, percent, score_label, with_diverged
+from fedmeta.tracking.description import data_name
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -272,5 +273,6 @@ def _see(experiment: Experiment) -> dict[str, str]:
     if tracking.uri == UNTRACKED:
         return {}
     uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(without_user_info(tracking.uri))}"
-    name = "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
-    return {"see it": f"fedmeta ui{uri}{name}"}
+    own = tracking.experiment
+    name = "" if own == usual.experiment else f" --set {shlex.quote(f'tracking.experiment={own}')}"
+    return {"see it": f"fedmeta ui --data {shlex.quote(data_name(experiment.params()))}{uri}{name}"}

@@ -12,7 +12,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.problems.metric import Metric
 from fedmeta.runtime import Result
 from fedmeta.search.comparison import Comparison, budget, build_table, difference, verdict
-from fedmeta.search.comparison_report import markdown
+from fedmeta.search.comparison_report import left_behind, markdown
 
 ACCURACY, RMSE = Metric("accuracy", True), Metric("rmse", False)
 SNR = Metric("snr", True, "dB")
@@ -114,6 +114,16 @@ def test_the_page_has_name_unit_and_direction_of_the_score() -> None:
     assert "| learner | seeds | global | personalized | worst 10 % | local-only | helped | harmed |" in page
     assert "| maml | 1 | -9.000 | -8.000 | -9.000 | - | 75% | 25% | +2.000 [+2.000, +2.000] |" in page
     assert "Mean snr (dB) of new sites, higher is better" in page
+
+
+def test_who_is_left_behind_under_the_best_learner_is_named() -> None:
+    found = compared(ACCURACY, maml=[0.9, 0.8, 0.7], anil=[0.5, 0.5, 0.5])
+    own = found.sites["learner"] == "maml"
+    names = list(found.sites.loc[own, "site"])
+    found.sites.loc[own, "gain"] = [0.1, -0.2, -0.3]
+    assert left_behind(found) == f"maml leaves 2 of 3 new sites behind: {names[2]}, {names[1]}."
+    found.sites.loc[own, "gain"] = 0.1
+    assert left_behind(found) == "maml leaves none of 3 new sites behind."
 
 
 def test_a_difference_that_may_be_chance_is_not_significant() -> None:
