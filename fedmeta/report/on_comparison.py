@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pandas as pd
 
 from fedmeta.experiment import Experiment
@@ -176,7 +178,7 @@ def _again(compared: Compared) -> Section:
     tuned = f" --tune {len(next(iter(found.trials.values())))}" if found.trials else ""
     learners = ",".join([*dict.fromkeys(found.runs["learner"]), *found.left_out])
     seeds = sorted(set(found.runs["seed"]))
-    command = f"fedmeta compare {parts.EXPERIMENT_FILE} --learners {learners} --seeds {len(seeds)}{tuned}"
+    command = f"fedmeta compare {parts.EXPERIMENT_FILE} --learners {shlex.quote(learners)} --seeds {len(seeds)}{tuned}"
     facts = f"Seeds {', '.join(str(seed) for seed in seeds)}. Runs {ids}."
     return parts.again(shared(compared), command, run.summary.get("versions", {}), facts)
 

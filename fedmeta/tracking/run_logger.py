@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -222,7 +223,7 @@ class Tracker:
             if unsent:
                 log_notice(
                     f"{self.uri} did not take {len(unsent)} events; they are in {path}; "
-                    f"once it is back: fedmeta sync {self._folder}"
+                    f"once it is back: fedmeta sync {shlex.quote(str(self._folder))}"
                 )
 
     def _values(self, round_number: int, found: Mapping[str, float]) -> list[MetricValue]:
