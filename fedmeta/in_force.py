@@ -16,6 +16,8 @@ from fedmeta.models import MODELS
 Condition = Callable[[Experiment], bool]
 
 ALWAYS = ("runtime.seed", "evaluation.steps", "evaluation.every")
+ORDERED = ("maml", "anil")
+"""The learners whose gradient the server may ask for exactly or to first order."""
 NOTHING = ("", "[]", "none", 0, 0.0, False)
 
 
@@ -53,7 +55,7 @@ CONDITIONS: dict[str, Condition] = {
             f"server.{key}"
             for key in ("probe_every", "climb_below", "descend_above", "climb_patience", "descend_probes")
         ],
-        lambda e: e.learner.order == "auto" and "order" in settings_of(learner_class(e.learner.name)),
+        lambda e: e.learner.order == "auto" and e.learner.name in ORDERED,
     ),
     **dict.fromkeys(("server.byzantine", "server.mixing"), lambda e: e.server.aggregator != "mean"),
     "server.norm_bound": lambda e: e.server.aggregator == "norm-bound",
@@ -92,6 +94,8 @@ def _obeyed(key: str, experiment: Experiment, known: bool) -> bool:
     section, _, name = key.partition(".")
     if not known:  # a key of own code
         return True
+    if key == "learner.order":
+        return experiment.learner.name in ORDERED
     if section == "learner" and name != "name":
         return name in settings_of(learner_class(experiment.learner.name))
     if section == "data" and not experiment.on_rows and key not in OF_ANY_DATA:

@@ -25,7 +25,8 @@ def test_a_plain_run_lists_what_it_obeys_and_nothing_else() -> None:
 def test_of_a_learner_its_own_keys_are_listed(name: str) -> None:
     found = {key.partition(".")[2] for key in in_force(f"learner.name={name}") if key.startswith("learner.")}
     own = set(settings_of(learner_class(name)))
-    assert found - {"name"} <= own
+    assert found - {"name", "order"} <= own
+    assert ("order" in found) == (name in ("maml", "anil"))
     usual = Experiment().learner.model_dump()
     assert {key for key in own & set(usual) if usual[key] not in ("", 0, False)} <= found
 

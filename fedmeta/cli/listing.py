@@ -17,6 +17,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment, Tracking
 from fedmeta.tables import number
 
+RUNS = Path(Tracking().folder)
 SUMMARY, DESCRIBED = "summary.json", "experiment.toml"
 UNFINISHED = "unfinished"
 """The files of a run's folder; the last one is there until the run has ended."""
@@ -26,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines, one per 
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="The folder of runs.")] = Path(Tracking().folder),
+    folder: Annotated[Path, typer.Argument(help="The folder of runs.")] = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Lists the runs of a folder, the newest first: learner, data, seed, state, and the score of new sites."""

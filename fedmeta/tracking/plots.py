@@ -136,7 +136,7 @@ def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
         axes.fill_between(steps, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
         for edge in (low, high):
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
-    for name, value, style in _rivals(latest(sites), score):
+    for name, value, style in rivals(latest(sites), score):
         axes.axhline(value, color=INK, linestyle=style, linewidth=1.0, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     each = sites.get("step_evaluations")
@@ -278,8 +278,8 @@ def _by_kind(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     return ((kind, part) for kind in COLOURS if len(part := sites[sites["kind"] == kind]))
 
 
-def _rivals(sites: pd.DataFrame, score: Metric) -> Iterator[tuple[str, float, LineStyle]]:
-    """Yields the mean score of what adapting is compared with: local-only, a classical method, the optimum."""
+def rivals(sites: pd.DataFrame, score: Metric) -> Iterator[tuple[str, float, LineStyle]]:
+    """Yields name, mean score and line of what adapting is compared with: local-only, classical method, optimum."""
     new = sites[sites["kind"] == "new"]
     own = new if len(new) else sites
     named: tuple[tuple[str, str, LineStyle], ...] = (
