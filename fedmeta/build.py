@@ -209,6 +209,10 @@ def validated_learner(
             )
         learner.init(experiment.runtime.seed)
         return learner
+    if learner.classes_only and not classes:
+        raise FedmetaError(
+            f'[learner] name = "{experiment.learner.name}" needs classes, and the labels here are numbers: take anil'
+        )
     if name == "char_lstm" and not tokens:
         raise FedmetaError(
             '[model] name = "char_lstm" needs rows of symbol codes, as data.source = "shakespeare" has them'

@@ -31,19 +31,26 @@ class ServerOptimizer:
         settings: The experiment's section [server].
         sends: What the learner's sites send ("gradient", "delta", "nothing").
         meta_state: The learned part of the meta-state; copied.
+        averaged: The prefix of keys that are means over all training sites (`Learner.averaged`); empty for none.
     """
 
-    def __init__(self, settings: Server, sends: str, meta_state: Mapping[str, Tensor]) -> None:
+    def __init__(self, settings: Server, sends: str, meta_state: Mapping[str, Tensor], averaged: str = "") -> None:
         name, lr = resolve(settings, sends)
         self._small = lr * max(1.0, settings.weight_decay) <= LARGEST_LR
         self._values = {key: value.clone() for key, value in meta_state.items()}
-        self._optimizer = _make(name, list(self._values.values()), lr, settings)
+        self._averaged = [key for key in self._values if averaged and key.startswith(averaged)]
+        self._stepped = [key for key in self._values if key not in self._averaged]
+        self._optimizer = _make(name, [self._values[key] for key in self._stepped], lr, settings)
 
-    def step(self, gradient: Mapping[str, Tensor]) -> None:
-        """Steps the meta-state along a gradient with its keys."""
-        for key, value in self._values.items():
+    def step(self, gradient: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Steps the meta-state along a gradient with its keys; means over all sites by a round's share of them."""
+        for key in self._stepped:
+            value = self._values[key]
             value.grad = gradient[key].to(value.dtype)
         self._optimizer.step()
+        with torch.no_grad():
+            for key in self._averaged:
+                self._values[key].sub_(gradient[key].to(self._values[key].dtype), alpha=share)
 
     def replace(self, meta_state: Mapping[str, Tensor]) -> None:
         """Puts another meta-state in the place of the one as it stands; the optimizer's memory stays."""
@@ -51,20 +58,24 @@ class ServerOptimizer:
             for key, value in self._values.items():
                 value.copy_(meta_state[key])
 
-    def step_if_finite(self, gradient: Mapping[str, Tensor]) -> bool:
+    def step_if_finite(self, gradient: Mapping[str, Tensor], share: float = 1.0) -> bool:
         """Steps along a gradient, and undoes that where the meta-state or the memory has become infinite.
 
         A step that cannot overflow, as nearly all cannot, is not copied for: with a gradient below 1e12 and a state
         below 1e30, Adam's memory of squares stays below 1e24 and the state below 1e37 (float32 ends at 3e38).
 
+        Args:
+            gradient: What sites sent, averaged.
+            share: What the round's sites weigh, of the weight of all training sites.
+
         Returns:
             Whether the step stands.
         """
         if self._small and _below(gradient, LARGEST_GRADIENT) and _below(self._values, LARGEST_STATE):
-            self.step(gradient)
+            self.step(gradient, share)
             return True
         before, memory = self.meta_state, {name: value.clone() for name, value in self.state().items()}
-        self.step(gradient)
+        self.step(gradient, share)
         if self.finite:
             self._small = False  # its memory may hold what the next steps add to
             return True
@@ -85,7 +96,7 @@ class ServerOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Returns the optimizer's memory as tensors named "KEY/WHAT"."""
         memory = self._optimizer.state_dict()["state"]
-        names = list(self._values)
+        names = self._stepped
         return {
             f"{names[index]}/{what}": torch.as_tensor(value)
             for index, values in memory.items()
@@ -98,7 +109,7 @@ class ServerOptimizer:
         self.replace(meta_state)
         self._small = self._small and _below(state, LARGEST_STATE)
         memory: dict[int, dict[str, Tensor]] = {}
-        names = list(self._values)
+        names = self._stepped
         for name, value in state.items():
             key, _, what = name.rpartition("/")
             memory.setdefault(names.index(key), {})[what] = value.clone()

@@ -300,8 +300,8 @@ def _check(experiment: Experiment, learner: Learner, strategy: MetaGradientStrat
 
 def _check_order(experiment: Experiment, learner: Learner) -> None:
     """Raises `FedmetaError` where a run cannot take the gradient that it asks for."""
-    wanted = experiment.learner.order
-    if wanted == "exact":
+    wanted, first = experiment.learner.order, experiment.learner.first_order_rounds
+    if wanted == EXACT and not first:
         return
     server = experiment.server
     whole = server.quorum == 1.0 and server.late != "buffer" and not server.deadline
@@ -328,4 +328,5 @@ def _check_order(experiment: Experiment, learner: Learner) -> None:
     )
     for broken, reason in rules:
         if broken:
-            raise FedmetaError(f'[learner] order = "{wanted}": {reason}')
+            key = f"first_order_rounds = {first}" if first else f'order = "{wanted}"'
+            raise FedmetaError(f"[learner] {key}: {reason}")

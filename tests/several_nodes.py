@@ -24,7 +24,7 @@ class SeveralNodes(Grid):
     Args:
         client: The ClientApp.
         experiment: What the nodes' run config holds.
-        node_configs: What each node is told of itself; by default a share of the sites.
+        node_configs: Each node's config; by default a share of the sites.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class SeveralNodes(Grid):
         return dict(self.contexts.pop(node).node_config)
 
     def set_run(self, run: Any) -> None:
-        raise AssertionError("nobody sets a run here")
+        raise AssertionError("no run is set here")
 
     @property
     def run(self) -> Any:
-        raise AssertionError("nobody asks for a run here")
+        raise AssertionError("no run is asked for here")
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
@@ -93,7 +93,7 @@ class SeveralNodes(Grid):
 
 def lost(message: Message) -> Message:
     """Returns what Flower says in the place of a node that is gone."""
-    error: Message = _MESSAGE(Error(code=5, reason="the reply's text, which nobody may pass on"), reply_to=message)
+    error: Message = _MESSAGE(Error(code=5, reason="the reply's text, which must not be passed on"), reply_to=message)
     return error
 
 

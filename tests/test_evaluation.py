@@ -197,7 +197,7 @@ def test_summaries_keep_within_the_scores(rows: list[tuple[float, float, str]]) 
     assert round(harmed) == left_behind(frame)
 
 
-# ---------------------------------------------------------------- what is told first
+# ---------------------------------------------------------------- which figure comes first
 
 
 def test_the_headline_is_of_new_sites_where_there_are_any() -> None:

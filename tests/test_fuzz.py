@@ -1,4 +1,4 @@
-"""Thousands of broken replies, checkpoints and data files: each is refused in words, or read as what it says."""
+"""Thousands of broken replies, checkpoints and data files: each is refused with a message, or read for what it is."""
 
 import random
 from collections.abc import Callable

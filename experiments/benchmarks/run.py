@@ -49,7 +49,7 @@ def run_part(name: str, options: list[str]) -> tuple[str, Any]:
         command = [sys.executable, str(HERE / f"{name}.py"), *options, "--json", str(path)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures = json.loads(path.read_text())
-    # Before its table a script says what it ran on, which the page states once.
+    # Before its table a script prints what it ran on, which the page states once.
     return done.stdout[done.stdout.index("| ") :].strip(), figures
 
 

@@ -62,7 +62,7 @@ class Adapted:
         name: The site's name: its file's.
         source: Its file's name.
         rows: Its rows.
-        judgement: What they say.
+        judgement: Their verdict.
         model: The site's model.
         test: Scores on test rows; None where there are none.
         warnings: What to know before the model is used, a sentence each.
@@ -230,8 +230,8 @@ def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
             warnings.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
     if start.experiment.data.split == "blocks":
         warnings.append(
-            "Neighbouring rows resemble each other (data.split = blocks), so that they say less than as many others: "
-            "the true interval is wider."
+            "Neighboring rows resemble each other (data.split = blocks), so that they carry less information than "
+            "as many others: the true interval is wider."
         )
     return warnings
 

@@ -175,7 +175,7 @@ def _column(population: ArrayPopulation, x: NDArray[np.float64], place: int, nam
     found: list[str] = []
     if len(distinct) == 1 and len(values) > 1:
         only = names[int(distinct[0])] if names else f"{distinct[0]:g}"
-        found.append(f'column "{name}" is constant ({only}): it has nothing to say; data.ignore leaves it out')
+        found.append(f'column "{name}" is constant ({only}): it holds no information; data.ignore leaves it out')
         return found
     found += _copy_of_label(population, values, name)
     if names is not None:

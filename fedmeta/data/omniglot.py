@@ -1,6 +1,8 @@
 """Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): 1 623 characters, each drawn by 20 people.
 
-A site is an alphabet, and its characters are what few-shot tasks draw their classes from.
+A site is an alphabet, and its characters are what few-shot tasks draw their classes from. With `data.split =
+"characters"` a site is as many characters drawn from all alphabets, as in the published protocol (Vinyals et al.,
+NeurIPS 2016; Finn et al. 2017), whose test characters are new and whose alphabets are not.
 """
 
 import io
@@ -20,6 +22,7 @@ from fedmeta.data.population import ArrayPopulation
 from fedmeta.data.ragged import IntArray
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
+from fedmeta.randomness import draws
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 """The original archives; the published split is that of alphabets, 30 in the first and 20 in the second."""
@@ -54,6 +57,8 @@ def load_omniglot(data: Data) -> ArrayPopulation:
         )
     files = _files(data.path)
     drawings = _from_npz(files[0]) if files[0].suffix == ".npz" else _from_archives(files)
+    if data.split == "characters":
+        drawings = mixed(drawings)
     characters = int(drawings.characters.max(initial=-1)) + 1
     return build_population(
         data.path,
@@ -64,6 +69,18 @@ def load_omniglot(data: Data) -> ArrayPopulation:
         lambda row, pixel: f"{data.path}: drawing {row}, pixel {pixel}",
         min_rows=data.min_rows,
     )
+
+
+def mixed(drawings: _Drawings) -> _Drawings:
+    """Returns drawings whose sites are equal shares of all characters, in a fixed random order, one per alphabet."""
+    characters, sites = np.unique(drawings.characters), len(drawings.names)
+    order = np.argsort(draws(0, "characters", 0, characters.astype(np.uint64)), kind="stable")
+    site_of = np.empty(len(characters), dtype=np.int64)
+    site_of[order] = np.arange(len(characters)) % sites
+    owners = site_of[np.searchsorted(characters, drawings.characters)]
+    width = len(str(sites - 1))
+    names = [f"characters-{site:0{width}d}" for site in range(sites)]
+    return drawings._replace(alphabets=owners, names=names)
 
 
 def _files(path: str) -> list[Path]:

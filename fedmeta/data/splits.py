@@ -65,8 +65,8 @@ def split(population: Population, data: Data, seed: int) -> Split:
 
     Args:
         population: Whose rows.
-        data: `test` (share of a site's rows) and `split` ("random", or "blocks": the last rows in its order test); with
-            `ways` each class is split so.
+        data: `test` (share of a site's rows) and `split` (with "blocks" the last rows in its order test, else a draw);
+            with `ways` each class is split so.
         seed: The run's seed.
     """
     if population.exchangeable:

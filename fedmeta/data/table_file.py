@@ -2,7 +2,8 @@
 
 A text file is read where its form is certain: commas, semicolons or tabs between cells; UTF-8 or UTF-16 with a byte
 order mark; packed by gzip; Excel's line `sep=;`; lines of comment that begin with #; decimal commas between semicolons
-or tabs; thousands separators that can be nothing else. What is not certain is a problem with its cause and its cure.
+or tabs; thousands separators that can be nothing else. What is not certain is a problem, reported with its cause and
+what to do.
 """
 
 import csv

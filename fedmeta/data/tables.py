@@ -208,13 +208,13 @@ def _files(folder: Path, data: Data, notes: list[str]) -> list[Path]:
     if others:
         names = [file.name + ("/" if file.is_dir() else "") for file in others]
         sheets = any(format_of(file) in SHEETS for file in others)
-        cure = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
-        cure += (
+        advice = "; a spreadsheet is read once its sheet is saved as CSV" if sheets else ""
+        advice += (
             f"; files {', '.join(HEADERLESS_SUFFIXES)} are read with data.columns, or as .csv"
             if _headerless(others)
             else ""
         )
-        notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{cure}")
+        notes.append(f"{folder}: left out {listed(names, 8)}: no table that is read here{advice}")
     problems = [
         f'{folder}: {before.name} and {file.name} would both be site "{site_name(file)}"'
         for before, file in pairwise(files)
@@ -440,11 +440,11 @@ def _column_differences(
             f"{table.path} {' and '.join(given)}: data.features names it"
             + nearest(absent[0], [str(name) for name in table.frame.columns])
         ]
-    cure = "; data.ignore leaves columns out" if foreign and not absent else ""
+    advice = "; data.ignore leaves columns out" if foreign and not absent else ""
     return [
         f"{table.path} {' and '.join(given)}: every file needs the columns of {reference.path}"
         + (nearest(absent[0], foreign) if absent else "")
-        + cure
+        + advice
     ]
 
 

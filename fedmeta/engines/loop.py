@@ -7,20 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path, summed
 from fedmeta.learners import Learner
 from fedmeta.learners.local_steps import with_order
 from fedmeta.learners.message import asked, message
 from fedmeta.noise import at_site
 from fedmeta.problems.supervised import OUTPUTS
 from fedmeta.task import Batch
-
-
-def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
-    """Returns the cohort's contribution, site by site; see `fedmeta.engines.meta_gradients`."""
-    total = WeightedSum.empty(learner.message_template(meta_state))
-    add_sites(total, learner, meta_state, batch, weights)
-    return total
 
 
 def add_sites(
@@ -35,6 +28,9 @@ def add_sites(
         stacked = {name: value.unsqueeze(0) for name, value in gradient.items()}
         figures = {name: value.unsqueeze(0) for name, value in metrics.items()}
         total.add(stacked, weights[site : site + 1], figures)
+
+
+meta_gradients = summed(add_sites)
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Figures:

@@ -12,20 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from fedmeta.engines.gradcheck import UnprovenError, check
 from fedmeta.engines.misfit import UnsupportedModelError
-from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path, summed
 from fedmeta.learners import Learner
 from fedmeta.learners.local_steps import with_order
 from fedmeta.learners.message import message
 from fedmeta.noise import at_site
 from fedmeta.problems.solvers import DIFFERENTIABLE
 from fedmeta.task import Batch, orders, task_of
-
-
-def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
-    """Returns the cohort's contribution, every site in one batched call; see `fedmeta.engines.meta_gradients`."""
-    total = WeightedSum.empty(learner.message_template(meta_state))
-    add_sites(total, learner, meta_state, batch, weights)
-    return total
 
 
 def add_sites(
@@ -40,6 +33,9 @@ def add_sites(
 
     gradients, metrics = vmap(site)(batch.support, batch.query, batch.noise_keys(), *orders(batch))
     total.add(gradients, weights, metrics)
+
+
+meta_gradients = summed(add_sites)
 
 
 def evaluate(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int) -> Figures:

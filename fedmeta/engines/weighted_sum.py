@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmeta.learners.learner import FROZEN
+from fedmeta.learners.learner import FROZEN, Learner
+from fedmeta.task import Batch
 
 Figures = dict[str, Tensor]
 """How good sites' parameters are after 0, 1, ... inner steps: "loss" and each metric [sites, steps + 1]; a model's
@@ -138,6 +139,39 @@ class WeightedSum:
         self.weight += weight
         for name, values in metrics.items():
             self.metrics.setdefault(name, []).append(values.detach().double())
+
+
+class AddSites(Protocol):
+    """What adds each site's gradient to a contribution; how sites are computed is an engine's own."""
+
+    def __call__(
+        self, total: WeightedSum, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+    ) -> None:
+        """Adds the batch's sites under their weights [sites]."""
+        ...
+
+
+class MetaGradients(Protocol):
+    """An engine's `meta_gradients`."""
+
+    def __call__(
+        self, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+    ) -> WeightedSum:
+        """Returns the weighted sum of the batch's meta-gradients."""
+        ...
+
+
+def summed(add_sites: AddSites) -> MetaGradients:
+    """Returns the `meta_gradients` of an engine that adds one site's gradient after the other's."""
+
+    def meta_gradients(
+        learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor
+    ) -> WeightedSum:
+        total = WeightedSum.empty(learner.message_template(meta_state))
+        add_sites(total, learner, meta_state, batch, weights)
+        return total
+
+    return meta_gradients
 
 
 def norms_of(gradients: Mapping[str, Tensor]) -> Tensor:

@@ -80,8 +80,9 @@ class Data(OpenSection):
     test: float = Field(
         default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
     )
-    split: Literal["random", "blocks"] = Field(
-        default="random", description="How test rows are chosen; blocks = the last in the site's own order"
+    split: Literal["random", "blocks", "characters"] = Field(
+        default="random",
+        description="How test rows are chosen; blocks = the last in order; characters = random, Omniglot's sites mixed",
     )
     support: int = Field(
         default=20, ge=1, description="What a site adapts on, or all it has; with data.ways see data.shots (rows)"
@@ -151,5 +152,7 @@ class Data(OpenSection):
             yield "features", 'must be a number where source = "synthetic"'
         if both := set(self.chosen_features) & set(self.ignore):
             yield "ignore", f"must not name what features names: {', '.join(sorted(both)[:5])}"
+        if self.split == "characters" and self.source != "omniglot":
+            yield "split", 'must be "random" or "blocks" where source is not "omniglot": no other has alphabets to mix'
         if self.rotations and self.ways is None:
             yield "rotations", "must be false without data.ways: turned images are classes of few-shot tasks"

@@ -28,7 +28,7 @@ from fedmeta.experiment.validation import (
 ModelName = Literal["logistic", "mlp", "cnn", "conv4", "char_lstm"]
 LearnerName = Literal[
     "local", "fedavg", "fedavg-ft", "fedprox", "reptile", "fomaml", "maml", "anil", "meta-sgd", "maml++", "per-fedavg",
-    "imaml", "pfedme", "ditto", "fedrep", "fedper", "average",
+    "imaml", "pfedme", "ditto", "fedrep", "fedper", "fedbabu", "scaffold", "protonet", "fedmeta-per", "apfl", "average",
 ]  # fmt: skip
 
 Hessian = Literal["exact", "free", "first-order"]
@@ -38,7 +38,7 @@ Norm = Literal["auto", "none", "layer", "group"]
 MODELS: tuple[str, ...] = get_args(ModelName)
 LEARNERS: tuple[str, ...] = get_args(LearnerName)
 
-WEIGHED_BY_ROWS: frozenset[str] = frozenset({"fedavg", "fedavg-ft", "fedprox", "ditto", "fedrep", "fedper"})
+WEIGHED_BY_ROWS: frozenset[str] = frozenset({"fedavg", "fedavg-ft", "fedprox", "ditto", "fedrep", "fedper", "fedbabu"})
 """Learners whose papers weigh a site by its rows."""
 
 UNTRACKED = "none"
@@ -98,10 +98,13 @@ class Learner(OpenSection):
         default="exact",
         description="Gradient of maml and anil: exact, its first-order approximation, or one by measurement",
     )
+    first_order_rounds: int = Field(
+        default=0, ge=0, description='Rounds in first order before the exact ones, with order = "exact" (rounds)'
+    )
     local_epochs: int = Field(
         default=5,
         ge=1,
-        description="Passes over a site's train rows, of fedavg, fedprox, reptile, ditto, fedrep, fedper (epochs)",
+        description="Passes over a site's train rows in a round, of learners that send displacements (epochs)",
     )
     batch_size: int = Field(
         default=20,
@@ -115,7 +118,8 @@ class Learner(OpenSection):
         description="Share of the unadapted model's query loss in the meta-objective (share of the loss)",
     )
     head: str = Field(
-        default="", description="Layer that adapts (anil) or stays at the site (fedrep, fedper); empty = the last one"
+        default="",
+        description="Layer that adapts (anil, fedbabu, protonet) or stays (fedrep, fedper, fedmeta-per); empty = last",
     )
     mu: float = Field(default=0.1, ge=0, description="Pull of local training to theta, of fedprox (weight of mu/2)")
     lam: float = Field(
@@ -125,9 +129,14 @@ class Learner(OpenSection):
     local_steps: int = Field(
         default=5, ge=1, description="Outer steps at a site in each round, of per-fedavg, pfedme (steps)"
     )
-    local_lr: float = Field(default=0.3, gt=0, description="Learning rate of the local steps (per step)")
+    local_lr: float = Field(
+        default=0.3, gt=0, description="Learning rate of the local steps, and of fedmeta-per's head (per step)"
+    )
     hessian: Hessian = Field(
         default="exact", description="The second-order term of per-fedavg; free = by finite difference"
+    )
+    mixture: float = Field(
+        default=0.5, gt=0, le=1, description="What a site's own model counts at first, of apfl (share of the mixture)"
     )
     solve_steps: int = Field(
         default=200, ge=1, description="Length of a site's way to its own solution, of average (steps)"
@@ -136,6 +145,12 @@ class Learner(OpenSection):
     annealing: float = Field(
         default=0.3, ge=0, le=1, description="When maml++ weighs the last inner step alone (share of the rounds)"
     )
+
+    def conflicts(self) -> Conflicts:
+        """Yields what `OpenSection` does, and rounds in first order where the order is another one than exact."""
+        yield from super().conflicts()
+        if self.first_order_rounds and self.order != "exact":
+            yield "first_order_rounds", f'needs order = "exact" for the rounds after them, and not "{self.order}"'
 
 
 class Server(Section):

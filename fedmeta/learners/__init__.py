@@ -8,8 +8,11 @@ from typing import Any
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.importing import load_object
 from fedmeta.learners.anil import Anil
+from fedmeta.learners.apfl import Apfl
 from fedmeta.learners.average import Average
 from fedmeta.learners.fedavg import FedAvg, FedAvgFinetuned, FedProx, Local, Reptile
+from fedmeta.learners.fedbabu import FedBabu
+from fedmeta.learners.fedmeta_per import FedMetaPer
 from fedmeta.learners.imaml import Imaml
 from fedmeta.learners.learner import ALPHA, FROZEN, SET_BY_ROUND, THETA, Learner, MetaState, Metrics, trained
 from fedmeta.learners.maml import Fomaml, Maml
@@ -18,6 +21,8 @@ from fedmeta.learners.meta_sgd import MetaSgd
 from fedmeta.learners.per_fedavg import PerFedAvg
 from fedmeta.learners.personal import Ditto, FedPer, FedRep
 from fedmeta.learners.pfedme import PFedMe
+from fedmeta.learners.protonet import ProtoNet
+from fedmeta.learners.scaffold import Scaffold
 
 __all__ = [
     "ALPHA",
@@ -53,6 +58,11 @@ LEARNERS: dict[str, type[Learner]] = {
     "ditto": Ditto,
     "fedrep": FedRep,
     "fedper": FedPer,
+    "fedbabu": FedBabu,
+    "scaffold": Scaffold,
+    "protonet": ProtoNet,
+    "fedmeta-per": FedMetaPer,
+    "apfl": Apfl,
     "average": Average,
 }
 """Every learner by its name in an experiment."""

@@ -61,6 +61,13 @@ class Learner(ABC):
     adapts: ClassVar[bool] = True
     """Whether a site's own parameters differ from the global ones."""
 
+    averaged: ClassVar[str] = ""
+    """The prefix of those keys of the meta-state that are means over all training sites: a round's sites change them by
+    their share of all, and no optimizer steps them; empty for none."""
+
+    classes_only: ClassVar[bool] = False
+    """Whether it needs labels that are classes, and takes no targets that are numbers."""
+
     differentiates: ClassVar[str] = "the inner steps"
     """What of the solver it differentiates: "the inner steps", "the solution" where they are solved, or "" for none."""
 

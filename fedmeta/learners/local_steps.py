@@ -94,6 +94,16 @@ def row_batches(task: Task, order: Tensor) -> Iterator[tuple[Rows, Tensor]]:
                 yield (x[own], y[own], here), here.sum() > 0
 
 
+def count_steps(learner: Learner, task: Task) -> Tensor:
+    """Returns how many steps `descend` takes: a scalar that counts mini-batches with a row, or `inner_steps`."""
+    if learner.minibatches is None:
+        return torch.tensor(learner.inner_steps)
+    mask, order = all_rows(*task)[2] > 0, order_of(task, learner.minibatches)
+    if not len(mask):
+        return torch.tensor(0)
+    return ((order >= 0) & mask[order.clamp(min=0)]).any(-1).sum()
+
+
 def where(condition: Tensor, new: Parameters, old: Parameters) -> Parameters:
     """Returns the new parameters where a condition holds, else the old ones."""
     return {name: torch.where(condition, value, old[name]) for name, value in new.items()}

@@ -11,10 +11,12 @@ from dataclasses import fields, make_dataclass
 from functools import cache, lru_cache
 
 from fedmeta.errors import FedmetaError
+from fedmeta.learners.fedmeta_per import FedMetaPer
 from fedmeta.learners.learner import Learner
 from fedmeta.learners.maml import Fomaml, Maml
 from fedmeta.learners.maml_plus_plus import MamlPlusPlus
 from fedmeta.learners.meta_sgd import MetaSgd
+from fedmeta.learners.protonet import ProtoNet
 
 FIRST, EXACT = "first", "exact"
 
@@ -30,7 +32,9 @@ def in_order(learner: Learner, order: str) -> Learner:
 
 def has_first_order(learner: Learner) -> bool:
     """Returns whether a learner of the exact gradient has a first-order approximation of all that it trains."""
-    return isinstance(learner, Maml) and not isinstance(learner, Fomaml | MetaSgd | MamlPlusPlus)
+    return isinstance(learner, Maml) and not isinstance(
+        learner, Fomaml | MetaSgd | MamlPlusPlus | ProtoNet | FedMetaPer
+    )
 
 
 @lru_cache(maxsize=8)

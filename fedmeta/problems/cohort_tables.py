@@ -6,7 +6,7 @@ disjoint support and query rows of the former. Tasks have one form: rows that a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +77,11 @@ class CohortTables(TaskSource):
     """Sites with tables of features and an outcome; subclass it and give `outcome`.
 
     Args:
-        tables: Each site's columns.
-        features: Which of them are features.
+        path: A folder with a table for each site, or one site's file; empty for simulated sites.
+        site: The name of a single file's site.
+        simulated: Returns each simulated site's columns.
+        features: The columns of features.
+        others: The columns of the outcome.
         support: Rows that a site adapts on.
         query: Rows that score it in training.
         test: The share of rows that are kept for the final scores.
@@ -88,8 +91,11 @@ class CohortTables(TaskSource):
 
     def __init__(
         self,
-        tables: Mapping[str, Table],
+        path: str,
+        site: str,
+        simulated: Callable[[], Mapping[str, Table]],
         features: Sequence[str],
+        others: Sequence[str],
         support: int,
         query: int,
         test: float,
@@ -105,7 +111,9 @@ class CohortTables(TaskSource):
         if not (unit > 0).all():
             raise FedmetaError("[problem] scale must be greater than 0")
         self.support, self.query, self.test = support, query, test
+        self.width = len(features)
         self.rows: dict[str, dict[str, Tensor]] = {}
+        tables = read_tables(path, features, others, site) if path else simulated()
         for name, table in tables.items():
             x = (np.stack([table[each] for each in features], axis=1) - shift) / unit
             self.rows[name] = {"x": torch.from_numpy(x).float(), **self.outcome(name, table)}
@@ -118,6 +126,11 @@ class CohortTables(TaskSource):
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns the outcome's tensors [rows] by name; raises `FedmetaError` where a value is impossible."""
         raise NotImplementedError
+
+    @staticmethod
+    def mean(values: Tensor, data: Mapping[str, Tensor]) -> Tensor:
+        """Returns the mean of values [n] over the rows that are no padding."""
+        return (values * data["mask"]).sum() / data["mask"].sum()
 
     def sites(self) -> list[str]:
         """Returns the sites' names, sorted."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
-from fedmeta.problems.cohort_tables import CohortTables, Table, read_tables
+from fedmeta.problems.cohort_tables import CohortTables, Table
 from fedmeta.problems.metric import Metric
 from fedmeta.problems.problem import Parameters, Problem
 
@@ -57,10 +57,9 @@ class Counts(Problem, CohortTables):
         center: Sequence[float] = (),
         scale: Sequence[float] = (),
     ) -> None:
-        self.count, self.exposure, self.width = count, exposure if path else "days", len(features)
+        self.count, self.exposure = count, exposure if path else "days"
         others = (count, *([exposure] if exposure else []))
-        tables = read_tables(path, features, others, site) if path else simulated()
-        CohortTables.__init__(self, tables, features, support, query, test, center, scale)
+        CohortTables.__init__(self, path, site, simulated, features, others, support, query, test, center, scale)
 
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns each row's count and the logarithm of its exposure."""
@@ -83,14 +82,14 @@ class Counts(Problem, CohortTables):
     def inner(self, parameters: Parameters, data: CountedRows) -> Tensor:
         """Returns the mean negative log-likelihood of rows, up to log y!."""
         m = self.log_mean(parameters, data)
-        return ((m.exp() - data["y"] * m) * data["mask"]).sum() / data["mask"].sum()
+        return self.mean(m.exp() - data["y"] * m, data)
 
     def evaluate(self, parameters: Parameters, data: CountedRows) -> dict[str, Tensor]:
         """Returns mean deviance, mean absolute error and mean negative log-likelihood."""
-        m, y, mask = self.log_mean(parameters, data), data["y"], data["mask"]
+        m, y = self.log_mean(parameters, data), data["y"]
         deviance = 2 * (torch.xlogy(y, y) - y * m - (y - m.exp()))
-        mean = {"deviance": deviance, "mae": (y - m.exp()).abs(), "nll": m.exp() - y * m}
-        return {name: (each * mask).sum() / mask.sum() for name, each in mean.items()}
+        each = {"deviance": deviance, "mae": (y - m.exp()).abs(), "nll": m.exp() - y * m}
+        return {name: self.mean(values, data) for name, values in each.items()}
 
 
 TRUE_WEIGHT = (0.5, -0.3, 0.0)

@@ -29,7 +29,7 @@ Parameters = dict[str, Tensor]
 Data = Any
 """What a site adapts on or is scored by: a tensor, or a tree (dictionaries, tuples, lists) of tensors."""
 
-RESERVED = ("theta.", "alpha.", "frozen.", "standardisation.")
+RESERVED = ("theta.", "alpha.", "control.", "frozen.", "standardisation.")
 
 
 class Problem(ABC):

@@ -14,6 +14,7 @@ probability of not being censored (Graf and others, Statistics in Medicine 18:25
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedmeta.errors import FedmetaError
-from fedmeta.problems.cohort_tables import CohortTables, Table, read_tables
+from fedmeta.problems.cohort_tables import CohortTables, Table
 from fedmeta.problems.metric import Metric
 from fedmeta.problems.problem import Parameters, Problem
 
@@ -68,15 +69,14 @@ class Survival(Problem, CohortTables):
         self.place = (brier or (len(cuts) + 2) // 2) - 1
         if not 0 <= self.place < len(cuts):
             raise FedmetaError(f"[problem] brier = {brier}: the interval must be 1 to {len(cuts)}, which have an end")
-        tables = read_tables(path, features, (time, event), site) if path else simulated(self.cuts)
-        CohortTables.__init__(self, tables, features, support, query, test, center, scale)
+        simulate, others = partial(simulated, self.cuts), (time, event)
+        CohortTables.__init__(self, path, site, simulate, features, others, support, query, test, center, scale)
         end = f"{self.cuts[self.place]:g}"
         self.metrics = (
             Metric("c_index", higher_is_better=True, low=0, high=1),
             Metric(f"brier_at_{end}", higher_is_better=False, low=0),
             Metric("nll", higher_is_better=False, low=0),
         )
-        self.width = len(features)
 
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns each row's interval and whether it ends in an event."""
@@ -100,7 +100,7 @@ class Survival(Problem, CohortTables):
         before = (place < data["interval"][:, None]).to(z.dtype)
         here = (place == data["interval"][:, None]).to(z.dtype) * data["event"][:, None]
         each = -(before * logsigmoid(-z) + here * logsigmoid(z)).sum(-1)
-        return (each * data["mask"]).sum() / data["mask"].sum()
+        return self.mean(each, data)
 
     def evaluate(self, parameters: Parameters, data: RowsOfTime) -> dict[str, Tensor]:
         """Returns C-index, Brier score and mean negative log-likelihood; NaN where a score is undefined."""

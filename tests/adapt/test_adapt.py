@@ -48,7 +48,7 @@ def site(tmp: Path, count: int = 40, seed: int = 100, tilt: float = 3.0, missing
 
 
 def call(*arguments: Any) -> tuple[int, dict[str, Any] | None, str]:
-    """Runs the command as a person would; returns its code, its JSON, and what it says when it refuses."""
+    """Runs the command as a person would; returns its code, its JSON, and its message when it refuses."""
     found = CliRunner().invoke(app, ["adapt", *map(str, arguments), "--json"])
     if isinstance(found.exception, FedmetaError):
         return 2, None, str(found.exception)

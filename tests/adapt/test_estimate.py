@@ -123,7 +123,7 @@ def test_the_choice_is_the_same_however_rows_are_grouped(start: MetaModel, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["start", "numbers"])
 def test_intervals_cover_the_truth_on_many_rows(kind: str, request: pytest.FixtureRequest) -> None:
-    """150 sites of 30 rows each, judged on 4 000 more: the target is 85 to 97 %, with room for chance."""
+    """150 sites of 30 rows each, scored on 4 000 more: the target is 85 to 97 %, with room for chance."""
     start: MetaModel = request.getfixturevalue(kind)
     covered = 0
     for seed in range(150):

@@ -161,7 +161,7 @@ def test_a_cell_that_cannot_be_read_does_not_leave_its_site(tmp_path: Path, capl
     with caplog.at_level(logging.ERROR, logger="fedmeta.client"):
         reply = ask(grid, QUERY_SITES, RecordDict())
     assert_only_a_code(reply, "bad-data")
-    # The operator's own log says all of it.
+    # The operator's own log has all of it.
     assert SECRET in caplog.text
     assert "abbey.csv" in caplog.text
 

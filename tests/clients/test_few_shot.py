@@ -1,4 +1,4 @@
-"""Sites that are judged by several tasks, and what nodes that share few-shot or text sites say of them."""
+"""Sites that are scored on several tasks, and what nodes that share few-shot or text sites report of them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A site's own policy: a request for more is answered with a code, whatever the experiment says."""
+"""A site's own policy: a request for more is answered with a code, whatever the experiment asks for."""
 
 import json
 import time

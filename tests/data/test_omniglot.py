@@ -19,7 +19,7 @@ from fedmeta.data import (
 )
 from fedmeta.data.omniglot import ARCHIVES
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Data
+from fedmeta.experiment import Data, Experiment
 
 
 def read(path: Path, **keys: Any) -> ArrayPopulation:
@@ -126,6 +126,21 @@ def test_wrong_paths(tmp_path: Path) -> None:
         pass
     with pytest.raises(FedmetaError, match=r"images_background\.zip: no image ALPHABET"):
         read(tmp_path)
+
+
+def test_characters_may_be_mixed_over_alphabets(tmp_path: Path) -> None:
+    folder = archives(tmp_path, {ARCHIVES[0]: ["Greek", "Arcadian"], ARCHIVES[1]: ["Tengwar"]})
+    plain, there = read(folder), read(folder, split="characters")
+    assert there.names == ("characters-0", "characters-1", "characters-2")
+    own = [np.unique(there.y[there.sites.of(site)]) for site in range(3)]
+    assert [len(each) for each in own] == [4, 4, 4]
+    assert sorted(np.concatenate(own)) == list(range(12)), "a character is at one site"
+    assert np.array_equal(plain.x, there.x)
+    alphabets = [{int(character) // 4 for character in each} for each in own]
+    assert max(len(each) for each in alphabets) > 1
+    assert read(folder, split="characters").digest == there.digest
+    with pytest.raises(FedmetaError, match=r"split = .*no other has alphabets to mix"):
+        Experiment().with_overrides(["data.source=synthetic", "data.split=characters"])
 
 
 def test_classes_of_a_task_must_be_said() -> None:

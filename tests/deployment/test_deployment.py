@@ -1,4 +1,4 @@
-"""Where a run is submitted, and what is said when that is not possible."""
+"""Where a run is submitted, and the message where that is not possible."""
 
 import socket
 import tomllib

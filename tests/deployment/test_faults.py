@@ -281,8 +281,8 @@ def test_a_run_outlives_a_killed_site_a_hung_one_and_its_store(tmp_path: Path, f
     assert open_client(store_of(tmp_path)).get_run(run_id).info.status == "FINISHED"
     assert result.sites["site"].tolist() == [*files]
     # The site that came back under another id has resumed what it kept, and keeps it where it did.
-    (shelf,) = (tmp_path / "state-site-1").glob("*/site-1-*")
-    kept = {path.stem for path in shelf.iterdir()}
+    (state,) = (tmp_path / "state-site-1").glob("*/site-1-*")
+    kept = {path.stem for path in state.iterdir()}
     assert {"round-000004", "round-000005"} <= kept
 
 
@@ -371,7 +371,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode:
-        pytest.skip("nobody but root may mount a small disk")
+        pytest.skip("only root may mount a small disk")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -442,7 +442,7 @@ def test_a_store_whose_disk_is_full_costs_no_round_and_gets_it_all_later(
     result = fedmeta.run(experiment, report=report)
     assert result.summary["rounds"] == 80
     assert (result.folder / "unsent.jsonl").is_file()
-    assert "does not answer (database or disk is full); the run continues" in capsys.readouterr().err
+    assert "does not take events (database or disk is full); training continues" in capsys.readouterr().err
     (small_disk / "ballast").unlink()
     sent = command("sync", str(result.folder))
     assert sent.returncode == 0, sent.stderr

@@ -21,7 +21,7 @@ def weights(name):
 
 def test_a_clear_mask_is_as_bright_as_the_source_and_a_dark_one_is_dark():
     side = litho.FIELD // litho.PIXEL
-    for lens in litho.LENSES[litho.PIXEL]:
+    for lens in litho.lenses(litho.PIXEL):
         assert torch.allclose(litho.aerial(torch.ones(side, side), weights("annular"), lens), torch.tensor(1.0))
         assert not litho.aerial(torch.zeros(side, side), weights("annular"), lens).any()
 
@@ -32,7 +32,7 @@ def test_a_grating_is_seen_only_where_two_of_its_orders_pass_the_lens():
     contrast = {}
     for pitch in (4, 8):
         lines = (torch.arange(side) % pitch < pitch // 2).float().expand(side, side)
-        image = litho.aerial(lines, weights("annular"), litho.LENSES[litho.PIXEL][0])
+        image = litho.aerial(lines, weights("annular"), litho.lenses(litho.PIXEL)[0])
         contrast[pitch] = float(image.max() - image.min())
     assert contrast[4] < 1e-5
     assert contrast[8] > 0.1
@@ -41,9 +41,9 @@ def test_a_grating_is_seen_only_where_two_of_its_orders_pass_the_lens():
 def test_images_are_the_sum_of_coherent_ones():
     random = torch.Generator().manual_seed(0)
     mask = torch.rand(64, 64, generator=random)
-    lens, whole = litho.LENSES[litho.PIXEL][1].to(torch.complex64), weights("quadrupole")
+    lens, whole = litho.lenses(litho.PIXEL)[1].to(torch.complex64), weights("quadrupole")
     alone = [(torch.fft.ifft2(torch.fft.fft2(mask) * one)).abs() ** 2 * w for one, w in zip(lens, whole, strict=True)]
-    assert torch.allclose(litho.aerial(mask, whole, litho.LENSES[litho.PIXEL][1]), sum(alone), atol=1e-5)
+    assert torch.allclose(litho.aerial(mask, whole, litho.lenses(litho.PIXEL)[1]), sum(alone), atol=1e-5)
 
 
 def test_a_folder_without_clips_is_refused(tmp_path):

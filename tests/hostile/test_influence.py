@@ -20,11 +20,13 @@ from fedmeta.messages import EngineReply, TrainReply
 from fedmeta.progress import Progress, ignore_progress
 from server import training_loop
 from server.adaptation_schedule import middle_mean, tune_adaptation
+from server.engine_choice import choose_engine
 from server.influence import FIRST, bound, norm_of, outlying
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
+from server.round_log import UNDONE
 from server.site_statistics import ask_standardisation
-from server.strategy import UNDONE, MetaGradientStrategy
+from server.strategy import MetaGradientStrategy
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes
 
@@ -119,7 +121,7 @@ def test_one_long_reply_neither_stalls_the_run_nor_makes_it_infinite(tmp_path: P
     saved, _ = checkpoint.newest(lied.folder)
     assert all(bool(value.isfinite().all()) for value in saved.optimizer.values())
     assert len(saved.norms) == 48
-    # Adam goes on: its memory holds at most what one reply of 30 times the usual length leaves there.
+    # Adam continues: its memory holds at most what one reply of 30 times the usual length leaves there.
     squares = [float(value.max()) for name, value in saved.optimizer.items() if name.endswith("exp_avg_sq")]
     memory = checkpoint.newest(honest.folder)[0].optimizer
     usual = [float(value.max()) for name, value in memory.items() if name.endswith("exp_avg_sq")]
@@ -230,7 +232,7 @@ def engine_of(grid: SeveralNodes, answers: dict[int, tuple[str, int] | None]) ->
     optimizer = ServerOptimizer(experiment.server, "gradient", learner.init(0))
     constants, _ = ask_standardisation(grid, federation, experiment)
     strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, "a-run", learner=learner)
-    strategy.choose_engine(grid)
+    choose_engine(strategy, grid)
     return strategy.engine, strategy.budget
 
 

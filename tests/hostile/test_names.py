@@ -1,4 +1,4 @@
-"""Names that belong to keys: who claims another's, or all, is refused and reported, and stops nobody's run."""
+"""Names that belong to keys: who claims another's, or all, is refused and reported, and stops no run."""
 
 import json
 import re

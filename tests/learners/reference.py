@@ -25,6 +25,11 @@ def make_task(seed: int, shape: tuple[int, ...], classes: int, support: int = 7,
     return Task(rows(support), rows(query))
 
 
+def both(task: Task) -> Rows:
+    """All rows of a task."""
+    return torch.cat([task.support[0], task.query[0]]), torch.cat([task.support[1], task.query[1]])
+
+
 def padded(rows: Rows, extra: int) -> Rows:
     """Rows with padding that would change every result if it were not masked out."""
     x, y = rows

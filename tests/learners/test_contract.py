@@ -54,7 +54,13 @@ def test_says_what_it_sends(learner: Learner) -> None:
     name = next(name for name, kind in LEARNERS.items() if kind is type(learner))
     assert learner.estimator == plain.get(name, "custom")
     assert learner.adapts == (name != "fedavg")
-    expected = "gradient" if name in (*gradients, "imaml") else "nothing" if name == "local" else "delta"
+    expected = (
+        "gradient"
+        if name in (*gradients, "imaml", "protonet", "fedmeta-per")
+        else "nothing"
+        if name == "local"
+        else "delta"
+    )
     assert learner.update == expected
 
 
@@ -154,6 +160,8 @@ def test_masks_and_classes_may_be_of_any_type(learner: Learner, kind: torch.dtyp
 @pytest.mark.slow
 def test_a_regression_target_may_be_a_vector_or_a_column(learner: Learner) -> None:
     kind, task = type(learner), make_regression(1)
+    if kind is LEARNERS["protonet"]:
+        pytest.skip("of classes alone: tests/learners/test_protonet.py has the refusal")
     linear = kind(build_model("mlp", (3,), 1, hidden=(4,), activation="tanh"), inner_steps=2, inner_lr=0.05)
     state = make_state(linear)
     column = Task(*((x, y[:, None]) for x, y in task))

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from fedmeta.errors import FedmetaError
 from fedmeta.learners import build
 from fedmeta.models import build as build_model
-from fedmeta.task import Rows, Task
+from fedmeta.task import Task
 
 from .reference import (
     Quadratic,
+    both,
     central_differences,
     descend,
     flat,
@@ -25,10 +26,6 @@ from .reference import (
 LR, FEATURES = 0.05, 3
 SOLVED = 200
 """Steps of rate 0.15 that solve the proximal problems here to the last bits."""
-
-
-def both(task: Task) -> Rows:
-    return torch.cat([task.support[0], task.query[0]]), torch.cat([task.support[1], task.query[1]])
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-12) -> bool:

@@ -21,7 +21,10 @@ from fedmeta.task import Batch, OrderedTask, Task, stack
 
 from .reference import loss, make_state, make_task, relative_error, theta_of
 
-DESCENDING = ("fedavg", "fedavg-ft", "fedprox", "reptile", "ditto", "fedrep", "fedper")
+DESCENDING = (
+    *("fedavg", "fedavg-ft", "fedprox", "reptile"),
+    *("ditto", "fedrep", "fedper", "fedbabu", "scaffold", "apfl"),
+)
 BATCHED = (*DESCENDING, "pfedme", "per-fedavg")
 SIZES = [(4, 7), (2, 3), (5, 11), (1, 1)]
 

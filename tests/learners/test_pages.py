@@ -22,7 +22,11 @@ def test_a_page_names_each_key_and_its_default(name: str) -> None:
     defaults = {field.name: field.default for field in fields(LEARNERS[name])}
     for key, default in reported.items():
         assert default.strip('"') == (str(defaults[key]) or "empty")
-    unused = {"per-fedavg": {"inner_steps"}, "fedper": {"body_steps"}}.get(name, set())
+    unused = {
+        "per-fedavg": {"inner_steps"},
+        "fedper": {"body_steps"},
+        "protonet": {"inner_steps", "inner_lr"},
+    }.get(name, set())
     assert set(reported) == set(settings_of(LEARNERS[name])) - unused
 
 

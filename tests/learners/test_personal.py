@@ -1,4 +1,4 @@
-"""ditto, fedrep and fedper: what they send, and what stays at the site."""
+"""Learners that keep a personal part: what they send, and what stays at the site."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fedmeta.task import Rows, Task, stack
 from .reference import (
     Quadratic,
     State,
+    both,
     descend,
     flat,
     loss,
@@ -24,18 +25,22 @@ from .reference import (
 )
 
 LR, STEPS, EPOCHS = 0.1, 3, 4
-PERSONAL = ("ditto", "fedrep", "fedper")
+KEEPING = ("ditto", "fedrep", "fedper", "fedmeta-per", "apfl", "scaffold")
+PERSONAL = tuple(name for name in KEEPING if name != "scaffold")
+"""Those whose sites resume from what they kept when they adapt."""
+
 HEAD, BODY = ["3.weight", "3.bias"], ["1.weight", "1.bias"]
 
 
 def make(name: str, **settings: object) -> Learner:
     module = build_model("mlp", (4,), 3, hidden=(5,), activation="tanh")
     settings = {"inner_lr": LR, "inner_steps": STEPS, **settings}
-    return build(name, module, **({"local_epochs": EPOCHS} if name in (*PERSONAL, "fedavg") else {}), **settings)
-
-
-def both(task: Task) -> Rows:
-    return torch.cat([task.support[0], task.query[0]]), torch.cat([task.support[1], task.query[1]])
+    return build(
+        name,
+        module,
+        **({"local_epochs": EPOCHS} if name in (*KEEPING, "fedavg") and name != "fedmeta-per" else {}),
+        **settings,
+    )
 
 
 def moved(parameters: State) -> State:
@@ -123,7 +128,7 @@ def test_a_path_starts_at_the_global_model_and_goes_on_from_the_personal_part(na
     assert relative_error(learner.adapt(state, task.support, 0, personal), learner.theta(state)) == 0
 
 
-@pytest.mark.parametrize("name", PERSONAL)
+@pytest.mark.parametrize("name", KEEPING)
 def test_the_first_round_needs_no_personal_part(name: str) -> None:
     learner, task = make(name), make_task(4, (4,), 3)
     state = make_state(learner)
@@ -134,7 +139,7 @@ def test_the_first_round_needs_no_personal_part(name: str) -> None:
     assert own.keys() == learner.personal(state).keys()
 
 
-@pytest.mark.parametrize("name", sorted(set(LEARNERS) - set(PERSONAL)))
+@pytest.mark.parametrize("name", sorted(set(LEARNERS) - set(KEEPING)))
 def test_other_learners_keep_nothing(name: str) -> None:
     learner, task = make(name), make_task(5, (4,), 3)
     state = make_state(learner)
@@ -144,7 +149,7 @@ def test_other_learners_keep_nothing(name: str) -> None:
     assert all(torch.equal(value, gradient[key]) for key, value in learner.meta_gradient(state, task)[0].items())
 
 
-@pytest.mark.parametrize("name", [*PERSONAL, "maml"])
+@pytest.mark.parametrize("name", [*KEEPING, "maml"])
 def test_train_batches_over_sites(name: str) -> None:
     learner, tasks = make(name), [make_task(seed, (4,), 3, support=3 + seed) for seed in range(3)]
     state = make_state(learner)

@@ -10,6 +10,8 @@ from sklearn.metrics import mean_poisson_deviance
 from fedmeta.errors import FedmetaError
 from fedmeta.problems.counts import TRUE_WEIGHT, Counts
 
+from .fitting import fitted, joined
+
 
 def test_scores_are_those_of_scikit_learn() -> None:
     problem = Counts()
@@ -25,18 +27,8 @@ def test_scores_are_those_of_scikit_learn() -> None:
 def test_all_rows_of_simulated_sites_give_the_truth() -> None:
     problem = Counts()
     parts = [{**rows, "mask": torch.ones(len(rows["x"]))} for rows in problem.rows.values()]
-    data = {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
-    own = {name: value.requires_grad_() for name, value in problem.init(0).items()}
-    step = torch.optim.LBFGS(own.values(), max_iter=50)
-
-    def closure() -> torch.Tensor:
-        step.zero_grad()
-        loss = problem.inner(own, data)
-        loss.backward()
-        return loss
-
-    step.step(closure)
-    np.testing.assert_allclose(own["weight"].detach(), TRUE_WEIGHT, atol=0.2)
+    own = fitted(problem, joined(parts))
+    np.testing.assert_allclose(own["weight"], TRUE_WEIGHT, atol=0.2)
 
 
 def test_what_is_no_count_is_refused(tmp_path: Path) -> None:

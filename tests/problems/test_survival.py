@@ -11,6 +11,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.problems.source import form_of
 from fedmeta.problems.survival import TRUE_WEIGHT, Survival, brier_score, c_index
 
+from .fitting import fitted, joined
+
 
 def drawn(rows: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     draw = torch.Generator().manual_seed(seed)
@@ -75,20 +77,11 @@ def test_all_rows_of_simulated_sites_give_the_truth() -> None:
     problem = Survival()
     tasks = [problem.task(site, "test", 0, 0).query for site in problem.sites()]
     assert len({form_of(problem.task(site, "test", 0, 0)) for site in problem.sites()}) == 1
-    data = {name: torch.cat([each[name] for each in tasks]) for name in tasks[0]}
-    own = {name: value.requires_grad_() for name, value in problem.init(0).items()}
-    step = torch.optim.LBFGS(own.values(), max_iter=50)
-
-    def closure() -> torch.Tensor:
-        step.zero_grad()
-        loss = problem.inner(own, data)
-        loss.backward()
-        return loss
-
-    step.step(closure)
+    data = joined(tasks)
+    own = fitted(problem, data)
     # Effects that differ between sites are shrunk a little where one is fitted for all.
-    np.testing.assert_allclose(own["weight"].detach(), TRUE_WEIGHT, atol=0.2)
-    scores = problem.evaluate({name: value.detach() for name, value in own.items()}, data)
+    np.testing.assert_allclose(own["weight"], TRUE_WEIGHT, atol=0.2)
+    scores = problem.evaluate(own, data)
     assert 0.6 < float(scores["c_index"]) < 0.9
     assert float(scores[problem.metrics[1].name]) < 0.25
 

@@ -1,4 +1,4 @@
-"""A run that is killed thirty times, anywhere, and resumed each time is the run that nobody touched."""
+"""A run that is killed thirty times, anywhere, and resumed each time is the run that was never interrupted."""
 
 import json
 import random

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedmeta import run
 from fedmeta.errors import FedmetaError
@@ -64,12 +66,32 @@ def test_every_kind_of_file_is_trained_on_and_judged(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.quick("maml", "fedrep")
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if name != "protonet"])
 def test_every_learner_takes_regression(tmp_path: Path, learner: str) -> None:
     columns = FILES["regression"]
     result = run(experiment(tmp_path, columns, f"learner.name={learner}", "learner.inner_lr=0.05"))
     assert result.summary["failures"] == 0
     assert np.isfinite(result.sites["personalized_rmse"]).all()
+
+
+@pytest.mark.slow
+def test_the_control_variate_of_scaffold_is_the_mean_of_what_its_sites_keep(tmp_path: Path) -> None:
+    """Two of the training sites a round, of which each keeps the c_i of its last round."""
+    settings = ("learner.name=scaffold", "server.sites_per_round=2", "server.rounds=5", "learner.local_epochs=1")
+    result = run(experiment(tmp_path, FILES["regression"], *settings, "learner.inner_lr=0.05"))
+    found = [sorted(site.glob("*.safetensors"))[-1] for site in (result.folder / "personal").iterdir()]
+    training = int((result.sites["kind"] == "training").sum())
+    assert 2 < len(found) <= training
+    for name, value in result.meta_state.items():
+        if name.startswith("control."):
+            total = sum(load_file(path)[name.removeprefix("control.")].double() for path in found)
+            assert torch.allclose(value.double(), total / training, atol=1e-6)
+            assert float(value.abs().max()) > 1e-4
+
+
+def test_a_learner_of_classes_refuses_numbers_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FedmetaError, match=r'name = "protonet" needs classes, and the labels here are numbers'):
+        run(experiment(tmp_path, FILES["regression"], "learner.name=protonet"))
 
 
 @pytest.mark.slow

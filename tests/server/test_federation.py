@@ -71,7 +71,7 @@ def test_a_run_waits_for_the_sites_that_it_names(tmp_path: Path) -> None:
     grid.get_node_ids = node_ids
     assert Membership(grid, experiment).federation.names == ("abbey", "zion")
     assert len(asked) == 3
-    # Nobody is asked twice.
+    # No node is asked twice.
     assert [message.metadata.dst_node_id for message in grid.sent] == [NODE_IDS[0], NODE_IDS[3]]
 
 

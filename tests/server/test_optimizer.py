@@ -120,3 +120,28 @@ def test_a_step_stands_where_it_is_finite_and_is_undone_where_not(name: str, siz
         assert found.keys() == wanted.keys()
         assert all(torch.equal(value, wanted[key]) for key, value in found.items())
     assert checked.step_if_finite(usual)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_means_over_all_sites_move_by_the_share_of_a_round_and_no_optimizer_steps_them(name: Any) -> None:
+    settings = Server(optimizer=name, lr=0.05, weight_decay=0.1)
+    start = state(0) | {"control.weight": torch.full((3, 2), 2.0, dtype=torch.float64)}
+    gradient = state(1) | {"control.weight": torch.full((3, 2), 0.4, dtype=torch.float64)}
+    plain = ServerOptimizer(settings, "gradient", state(0))
+    optimizer = ServerOptimizer(settings, "gradient", start, "control.")
+    for _ in range(2):
+        plain.step(state(1))
+        assert optimizer.step_if_finite(gradient, 0.25)
+    reached = optimizer.meta_state
+    assert torch.allclose(reached["control.weight"], torch.full((3, 2), 1.8, dtype=torch.float64))
+    assert all(torch.equal(reached[key], value) for key, value in plain.meta_state.items())
+    assert not [key for key in optimizer.state() if key.startswith("control.")]
+    other = ServerOptimizer(settings, "gradient", start, "control.")
+    other.restore(reached, optimizer.state())
+    for each in (optimizer, other):
+        each.step(gradient, 0.25)
+    assert all(torch.equal(value, other.meta_state[key]) for key, value in optimizer.meta_state.items())
+    huge = gradient | {"control.weight": torch.full((3, 2), torch.inf, dtype=torch.float64)}
+    before = optimizer.meta_state
+    assert not optimizer.step_if_finite(huge, 0.25)
+    assert all(torch.equal(value, before[key]) for key, value in optimizer.meta_state.items())

@@ -190,3 +190,23 @@ def test_first_order_by_its_key_is_fomaml(tmp_path: Path) -> None:
     private = ("privacy.clip_norm=1.0", "privacy.noise_multiplier=1.0")
     with pytest.raises(FedmetaError, match="a probe would release a second sum"):
         fedmeta.run(digits(tmp_path, *short, "learner.order=auto", *private))
+
+
+@pytest.mark.slow
+def test_a_run_is_in_first_order_until_a_round_and_then_exact(tmp_path: Path) -> None:
+    states = {}
+    for name, settings in {
+        "first": ["learner.order=first", "server.rounds=2"],
+        "until the second": ["learner.first_order_rounds=2", "server.rounds=2"],
+        "until the first": ["learner.first_order_rounds=1", "server.rounds=2"],
+        "exact": ["server.rounds=2"],
+    }.items():
+        states[name] = fedmeta.run(digits(tmp_path / name, "learner.name=maml", *settings)).meta_state
+    keys = list(states["first"])
+    assert all(torch.equal(states["first"][key], states["until the second"][key]) for key in keys)
+    for other in ("first", "exact"):
+        assert not all(torch.equal(states["until the first"][key], states[other][key]) for key in keys)
+    with pytest.raises(FedmetaError, match=r'first_order_rounds = 3: needs order = "exact"'):
+        digits(tmp_path, "learner.order=first", "learner.first_order_rounds=3")
+    with pytest.raises(FedmetaError, match=r"first_order_rounds = 3: .*has no first-order approximation"):
+        fedmeta.run(digits(tmp_path / "none", "learner.name=fedavg", "learner.first_order_rounds=3"))

@@ -15,6 +15,7 @@ which is the same for all masks of a machine: points on a simplex, symmetric in 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -59,8 +60,10 @@ def pupils(pixel: int, defocus: float) -> Tensor:
     return (radius <= (APERTURE / WAVELENGTH) ** 2) * torch.exp(2j * math.pi * defocus * height)
 
 
-LENSES = {pixel: (pupils(pixel, 0.0), pupils(pixel, DEFOCUS)) for pixel in (PIXEL, FINE)}
-"""In focus and out of focus, by the pixel."""
+@functools.cache
+def lenses(pixel: int) -> tuple[Tensor, Tensor]:
+    """Returns the lens in focus and out of focus, on a grid of this pixel (nm)."""
+    return pupils(pixel, 0.0), pupils(pixel, DEFOCUS)
 
 
 def aerial(mask: Tensor, source: Tensor, lens: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class Lithography(fedmeta.Problem, fedmeta.TaskSource):
         """Returns the loss of a gray mask."""
         target = data["target"]
         mask = (4 * (2 * target - 1 + parameters["correction"])).sigmoid()
-        focused, blurred = (aerial(mask, parameters["source"], lens) for lens in LENSES[PIXEL])
+        focused, blurred = (aerial(mask, parameters["source"], lens) for lens in lenses(PIXEL))
         prints = ((1.0, focused), (DOSES[1], focused), (DOSES[0], blurred))
         errors = [(STEEPNESS * (dose * image - THRESHOLD)).sigmoid() - target for dose, image in prints]
         return torch.stack([error.square().sum() for error in errors]).sum() / target.sum()
@@ -163,7 +166,7 @@ class Lithography(fedmeta.Problem, fedmeta.TaskSource):
     def prints(self, parameters: Parameters, data: Any) -> dict[str, Tensor]:
         """Returns the binary mask, its images and prints on the fine grid."""
         mask = finer((2 * data["target"] - 1 + parameters["correction"] > 0).to(data["target"]))
-        focused, blurred = (aerial(mask, parameters["source"], lens) for lens in LENSES[FINE])
+        focused, blurred = (aerial(mask, parameters["source"], lens) for lens in lenses(FINE))
         return {
             "mask": mask,
             "image": focused,

@@ -26,7 +26,7 @@ from fedmeta.engines.program.chain import chain_of
 from fedmeta.engines.program.derivatives import Derivatives, Reverse
 from fedmeta.engines.program.site import site_gradient
 from fedmeta.engines.program.workers import deal, one_thread
-from fedmeta.engines.weighted_sum import Figures, WeightedSum
+from fedmeta.engines.weighted_sum import Figures, WeightedSum, summed
 from fedmeta.learners import Learner
 from fedmeta.learners.learner import trained
 from fedmeta.models import FunctionalModel
@@ -47,13 +47,6 @@ LARGEST_BLOCK = 8
 
 _models: WeakKeyDictionary[FunctionalModel, Derivatives] = WeakKeyDictionary()
 _known: WeakKeyDictionary[FunctionalModel, dict[Hashable, str | None]] = WeakKeyDictionary()
-
-
-def meta_gradients(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, weights: Tensor) -> WeightedSum:
-    """Returns the cohort's contribution, site by site; see `fedmeta.engines.meta_gradients`."""
-    total = WeightedSum.empty(learner.message_template(meta_state))
-    add_sites(total, learner, meta_state, batch, weights)
-    return total
 
 
 def add_sites(
@@ -79,6 +72,9 @@ def add_sites(
         for start in range(0, len(blocks), together):
             for own in deal(compute, blocks[start : start + together], workers):
                 total.absorb(own)
+
+
+meta_gradients = summed(add_sites)
 
 
 def add_site(total: WeightedSum, gradient: Mapping[str, Tensor], loss: Tensor, weight: float) -> None:
