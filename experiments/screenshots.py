@@ -130,11 +130,8 @@ def main() -> None:
             "table": (f"{experiment}/runs/{runs['maml']}/artifacts/per_site.json?{kind}", {"per_site.json"}, 1000),
         }
         dark(page, False)
-        chosen = (
-            set(options.only.split(","))
-            if options.only
-            else {*pages, "report", "report-dark", "report-phone", "terminal"}
-        )
+        every = {*pages, "report", "report-dark", "report-phone", "terminal"}
+        chosen = set(options.only.split(",")) if options.only else every
         for name, (link, wanted, height) in pages.items():
             if name not in chosen:
                 continue
