@@ -40,7 +40,7 @@ def choose_engine(state: RunState, grid: Grid) -> EngineReply | None:
         asked = nodes[first : first + ASKED_FOR_ENGINE]
         state.log = RoundLog()
         shares = state.federation.by_node(cohort[np.isin(homes, np.array(asked, dtype=np.uint64))])
-        sent = messages(grid, QUERY_ENGINE, 1, shares, lambda names: state.request(1, names).pack(arrays), state.log)
+        sent = messages(grid, QUERY_ENGINE, 1, shares, lambda _, names: state.request(1, names).pack(arrays), state.log)
         found: list[EngineReply] = []
         replies = grid.send_and_receive(sent, timeout=experiment.server.round_timeout)
         for node, content in answers(replies, shares, state.log):

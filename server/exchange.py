@@ -16,7 +16,12 @@ Shares = Mapping[int, tuple[str, ...]]
 
 
 def messages(
-    grid: Grid, kind: str, number: int, shares: Shares, content: Callable[[tuple[str, ...]], RecordDict], log: RoundLog
+    grid: Grid,
+    kind: str,
+    number: int,
+    shares: Shares,
+    content: Callable[[int, tuple[str, ...]], RecordDict],
+    log: RoundLog,
 ) -> list[Message]:
     """Returns a message to each node, and counts their bytes.
 
@@ -25,14 +30,14 @@ def messages(
         kind: The type of the messages.
         number: The round.
         shares: The sites that each node is asked about; those of no node are left out.
-        content: Returns the content for a node's sites.
+        content: Returns the content for a node and its sites.
         log: The round's log.
     """
     found = []
     for node, names in shares.items():
         if node == NO_NODE:
             continue
-        packed = content(names)
+        packed = content(node, names)
         log.bytes_down += payload_bytes(packed)
         found.append(grid.create_message(packed, kind, node, str(number)))
     return found

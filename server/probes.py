@@ -14,13 +14,12 @@ from server.train_replies import train_replies
 
 def probe(state: RunState, number: int, order: str, shares: Shares, grid: Grid) -> Gradient | None:
     """Returns the aggregate of a round's sites in another order, at the same meta-state; None where none answered."""
-    arrays = state.arrays()
     asked = messages(
         grid,
         TRAIN,
         number,
         shares,
-        lambda names: state.request(number, names, per_site=state.per_site, order=order).pack(arrays),
+        lambda node, names: state.training_content(number, node, names, per_site=state.per_site, order=order),
         state.log,
     )
     usable = train_replies(state, grid.send_and_receive(asked, timeout=state.experiment.server.round_timeout), shares)

@@ -20,7 +20,7 @@ from server.train_replies import train_replies
 def quorum_round(state: RunState, number: int, grid: Grid, lateness: Lateness) -> Received:
     """Asks a round's cohort, without the sites that are busy; returns what came before the round closed."""
     state.log = RoundLog()
-    cohort, arrays = round_cohort(state, number, grid), state.arrays()
+    cohort = round_cohort(state, number, grid)
     busy = lateness.busy
     free = cohort[np.array([state.federation.names[site] not in busy for site in cohort.tolist()], dtype=bool)]
     # A simulation's one node answers for each site by itself, so that each has its own time.
@@ -33,7 +33,7 @@ def quorum_round(state: RunState, number: int, grid: Grid, lateness: Lateness) -
             TRAIN,
             number,
             shares,
-            lambda names: state.request(number, names, per_site=state.per_site).pack(arrays),
+            lambda node, names: state.training_content(number, node, names, per_site=state.per_site),
             state.log,
         )
         for message in sent:

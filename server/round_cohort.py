@@ -24,13 +24,14 @@ def round_cohort(state: RunState, number: int, grid: Grid) -> NDArray[np.int64]:
 
 def _norms(state: RunState, number: int, sites: NDArray[np.int64], grid: Grid) -> dict[str, float]:
     """Asks training sites how long their updates are; those whose update is not finite or that fail are absent."""
-    shares, arrays = state.federation.by_node(sites), state.arrays()
+    shares = state.federation.by_node(sites)
     asked = messages(
-        grid, QUERY_NORMS, number, shares, lambda names: state.request(number, names).pack(arrays), state.log
+        grid, QUERY_NORMS, number, shares, lambda node, names: state.training_content(number, node, names), state.log
     )
     found: dict[str, float] = {}
     replies = grid.send_and_receive(asked, timeout=state.experiment.server.round_timeout)
     for node, content in answers(replies, shares, state.log):
+        state.answered(node)
         try:
             reply = NormsReply.unpack(content)
             check_names(reply.names, shares[node])

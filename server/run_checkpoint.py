@@ -14,8 +14,8 @@ from server.run_log import RunLogger
 from server.run_state import RunState
 from server.steering import Steering
 
-COHORTS = "cohorts/"
-"""How the names of what the server remembers of sites begin in the checkpoint's memory."""
+COHORTS, DOWNLINK = "cohorts/", "downlink/"
+"""How names begin in the checkpoint's memory: of what the server remembers of sites, and of the state they have."""
 
 
 def checkpoint_of(
@@ -79,7 +79,9 @@ def checkpoint_of(
         metrics=logger.metrics,
         schedule=logger.schedule,
         steering=steering.to_json() | cohorts,
-        memory=steering.memory | {COHORTS + name: value for name, value in state.cohorts.tensors.items()},
+        memory=steering.memory
+        | {COHORTS + name: value for name, value in state.cohorts.tensors.items()}
+        | {DOWNLINK + name: value for name, value in (state.downlink.state if state.downlink else {}).items()},
         finished=finished,
     )
 
@@ -87,5 +89,8 @@ def checkpoint_of(
 def restore_state(state: RunState, earlier: Checkpoint) -> None:
     """Puts in place what a checkpoint remembers from round to round, beside the meta-state and the optimizer."""
     state.engine, state.budget, state.norms = earlier.engine, earlier.budget, earlier.norms
+    if state.downlink:
+        kept = {name.removeprefix(DOWNLINK): own for name, own in earlier.memory.items() if name.startswith(DOWNLINK)}
+        state.downlink.state, state.downlink.number = kept, earlier.round_number if kept else 0
     tensors = {name.removeprefix(COHORTS): own for name, own in earlier.memory.items() if name.startswith(COHORTS)}
     state.cohorts = Cohorts.of(state.experiment, earlier.steering.get("cohorts", {}), tensors)

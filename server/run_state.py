@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from fedmeta.learners import Learner
 from fedmeta.learners.order import EXACT, FIRST
 from fedmeta.messages import EvaluateReply, RoundRequest, write_arrays
 from server.cohorts import Cohorts
+from server.downlink import Downlink
 from server.federation import Federation
 from server.optimizer import ServerOptimizer
 from server.order import Probe
@@ -44,6 +45,7 @@ class RunState:
         per_site: Whether nodes send their sites' own gradients, and not their sum.
         order: Which order of gradient a round takes; "" for the learner's own.
         compared: What the last round's probe found.
+        downlink: What nodes were sent, with `server.compression_down`.
         template: The keys, shapes and types of a gradient, which do not change.
         log: What happened in the last round or evaluation.
         evaluated: The sites' figures in the last evaluation; None where none came.
@@ -77,6 +79,7 @@ class RunState:
         self.compared: Probe | None = None
         self.log = RoundLog()
         self.evaluated: EvaluateReply | None = None
+        self.downlink = Downlink(experiment) if experiment.server.compression_down != "none" else None
         self._packed: ArrayRecord | None = None
         self.template = learner.message_template(
             {name: value for name, value in self.meta_state.items() if not name.startswith("standardisation.")}
@@ -132,6 +135,26 @@ class RunState:
             **how,
             categories=self.federation.categories,
         )
+
+    def training_content(self, number: int, node: int, names: tuple[str, ...], **how: Any) -> RecordDict:
+        """Returns what a node is sent to train with: a request, and the meta-state or what changed in it.
+
+        Args:
+            number: The round.
+            node: The node.
+            names: Its sites.
+            how: What else a `RoundRequest` holds.
+        """
+        request = self.request(number, names, **how)
+        if self.downlink is None:
+            return request.pack(self.arrays())
+        self.downlink.advance(number, self.meta_state)
+        return self.downlink.content(request, node)
+
+    def answered(self, node: int) -> None:
+        """Notes that a node replied to what it was last sent."""
+        if self.downlink:
+            self.downlink.answered(node)
 
     def weights(self, names: Sequence[str]) -> NDArray[np.float64]:
         """Returns what sites weigh in the mean: 1, or as they announced when they joined."""

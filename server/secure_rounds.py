@@ -34,14 +34,14 @@ def secure_round(state: RunState, number: int, grid: Grid) -> MetricRecord | Non
     shares = state.federation.by_node(round_cohort(state, number, grid))
     template = {name: state.template[name] for name in sorted(state.template)}
     sizes = [*(value.numel() for value in template.values()), *[1] * len(TAIL)]
-    arrays = state.arrays()
+    home = {name: node for node, names in shares.items() for name in names}
     found = secure_sum(
         grid,
         shares,
         state.experiment,
         f"{state.run} train {number}",
         MASKED_TRAIN,
-        lambda names: state.request(number, names).pack(arrays),
+        lambda names: state.training_content(number, home[names[0]], names),
         sum(sizes),
     )
     _note(log, found)
@@ -52,6 +52,8 @@ def secure_round(state: RunState, number: int, grid: Grid) -> MetricRecord | Non
     gradient = {name: own.reshape(template[name].shape) for name, own in zip(template, flat, strict=True)}
     total, num_ok = float(weight), round(float(count))
     log.took_part = found.left
+    for node in {home[name] for name in found.left}:
+        state.answered(node)
     if num_ok < len(found.left):
         log.failed["of the sum"] = f"{len(found.left) - num_ok} of {len(found.left)} sites: {DIVERGED}"
     mean: Gradient | None = None

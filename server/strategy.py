@@ -49,7 +49,7 @@ class MetaGradientStrategy(RunState, Strategy):
             TRAIN,
             server_round,
             self._shares,
-            lambda names: self.request(server_round, names, per_site=self.per_site, order=order).pack(arrays),
+            lambda node, names: self.training_content(server_round, node, names, per_site=self.per_site, order=order),
             self.log,
         )
 
@@ -101,7 +101,7 @@ class MetaGradientStrategy(RunState, Strategy):
             EVALUATE,
             server_round,
             self._asked.shares,
-            lambda names: self.request(
+            lambda _, names: self.request(
                 server_round, names, **how, groups=tuple(groups[name] for name in names) if groups else ()
             ).pack(arrays),
             self.log,

@@ -25,6 +25,7 @@ def train_replies(state: RunState, replies: Iterable[Message], shares: Shares) -
     server, log = state.experiment.server, state.log
     usable: list[TrainReply] = []
     for node, content in answers(replies, shares, log):
+        state.answered(node)
         try:
             if server.compression != "none":
                 reply = unpack_reply(content, state.template, server.compression, server.compression_keep)

@@ -154,6 +154,8 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
+        if experiment.server.compression_down != "none":
+            compression.check_down(experiment, learner)
         if experiment.server.compression != "none":
             self.membership.notes += compression.check(experiment, learner)
         server = experiment.server
