@@ -25,7 +25,7 @@ from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, checked_uri, sqlite_
 
 LOOPBACK = "127.0.0.1"
 USUAL_PORT = 5000
-START_S = 120.0
+START_S = 300.0
 ANSWER_S = 5.0
 STOP_S = 10.0
 
