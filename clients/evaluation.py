@@ -15,6 +15,7 @@ from torch import Tensor
 from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from clients.policy import ROUNDED, Policy
+from clients.stream import losses_of_rows
 from clients.subgroups import SubgroupFigures
 from fedmeta import engines
 from fedmeta.data import Standardisation
@@ -96,6 +97,7 @@ def evaluate_sites(
     scale: Standardisation,
     kept: Sequence[Parameters | None] | None,
     policy: Policy | None = None,
+    losses: dict[int, Floats] | None = None,
 ) -> EvaluateReply:
     """Returns the figures of the sites `here`, in groups that bound padding and memory.
 
@@ -107,6 +109,7 @@ def evaluate_sites(
         scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site keeps locally, where the learner has such.
         policy: What the site grants; None in simulation.
+        losses: Takes the loss of each of a site's test rows, at the steps that it takes, by its place in `here`.
 
     Raises:
         PolicyError: A site has fewer rows than its policy answers for.
@@ -142,6 +145,11 @@ def evaluate_sites(
                 chosen[group] = np.median(picked, axis=1)
         outputs, y = found.pop(OUTPUTS, None), batch.query[1] if problem.on_rows else None
         taken = np.repeat(chosen[group], batch.sites // len(group))
+        if losses is not None and outputs is not None and y is not None and batch.sites == len(group):
+            mask = batch.query[2].cpu().numpy()
+            for place, site in enumerate(group.tolist()):
+                own = outputs[place, int(taken[place])].detach().cpu().numpy()
+                losses[site] = losses_of_rows(own, y[place].cpu().numpy(), mask[place])
         if outputs is not None and y is not None and y.is_floating_point() and not scale.target.identity:
             restored, outputs, y = in_original_units(outputs, y, batch.query[2], scale.target, problem.metrics)
             found |= restored

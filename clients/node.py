@@ -42,6 +42,7 @@ from fedmeta.data import (
     training_tasks,
 )
 from fedmeta.data.columns import Categories, encoded, frequent_names
+from fedmeta.data.stream_split import stream_split
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
@@ -90,8 +91,8 @@ class RowNode:
 
     def describe(self) -> SitesReply:
         """Returns what the node sends of itself when it joins."""
-        population, train_rows = self.population, self.split.train_sizes(self.hosted)
-        test_rows = self.split.test_sizes(self.hosted)
+        population = self.population
+        train_rows, test_rows = self.split.joining_sizes(self.hosted)
         if self.experiment.privacy.secure_aggregation:  # how many rows a site has is its own affair then
             train_rows, test_rows = np.minimum(train_rows, 1), np.minimum(test_rows, 1)
         return SitesReply(
@@ -171,7 +172,7 @@ class RowNode:
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
         if self.experiment.weighs_rows:
-            sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            sizes = torch.from_numpy(self.split.joining_sizes(sites)[0].astype(np.float64))
             return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
@@ -363,7 +364,7 @@ def _partition_node(experiment: Experiment, partition: int, partitions: int) -> 
         return replace(node, hosted=kept[partition::partitions])
     _check_labels(experiment, source)
     hosted = np.arange(partition, len(source), partitions)
-    return RowNode(experiment, source, split(source, experiment.data, experiment.runtime.seed), hosted)
+    return RowNode(experiment, source, _rows(source, experiment), hosted)
 
 
 @lru_cache(maxsize=8)
@@ -376,8 +377,14 @@ def _site_node(experiment: Experiment, path: str, site: str) -> Node:
     if isinstance(source, TaskSource):
         return TaskNode(experiment, source, np.arange(len(source.sites())))
     _check_labels(experiment, source)
-    rows = split(source, experiment.data, experiment.runtime.seed)
-    return RowNode(experiment, source, rows, np.arange(len(source)))
+    return RowNode(experiment, source, _rows(source, experiment), np.arange(len(source)))
+
+
+def _rows(source: Population, experiment: Experiment) -> Split:
+    """Returns which rows of each site train and which test: by share, or of a stream as it begins."""
+    if experiment.stream.block:
+        return stream_split(source, experiment)
+    return split(source, experiment.data, experiment.runtime.seed)
 
 
 def _check_labels(experiment: Experiment, population: Population) -> None:

@@ -213,3 +213,43 @@ def ledger_lines(summary: Mapping[str, Any]) -> list[str]:
             f"probes; a cohort takes {', '.join(costs) or 'an unmeasured time'}{total}"
         )
     return lines
+
+
+def stream_table(summary: Mapping[str, Any]) -> Cells | None:
+    """Returns a row for each block of a run in time; None for other runs."""
+    found = summary.get("stream")
+    if not found:
+        return None
+    shown = [group for group in GROUPS if any(found[group]["sites"])]
+    headings = ["block"]
+    for group in shown:
+        headings += [f"{GROUPS[group]}: n", "global", "personalized"]
+    rows: list[tuple[Cell, ...]] = []
+    for block in range(found["blocks"]):
+        row: list[Cell] = [str(block + 1)]
+        for group in shown:
+            own = found[group]
+            row += [own["sites"][block], own["global"][block], own["personalized"][block]]
+        rows.append(tuple(row))
+    return Cells(tuple(headings), rows)
+
+
+def stream_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns what a run in time came to, a line for each group of sites; none for other runs."""
+    found = summary.get("stream")
+    if not found:
+        return []
+    score, lines = summary["score"]["name"], []
+    for group, label in GROUPS.items():
+        own = found[group]
+        if not any(own["sites"]):
+            continue
+        beyond = f"; regret {number(own['regret'])} (loss beyond the last meta-state's)" if "regret" in own else ""
+        lines.append(
+            f"{label} over {found['blocks']} blocks, each scored before it joined: {score} "
+            f"{number(own['mean']['global'])} not adapted, {number(own['mean']['personalized'])} adapted{beyond}"
+        )
+    if found["memory"] == "alarm":
+        sites = {alarm["site"] for alarm in found["alarms"]}
+        lines.append(f"alarms: {len(found['alarms'])}, at {len(sites)} of the sites")
+    return lines

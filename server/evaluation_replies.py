@@ -89,7 +89,8 @@ def _together(replies: Sequence[EvaluateReply]) -> EvaluateReply:
         chosen=np.concatenate([reply.chosen for reply in replies])[order],
         pooled=pooled,
         pooled_sites=tuple(counts.tolist()),
-        evaluations=_counts(replies, order),
+        evaluations=_in_order([reply.evaluations for reply in replies], order),
+        alarms=_in_order([reply.alarms for reply in replies], order),
         subgroups=_subgroups(replies, order),
     )
 
@@ -104,11 +105,11 @@ def _subgroups(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> di
     return found
 
 
-def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
-    """Returns the sites' evaluations in site order; nothing where one reply has none."""
-    if not all(reply.evaluations for reply in replies):
+def _in_order(counts: Sequence[tuple[int, ...]], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns the count that each reply has of each of its sites in site order; nothing where one reply has none."""
+    if not all(counts):
         return ()
-    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    every = np.concatenate([np.array(own, dtype=np.int64) for own in counts])
     return tuple(every[order].tolist())
 
 

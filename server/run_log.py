@@ -21,6 +21,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarize
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import make_folder, write_atomic
+from fedmeta.in_force import params_in_force
 from fedmeta.messages import EngineReply
 from fedmeta.problems import Metric
 from fedmeta.tracking.description import data_name
@@ -28,6 +29,7 @@ from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
 from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
 from fedmeta.versions import versions
+from server import stream
 from server.adaptation_schedule import AdaptationSchedule
 from server.federation import Federation
 
@@ -183,7 +185,7 @@ class RunLogger:
         for number, figures in earlier.metrics.items():
             self.round(number, figures)
         for evaluation in earlier.evaluations:
-            frame = evaluation_frame(federation, evaluation, self.scored_by)
+            frame = evaluation_frame(self.experiment, federation, evaluation, self.scored_by)
             last = evaluation is earlier.evaluations[-1] and earlier.finished
             schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
             self.evaluation(evaluation.round_number, frame, summarize(frame, self.scored_by), schedule)
@@ -223,7 +225,7 @@ def _start_tracker(
     dataset = _dataset(experiment, federation)
     resumed = earlier.run_id if earlier else None
     try:
-        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed, score)
+        return Tracker.start(experiment.tracking, params_in_force(experiment), folder, dataset, resumed, score)
     except FedmetaError:
         if not earlier:
             remove_unused(folder)
@@ -249,15 +251,20 @@ def remove_unused(folder: Path) -> None:
 
 
 def evaluation_frame(
-    federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric], subgroups: Sequence[str] = ()
+    experiment: Experiment,
+    federation: Federation,
+    evaluation: Evaluation,
+    metrics: Sequence[Metric],
+    subgroups: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
+    train_rows, test_rows = stream.rows_at(experiment, federation, sites, evaluation.round_number)
     return sites_frame(
         [federation.names[site] for site in sites],
         [federation.kind(site) for site in sites],
-        federation.train_rows[sites].tolist(),
-        federation.test_rows[sites].tolist(),
+        train_rows.tolist(),
+        test_rows.tolist(),
         evaluation,
         metrics,
         subgroups,

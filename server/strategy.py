@@ -80,7 +80,8 @@ class MetaGradientStrategy(RunState, Strategy):
             server_round: The last finished round.
             arrays: The meta-state.
             config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites that
-                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites.
+                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites; block
+                of a stream, in place of the one that the round is at.
             grid: Flower's grid.
         """
         self.log = RoundLog()

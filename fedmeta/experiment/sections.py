@@ -407,6 +407,40 @@ class Runtime(Section):
     )
 
 
+class Stream(Section):
+    """A federation in time: after every evaluation.every rounds the next block of each site scores it, and joins."""
+
+    block: int = Field(default=0, ge=0, description="Rows of a site that come at a time; 0 = all are there (rows)")
+    first: int = Field(
+        default=0, ge=0, description="What a site has before the first block scores it; 0 = as many as a block (rows)"
+    )
+    memory: Literal["all", "window", "discount", "alarm"] = Field(
+        default="all",
+        description="What a site trains and adapts on: all so far, the last, recent ones rather, or since its alarm",
+    )
+    window: int = Field(default=100, ge=1, description='What memory = "window" remembers (rows)')
+    half_life: float = Field(
+        default=100.0, gt=0, description='Age at which memory = "discount" draws a row half as often (rows)'
+    )
+    rate: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description='Chance of a false alarm, for a fixed model, with memory = "alarm" (probability per stretch)',
+    )
+    learn: int = Field(
+        default=0, ge=0, description="Steps after which the meta-state stays as it is; 0 = never (blocks)"
+    )
+    hindsight: bool = Field(
+        default=True, description="Whether the end replays all blocks by the last meta-state, for the regret"
+    )
+
+    @property
+    def first_rows(self) -> int:
+        """The rows that a site has before the first block scores it."""
+        return self.first or self.block
+
+
 class Privacy(Section):
     """Differential privacy of whole sites: what the sequence of meta-states reveals of any one site is bounded."""
 
