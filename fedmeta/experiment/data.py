@@ -49,7 +49,7 @@ class Data(OpenSection):
     )
     time: str = Field(
         default="",
-        description='Column or array that orders a site\'s rows; "row order" = as they come, empty = array time of an npz',
+        description='Column or array that orders sites\' rows; "row order" = as they come, empty = array time of npz',
     )
     task: Literal["auto", "classification", "regression"] = Field(
         default="auto",
