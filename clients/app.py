@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clients import secure
 from clients.compressed import packed_reply
+from clients.downlink import NoStateError, with_state
 from clients.errors import DataError, UnknownSiteError
 from clients.evaluation import Evaluator, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
@@ -40,6 +41,7 @@ from fedmeta.messages import (
     TrainReply,
     pack_failure,
 )
+from fedmeta.messages.downlink import BASE
 from fedmeta.messages.secure import Delivery, KeysRequest
 from fedmeta.secure import ring
 from fedmeta.secure.ring import RangeError
@@ -54,6 +56,7 @@ CODES: dict[type[BaseException], str] = {
     StorageError: "bad-storage",
     PolicyError: "beyond-policy",
     MessageError: "bad-message",
+    NoStateError: "no-state",
     FedmetaError: "bad-experiment",
     ProtocolError: "secure-refused",
     RangeError: "beyond-range",
@@ -325,8 +328,11 @@ def evaluate_masked(content: RecordDict, context: Context) -> RecordDict:
 
 def _node_and_request(content: RecordDict, context: Context) -> tuple[Node, RoundRequest]:
     """Returns the node, its rows with the features that the run has, and what is asked of it."""
+    node = node_of(context)
+    if BASE in content:
+        content = with_state(content, context, node.experiment)
     request = RoundRequest.unpack(content)
-    return node_of(context).with_categories(request.categories), request
+    return node.with_categories(request.categories), request
 
 
 def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:

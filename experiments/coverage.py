@@ -74,7 +74,7 @@ def scored(start: MetaModel, run: checkpoint.Checkpoint, rows: int, draws: int =
     found: dict[str, list[float]] = {name: [] for name in ("test_rows", "steps", *RULES, *COLUMNS)}
     for site in np.repeat(population.find(run.new_sites), draws):
         own = population.rows(np.array([site])).rows
-        if start.experiment.data.split == "blocks":
+        if start.experiment.data.neighbors_alike:
             first = np.sort(draw.choice(len(own) // 2, rows, replace=False))
             own = np.concatenate([own[first], own[len(own) // 2 :]])
         else:

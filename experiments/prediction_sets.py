@@ -65,7 +65,7 @@ def sites(start: MetaModel, run: checkpoint.Checkpoint, names: list[str], rows: 
     draw = np.random.default_rng(0)
     for site in np.repeat(population.find(names), draws):
         own = population.rows(np.array([site])).rows
-        if start.experiment.data.split == "blocks":
+        if start.experiment.data.neighbors_alike:
             own = np.concatenate([draw.choice(own[: len(own) // 2], rows, replace=False), own[len(own) // 2 :]])
         else:
             own = own[draw.permutation(len(own))]

@@ -26,6 +26,13 @@ VARIABLE = "FEDMETA_CODE"
 BY_OPTION, BY_VARIABLE, BY_NODE_CONFIG = "--code {}", VARIABLE + "={}", 'code="{}" in the node config'
 """How a person allows a module, as messages put it."""
 
+_FOREIGN = "code that is not part of fedmeta", "If you know and trust that code, allow it"
+_OWN = (
+    "code of fedmeta by its import path, which data may not choose",
+    "What it is called with may name a file of this machine; where that is meant, allow it",
+)
+"""What a refused import path names, and what a person may do."""
+
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*)?")
 
 
@@ -82,9 +89,9 @@ def refuse_foreign_code(
         if path in allowed:
             continue
         if not _inside(module, allowed):
+            what, advice = _OWN if _inside(module, ("fedmeta",)) else _FOREIGN
             raise FedmetaError(
-                f'{origin}: asks for code that is not part of fedmeta, {where} = "{path}"; it was not imported. '
-                f"If you know and trust that code, allow it: {remedy.format(module)}"
+                f'{origin}: asks for {what}, {where} = "{path}"; it was not imported. {advice}: {remedy.format(module)}'
             )
         home = _home(path)
         if not _inside(home, allowed):

@@ -1,4 +1,4 @@
-"""What compression of replies does not go with."""
+"""What compression, of replies and of what goes down, does not go with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.learners import Learner
 from fedmeta.problems.problem import has_outer_step
+
+
+def check_down(experiment: Experiment, learner: Learner) -> None:
+    """Checks that changes of the meta-state may be rounded.
+
+    Raises:
+        FedmetaError: They may not.
+    """
+    if has_outer_step(learner.problem):
+        raise FedmetaError(
+            f'[server] compression_down = "{experiment.server.compression_down}": must be "none" with a problem that '
+            "makes its own step: a rounded state may be none"
+        )
 
 
 def check(experiment: Experiment, learner: Learner) -> list[str]:

@@ -113,6 +113,11 @@ class Federation:
         """Returns what a site is: "new", "validation" or "training"."""
         return NEW if self.new[site] else VALIDATION if self.validation[site] else TRAINING
 
+    def groups(self, sites: NDArray[np.int64]) -> dict[str, int]:
+        """Returns the group of each of some sites (indices) by name: 0 new, 1 training, -1 none of both."""
+        kinds = {NEW: 0, TRAINING: 1}
+        return {self.names[site]: kinds.get(self.kind(site), -1) for site in sites.tolist()}
+
     def by_node(self, sites: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
         """Returns the names of some sites (indices, ascending) by the node that hosts them."""
         shares: dict[int, list[str]] = {}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar, Message
+from flwr.app import ArrayRecord, ConfigRecord, ConfigScalar, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -27,13 +26,17 @@ from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
 from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum
 from server.adaptation_schedule import AdaptationSchedule
+from server.engine_choice import choose_engine
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.privacy import make_dp_mechanism
+from server.round_kinds import gather
+from server.run_checkpoint import checkpoint_of, restore_state
 from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
+from server.secure_rounds import secure_scores
 from server.signals import defer_keyboard_interrupt
 from server.site_statistics import ask_categories, ask_standardisation
 from server.steering import Steering
@@ -42,9 +45,6 @@ from server.system_metrics import ProcessMonitor
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
-
-COHORTS = "cohorts/"
-"""How the names of what the server remembers of sites begin in the checkpoint's memory."""
 
 MAX_EMPTY_ROUNDS = 10
 """After so many rounds in a row without a usable reply the run stops."""
@@ -154,6 +154,8 @@ class TrainingLoop:
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
+        if experiment.server.compression_down != "none":
+            compression.check_down(experiment, learner)
         if experiment.server.compression != "none":
             self.membership.notes += compression.check(experiment, learner)
         server = experiment.server
@@ -198,10 +200,7 @@ class TrainingLoop:
         self.influence_throttle = FailureThrottle(see=FAILURES_FILE)
         self.monitor = ProcessMonitor()
         if earlier:
-            self.strategy.engine, self.strategy.budget = earlier.engine, earlier.budget
-            self.strategy.norms = earlier.norms
-            tensors = {name.removeprefix(COHORTS): v for name, v in earlier.memory.items() if name.startswith(COHORTS)}
-            self.strategy.cohorts = cohorts.Cohorts.of(experiment, earlier.steering.get("cohorts", {}), tensors)
+            restore_state(self.strategy, earlier)
         self.steering = Steering(experiment, learner, self.strategy, earlier)
         self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
@@ -217,7 +216,7 @@ class TrainingLoop:
         with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended
             self.logger.start(self.membership.federation)
         if not self.round_number and self.experiment.server.rounds:
-            self.logger.engine(self.strategy.choose_engine(self.grid))
+            self.logger.engine(choose_engine(self.strategy, self.grid))
         if fresh:
             self.save()
 
@@ -301,51 +300,21 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Writes a checkpoint and returns its path."""
-        federation = self.membership.federation
-        under_way, late = self.lateness.state(self.grid) if self.lateness else ({}, {})
-        checkpoint = Checkpoint(
-            lateness=under_way,
-            late=late,
-            experiment=self.experiment.to_toml(),
-            run_id=self.logger.run_id,
+        checkpoint = checkpoint_of(
+            self.membership.federation,
+            self.strategy,
+            self.steering,
+            self.logger,
+            under_way=self.lateness.state(self.grid) if self.lateness else ({}, {}),
             round_number=self.round_number,
-            meta_state=self.strategy.meta_state,
-            optimizer=self.strategy.optimizer.state(),
-            classes=federation.classes,
-            names=federation.names,
-            new_sites=federation.new_sites,
-            validation_sites=federation.validation_sites,
-            features=federation.features,
-            shape=federation.shape,
-            train_rows=tuple(federation.train_rows.tolist()),
-            test_rows=tuple(federation.test_rows.tolist()),
-            regression=federation.regression,
-            targets=federation.targets,
-            categories=federation.categories,
-            tokens=federation.tokens,
-            weights=tuple(federation.weights.tolist()),
-            form=federation.form,
-            held_out=federation.held_out,
-            norms=self.strategy.norms,
-            took_part=tuple(self.took_part[name] for name in federation.names),
-            evaluations=tuple(self.evaluations),
+            took_part=self.took_part,
+            evaluations=self.evaluations,
             totals=self.totals,
-            engine=self.strategy.engine,
-            budget=self.strategy.budget,
-            metrics=self.logger.metrics,
-            schedule=self.logger.schedule,
-            steering=self.steering.to_json() | self._cohorts(),
-            memory=self.steering.memory
-            | {COHORTS + name: value for name, value in self.strategy.cohorts.tensors.items()},
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.logger.folder)
         self.strategy.saved_rounds = checkpoints.rounds(self.logger.folder, self.round_number)
         return path
-
-    def _cohorts(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of the sites that took part, beside tensors."""
-        return {} if self.strategy.cohorts.plain else {"cohorts": self.strategy.cohorts.to_json()}
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
@@ -358,56 +327,18 @@ class TrainingLoop:
         self.evaluations = remap_site_indices(self.evaluations, before, self.membership.federation)
         strategy.federation = self.membership.federation
         self.steering.before_round()
-        secure = self.experiment.privacy.secure_aggregation
-        replies: Iterable[Message] = ()
-        received: Received | None = None
-        other = ""
-        asked = answered = probed = time.perf_counter()
-        if self.lateness:
-            strategy.busy = self.lateness.busy
-            received = self.lateness.receive(self.grid, strategy.configure_quorum(number, self.grid), number)
-        elif not secure:
-            messages = strategy.configure_train(number, strategy.arrays(), ConfigRecord(), self.grid)
-            replies = list(self.grid.send_and_receive(messages, timeout=self.experiment.server.round_timeout))
-            answered = time.perf_counter()
-            if other := self.steering.probes(number):
-                strategy.probe(number, other, self.grid)
-            probed = time.perf_counter()
+        gathered = gather(strategy, number, self.grid, self.lateness, self.steering.probes(number))
         with defer_keyboard_interrupt():
-            if self.lateness and received:
-                _, metrics = strategy.aggregate_quorum(number, received, self.lateness.staleness)
-            elif secure:
-                _, metrics = strategy.secure_train(number, self.grid)
-            else:
-                _, metrics = strategy.aggregate_train(number, replies)
+            metrics = gathered.step()
             self.round_number = number
             # A private round steps also where no node answered, for who was asked is not to be seen.
-            if note := self.steering.after_round(number, answered - asked, probed - answered if other else None):
+            if note := self.steering.after_round(number, gathered.seconds, gathered.probe_seconds):
                 self.report(note)
             idle = metrics is None or bool(strategy.log.failed and not metrics["sites"])
             self.empty_rounds = self.empty_rounds + 1 if idle else 0
             self.useful = self.useful or not idle
             self.took_part.update(strategy.log.took_part)
-            seconds = time.perf_counter() - started
-            self._count(seconds)
-            figures = {"time/round_s": seconds, "failures/replies": float(len(strategy.log.failed))}
-            figures |= {"traffic/bytes_up": strategy.log.bytes_up, "traffic/bytes_down": strategy.log.bytes_down}
-            figures |= self.monitor.metrics()
-            if self.privacy:
-                figures["privacy/epsilon"] = self.privacy.epsilon
-            if received:
-                used = sum(len(each.names) for each, _ in received.late)
-                figures |= {"late/sites": float(len(received.missing)), "late/used": float(used)}
-                if self.experiment.runtime.delay:
-                    figures["time/simulated_s"] = self.lateness.clock if self.lateness else 0.0
-            loss = metrics.get("query_loss") if metrics else None
-            self.logger.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
-            self.logger.log_failures(number, strategy.log.failed)
-            self.logger.log_failures(number, strategy.log.late, "late")
-            self.logger.log_failures(number, strategy.log.shortened, "shortened")
-            self.logger.log_failures(number, strategy.log.outlying, "query loss")
-            if strategy.log.shortened or strategy.log.undone:
-                self._report_influence(number)
+            self._log(number, time.perf_counter() - started, metrics, gathered.late)
         if metrics is None or strategy.log.failed:
             what = f"round {number} {'skipped:' if metrics is None else 'without'} {strategy.log.reasons()}"
             if note := self.failure_throttle.filter(what, strategy.log.failed):
@@ -416,6 +347,29 @@ class TrainingLoop:
             raise FedmetaError(
                 f"none of {self.empty_rounds} rounds had a usable reply: {strategy.log.reasons(advise=True)}"
             )
+
+    def _log(self, number: int, seconds: float, metrics: MetricRecord | None, late: Received | None) -> None:
+        """Tracks a round's figures, and names the sites whose replies were not used as they came."""
+        log = self.strategy.log
+        self._count(seconds)
+        figures = {"time/round_s": seconds, "failures/replies": float(len(log.failed))}
+        figures |= {"traffic/bytes_up": log.bytes_up, "traffic/bytes_down": log.bytes_down}
+        figures |= self.monitor.metrics()
+        if self.privacy:
+            figures["privacy/epsilon"] = self.privacy.epsilon
+        if late:
+            used = sum(len(each.names) for each, _ in late.late)
+            figures |= {"late/sites": float(len(late.missing)), "late/used": float(used)}
+            if self.experiment.runtime.delay:
+                figures["time/simulated_s"] = self.lateness.clock if self.lateness else 0.0
+        loss = metrics.get("query_loss") if metrics else None
+        self.logger.round(number, figures | ({"train/query_loss": loss} if isinstance(loss, float) else {}))
+        self.logger.log_failures(number, log.failed)
+        self.logger.log_failures(number, log.late, "late")
+        self.logger.log_failures(number, log.shortened, "shortened")
+        self.logger.log_failures(number, log.outlying, "query loss")
+        if log.shortened or log.undone:
+            self._report_influence(number)
 
     def _report_influence(self, number: int) -> None:
         """Keeps a checkpoint from before a round whose replies were out of the ordinary, and reports them."""
@@ -461,7 +415,7 @@ class TrainingLoop:
         """Returns an evaluation that holds the sums of groups of sites alone; None where too few were left."""
         started, settings = time.perf_counter(), self.experiment.evaluation
         steps = self.learner.evaluation_steps(settings.steps)
-        sums = self.strategy.secure_evaluate(self.round_number, self.grid, steps=steps, rate=1.0, gate=settings.gate)
+        sums = secure_scores(self.strategy, self.round_number, self.grid, steps=steps, rate=1.0, gate=settings.gate)
         self._count(time.perf_counter() - started)
         self.logger.log_failures(self.round_number, self.strategy.log.failed, "evaluation")
         if sums is None:

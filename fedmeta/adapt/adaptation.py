@@ -228,10 +228,10 @@ def _warnings(start: MetaModel, rows: SiteRows) -> list[str]:
             )
         elif absent and not start.experiment.data.ways:
             warnings.append(f"No row is of class {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}.")
-    if start.experiment.data.split == "blocks":
+    if start.experiment.data.neighbors_alike:
         warnings.append(
-            "Neighboring rows resemble each other (data.split = blocks), so that they carry less information than "
-            "as many others: the true interval is wider."
+            f"Neighboring rows resemble each other (data.split = {start.experiment.data.split}), so that they carry "
+            "less information than as many others: the true interval is wider."
         )
     return warnings
 

@@ -170,7 +170,7 @@ class _NestedCV:
 
     @classmethod
     def of(cls, start: MetaModel, x: Tensor, y: Tensor) -> _NestedCV:
-        learner, blocks = start.learner, start.experiment.data.split == "blocks"
+        learner, blocks = start.learner, start.experiment.data.neighbors_alike
         order = torch.from_numpy(np.arange(len(y)) if blocks else _spread(y, start.experiment.runtime.seed))
         most = learner.evaluation_steps(LONGEST * max(start.steps, learner.inner_steps))
         return cls(learner, start.state, x[order], y[order], most, blocks, start.target)

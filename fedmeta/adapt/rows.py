@@ -23,7 +23,7 @@ from fedmeta.data.population import Population
 from fedmeta.data.table_file import clean_name
 from fedmeta.data.tables import read_columns, table_columns
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Data, Experiment
+from fedmeta.experiment import ROW_ORDER, Data, Experiment
 
 NAMED = 5
 """How many columns or classes an error names."""
@@ -84,12 +84,15 @@ def read_rows(
     notes = _check_table(path, plainly, form)
     table = form.named and Path(path).suffix.lower() != ".npz"
     columns = form.columns
+    if table and data.time and data.time not in (ROW_ORDER, *table_columns(path, data)):
+        plainly = plainly.model_copy(update={"time": ROW_ORDER})
+        notes = (*notes, f'{path}: no column "{data.time}" (data.time): its rows count as in time as they come.')
     categorical = [name for name, _ in form.categories]
     population = load_site(plainly, path, only=columns.names if table else None, categorical=categorical)
     rows = population.rows(population.all_sites).rows
     if table:
         given, others = read_columns(path, plainly, columns)
-        x, order = torch.from_numpy(given), None
+        x, order = torch.from_numpy(given[rows]), None
         notes = (*notes, *others)
     else:
         order, others = _column_order(path, population, form)
@@ -203,7 +206,7 @@ def _check_table(path: str, data: Data, form: Form) -> tuple[str, ...]:
     """Returns a note on the columns that a table has besides the run's; raises `FedmetaError` where one is missing."""
     if Path(path).suffix.lower() == ".npz" or not form.named or not Path(path).expanduser().is_file():
         return ()
-    apart = {*data.label_names, data.site_column, *data.ignore}
+    apart = {*data.label_names, data.site_column, data.time, *data.ignore}
     return _check_names(path, [name for name in table_columns(path, data) if name not in apart], form)
 
 

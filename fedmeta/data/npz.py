@@ -15,7 +15,7 @@ from fedmeta.data.population import ArrayPopulation, left_out
 from fedmeta.data.ragged import IntArray
 from fedmeta.data.table_file import clean_name
 from fedmeta.errors import FedmetaError
-from fedmeta.experiment import Data
+from fedmeta.experiment import ROW_ORDER, Data
 
 
 def load_npz(data: Data) -> ArrayPopulation:
@@ -24,27 +24,26 @@ def load_npz(data: Data) -> ArrayPopulation:
     Arrays: `x` [rows, ...] numbers, NaN = missing; `y` [rows] integers, text or (regression) floating point;
     of several targets [rows, targets]; `data.site_key` [rows] integers or text; optionally `site_names`
     (for integer sites), `class_names` (for integer or text labels), `target_names` [targets], `feature_names`
-    [features] and `time` [rows], the order within a site.
+    [features] and `time` [rows], the order within a site, or another array that `data.time` names.
 
     Raises:
         FedmetaError: The file, an array, a label or a feature is not as it should be.
     """
     path = npz_path(data.path)
-    arrays = read_arrays(path, ("x", "y", data.site_key), (f"{data.site_key}_names",))
+    arrays = read_arrays(path, ("x", "y", data.site_key, *_time_array(data)), (f"{data.site_key}_names",))
     sites = _site_names(path, data.site_key, arrays)
     notes: list[str] = []
     if data.without:
-        arrays, sites, notes = _without(arrays, sites, data.without)
+        arrays, sites, notes = _without(arrays, sites, data.without, ("x", "y", "time", *_time_array(data)))
     return replace(_population(path, arrays, data, sites, data.min_rows), notes=tuple(notes))
 
 
 def _without(
-    arrays: dict[str, NDArray[Any]], sites: "_Sites", names: Sequence[str]
+    arrays: dict[str, NDArray[Any]], sites: "_Sites", names: Sequence[str], by_row: Sequence[str]
 ) -> tuple[dict[str, NDArray[Any]], "_Sites", list[str]]:
     """Returns a file's arrays and sites as if it did not hold the rows of some sites, and notes on names not there."""
     gone, notes = left_out(sites.names, names)
     kept = ~np.isin(sites.owners, [place for place, name in enumerate(sites.names) if name in gone])
-    by_row = ("x", "y", "time")
     arrays = {name: value[kept] if name in by_row else value for name, value in arrays.items()}
     there, owners = np.unique(sites.owners[kept], return_inverse=True)
     return arrays, _Sites([sites.names[site] for site in there], owners.reshape(-1).astype(np.int64)), notes
@@ -56,7 +55,7 @@ def load_npz_site(data: Data, path: str, name: str) -> ArrayPopulation:
     The file needs no array that names sites; raises `FedmetaError` where it has one and that names several.
     """
     file = npz_path(path)
-    arrays = _in_shared_order(read_arrays(file, ("x", "y"), (data.site_key,)), data)
+    arrays = _in_shared_order(read_arrays(file, ("x", "y", *_time_array(data)), (data.site_key,)), data)
     there = len(np.unique(arrays.get(data.site_key, np.zeros(1))))
     if there > 1:
         raise FedmetaError(
@@ -74,6 +73,11 @@ def _in_shared_order(arrays: dict[str, NDArray[Any]], data: Data) -> dict[str, N
         return arrays
     order = feature_order(names.tolist(), data.columns)
     return arrays if order == sorted(order) else {**arrays, "x": x[:, order], "feature_names": names[order]}
+
+
+def _time_array(data: Data) -> tuple[str, ...]:
+    """Returns the array that orders a site's rows where the experiment names one."""
+    return (data.time,) if data.time and data.time != ROW_ORDER else ()
 
 
 class _Sites(NamedTuple):
@@ -112,10 +116,12 @@ def _population(
         data.target,
         _target_names(path, arrays),
     )
-    time = arrays.get("time")
+    named = next(iter(_time_array(data)), "time")
+    time = None if data.time == ROW_ORDER else arrays.get(named)
     if time is not None and (time.ndim != 1 or time.dtype.kind not in "iufM" or bool((time != time).any())):
-        raise FedmetaError(f'{path}: array "time" must hold one number per row, and none missing')
-    return build_population(str(path), x, labels, sites.owners, sites.names, cell, time, feature_names, min_rows)
+        raise FedmetaError(f'{path}: array "{named}" must hold one number per row, and none missing')
+    found = build_population(str(path), x, labels, sites.owners, sites.names, cell, time, feature_names, min_rows)
+    return replace(found, in_time=time is not None or data.time == ROW_ORDER)
 
 
 def _labels(path: Path, y: NDArray[Any]) -> NDArray[Any]:

@@ -70,7 +70,7 @@ def read_arrays(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> dic
     for name in needed:
         if name not in there:
             raise FedmetaError(f'{path}: no array "{name}"; it holds {", ".join(there)}{nearest(name, there)}')
-    by_row = [*needed, *(name for name in ("time",) if name in there)]
+    by_row = [*needed, *(name for name in ("time",) if name in there and name not in needed)]
     names = [name for name in (*wanted, *NAMES) if name in there]
     arrays = {name: _read(path, name) for name in [*by_row, *names]}
     for name in by_row:

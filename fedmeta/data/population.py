@@ -33,6 +33,7 @@ class Population(ABC):
         missing: Whether a feature may be missing (NaN).
         tokens: Whether features are codes of symbols, to be embedded: never standardised, int64 in batches.
         exchangeable: Whether a site's rows have no order, so that its first can train and its last test without a draw.
+        in_time: Whether a site's own order is known to be that of time.
     """
 
     names: Sequence[str]
@@ -42,6 +43,7 @@ class Population(ABC):
     missing: bool
     tokens: bool
     exchangeable: bool
+    in_time: bool = False
 
     def __len__(self) -> int:
         """The number of sites."""
@@ -122,6 +124,7 @@ class ArrayPopulation(Population):
         target_names: What each target is called; empty for classes.
         categories: The columns of x that hold codes, by name, and the names that the codes stand for.
         notes: What reading the data left out or decided, a sentence each.
+        in_time: Whether a site's own order is known to be that of time.
     """
 
     x: NDArray[Any]
@@ -136,6 +139,7 @@ class ArrayPopulation(Population):
     target_names: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
     notes: tuple[str, ...] = ()
+    in_time: bool = False
 
     @property
     def targets(self) -> int:

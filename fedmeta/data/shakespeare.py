@@ -67,4 +67,5 @@ def load_shakespeare(data: Data) -> ArrayPopulation:
         sites=Ragged(np.repeat(offset[order], kept) + steps * data.stride, offsets),
         class_names=symbols,
         tokens=True,
+        in_time=True,
     )

@@ -9,7 +9,7 @@ from fedmeta.data.population import Population
 from fedmeta.data.ragged import IntArray, Ragged
 from fedmeta.data.stratified import stratified
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Data
+from fedmeta.experiment import ROW_ORDER, Data
 from fedmeta.randomness import draws, row_draws, site_keys
 
 
@@ -65,14 +65,19 @@ def split(population: Population, data: Data, seed: int) -> Split:
 
     Args:
         population: Whose rows.
-        data: `test` (share of a site's rows) and `split` (with "blocks" the last rows in its order test, else a draw);
-            with `ways` each class is split so.
+        data: `test` (share of a site's rows) and `split` (with "blocks" the last rows in its order test, with "time"
+            too, where that order is known to be time; else a draw); with `ways` each class is split so.
         seed: The run's seed.
+
+    Raises:
+        FedmetaError: Later rows are to test, and the data have no order in time.
     """
+    if data.split == "time":
+        check_in_time(population, '[data] split = "time"')
     if population.exchangeable:
         return Split(population, seed, data.test, None)
     rows = population.rows(population.all_sites)
-    blocks = data.split == "blocks"
+    blocks = data.neighbors_alike
     if blocks and not data.ways:
         return Split(population, seed, data.test, rows)
     keys = population.keys(population.all_sites)
@@ -82,6 +87,20 @@ def split(population: Population, data: Data, seed: int) -> Split:
         labels, within = population.labels(rows.rows), rows.positions if blocks else None
         order = np.lexsort((stratified(labels, rows.owners, drawn, seed, "split", within=within), rows.owners))
     return Split(population, seed, data.test, Ragged(rows.rows[order], rows.offsets))
+
+
+def check_in_time(population: Population, key: str) -> None:
+    """Raises `FedmetaError` where a site's rows are not known to be in time.
+
+    Args:
+        population: Whose rows.
+        key: The key of the experiment that needs their order.
+    """
+    if not population.in_time:
+        raise FedmetaError(
+            f"{key}: the order of rows in time is not known: name its column or array in data.time, or data.time = "
+            f'"{ROW_ORDER}" where rows come in time'
+        )
 
 
 def draw_new_sites(names: Sequence[str], new_sites: float | Sequence[str], seed: int) -> tuple[str, ...]:

@@ -39,8 +39,9 @@ from fedmeta.data.table_file import (
     site_name,
 )
 from fedmeta.data.table_labels import table_labels
+from fedmeta.data.table_times import table_times
 from fedmeta.errors import FedmetaError, nearest
-from fedmeta.experiment import Data
+from fedmeta.experiment import ROW_ORDER, Data
 
 
 class SiteTable(NamedTuple):
@@ -64,7 +65,7 @@ def load_tables(data: Data) -> ArrayPopulation:
     files are read too. All files have the same columns, in any order: `data.label` is the label (or several columns,
     the targets of a regression), `data.features` or all others are features. A column is a number, a category (text, or
     named in `data.categorical`) or with `data.dates` a date; a cell is missing where it is one of `data.missing`. A
-    single file without `data.site_column` is one site's own.
+    single file without `data.site_column` is one site's own. `data.time` orders a site's rows, and is no feature.
 
     Raises:
         FedmetaError: Files, columns or cells are not as they should be; the error names all that are wrong.
@@ -316,6 +317,7 @@ def _population(
         arrays.append(values)
         categories += [(name, known)] if known is not None else []
     labels = table_labels([site.table for site in own], data, problems, notes) if own else None
+    time = table_times([site.table for site in own], data, problems) if own else None
     refuse(problems)
     if labels is None or not own:
         raise FedmetaError(f"{origin}: there are no rows")
@@ -347,10 +349,16 @@ def _population(
         owners,
         distinct,
         lambda row, column: cell(row, columns[column]),
+        time,
         feature_names=tuple(columns),
         min_rows=data.min_rows if many else 0,
     )
-    return replace(population, categories=tuple(categories), notes=tuple(grouped(list(dict.fromkeys(notes)))))
+    return replace(
+        population,
+        categories=tuple(categories),
+        notes=tuple(grouped(list(dict.fromkeys(notes)))),
+        in_time=time is not None or data.time == ROW_ORDER,
+    )
 
 
 def _check_table(table: RawTable, data: Data) -> list[str]:
@@ -379,7 +387,7 @@ def _shared_columns(
     """Returns the columns that are features, in the order that all sites share; adds what is wrong and left out."""
     tables = list({site.table.path: site.table for site in sites}.values())
     asked = tuple(only) if only is not None else data.chosen_features
-    apart = {*data.label_names, data.site_column}
+    apart = {*data.label_names, data.site_column, data.time}
     everywhere = {str(name) for table in tables for name in table.frame.columns}
     problems += [
         f'data.{key}: "{name}" is the {"label" if name in data.label_names else "site"}\'s column'

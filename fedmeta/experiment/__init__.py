@@ -1,6 +1,6 @@
 """One typed, validated description of a run: a TOML file, Flower's one run-config key and MLflow's flat params."""
 
-from fedmeta.experiment.data import SOURCES, Data
+from fedmeta.experiment.data import ROW_ORDER, SOURCES, Data
 from fedmeta.experiment.files import Experiment, Key, describe, load_experiment
 from fedmeta.experiment.sections import (
     LEARNERS,
@@ -23,6 +23,7 @@ from fedmeta.experiment.validation import Scalar
 __all__ = [
     "LEARNERS",
     "MODELS",
+    "ROW_ORDER",
     "SOURCES",
     "UNTRACKED",
     "Data",

@@ -10,6 +10,9 @@ SourceName = Literal["npz", "tables", "digits", "omniglot", "shakespeare", "hugg
 
 SOURCES: tuple[str, ...] = get_args(SourceName)
 
+ROW_ORDER = "row order"
+"""The `data.time` that states: rows are in time as they come."""
+
 MADE_SOURCES = ("digits", "synthetic")
 """Sources that read no file."""
 
@@ -43,6 +46,11 @@ class Data(OpenSection):
     )
     site_key: str = Field(
         default="site", min_length=1, description="Array (npz) or column (huggingface) that holds each row's site"
+    )
+    time: str = Field(
+        default="",
+        description='What orders a site\'s rows, a column (tables) or array (npz); "row order" = they come so; empty = '
+        "npz the array time, tables nothing",
     )
     task: Literal["auto", "classification", "regression"] = Field(
         default="auto",
@@ -80,9 +88,9 @@ class Data(OpenSection):
     test: float = Field(
         default=0.5, gt=0, lt=1, description="Part of each site's rows kept for testing (share of rows)"
     )
-    split: Literal["random", "blocks", "characters"] = Field(
+    split: Literal["random", "blocks", "time", "characters"] = Field(
         default="random",
-        description="How test rows are chosen; blocks = the last in order; characters = random, Omniglot's sites mixed",
+        description="How test rows are chosen; blocks = last, time = latest, characters = Omniglot's sites mixed",
     )
     support: int = Field(
         default=20, ge=1, description="What a site adapts on, or all it has; with data.ways see data.shots (rows)"
@@ -137,6 +145,11 @@ class Data(OpenSection):
         """The columns of tables that are features; empty for all but the label."""
         return () if isinstance(self.features, int) else self.features
 
+    @property
+    def neighbors_alike(self) -> bool:
+        """Whether rows that follow each other may resemble each other: splits then keep them together."""
+        return self.split in ("blocks", "time")
+
     def conflicts(self) -> Conflicts:
         """Yields further keys of a built-in source, a path that is missing, and rotations without few-shot tasks."""
         yield from super().conflicts()
@@ -152,6 +165,10 @@ class Data(OpenSection):
             yield "features", 'must be a number where source = "synthetic"'
         if both := set(self.chosen_features) & set(self.ignore):
             yield "ignore", f"must not name what features names: {', '.join(sorted(both)[:5])}"
+        if self.split == "time" and self.ways is not None:
+            yield "split", 'must not be "time" with data.ways: the tasks of few classes have no order in time'
+        if self.time in (*self.label_names, self.site_column, *self.chosen_features, *self.categorical) and self.time:
+            yield "time", "must name a column that is nothing else: neither label, site nor feature"
         if self.split == "characters" and self.source != "omniglot":
             yield "split", 'must be "random" or "blocks" where source is not "omniglot": no other has alphabets to mix'
         if self.rotations and self.ways is None:

@@ -16,7 +16,8 @@
     and whether the gradient was finite. Where the server's aggregator is not the mean, where it weighs sites by
     their loss or remembers what they sent, it asks for each site's own meta-gradient, and a node replies with those in
     place of the sum. With `server.compression` the node replies with each site's own in fewer bytes
-    (`fedmeta.compression`).
+    (`fedmeta.compression`). With `server.compression_down` a message that trains holds, in place of the meta-state,
+    what changed in it since the round whose state the node has, in fewer bytes, and that round (0: the state is whole).
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
     number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
@@ -99,6 +100,7 @@ FAILURES = {
     "bad-experiment": "the node could not use the experiment it was sent; its own log has the reason",
     "bad-data": "the site's data could not be read; its own log names the file and the cell",
     "bad-message": "the node could not read the message",
+    "no-state": "the node was restarted and lacks the state that the message changes; next time it gets the whole one",
     "bad-storage": "the site could not write to its disk what stays with it; its own log has the reason",
     "beyond-policy": "the site's policy does not grant what was asked; its own log names the limit",
     "unknown-site": "the node does not host a site that it was asked for",

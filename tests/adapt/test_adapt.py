@@ -381,3 +381,23 @@ def test_rows_to_predict_need_no_label(tables: Path, tmp_path: Path) -> None:
     frame.drop(columns="dose").to_csv(tmp_path / "less.csv", index=False)
     with pytest.raises(FedmetaError, match=r'less\.csv lacks "dose"'):
         read_inputs(start.form, start.experiment.data, str(tmp_path / "less.csv"))
+
+
+def test_a_file_s_rows_come_in_time(tables: Path, tmp_path: Path) -> None:
+    start = replace_time(MetaModel.read(tables / START), "visit")
+    (tmp_path / "later.csv").write_text(
+        "visit,age,dose,weight,label\n3,50,0.2,3,ill\n1,50,0.2,1,well\n2,50,0.2,2,ill\n"
+    )
+    rows = read_rows(start, str(tmp_path / "later.csv"))
+    assert rows.x[:, 2].tolist() == [1, 2, 3]
+    assert [rows.classes[code] for code in rows.y.tolist()] == ["well", "ill", "ill"]
+    assert not rows.notes
+    (tmp_path / "plain.csv").write_text("age,dose,weight,label\n50,0.2,3,ill\n50,0.2,1,well\n")
+    rows = read_rows(start, str(tmp_path / "plain.csv"))
+    assert rows.x[:, 2].tolist() == [3, 1]
+    assert 'no column "visit"' in rows.notes[0]
+
+
+def replace_time(start: MetaModel, time: str) -> MetaModel:
+    data = start.experiment.data.model_copy(update={"time": time})
+    return replace(start, experiment=start.experiment.model_copy(update={"data": data}))

@@ -93,11 +93,19 @@ class Federation:
         log = self.work / f"{site}.log"
         self.nodes[site] = self.stack.enter_context(keep([*command, "--node-config", config], env, log))
 
-    def start_node_and_app(self, site: str, file: Path) -> subprocess.Popen[bytes]:
-        """Starts a node that runs no code of a run's, and the SuperExec beside it that does; returns the latter."""
+    def start_node_and_app(self, site: str, file: Path, way: int = 0) -> subprocess.Popen[bytes]:
+        """Starts a node that runs no code of a run's, and the SuperExec beside it that does; returns the latter.
+
+        Args:
+            site: The site.
+            file: Its rows.
+            way: The port by which it reaches the SuperLink; 0 for the SuperLink's own.
+        """
         api = free_port()
-        command = ["flower-supernode", "--insecure", "--superlink", f"{HERE}:{self.port}", "--isolation", "process"]
-        command += ["--host", HERE, "--port", str(api), "--node-config", f'site="{site}" data="{file}"']
+        command = ["flower-supernode", "--insecure", "--superlink", f"{HERE}:{way or self.port}"]
+        command += ["--isolation", "process"]
+        command += ["--host", HERE, "--port", str(api)]
+        command += ["--node-config", f'site="{site}" data="{file}" state="{self.work}/state-{site}"']
         self.nodes[site] = self.stack.enter_context(keep(command, self.env, self.work / f"{site}.log"))
         command = [sys.executable, "-P", "-m", "fedmeta.prefork_superexec", "--insecure"]
         command += ["--runtime-api-address", f"{HERE}:{api}"]
@@ -119,8 +127,10 @@ def await_true(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture
-def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Federation]:
+@contextmanager
+def faulty_federation(work: Path) -> Iterator[Federation]:
+    """Gives a federation without nodes whose submitted app has `faulty_app` around its ClientApp."""
+
     def write_faulty_app(folder: Path) -> Path:
         superlink.write_app(folder)
         (folder / "faulty").mkdir()
@@ -131,11 +141,17 @@ def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fede
         (folder / "pyproject.toml").write_text(project.replace("fab-include = [", 'fab-include = ["faulty/**/*.py", '))
         return folder
 
-    monkeypatch.setattr(deployment, "write_app", write_faulty_app)
-    with ExitStack() as stack:
-        running = Federation(tmp_path, stack)
-        monkeypatch.setenv(deployment.SUPERLINK, f"{HERE}:{running.port}")
-        monkeypatch.setenv(deployment.ROOT_CERTIFICATES, deployment.PLAIN_TEXT)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployment, "write_app", write_faulty_app)
+        running = Federation(work, stack)
+        patch.setenv(deployment.SUPERLINK, f"{HERE}:{running.port}")
+        patch.setenv(deployment.ROOT_CERTIFICATES, deployment.PLAIN_TEXT)
+        yield running
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    with faulty_federation(tmp_path) as running:
         yield running
 
 

@@ -211,6 +211,17 @@ def test_a_package_allows_its_modules_and_a_path_itself(
         trust.refuse_foreign_code(experiment, "a file", allowed)
 
 
+@pytest.mark.parametrize("path", ["fedmeta.problems.survival:Survival", "fedmeta.problems.counts:Counts"])
+def test_fedmeta_s_own_code_by_import_path_is_refused_in_true_words(path: str) -> None:
+    experiment = Experiment().with_overrides([f"problem.name={path}"])
+    module = path.partition(":")[0]
+    with pytest.raises(FedmetaError, match="code of fedmeta by its import path") as refused:
+        trust.refuse_foreign_code(experiment, "a file", remedy=trust.BY_NODE_CONFIG)
+    assert "not part of fedmeta" not in str(refused.value)
+    assert f'code="{module}" in the node config' in str(refused.value)
+    trust.refuse_foreign_code(experiment, "a file", [module])
+
+
 def test_what_an_allowed_module_imported_from_another_is_not_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,11 +20,13 @@ from fedmeta.messages import EngineReply, TrainReply
 from fedmeta.progress import Progress, ignore_progress
 from server import training_loop
 from server.adaptation_schedule import middle_mean, tune_adaptation
+from server.engine_choice import choose_engine
 from server.influence import FIRST, bound, norm_of, outlying
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
+from server.round_log import UNDONE
 from server.site_statistics import ask_standardisation
-from server.strategy import UNDONE, MetaGradientStrategy
+from server.strategy import MetaGradientStrategy
 from tests.server.hospitals import hospital, hospitals
 from tests.several_nodes import NODE_IDS, Fault, SeveralNodes
 
@@ -230,7 +232,7 @@ def engine_of(grid: SeveralNodes, answers: dict[int, tuple[str, int] | None]) ->
     optimizer = ServerOptimizer(experiment.server, "gradient", learner.init(0))
     constants, _ = ask_standardisation(grid, federation, experiment)
     strategy = MetaGradientStrategy(experiment, federation, optimizer, constants, "a-run", learner=learner)
-    strategy.choose_engine(grid)
+    choose_engine(strategy, grid)
     return strategy.engine, strategy.budget
 
 

@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from clients.app import app
 from fedmeta.build import learner_of
 from fedmeta.messages import EVALUATE, QUERY_ENGINE, QUERY_SITES, QUERY_SUMS, TRAIN
+from server.engine_choice import choose_engine
 from server.membership import Membership
 from server.optimizer import ServerOptimizer
 from server.site_statistics import ask_standardisation
@@ -207,7 +208,7 @@ class Stand:
         strategy = self.new_strategy()
         if kind == QUERY_ENGINE:
             strategy.federation = self.federation
-            found = strategy.choose_engine(grid)
+            found = choose_engine(strategy, grid)
             return (strategy.engine, found is not None), dict(strategy.log.failed)
         replies = [copy.deepcopy(reply) for reply in self.replies[kind]]
         kept = [fault(_asks(kind), reply) if reply.metadata.src_node_id == LIAR_NODE else reply for reply in replies]
@@ -304,7 +305,7 @@ def test_the_table_has_every_field_of_every_reply(stand: Stand) -> None:
     Membership(grid, stand.experiment)
     ask_standardisation(grid, stand.federation, stand.experiment)
     strategy = stand.new_strategy()
-    strategy.choose_engine(grid)
+    choose_engine(strategy, grid)
     for kind in (TRAIN, EVALUATE):
         for reply in stand.replies[kind]:
             seen[kind] |= {(name, key) for name, record in reply.content.items() for key in record}

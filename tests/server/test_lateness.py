@@ -100,18 +100,18 @@ def test_no_reply_counts_twice_and_every_one_is_used_dropped_or_outstanding(tmp_
             return super().push_messages(messages)
 
     grid = Watched(app, experiment)
-    from server import strategy, training_loop
+    from server import round_kinds, training_loop
 
-    before = strategy.MetaGradientStrategy.aggregate_quorum
+    before = round_kinds.step_by_quorum
 
-    def watch(self: Any, number: int, received: Any, weight_of: Any) -> Any:
+    def watch(state: Any, number: int, received: Any, lateness: Any) -> Any:
         pairs = [*received.on_time, *received.late]
         used.extend((each.round_number, name) for each, _ in pairs for name in each.names)
         assert all(number - each.round_number <= 2 for each, _ in received.late)
-        return before(self, number, received, weight_of)
+        return before(state, number, received, lateness)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategy.MetaGradientStrategy, "aggregate_quorum", watch)
+        patch.setattr(round_kinds, "step_by_quorum", watch)
         training_loop.run(grid, experiment, lambda progress: None)
     assert len(sent) == len(set(sent))
     assert len(used) == len(set(used))

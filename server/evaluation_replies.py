@@ -1,0 +1,145 @@
+"""What nodes send in an evaluation, checked against what is possible, and put together in site order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from fedmeta.messages import LOSS, EvaluateReply, MessageError
+from fedmeta.problems import Problem, Supervised
+from fedmeta.problems.pooled import impossible as pooled_impossible
+from server import influence
+from server.exchange import Shares, answers, check_names
+from server.run_state import RunState
+
+STATES = ("global", "personalized")
+"""Before and after adaptation, as pooled sums name it."""
+
+FIGURE_EXCESS = 1e6
+"""How many times the usual a site's figure may be in an evaluation of several nodes."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation asked.
+
+    Attributes:
+        shares: The sites that each node was asked about.
+        columns: How many values of each figure a site sends: after 0, 1, ... steps.
+        states: Of which states sites send pooled sums.
+        groups: The group of sites whose rows a site's are pooled with; empty where no sums are asked for.
+    """
+
+    shares: Shares = field(default_factory=dict)
+    columns: int = 1
+    states: tuple[str, ...] = STATES
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+
+def evaluation_replies(state: RunState, replies: Iterable[Message], asked: Asked) -> EvaluateReply | None:
+    """Returns the sites' figures of all replies that are possible, in site order; None where there are none.
+
+    Args:
+        state: The run; its log names the sites of the other replies.
+        replies: The replies as they came.
+        asked: What was asked.
+    """
+    usable: list[EvaluateReply] = []
+    for node, content in answers(replies, asked.shares, state.log):
+        try:
+            reply = EvaluateReply.unpack(content, state.learner.problem.metrics)
+            check_names(reply.names, asked.shares[node])
+            if reply.columns != asked.columns:
+                raise MessageError("it has scores of other steps than asked")
+            _check_pooled(state, reply, asked)
+        except MessageError as error:
+            state.log.fail(asked.shares[node], f"bad reply: {error}")
+            continue
+        refused = reply.impossible(_ranges(state.learner.problem))
+        state.log.failed.update({name: f"bad reply: {what}" for name, what in refused.items()})
+        if len(refused) < len(reply.names):
+            usable.append(reply.without(refused) if refused else reply)
+    usable = _without_outliers(state, usable, asked.columns)
+    return _together(usable) if usable else None
+
+
+def _together(replies: Sequence[EvaluateReply]) -> EvaluateReply:
+    """Returns the replies of several nodes as one, in site order."""
+    names = [name for reply in replies for name in reply.names]
+    order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
+    pooled: dict[str, NDArray[np.float64]] = {}
+    for reply in replies:
+        for name, value in reply.pooled.items():
+            pooled[name] = pooled[name] + value if name in pooled else value
+    counts = np.zeros(max(len(reply.pooled_sites) for reply in replies), dtype=np.int64)
+    for reply in replies:
+        counts[: len(reply.pooled_sites)] += np.array(reply.pooled_sites, dtype=np.int64)
+    return EvaluateReply(
+        names=tuple(names[index] for index in order),
+        figures={
+            name: np.concatenate([reply.figures[name] for reply in replies])[order] for name in replies[0].figures
+        },
+        chosen=np.concatenate([reply.chosen for reply in replies])[order],
+        pooled=pooled,
+        pooled_sites=tuple(counts.tolist()),
+        evaluations=_counts(replies, order),
+    )
+
+
+def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns the sites' evaluations in site order; nothing where one reply has none."""
+    if not all(reply.evaluations for reply in replies):
+        return ()
+    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    return tuple(every[order].tolist())
+
+
+def _ranges(problem: Problem) -> dict[str, tuple[float, float]]:
+    """Returns the range of each figure of a site; the loss on rows, where it is the usual one, is at least 0."""
+    low = 0.0 if isinstance(problem, Supervised) and problem.plain else -np.inf
+    return {LOSS: (low, np.inf), **{metric.name: (metric.low, metric.high) for metric in problem.metrics}}
+
+
+def _without_outliers(state: RunState, replies: list[EvaluateReply], columns: int) -> list[EvaluateReply]:
+    """Returns the replies of several nodes without sites whose figures are far out of the ordinary; names these."""
+    if len(replies) < influence.FEWEST_TO_COMPARE:
+        return replies
+    refused: dict[str, str] = {}
+    names = [name for reply in replies for name in reply.names]
+    for figure in replies[0].figures:
+        for column in range(columns):
+            values = np.concatenate([reply.figures[figure][:, column] for reply in replies])
+            for place in np.flatnonzero(influence.outlying(values, FIGURE_EXCESS)).tolist():
+                why = f"bad reply: its {figure} is more than {FIGURE_EXCESS:g} times the usual"
+                refused.setdefault(names[place], why)
+    state.log.failed.update(refused)
+    kept = (reply.without(refused) if refused.keys() & set(reply.names) else reply for reply in replies)
+    return [reply for reply in kept if reply.names]
+
+
+def _check_pooled(state: RunState, reply: EvaluateReply, asked: Asked) -> None:
+    """Checks that the pooled sums are of the groups asked for, and possible for their rows."""
+    of_group: dict[int, list[str]] = {}
+    for name in reply.names:
+        of_group.setdefault(asked.groups.get(name, -1), []).append(name)
+    sums: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
+    for key, value in reply.pooled.items():
+        group, _, rest = key.partition("/")
+        which, _, name = rest.partition("/")
+        if group not in {str(place) for place in of_group if place >= 0} or which not in asked.states:
+            raise MessageError("its pooled sums are of groups that were not asked for")
+        sums.setdefault((group, which), {})[name] = value
+    for place, count in enumerate(reply.pooled_sites):
+        if count > len(of_group.get(place, ())):
+            raise MessageError("more sites are pooled than there are")
+    federation = state.federation
+    for (group, _), found in sums.items():
+        rows = float(federation.test_rows[federation.indices(of_group[int(group)])].sum())
+        rows = np.inf if state.experiment.data.ways else rows  # few-shot tasks draw rows more than once
+        classes, targets = len(federation.classes), len(federation.targets)
+        if problem := pooled_impossible(found, state.learner.problem.metrics, classes, targets, rows):
+            raise MessageError(f"its pooled sums are not possible: {problem}")

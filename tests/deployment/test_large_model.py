@@ -1,0 +1,112 @@
+"""A model of 200 MB over a real SuperLink with two SuperNodes: three rounds, one line of which breaks on the way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedmeta
+from fedmeta.runtime import process_guard
+from tests.deployment.processes import HERE, write_sites
+from tests.deployment.test_faults import experiment_of, faulty_federation, rounds_of, store_of
+
+HIDDEN = 7060
+"""Of a model with two layers of this width: 50 million parameters, 200 MB in float32."""
+BREAK_AFTER = 60_000_000
+"""After so many bytes up all connections of one site break."""
+
+
+@contextmanager
+def breaking_line(to: int) -> Iterator[tuple[int, list[int]]]:
+    """Gives a port that leads to another, and how many bytes went up; its connections break once."""
+    listener, went_up, broken = socket.create_server((HERE, 0)), [0], threading.Event()
+    ends: list[socket.socket] = []
+
+    def pump(source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with suppress(OSError):
+            while piece := source.recv(1 << 16):
+                sink.sendall(piece)
+                if up:
+                    went_up[0] += len(piece)
+                    if went_up[0] > BREAK_AFTER and not broken.is_set():
+                        broken.set()
+                        for end in [*ends]:
+                            with suppress(OSError):
+                                end.shutdown(socket.SHUT_RDWR)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                below, _ = listener.accept()
+                above = socket.create_connection((HERE, to))
+                ends.extend((below, above))
+                for pair in ((below, above, True), (above, below, False)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield int(listener.getsockname()[1]), went_up
+        assert broken.is_set(), "the line never broke"
+    finally:
+        listener.close()
+
+
+def peak_mb(pid: int) -> float:
+    """Returns the largest resident memory that a process had (MB)."""
+    with suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1e3
+    return 0.0
+
+
+@pytest.mark.slow
+def test_three_rounds_of_200_mb_over_a_line_that_breaks(tmp_path: Path) -> None:
+    files = write_sites(tmp_path / "data", sites=2)
+    with faulty_federation(tmp_path) as federation, ExitStack() as stack:
+        way, went_up = stack.enter_context(breaking_line(federation.port))
+        for site, file in files.items():
+            federation.start_node_and_app(site, file, way if site == "site-0" else 0)
+        own = ["data.new_sites=0", f"model.hidden={HIDDEN},{HIDDEN}", "learner.name=fomaml", "learner.inner_steps=1"]
+        own += ["server.optimizer=sgd", "evaluation.local_baseline=none", "runtime.memory=2.0", "runtime.engine=loop"]
+        own += ["runtime.checkpoint_every=0", "runtime.check=off"]
+        experiment = experiment_of(
+            tmp_path, [*files], learner="fomaml", rounds=3, store=store_of(tmp_path), timeout=1500.0
+        ).with_overrides(own)
+        peaks: dict[str, float] = {}
+        over = threading.Event()
+
+        def watch() -> None:
+            roots = {"superlink and server": [federation.link.pid], "a node": [federation.nodes["site-1"].pid]}
+            while not over.wait(1.0):
+                for name, pids in roots.items():
+                    every = [peak_mb(pid) for root in pids for pid in process_guard.descendants(root)]
+                    peaks[name] = max(peaks.get(name, 0.0), *every, 0.0)
+
+        threading.Thread(target=watch, daemon=True).start()
+        started = time.monotonic()
+        try:
+            result = fedmeta.run(experiment, runtime="deployment")
+        finally:
+            over.set()
+        seconds = time.monotonic() - started
+    size = sum(value.numel() for value in result.meta_state.values())
+    times = rounds_of(store_of(tmp_path), result.summary["run_id"], "time/round_s")
+    up = rounds_of(store_of(tmp_path), result.summary["run_id"], "traffic/bytes_up")
+    print(f"{size * 4 / 1e6:.0f} MB, rounds of {times} s, {seconds:.0f} s in all, largest processes {peaks} MB")
+    assert size * 4 > 200e6
+    assert result.summary["rounds"] == 3
+    assert result.summary["failures"] == 0, "the line that broke cost no reply"
+    assert all(value > 2 * 200e6 for value in up.values())
+    assert went_up[0] > 3 * 200e6
+    assert all(bool(torch.isfinite(value).all()) for value in result.meta_state.values())
