@@ -14,11 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients import secure
+from clients import secure, stream
 from clients.compressed import packed_reply
 from clients.downlink import NoStateError, with_state
 from clients.errors import DataError, UnknownSiteError
-from clients.evaluation import Evaluator, evaluate_sites
+from clients.evaluation import Evaluator, Floats, evaluate_sites
 from clients.local_state import LocalStateStore, StorageError
 from clients.node import Node, RowNode, learner_for, node_of, split_meta_state
 from clients.policy import ROUNDED, Policy, PolicyError, count_request, policy_of
@@ -301,7 +301,10 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     keeps = learner.personal(meta_state) and not request.baseline
     kept = LocalStateStore.of(context, node.experiment, request).read(after_round=True) if keeps else None
     evaluator = Evaluator.of(learner, meta_state, request)
-    return evaluate_sites(node, here, request, evaluator, scale, kept, policy).pack()
+    losses: dict[int, Floats] = {}
+    reply = evaluate_sites(node, here, request, evaluator, scale, kept, policy, losses)
+    alarms = stream.remember(node, context, request, [losses.get(place, np.empty(0)) for place in range(len(here))])
+    return replace(reply, alarms=alarms).pack()
 
 
 @app.evaluate("masked")
@@ -332,7 +335,7 @@ def _node_and_request(content: RecordDict, context: Context) -> tuple[Node, Roun
     if BASE in content:
         content = with_state(content, context, node.experiment)
     request = RoundRequest.unpack(content)
-    return node.with_categories(request.categories), request
+    return stream.at_step(node.with_categories(request.categories), context, request), request
 
 
 def _granted(node: Node, context: Context, request: RoundRequest, *, evaluation: bool = False) -> Policy | None:

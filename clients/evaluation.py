@@ -15,6 +15,8 @@ from torch import Tensor
 from clients.local_only import own_baseline, solve_alone
 from clients.node import GROUP_ROWS, Node, Sites
 from clients.policy import ROUNDED, Policy
+from clients.stream import losses_of_rows
+from clients.subgroups import SubgroupFigures
 from fedmeta import engines
 from fedmeta.data import Standardisation
 from fedmeta.engines.personal_state import evaluate_personal, stack_personal
@@ -95,6 +97,7 @@ def evaluate_sites(
     scale: Standardisation,
     kept: Sequence[Parameters | None] | None,
     policy: Policy | None = None,
+    losses: dict[int, Floats] | None = None,
 ) -> EvaluateReply:
     """Returns the figures of the sites `here`, in groups that bound padding and memory.
 
@@ -106,6 +109,7 @@ def evaluate_sites(
         scale: The run's standardisation; metrics of a regression are given in the targets' own units.
         kept: What each site keeps locally, where the learner has such.
         policy: What the site grants; None in simulation.
+        losses: Takes the loss of each of a site's test rows, at the steps that it takes, by its place in `here`.
 
     Raises:
         PolicyError: A site has fewer rows than its policy answers for.
@@ -118,6 +122,8 @@ def evaluate_sites(
     evaluations = np.zeros(len(here), dtype=np.int64)
     pooled: dict[str, Floats] = {}
     pooled_sites = [0] * (max(request.groups, default=-1) + 1)
+    wanted = bool(request.groups) and not evaluator.baseline and not (policy and policy.metrics == ROUNDED)
+    subgroups = SubgroupFigures.of(node, len(here), request.categories, STATES) if wanted else None
     for group, batch in node.evaluation_batches(here, scale, request.classes):
         if policy:
             policy.check_rows(batch, test=True)
@@ -139,6 +145,11 @@ def evaluate_sites(
                 chosen[group] = np.median(picked, axis=1)
         outputs, y = found.pop(OUTPUTS, None), batch.query[1] if problem.on_rows else None
         taken = np.repeat(chosen[group], batch.sites // len(group))
+        if losses is not None and outputs is not None and y is not None and batch.sites == len(group):
+            mask = batch.query[2].cpu().numpy()
+            for place, site in enumerate(group.tolist()):
+                own = outputs[place, int(taken[place])].detach().cpu().numpy()
+                losses[site] = losses_of_rows(own, y[place].cpu().numpy(), mask[place])
         if outputs is not None and y is not None and y.is_floating_point() and not scale.target.identity:
             restored, outputs, y = in_original_units(outputs, y, batch.query[2], scale.target, problem.metrics)
             found |= restored
@@ -152,6 +163,9 @@ def evaluate_sites(
                 problem, outputs.cpu().numpy(), queries, taken, by_task, states, bool(request.groups)
             )
             per_site = batch.sites // len(group)
+            if subgroups:
+                labels = y.cpu().numpy()
+                subgroups.add(problem, group, here[group], outputs.cpu().numpy(), labels, taken, request.groups)
             for place, parts in enumerate(sums):
                 site = int(group[place // per_site])
                 number = request.groups[site] if request.groups else -1
@@ -168,7 +182,9 @@ def evaluate_sites(
         figures = {name: policy.figures(values) for name, values in figures.items()}
         pooled, pooled_sites = {}, [0] * len(pooled_sites)
     counted = tuple(evaluations.tolist()) if evaluator.baseline in ("classical", "local_only") else ()
-    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted)
+    by_site = subgroups.by_site if subgroups else {}
+    pooled |= subgroups.sums if subgroups else {}
+    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted, by_site)
 
 
 def _mark_diverged(figures: dict[str, Floats]) -> None:

@@ -56,7 +56,7 @@ class LocalStateStore:
         """
         state = context.node_config.get("state")
         if not state and "partition-id" not in context.node_config:
-            raise StorageError("node config: state is missing: this learner keeps a part of the model at the site")
+            raise StorageError("node config: state is missing: this run keeps something at the site")
         if state:
             folder = Path(str(state)) / request.run
         else:

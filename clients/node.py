@@ -42,6 +42,7 @@ from fedmeta.data import (
     training_tasks,
 )
 from fedmeta.data.columns import Categories, encoded, frequent_names
+from fedmeta.data.stream_split import stream_split
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data, Experiment
 from fedmeta.learners import Learner
@@ -49,9 +50,11 @@ from fedmeta.messages import SitesReply
 from fedmeta.minibatches import Minibatches
 from fedmeta.noise import noise_keys
 from fedmeta.problems import TaskSource
+from fedmeta.problems.multilabel import NAME as MULTILABEL
+from fedmeta.problems.multilabel import check_labels
 from fedmeta.targets import TargetScale
 from fedmeta.task import Batch
-from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code
+from fedmeta.trust import BY_NODE_CONFIG, allow_code, refuse_foreign_code, without_own_files
 
 Sites = NDArray[np.int64]
 
@@ -88,8 +91,8 @@ class RowNode:
 
     def describe(self) -> SitesReply:
         """Returns what the node sends of itself when it joins."""
-        population, train_rows = self.population, self.split.train_sizes(self.hosted)
-        test_rows = self.split.test_sizes(self.hosted)
+        population = self.population
+        train_rows, test_rows = self.split.joining_sizes(self.hosted)
         if self.experiment.privacy.secure_aggregation:  # how many rows a site has is its own affair then
             train_rows, test_rows = np.minimum(train_rows, 1), np.minimum(test_rows, 1)
         return SitesReply(
@@ -169,7 +172,7 @@ class RowNode:
     def weights(self, sites: Sites) -> Tensor:
         """Returns what each site weighs in the mean: 1, or its number of train rows."""
         if self.experiment.weighs_rows:
-            sizes = torch.from_numpy(self.split.train_sizes(sites).astype(np.float64))
+            sizes = torch.from_numpy(self.split.joining_sizes(sites)[0].astype(np.float64))
             return sizes.clamp(max=self.experiment.server.max_weight or math.inf)
         return torch.ones(len(sites), dtype=torch.float64)
 
@@ -274,6 +277,7 @@ def node_of(context: Context) -> Node:
     if is_deployed(config):
         allowed = allow_code([str(config.get("code", ""))], origin="node config: code")
         refuse_foreign_code(experiment, "run config: experiment", allowed, remedy=BY_NODE_CONFIG)
+        experiment = without_own_files(experiment)
     if "data" in config:
         return _site_node(experiment, str(config["data"]), str(config.get("site", "")))
     if is_deployed(config):
@@ -358,8 +362,9 @@ def _partition_node(experiment: Experiment, partition: int, partitions: int) -> 
         without, _ = left_out(node.names, experiment.data.without)
         kept = np.array([place for place, name in enumerate(node.names) if name not in without], dtype=np.int64)
         return replace(node, hosted=kept[partition::partitions])
+    _check_labels(experiment, source)
     hosted = np.arange(partition, len(source), partitions)
-    return RowNode(experiment, source, split(source, experiment.data, experiment.runtime.seed), hosted)
+    return RowNode(experiment, source, _rows(source, experiment), hosted)
 
 
 @lru_cache(maxsize=8)
@@ -371,8 +376,31 @@ def _site_node(experiment: Experiment, path: str, site: str) -> Node:
         raise DataError(str(error)) from error
     if isinstance(source, TaskSource):
         return TaskNode(experiment, source, np.arange(len(source.sites())))
-    rows = split(source, experiment.data, experiment.runtime.seed)
-    return RowNode(experiment, source, rows, np.arange(len(source)))
+    _check_labels(experiment, source)
+    return RowNode(experiment, source, _rows(source, experiment), np.arange(len(source)))
+
+
+def _rows(source: Population, experiment: Experiment) -> Split:
+    """Returns which rows of each site train and which test: by share, or of a stream as it begins."""
+    if experiment.stream.block:
+        return stream_split(source, experiment)
+    return split(source, experiment.data, experiment.runtime.seed)
+
+
+def _check_labels(experiment: Experiment, population: Population) -> None:
+    """Checks the labels of a problem that takes 0 and 1 alone; raises `DataError` where there are others."""
+    if experiment.problem.name != MULTILABEL:
+        return
+    if not isinstance(population, ArrayPopulation) or not population.regression:
+        raise DataError("MultiLabel needs labels that are numbers: list several columns of 0 and 1 in data.label")
+    owner = np.zeros(len(population.y), dtype=np.int64)
+    for site in population.all_sites.tolist():
+        owner[population.rows(np.array([site])).rows] = site
+    try:
+        names = experiment.data.label_names
+        check_labels(population.y, names, lambda row: f"site {population.names[owner[row]]}")
+    except FedmetaError as error:
+        raise DataError(str(error)) from error
 
 
 def _is_own_source(experiment: Experiment) -> bool:

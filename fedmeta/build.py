@@ -72,7 +72,7 @@ def problem_of(
 
     def model() -> nn.Module:
         section = experiment.model
-        not_its_own = {"name", "dtype", "freeze", "weights"}
+        not_its_own = {"name", "dtype", "freeze", "weights", "start"}
         keys = dict(section.extra) if ":" in section.name else section.model_dump(exclude=not_its_own)
         module = models.build(section.name, shape, outputs, freeze=section.freeze, weights=section.weights, **keys)
         return module.to(dtype_of(experiment))
@@ -84,8 +84,9 @@ def problem_of(
     }
     if name == SUPERVISED:
         return Supervised(model, **settings)
-    keys = {**settings, **experiment.problem.extra}
-    found: Problem = _call(load_code(name, "[problem] name"), "[problem] name", name, keys, model)
+    factory = load_code(name, "[problem] name")
+    keys = {**settings, **_asked(factory, {"labels": experiment.data.label_names}), **experiment.problem.extra}
+    found: Problem = _call(factory, "[problem] name", name, keys, model)
     return found
 
 

@@ -54,6 +54,7 @@ class Evaluation:
         pooled_sites: How many sites each group's sums hold [groups].
         baselines: Of the problem's own baselines, by "classical_NAME" and "optimum_NAME": each metric, the loss, and
             the evaluations that they took [sites].
+        subgroups: "rows" and the score "global" and "personalized" of each of the run's subgroups [sites, subgroups].
     """
 
     round_number: int
@@ -64,10 +65,12 @@ class Evaluation:
     pooled: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
     baselines: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    subgroups: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Returns all of it but the round as arrays by name."""
         groups = {"figures": self.figures, "local": self.local, "pooled": self.pooled, "baselines": self.baselines}
+        groups |= {"subgroups": self.subgroups}
         parts = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         return {
             "sites": self.sites,
@@ -79,7 +82,8 @@ class Evaluation:
     @classmethod
     def of(cls, round_number: int, arrays: Mapping[str, NDArray[Any]]) -> Evaluation:
         """Returns the evaluation whose `arrays` these are."""
-        groups: dict[str, dict[str, NDArray[Any]]] = {"figures": {}, "local": {}, "pooled": {}, "baselines": {}}
+        kinds = ("figures", "local", "pooled", "baselines", "subgroups")
+        groups: dict[str, dict[str, NDArray[Any]]] = {kind: {} for kind in kinds}
         for name, value in arrays.items():
             group, _, rest = name.partition("/")
             if rest:

@@ -31,6 +31,7 @@ def sites_frame(
     test_rows: Sequence[int],
     evaluation: Evaluation,
     metrics: Sequence[Metric],
+    subgroups: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Returns one evaluation as a frame with one row per site.
 
@@ -41,6 +42,7 @@ def sites_frame(
         test_rows: Test rows per site; a site without any has no figures (NaN).
         evaluation: Their figures.
         metrics: The run's metrics, the score first.
+        subgroups: The names of the run's subgroups.
 
     Returns:
         Columns site, kind, rows (train rows), test_rows, round, higher_is_better (of the score); of the score S
@@ -50,7 +52,8 @@ def sites_frame(
         other metric M global_M, personalized_M and local_M; local_method (which of `LOCAL_METHODS`, "" for none);
         global_loss, personalized_loss; steps_taken; steps (the
         list of scores by inner step). Where the problem has such baselines also classical_M, classical_evaluations and
-        optimum_M.
+        optimum_M. Where sites showed subgroups N also "rows N" (test rows, 0 where a site shows none), "global N" and
+        "personalized N", of the score.
     """
     score, figures = metrics[0], evaluation.figures
     empty = np.asarray(test_rows) == 0
@@ -72,6 +75,8 @@ def sites_frame(
     methods = np.nan_to_num(evaluation.local.get("method", nothing), nan=-1.0).astype(np.int64)
     if "classical_evaluations" in evaluation.baselines:
         columns["classical_evaluations"] = evaluation.baselines["classical_evaluations"]
+    for place, name in enumerate(subgroups if evaluation.subgroups else ()):
+        columns |= {f"{kind} {name}": values[:, place] for kind, values in evaluation.subgroups.items()}
     columns["global_loss"] = figures["loss"][:, 0]
     columns["personalized_loss"] = figures["loss"][last]
     return pd.DataFrame(
@@ -96,6 +101,7 @@ def summarize(
     pooled: Mapping[str, NDArray[np.float64]] | None = None,
     pooled_sites: Sequence[int] = (),
     positive: int = 1,
+    subgroups: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Returns the summaries of new and of training sites in a frame of one evaluation.
 
@@ -105,6 +111,7 @@ def summarize(
         pooled: Sums over the test rows of each group, by "GROUP/STATE/NAME" (0: new sites, 1: training sites).
         pooled_sites: How many sites each group's sums hold.
         positive: The code of the positive class.
+        subgroups: The names of the run's subgroups; their sums are those of "GROUP/STATE@PLACE/NAME".
 
     Returns:
         Per group: n (sites that have a score), diverged (see `diverged`), global, personalized and local_only (see
@@ -114,7 +121,8 @@ def summarize(
         evaluations), local_methods (how many sites solve alone by which of `LOCAL_METHODS`), the mean gain,
         personalized_with_diverged
         (the mean score over diverged sites too), the mean score "ungated" (all sites take all steps), and undefined:
-        how many sites a metric is undefined at.
+        how many sites a metric is undefined at. Where sites showed subgroups: subgroups, a list with name, sites (that
+        show it), rows (of those), and of the score global and personalized, each with mean (over sites) and pooled.
     """
     sums: dict[int, dict[str, dict[str, NDArray[np.float64]]]] = {}
     for key, value in (pooled or {}).items():
@@ -126,6 +134,29 @@ def summarize(
         found[group_name] = _summarize_group(own, metrics, sums.get(number, {}), positive)
         if number < len(pooled_sites) and pooled_sites[number]:
             found[group_name]["pooled_sites"] = int(pooled_sites[number])
+        if subgroups and f"rows {subgroups[0]}" in frame:
+            shown = _summarize_subgroups(own, metrics, sums.get(number, {}), positive, subgroups)
+            found[group_name]["subgroups"] = shown
+    return found
+
+
+def _summarize_subgroups(
+    frame: pd.DataFrame,
+    metrics: Sequence[Metric],
+    sums: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    positive: int,
+    subgroups: Sequence[str],
+) -> list[dict[str, Any]]:
+    found = []
+    for place, name in enumerate(subgroups):
+        rows = frame[f"rows {name}"].fillna(0)
+        entry: dict[str, Any] = {"name": name, "sites": int((rows > 0).sum()), "rows": int(rows.sum())}
+        for state in ("global", "personalized"):
+            own = dict(sums.get(f"{state}@{place}", {}))
+            values = pooled_figures(own, metrics, positive) if own else {}
+            pooled_score = _finite(values.get(metrics[0].name))
+            entry[state] = {"mean": _mean(frame[f"{state} {name}"]), "pooled": pooled_score}
+        found.append(entry)
     return found
 
 

@@ -163,6 +163,18 @@ def metrics_table(summary: Mapping[str, Any]) -> Cells:
     return Cells(headings, rows)
 
 
+def subgroups_table(summary: Mapping[str, Any]) -> Cells:
+    """Returns the score by subgroup of test rows: a row for each subgroup and group of sites."""
+    rows: list[tuple[Cell, ...]] = []
+    for label, own in groups(summary):
+        for each in own.get("subgroups") or []:
+            before, after = each["global"], each["personalized"]
+            figures = (before["pooled"], after["pooled"], before["mean"], after["mean"])
+            rows.append((each["name"], label, each["sites"], each["rows"], *figures))
+    states = ("global pooled", "personalized pooled", "global mean", "personalized mean")
+    return Cells(("subgroup", "", "sites", "test rows", *states), rows)
+
+
 LEDGER = (
     "Scores are those of validation sites. Saved: against all the rounds that the run might have had, by the mean of "
     "its own rounds; below 0 it was lost. Dashes: not measured."
@@ -200,4 +212,44 @@ def ledger_lines(summary: Mapping[str, Any]) -> list[str]:
             f"order: {order['rounds_first']} rounds of first order, {order['rounds_exact']} exact, {order['probes']} "
             f"probes; a cohort takes {', '.join(costs) or 'an unmeasured time'}{total}"
         )
+    return lines
+
+
+def stream_table(summary: Mapping[str, Any]) -> Cells | None:
+    """Returns a row for each block of a run in time; None for other runs."""
+    found = summary.get("stream")
+    if not found:
+        return None
+    shown = [group for group in GROUPS if any(found[group]["sites"])]
+    headings = ["block"]
+    for group in shown:
+        headings += [f"{GROUPS[group]}: n", "global", "personalized"]
+    rows: list[tuple[Cell, ...]] = []
+    for block in range(found["blocks"]):
+        row: list[Cell] = [str(block + 1)]
+        for group in shown:
+            own = found[group]
+            row += [own["sites"][block], own["global"][block], own["personalized"][block]]
+        rows.append(tuple(row))
+    return Cells(tuple(headings), rows)
+
+
+def stream_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns what a run in time came to, a line for each group of sites; none for other runs."""
+    found = summary.get("stream")
+    if not found:
+        return []
+    score, lines = summary["score"]["name"], []
+    for group, label in GROUPS.items():
+        own = found[group]
+        if not any(own["sites"]):
+            continue
+        beyond = f"; regret {number(own['regret'])} (loss beyond the last meta-state's)" if "regret" in own else ""
+        lines.append(
+            f"{label} over {found['blocks']} blocks, each scored before it joined: {score} "
+            f"{number(own['mean']['global'])} not adapted, {number(own['mean']['personalized'])} adapted{beyond}"
+        )
+    if found["memory"] == "alarm":
+        sites = {alarm["site"] for alarm in found["alarms"]}
+        lines.append(f"alarms: {len(found['alarms'])}, at {len(sites)} of the sites")
     return lines

@@ -23,6 +23,14 @@ from fedmeta.experiment.validation import Code, on_one_line
 VARIABLE = "FEDMETA_CODE"
 """Environment variable: the packages whose code a model that MLflow loads may name, with commas between."""
 
+SHIPPED = (
+    "fedmeta.problems.survival:Survival",
+    "fedmeta.problems.counts:Counts",
+    "fedmeta.problems.multilabel:MultiLabel",
+)
+"""Import paths of fedmeta's own problems: any file may name them, as it may name built-in models and learners, but not
+the path of their tables (`without_own_files`)."""
+
 BY_OPTION, BY_VARIABLE, BY_NODE_CONFIG = "--code {}", VARIABLE + "={}", 'code="{}" in the node config'
 """How a person allows a module, as messages put it."""
 
@@ -86,7 +94,7 @@ def refuse_foreign_code(
     """
     for path, where in code_of(experiment).items():
         module = path.partition(":")[0]
-        if path in allowed:
+        if path in allowed or (path in SHIPPED and where == "[problem] name"):
             continue
         if not _inside(module, allowed):
             what, advice = _OWN if _inside(module, ("fedmeta",)) else _FOREIGN
@@ -99,6 +107,15 @@ def refuse_foreign_code(
                 f'{origin}: asks for {where} = "{path}", which is code of {home}; it was not called. '
                 f"If that is meant, allow it: {remedy.format(path)}"
             )
+
+
+def without_own_files(experiment: Experiment) -> Experiment:
+    """Returns an experiment that was read from data, which may choose no file of this machine.
+
+    Left out are the file or run that a first meta-state came from, and of a shipped problem the path of its tables.
+    """
+    found = experiment.without_weights()
+    return found.without_problem_path() if found.problem.name in SHIPPED else found
 
 
 def _inside(module: str, allowed: Collection[str]) -> bool:

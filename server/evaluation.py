@@ -60,7 +60,15 @@ def evaluate_all_sites(
                 baselines |= {f"{name}_{key}": value for key, value in found.items()}
     sites = strategy.federation.indices(reply.names)
     evaluation = Evaluation(
-        round_number, sites, reply.figures, reply.chosen, local, pooled, reply.pooled_sites, baselines
+        round_number,
+        sites,
+        reply.figures,
+        reply.chosen,
+        local,
+        pooled,
+        reply.pooled_sites,
+        baselines,
+        reply.subgroups,
     )
     return evaluation, schedule
 

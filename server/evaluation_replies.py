@@ -32,12 +32,14 @@ class Asked:
         columns: How many values of each figure a site sends: after 0, 1, ... steps.
         states: Of which states sites send pooled sums.
         groups: The group of sites whose rows a site's are pooled with; empty where no sums are asked for.
+        subgroups: How many subgroups of test rows sites are asked for, too.
     """
 
     shares: Shares = field(default_factory=dict)
     columns: int = 1
     states: tuple[str, ...] = STATES
     groups: Mapping[str, int] = field(default_factory=dict)
+    subgroups: int = 0
 
 
 def evaluation_replies(state: RunState, replies: Iterable[Message], asked: Asked) -> EvaluateReply | None:
@@ -56,6 +58,7 @@ def evaluation_replies(state: RunState, replies: Iterable[Message], asked: Asked
             if reply.columns != asked.columns:
                 raise MessageError("it has scores of other steps than asked")
             _check_pooled(state, reply, asked)
+            _check_subgroups(state, reply, asked)
         except MessageError as error:
             state.log.fail(asked.shares[node], f"bad reply: {error}")
             continue
@@ -86,15 +89,27 @@ def _together(replies: Sequence[EvaluateReply]) -> EvaluateReply:
         chosen=np.concatenate([reply.chosen for reply in replies])[order],
         pooled=pooled,
         pooled_sites=tuple(counts.tolist()),
-        evaluations=_counts(replies, order),
+        evaluations=_in_order([reply.evaluations for reply in replies], order),
+        alarms=_in_order([reply.alarms for reply in replies], order),
+        subgroups=_subgroups(replies, order),
     )
 
 
-def _counts(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> tuple[int, ...]:
-    """Returns the sites' evaluations in site order; nothing where one reply has none."""
-    if not all(reply.evaluations for reply in replies):
+def _subgroups(replies: Sequence[EvaluateReply], order: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Returns the figures of sites' subgroups in site order; 0 rows and NaN for sites that sent none."""
+    found = {}
+    for name, own in next((reply.subgroups for reply in replies if reply.subgroups), {}).items():
+        empty = 0.0 if name == "rows" else np.nan
+        parts = [reply.subgroups.get(name, np.full((len(reply.names), own.shape[1]), empty)) for reply in replies]
+        found[name] = np.concatenate(parts)[order]
+    return found
+
+
+def _in_order(counts: Sequence[tuple[int, ...]], order: NDArray[np.int64]) -> tuple[int, ...]:
+    """Returns the count that each reply has of each of its sites in site order; nothing where one reply has none."""
+    if not all(counts):
         return ()
-    every = np.concatenate([np.array(reply.evaluations, dtype=np.int64) for reply in replies])
+    every = np.concatenate([np.array(own, dtype=np.int64) for own in counts])
     return tuple(every[order].tolist())
 
 
@@ -130,7 +145,9 @@ def _check_pooled(state: RunState, reply: EvaluateReply, asked: Asked) -> None:
     for key, value in reply.pooled.items():
         group, _, rest = key.partition("/")
         which, _, name = rest.partition("/")
-        if group not in {str(place) for place in of_group if place >= 0} or which not in asked.states:
+        whole, part = which.partition("@")[::2]
+        known = whole in asked.states and ("@" not in which or part in map(str, range(asked.subgroups)))
+        if group not in {str(place) for place in of_group if place >= 0} or not known:
             raise MessageError("its pooled sums are of groups that were not asked for")
         sums.setdefault((group, which), {})[name] = value
     for place, count in enumerate(reply.pooled_sites):
@@ -143,3 +160,21 @@ def _check_pooled(state: RunState, reply: EvaluateReply, asked: Asked) -> None:
         classes, targets = len(federation.classes), len(federation.targets)
         if problem := pooled_impossible(found, state.learner.problem.metrics, classes, targets, rows):
             raise MessageError(f"its pooled sums are not possible: {problem}")
+
+
+def _check_subgroups(state: RunState, reply: EvaluateReply, asked: Asked) -> None:
+    """Checks that the figures of subgroups are of those asked for, and possible for the sites' test rows."""
+    if not reply.subgroups:
+        return
+    rows = reply.subgroups["rows"]
+    if rows.shape[1] != asked.subgroups:
+        raise MessageError("its subgroups are not those that were asked for")
+    most = state.federation.test_rows[state.federation.indices(reply.names)][:, None]
+    if ((rows > 0) & (rows < state.experiment.evaluation.smallest_subgroup)).any() or (rows > most).any():
+        raise MessageError("a subgroup has fewer rows than may be shown, or more than its site")
+    score = state.learner.problem.metrics[0]
+    for which in STATES:
+        scores = reply.subgroups[which]
+        outside = (scores < score.low - 1e-6) | (scores > score.high + 1e-6)
+        if outside.any() or np.isfinite(scores[rows == 0]).any():
+            raise MessageError(f"the {score.name} of a subgroup cannot be")

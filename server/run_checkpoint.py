@@ -29,6 +29,7 @@ def checkpoint_of(
     took_part: Mapping[str, int],
     evaluations: Sequence[Evaluation],
     totals: Mapping[str, float],
+    alarms: Sequence[Mapping[str, Any]],
     finished: bool,
 ) -> Checkpoint:
     """Returns a run as it stands.
@@ -43,6 +44,7 @@ def checkpoint_of(
         took_part: In how many rounds each site took part.
         evaluations: The evaluations so far.
         totals: Seconds, bytes and failures so far.
+        alarms: The alarms of sites in a stream so far: site, step and row.
         finished: Whether the last evaluation is done.
     """
     lateness, late = under_way
@@ -78,7 +80,7 @@ def checkpoint_of(
         budget=state.budget,
         metrics=logger.metrics,
         schedule=logger.schedule,
-        steering=steering.to_json() | cohorts,
+        steering=steering.to_json() | cohorts | ({"alarms": list(alarms)} if alarms else {}),
         memory=steering.memory
         | {COHORTS + name: value for name, value in state.cohorts.tensors.items()}
         | {DOWNLINK + name: value for name, value in (state.downlink.state if state.downlink else {}).items()},

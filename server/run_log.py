@@ -28,11 +28,16 @@ from fedmeta.tracking.mlflow_client import SUMMARY, Dataset
 from fedmeta.tracking.run_logger import Tracker
 from fedmeta.trust import code_of
 from fedmeta.versions import versions
+from server import stream
 from server.adaptation_schedule import AdaptationSchedule
 from server.federation import Federation
 
 FAILURES_FILE = "failures.json"
 """The file of who did not take part in which round, and why."""
+
+
+STARTED_FROM = "started_from.json"
+"""The file of what a run took of an earlier one."""
 
 
 class RunLogger:
@@ -133,6 +138,7 @@ class RunLogger:
         steering: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Writes down the results, ends the tracked run, and returns the summary."""
+        start = self.folder / STARTED_FROM
         summary: dict[str, Any] = {
             "run_id": self.run_id,
             "learner": self.experiment.learner.name,
@@ -148,6 +154,7 @@ class RunLogger:
             **groups,
             **({"schedule": self.schedule} if self.schedule else {}),
             **({"privacy": dict(privacy)} if privacy else {}),
+            **({"started_from": json.loads(start.read_text())} if start.is_file() else {}),
             **steering,
             "versions": versions(),
             "checkpoint": str(checkpoint),
@@ -164,6 +171,10 @@ class RunLogger:
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return summary
 
+    def keep_start(self, facts: Mapping[str, Any]) -> None:
+        """Keeps what the run took of an earlier one, for its summary, also where the run is resumed."""
+        _write(self.folder / STARTED_FROM, json.dumps(facts))
+
     def stop(self, status: Literal["FAILED", "KILLED"]) -> None:
         """Ends the tracked run before its time, with the failures in it."""
         if self.tracker:
@@ -173,7 +184,7 @@ class RunLogger:
         for number, figures in earlier.metrics.items():
             self.round(number, figures)
         for evaluation in earlier.evaluations:
-            frame = evaluation_frame(federation, evaluation, self.scored_by)
+            frame = evaluation_frame(self.experiment, federation, evaluation, self.scored_by)
             last = evaluation is earlier.evaluations[-1] and earlier.finished
             schedule = _schedule_of(earlier.schedule) if last and earlier.schedule else None
             self.evaluation(evaluation.round_number, frame, summarize(frame, self.scored_by), schedule)
@@ -238,16 +249,24 @@ def remove_unused(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def evaluation_frame(federation: Federation, evaluation: Evaluation, metrics: Sequence[Metric]) -> pd.DataFrame:
+def evaluation_frame(
+    experiment: Experiment,
+    federation: Federation,
+    evaluation: Evaluation,
+    metrics: Sequence[Metric],
+    subgroups: Sequence[str] = (),
+) -> pd.DataFrame:
     """Returns an evaluation as a frame with one row per site (see `fedmeta.evaluation.sites_frame`)."""
     sites = evaluation.sites
+    train_rows, test_rows = stream.rows_at(experiment, federation, sites, evaluation.round_number)
     return sites_frame(
         [federation.names[site] for site in sites],
         [federation.kind(site) for site in sites],
-        federation.train_rows[sites].tolist(),
-        federation.test_rows[sites].tolist(),
+        train_rows.tolist(),
+        test_rows.tolist(),
         evaluation,
         metrics,
+        subgroups,
     )
 
 

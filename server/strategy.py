@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedmeta.data.subgroups import names_of_run
 from fedmeta.messages import EVALUATE, TRAIN
 from server.aggregation import Gradient
 from server.evaluation_replies import STATES, Asked, evaluation_replies
@@ -79,7 +80,8 @@ class MetaGradientStrategy(RunState, Strategy):
             server_round: The last finished round.
             arrays: The meta-state.
             config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites that
-                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites.
+                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites; block
+                of a stream, in place of the one that the round is at.
             grid: Flower's grid.
         """
         self.log = RoundLog()
@@ -95,6 +97,7 @@ class MetaGradientStrategy(RunState, Strategy):
             columns=1 + (steps if isinstance(steps, int) and not baseline else 0),
             states=("local",) if baseline else STATES,
             groups=groups,
+            subgroups=len(names_of_run(self.experiment, self.federation.categories)) if groups and not baseline else 0,
         )
         return messages(
             grid,

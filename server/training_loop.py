@@ -16,6 +16,8 @@ from torch import Tensor
 from fedmeta import checkpoint as checkpoints
 from fedmeta.build import validated_learner
 from fedmeta.checkpoint import Checkpoint, Evaluation
+from fedmeta.data import subgroups
+from fedmeta.data.stream_split import step_of
 from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
@@ -24,7 +26,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum
+from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum, stream
 from server.adaptation_schedule import AdaptationSchedule
 from server.engine_choice import choose_engine
 from server.evaluation import evaluate_all_sites
@@ -42,6 +44,7 @@ from server.site_statistics import ask_categories, ask_standardisation
 from server.steering import Steering
 from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
+from server.warm_start import warm_start
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
@@ -143,6 +146,7 @@ class TrainingLoop:
         self.membership = Membership(grid, experiment, earlier)
         self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
         federation = self.membership.federation
+        subgroups.check(experiment, federation.features, federation.categories)
         if earlier:
             moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
             earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
@@ -150,7 +154,11 @@ class TrainingLoop:
             experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
         )
         self.metrics = learner.problem.metrics
-        start = dict(earlier.meta_state) if earlier else learner.init(experiment.runtime.seed)
+        start = dict(earlier.meta_state) if earlier else dict(learner.init(experiment.runtime.seed))
+        self.started_from: dict[str, Any] = {}
+        if experiment.model.start and not earlier:
+            start, self.started_from, notes = warm_start(experiment, start, federation)
+            self.membership.notes += notes
         constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
         self.round_number = earlier.round_number if earlier else 0
         aggregation.check(experiment.server, len(federation.training))
@@ -172,6 +180,8 @@ class TrainingLoop:
             experiment, learner, start, len(federation.training), folder, self.round_number
         )
         cohorts.check(experiment, learner, start, len(federation.training))
+        self.membership.notes += stream.check(experiment, learner, federation)
+        self.alarms: list[dict[str, Any]] = list(earlier.steering.get("alarms", [])) if earlier else []
         optimizer = ServerOptimizer(experiment.server, learner.update, start, learner.averaged)
         self.without_sums: dict[str, str] = without_names
         if earlier:
@@ -211,6 +221,8 @@ class TrainingLoop:
         run can be resumed, and in the same tracked run.
         """
         fresh = self.experiment.runtime.checkpoint_every and not self.opened
+        if self.started_from:
+            self.logger.keep_start(self.started_from)
         if fresh:
             self.save()
         with defer_keyboard_interrupt():  # a tracked run that was opened must be known, to be ended
@@ -244,7 +256,10 @@ class TrainingLoop:
             self._evaluate()
         self._steer()
         while self.round_number < last and not self.steering.ended:
-            self._round(self.round_number + 1)
+            if stream.holds(self.experiment, self.round_number + 1):
+                self.round_number += 1
+            else:
+                self._round(self.round_number + 1)
             # The last evaluation, with all that belongs to it, is `finish`'s.
             if every and self.round_number % every == 0 and self.round_number < last:
                 self._evaluate()
@@ -264,13 +279,14 @@ class TrainingLoop:
             raise FedmetaError("no site could be evaluated at the end of the run; its checkpoint holds the meta-state")
         path = self.save()
         sites = pd.concat(
-            [evaluation_frame(self.membership.federation, evaluation, self.metrics) for evaluation in self.evaluations],
+            [self._frame(evaluation) for evaluation in self.evaluations],
             ignore_index=True,
         )
         if (evaluations := self.learner.problem.solver.evaluations) > 1:
             sites["step_evaluations"] = evaluations
         privacy = self.privacy.summary() if self.privacy else {}
         groups = self._summarize(self.evaluations[-1])
+        in_time = {"stream": self._in_time()} if self.experiment.stream.block else {}
         trial = bool(self.experiment.tracking.parent)  # whose pictures are never looked at
         if data_here and has_picture(self.learner.problem) and not trial:
             self._draw(sites[sites["round"] == self.round_number])
@@ -278,7 +294,7 @@ class TrainingLoop:
         outcome: Outcome | None = None
         try:
             with defer_keyboard_interrupt():
-                steering = self.steering.summary(self.experiment.server.rounds)
+                steering = self.steering.summary(self.experiment.server.rounds) | in_time
                 summary = self.logger.finish(
                     sites, groups, self.metrics[0], totals, self.round_number, path, privacy, held_out, steering
                 )
@@ -310,6 +326,7 @@ class TrainingLoop:
             took_part=self.took_part,
             evaluations=self.evaluations,
             totals=self.totals,
+            alarms=self.alarms,
             finished=self.finished,
         )
         path = checkpoints.write(checkpoint, self.logger.folder)
@@ -404,12 +421,43 @@ class TrainingLoop:
             if self._evaluated():
                 self.evaluations.pop()
             self.evaluations.append(evaluation)
-            frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
+            frame = self._frame(evaluation)
             groups = self._summarize(evaluation)
             self.scores = headline(groups)
             self.logger.evaluation(self.round_number, frame, groups, schedule)
             self.finished = last
         self.report()
+
+    def _in_time(self) -> dict[str, Any]:
+        """Returns what the blocks of a stream came to, and what the last meta-state has of them in hindsight."""
+        settings, every = self.experiment.evaluation, self.experiment.evaluation.every
+        steps = {step_of(each.round_number, every): each for each in self.evaluations if each.round_number}
+        frames = {step: self._frame(each) for step, each in sorted(steps.items())}
+        later: dict[int, pd.DataFrame] = {}
+        if self.experiment.stream.hindsight:
+            taken = self.learner.evaluation_steps(settings.steps)
+            for step, each in steps.items():
+                reply = self._ask(self.strategy.arrays(), steps=taken, rate=1.0, gate=settings.gate, block=step)
+                if reply:
+                    sites = self.membership.federation.indices(reply.names)
+                    later[step] = self._frame(Evaluation(each.round_number, sites, reply.figures, reply.chosen))
+        ordered = list(frames)
+        found = {place: later[step] for place, step in enumerate(ordered) if step in later}
+        return stream.summarize_stream(self.experiment, list(frames.values()), found, self.metrics[0], self.alarms)
+
+    def _hear(self, reply: EvaluateReply) -> None:
+        """Notes the alarms that sites had in a block."""
+        step = step_of(self.round_number, self.experiment.evaluation.every)
+        self.alarms = [alarm for alarm in self.alarms if alarm["step"] != step]
+        went_off = {name: row for name, row in zip(reply.names, reply.alarms, strict=True) if row >= 0}
+        self.alarms += [{"site": name, "step": step, "row": row} for name, row in went_off.items()]
+        for name, row in went_off.items():
+            self.report(f"round {self.round_number}: alarm at {name}, at its row {row + 1}: it forgets what was before")
+
+    def _frame(self, evaluation: Evaluation) -> pd.DataFrame:
+        """Returns an evaluation as a frame with one row per site."""
+        federation = self.membership.federation
+        return evaluation_frame(self.experiment, federation, evaluation, self.metrics, self._subgroups)
 
     def _secure_evaluate(self) -> tuple[Evaluation, AdaptationSchedule | None] | None:
         """Returns an evaluation that holds the sums of groups of sites alone; None where too few were left."""
@@ -451,12 +499,18 @@ class TrainingLoop:
             self.report(f"no site was evaluated after round {self.round_number}: {strategy.log.reasons()}")
         elif strategy.log.failed:
             self.report(f"evaluation after round {self.round_number} without {strategy.log.reasons()}")
+        if strategy.evaluated and strategy.evaluated.alarms:
+            self._hear(strategy.evaluated)
         return strategy.evaluated
 
+    @property
+    def _subgroups(self) -> tuple[str, ...]:
+        return subgroups.names_of_run(self.experiment, self.membership.federation.categories)
+
     def _summarize(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-        frame = evaluation_frame(self.membership.federation, evaluation, self.metrics)
         positive = getattr(self.learner.problem, "positive", 1)
-        groups = summarize(frame, self.metrics, evaluation.pooled, evaluation.pooled_sites, positive)
+        sums, counts, names = evaluation.pooled, evaluation.pooled_sites, self._subgroups
+        groups = summarize(self._frame(evaluation), self.metrics, sums, counts, positive, names)
         return secure_evaluation.summaries(groups, evaluation.pooled, self.metrics)
 
     def _evaluated(self) -> bool:

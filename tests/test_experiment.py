@@ -450,3 +450,19 @@ def test_every_key_has_a_default_that_it_accepts_and_help_with_a_unit() -> None:
         assert re.fullmatch(r"[A-Z][^\n]{5,110}[\w)]", key.help), key
         if "number" in key.type and not key.type.startswith("whole numbers"):
             assert key.help.endswith(")"), f"{key} has no unit"
+
+
+def test_a_further_key_of_own_code_may_be_a_list() -> None:
+    """As a file or as --set; it keeps its numbers' types, and comes back from TOML and from MLflow's params."""
+    text = '[problem]\nname = "a.b:C"\nfeatures = ["age", "bmi"]\ncuts = [1, 2.5]\n'
+    found = Experiment.from_toml(text)
+    assert found.problem.extra == {"features": ("age", "bmi"), "cuts": (1, 2.5)}
+    assert [type(each) for each in found.problem.extra["cuts"]] == [int, float]
+    assert Experiment.from_toml('[problem]\nname = "a.b:C"\n', overrides=["problem.cuts=[1, 2.5]"]).problem.extra == {
+        "cuts": (1, 2.5)
+    }
+    assert Experiment.from_toml(found.to_toml()) == found
+    assert Experiment.from_params({key: str(value) for key, value in found.params().items()}) == found
+    assert hash(found) == hash(Experiment.from_toml(text))
+    with pytest.raises(FedmetaError, match="nested"):
+        Experiment.from_toml('[problem]\nname = "a.b:C"\nnested = {a = 1}\n')

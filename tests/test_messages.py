@@ -623,3 +623,27 @@ def test_arrays_of_another_length_are_refused(shape: tuple[int, ...], change: Ca
     content = RecordDict({"arrays": ArrayRecord({"name": mutated})})
     with pytest.raises(MessageError):
         records.read_arrays(content, "arrays")
+
+
+def test_figures_of_subgroups_travel_and_are_checked() -> None:
+    figures, chosen = {"loss": np.ones((2, 1))}, np.zeros(2, dtype=np.int64)
+    rows = np.array([[12.0, 0.0, 30.0], [0.0, 15.0, 11.0]])
+    scores = np.where(rows > 0, 0.5, np.nan)
+    own = {"rows": rows, "global": scores, "personalized": scores}
+    reply = EvaluateReply(("a", "b"), figures, chosen, subgroups=own)
+    found = EvaluateReply.unpack(reply.pack())
+    for name, values in own.items():
+        np.testing.assert_array_equal(found.subgroups[name], values)
+    assert found.without({"a"}).subgroups["rows"].tolist() == [rows[1].tolist()]
+    assert EvaluateReply.unpack(EvaluateReply(("a", "b"), figures, chosen).pack()).subgroups == {}
+    for wrong in (
+        {"rows": rows},
+        own | {"rows": rows + 0.5},
+        own | {"rows": -rows},
+        own | {"rows": rows[:1]},
+        own | {"global": scores[:, :2]},
+        own | {"global": np.full_like(scores, np.inf)},
+        own | {"more": scores},
+    ):
+        with pytest.raises(MessageError):
+            EvaluateReply.unpack(EvaluateReply(("a", "b"), figures, chosen, subgroups=wrong).pack())

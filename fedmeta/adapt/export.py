@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.adapt.model import SiteModel
+from fedmeta.adapt.onnx_columns import Cells, cells_of, take_columns
 from fedmeta.errors import FedmetaError
 
 FILE = "model.onnx"
@@ -29,7 +30,9 @@ def missing_packages() -> list[str]:
 
 
 def export(model: SiteModel, x: Tensor, path: Path) -> float:
-    """Writes a model as ONNX: input `x`, raw rows; output `probabilities`, or `prediction` for regression.
+    """Writes a model as ONNX: output `probabilities`, or `prediction` for regression.
+
+    The input is `x`, raw rows; where rows have categories an input for each column (see `onnx_columns`).
 
     Args:
         model: The model.
@@ -60,19 +63,23 @@ def export(model: SiteModel, x: Tensor, path: Path) -> float:
     except Exception as error:  # Whatever an exporter meets in a user's own model.
         raise FedmetaError(f"the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     _describe(path, model)
-    difference = _difference(outputs_of(path, x.numpy()), model(x).detach().numpy(), _unit(model))
+    given: NDArray[Any] | Cells = x.numpy()
+    if model.form.categories:
+        take_columns(path, model.form, model.experiment.data.missing)
+        given = cells_of(model.form, x.numpy())
+    difference = _difference(outputs_of(path, given), model(x).detach().numpy(), _unit(model))
     if not difference <= LARGEST_DIFFERENCE:
         path.unlink()
         raise FedmetaError(f"the model's ONNX form gives other outputs than torch, by {difference:.1e}: it is left out")
     return difference
 
 
-def outputs_of(path: Path, x: NDArray[Any]) -> NDArray[Any]:
-    """Returns what an ONNX model gives for raw rows."""
+def outputs_of(path: Path, given: NDArray[Any] | Cells) -> NDArray[Any]:
+    """Returns what an ONNX model gives for raw rows, or for the cells of columns."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    outputs: NDArray[Any] = session.run(None, {"x": x})[0]
+    outputs: NDArray[Any] = session.run(None, given if isinstance(given, dict) else {"x": given})[0]
     return outputs
 
 

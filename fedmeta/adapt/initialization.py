@@ -31,7 +31,7 @@ from fedmeta.learners import Learner
 from fedmeta.learners.rates import scale_inner_lr
 from fedmeta.signing import UNSIGNED, check_signature, signed
 from fedmeta.targets import TARGET_MEAN, TARGET_SCALE, TargetScale
-from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code
+from fedmeta.trust import BY_OPTION, code_of, refuse_foreign_code, without_own_files
 
 FILE = "meta_model.safetensors"
 FORMAT = "fedmeta-start-1"
@@ -309,7 +309,7 @@ class MetaModel:
         texts, tensors = read_tensors(path, "start for new sites", FORMAT)
         signature = check_signature(str(path), texts, tensors)
         header = read_json(texts.get("header", ""), Header, f"{path}: its header is not that of a start for new sites")
-        experiment = Experiment.from_toml(texts.get("experiment", ""), str(path)).without_weights()
+        experiment = without_own_files(Experiment.from_toml(texts.get("experiment", ""), str(path)))
         refuse_foreign_code(experiment, str(path), code, remedy=remedy)
         mean, scale = (tensors.pop(name, torch.empty(0)) for name in (MEAN, SCALE))
         target = _pop_target(tensors, experiment)
@@ -425,6 +425,7 @@ def _without_surroundings(experiment: Experiment) -> Experiment:
         update={
             "data": data.model_copy(update={"path": Path(data.path).name, "new_sites": new_sites}),
             "model": experiment.without_weights().model,
+            "problem": without_own_files(experiment).problem,
             "server": Server(),
             "evaluation": Evaluation(),
             "tracking": Tracking(),

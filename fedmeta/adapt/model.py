@@ -23,6 +23,7 @@ from fedmeta.experiment import Experiment
 from fedmeta.files import read_json, read_tensors, write_atomic
 from fedmeta.models import Parameters
 from fedmeta.models.attention import exact_attention
+from fedmeta.problems.multilabel import NAME as MULTILABEL
 from fedmeta.signing import check_signature, signed
 from fedmeta.targets import TargetScale
 from fedmeta.trust import BY_OPTION, refuse_foreign_code
@@ -95,12 +96,15 @@ class SiteModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the classes' probabilities [n, classes] of raw rows [n, *shape].
 
-        For regression numbers [n], or of several targets [n, targets], float64 and in the targets' own units.
+        Of several labels of 0 or 1 each one's probability [n, labels]. For regression numbers [n], of several targets
+        [n, targets], in float64 and the targets' own units.
         """
         with exact_attention():  # as in training
             outputs: Tensor = self.network(self.prepare(x))
         if not self.form.regression:
             return outputs.softmax(-1)
+        if self.experiment.problem.name == MULTILABEL:
+            return outputs.sigmoid().double()
         # As `TargetScale.restore`, in what an exporter can trace.
         own = outputs.double() * self.target_scale + self.target_mean
         own = own.exp() if self.log else own

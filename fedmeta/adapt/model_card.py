@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from fedmeta.adapt.adaptation import Adapted
 from fedmeta.adapt.intervals import LEVEL, Estimate
+from fedmeta.adapt.onnx_columns import MISSING_NUMBER
 from fedmeta.tables import Cell, markdown_table, number, plain
-from fedmeta.trust import VARIABLE, code_of
+from fedmeta.trust import SHIPPED, VARIABLE, code_of
 
 
 def card(adapted: Adapted, files: Sequence[str]) -> str:
@@ -73,28 +74,34 @@ def _with_interval(estimate: Estimate) -> str:
 
 def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
     form = adapted.start.form
-    columns = f"the columns {', '.join(form.features[:8])}{' ...' if len(form.features) > 8 else ''}, in this order"
+    names = form.columns.names if form.categories else form.features
+    columns = f"the columns {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
     if form.categories:
         named = ", ".join(name for name, _ in form.categories)
-        columns += f"; {named} as a column of 0 and 1 for each name, 0 in all of them for another one"
+        columns += f'; {named} by their names, of which one that the run does not know is "other"'
+    else:
+        columns += ", in this order"
     rows = columns if form.named else f"rows of shape {form.shape}"
     takes = f"All of them take raw rows ({rows}; NaN where a value is missing): standardisation is part of the model."
     lines = [takes, ""]
     if "model.onnx" in files:
         output = "prediction" if form.regression else "probabilities"
         kind = {"torch.float64": "float64", "torch.float32": "float32", "torch.int64": "int64"}[str(form.dtype)]
-        lines += [
-            "`model.onnx` needs nothing but ONNX Runtime:",
-            "",
-            "```python",
-            "import onnxruntime",
-            "",
-            'session = onnxruntime.InferenceSession("model.onnx")',
-            f'{output} = session.run(None, {{"x": rows}})[0]  # rows: {kind}',
-            "```",
-            "",
-        ]
-    own = sorted(code_of(adapted.start.experiment))
+        lines += ["`model.onnx` needs nothing but ONNX Runtime:", "", "```python", "import onnxruntime", ""]
+        lines += ['session = onnxruntime.InferenceSession("model.onnx")']
+        if form.categories:
+            # One input for each column, of its own type; see fedmeta.adapt.onnx_columns.
+            lines += [
+                'kinds = {"tensor(double)": "float64", "tensor(int64)": "int64", "tensor(string)": str}',
+                "cells = {each.name: frame[each.name].to_numpy().astype(kinds[each.type]) "
+                "for each in session.get_inputs()}",
+                f"{output} = session.run(None, cells)[0]  # a missing cell: NaN, of text an empty one, "
+                f"of whole numbers {MISSING_NUMBER}",
+            ]
+        else:
+            lines += [f'{output} = session.run(None, {{"x": rows}})[0]  # rows: {kind}']
+        lines += ["```", ""]
+    own = sorted(code_of(adapted.start.experiment).keys() - set(SHIPPED))
     variable = f"{VARIABLE}={','.join(own)} " if own else ""
     code = f", {own}" if own else ""
     lines += [

@@ -25,6 +25,7 @@ from fedmeta.build import dtype_of, load_code, source_of
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.pictures import before_and_after
 from fedmeta.problems import Metric, TaskSource
+from fedmeta.problems.cohort_tables import CohortTables
 from fedmeta.problems.problem import Parameters, has_picture
 from fedmeta.problems.source import as_dtype
 from fedmeta.signing import signed
@@ -250,4 +251,7 @@ def _card(solved: Solved, picture: bool) -> str:
         f'parameters = load_file("{FILE}")  # {", ".join(sorted(solved.parameters)[:8])}',
         "```",
     ]
+    if isinstance(start.learner.problem, CohortTables):
+        columns = ", ".join(start.learner.problem.needed)
+        lines += ["", f"`fedmeta predict DIR --data FILE` gives a line for each row of a file with columns {columns}."]
     return "\n".join(lines) + "\n"

@@ -107,7 +107,7 @@ def predict(model: SiteModel, data: str, missing: Sequence[str] = (), sets: Sets
         FedmetaError: The file cannot be read, lacks a column, or a cell is no number.
     """
     own = model.experiment.data
-    with _as_file(data) as path:
+    with as_file(data) as path:
         x, notes = read_inputs(model.form, own.model_copy(update={"missing": (*own.missing, *missing)}), path)
     notes = tuple(note.replace(path, "stdin") for note in notes) if data == STDIN else notes
     with torch.no_grad():
@@ -144,7 +144,7 @@ def _starts(rows: int) -> range:
 
 
 @contextmanager
-def _as_file(data: str) -> Iterator[str]:
+def as_file(data: str) -> Iterator[str]:
     """Yields the path of a file; the standard input is put into one, by what its first bytes show it to be."""
     if data != STDIN:
         yield data

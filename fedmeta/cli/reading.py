@@ -261,7 +261,7 @@ def predict(
 
     Columns go by their names. Nothing leaves this machine.
     """
-    from fedmeta.adapt import prediction
+    from fedmeta.adapt import prediction, problem_prediction
     from fedmeta.signing import VERIFY_KEY
     from fedmeta.trust import allow_code
 
@@ -269,8 +269,13 @@ def predict(
         os.environ[VERIFY_KEY] = str(key)
     if out:
         prediction.check_out(out)
-    model, notes = prediction.read_model(folder, allow_code(code or []))
-    found = prediction.predict(model, data, missing or [], prediction.read_sets(folder, model))
+    allowed = allow_code(code or [])
+    notes: tuple[str, ...] = ()
+    if solved := problem_prediction.read_solved(folder, allowed):
+        found = problem_prediction.predict_solved(solved, data, missing or [])
+    else:
+        model, notes = prediction.read_model(folder, allowed)
+        found = prediction.predict(model, data, missing or [], prediction.read_sets(folder, model))
     if out:
         prediction.write_table(found.table, out)
     else:

@@ -17,7 +17,18 @@ from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_inf
 from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
 from fedmeta.search.space import describe, short
-from fedmeta.tables import groups, ledger_lines, local_methods, number, percent, score_label, with_diverged
+from fedmeta.tables import (
+    groups,
+    ledger_lines,
+    local_methods,
+    number,
+    percent,
+    score_label,
+    stream_lines,
+    subgroups_table,
+    text,
+    with_diverged,
+)
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -74,9 +85,30 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
             percent(own["harmed"]),
         )
     console.print(table)
-    for line in [*_other_metrics(summary), *ledger_lines(summary)]:
+    _show_subgroups(console, summary, experiment)
+    for line in [*_other_metrics(summary), *stream_lines(summary), *ledger_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_after(summary, experiment), highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_subgroups(console: Console, summary: Mapping[str, Any], experiment: Experiment) -> None:
+    """Shows the score by subgroup, where the run has such."""
+    found = subgroups_table(summary)
+    if not found.rows:
+        return
+    smallest = experiment.evaluation.smallest_subgroup
+    table = Table(
+        title=f"{summary['score']['name']} by subgroup",
+        caption=f"pooled: over the test rows of sites that show at least {smallest} of the subgroup",
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("", "", "sites", "rows", "global", "personalized"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    for name, label, sites, rows, before, after, *_ in found.rows:
+        table.add_row(escape(str(name)), str(label), str(sites), str(rows), text(before), text(after))
+    console.print(table)
 
 
 def _other_metrics(summary: Mapping[str, Any]) -> list[str]:

@@ -59,6 +59,12 @@ def run(
         str | None,
         typer.Option(metavar="RUN|auto", help="Resume a run: its folder's name, its MLflow id, or the newest one."),
     ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="RUN", help="Start from an earlier run's meta-state, as far as it fits (model.start)."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -66,7 +72,7 @@ def run(
     from fedmeta.cli import live, tables
     from fedmeta.runtime import run as run_experiment
 
-    experiment = load_experiment(file, overrides or [])
+    experiment = load_experiment(file, [*(overrides or []), *([f"model.start={start}"] if start else [])])
     with live.progress(experiment, quiet=quiet) as report:
         result = run_experiment(experiment, runtime=runtime.value, resume=resume, report=report)
     if not quiet:

@@ -207,7 +207,7 @@ class Columns:
         """
         import pandas as pd
 
-        from fedmeta.data.table_file import listed
+        from fedmeta.data.refusals import listed
 
         known, notes = dict(self.categories), []
         codes: dict[str, NDArray[Any]] = {}

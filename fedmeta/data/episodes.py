@@ -145,7 +145,9 @@ def _drawn_order(split: Split, sites: IntArray, purpose: str, round_number: int)
     """Returns the train rows of each site in a drawn order, stratified by class where there are classes."""
     population, seed, rows = split.population, split.seed, split.train_rows(sites)
     drawn = row_draws(seed, purpose, round_number, population.keys(sites), rows.positions, rows.owners)
-    if population.regression:
+    if split.half_life:
+        order = np.lexsort((_race(drawn, rows, split.half_life), rows.owners))
+    elif population.regression:
         order = np.lexsort((drawn, rows.owners))
     else:
         fractions = stratified(population.labels(rows.rows), rows.owners, drawn, seed, purpose, round_number)
@@ -154,6 +156,18 @@ def _drawn_order(split: Split, sites: IntArray, purpose: str, round_number: int)
         within = np.minimum(fractions * 2.0**40, 2.0**40 - 1).astype(np.int64)
         order = np.argsort((rows.owners << 40) + within, kind="stable")
     return Ragged(rows.rows[order], rows.offsets)
+
+
+def _race(drawn: Keys, rows: Ragged, half_life: float) -> NDArray[np.float64]:
+    """Returns keys [rows] whose order draws a site's rows one by one, the newest with the largest chance.
+
+    A row of weight w = 2^(-age / half_life) arrives after an exponential time of rate w (Efraimidis and Spirakis 2006);
+    the key is the logarithm of that time. Classes are not drawn in proportion: what is old must not count.
+    """
+    ages = np.repeat(rows.sizes, rows.sizes) - 1 - rows.positions
+    chance = np.clip((drawn.astype(np.float64) + 0.5) / 2.0**64, 1e-300, 1 - 2.0**-53)
+    keys: NDArray[np.float64] = np.log(-np.log(chance)) + ages * (np.log(2.0) / half_life)
+    return keys
 
 
 def _pad(rows: IntArray, starts: IntArray, counts: IntArray) -> Padded:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedmeta.data.columns import is_number_text
 from fedmeta.data.population import ArrayPopulation, Population
-from fedmeta.data.table_file import listed
+from fedmeta.data.refusals import listed
 from fedmeta.experiment import Data
 
 LOOKED_AT = ("tables", "npz")

@@ -11,7 +11,8 @@ import pandas as pd
 from fedmeta.data.columns import CATEGORY, DATE, FREE, NUMBER, kind_of, names_of, numbers
 from fedmeta.data.findings import FEW_NUMBERS
 from fedmeta.data.npz import load_npz
-from fedmeta.data.table_file import RawTable, listed, read_raw, site_name
+from fedmeta.data.refusals import listed
+from fedmeta.data.table_file import RawTable, read_raw, site_name
 from fedmeta.data.tables import SITE_WORDS, table_files
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Data

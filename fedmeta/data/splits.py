@@ -40,15 +40,28 @@ class Split:
         clipped: IntArray = np.clip(wanted, np.minimum(1, sizes - 1), sizes - 1)
         return clipped
 
+    @property
+    def half_life(self) -> float:
+        """Of how many rows the chance of a row to be drawn halves; 0 = all alike."""
+        return 0.0
+
+    def joining_sizes(self, sites: IntArray) -> tuple[IntArray, IntArray]:
+        """Returns how many train and test rows each site announces when it joins."""
+        return self.train_sizes(sites), self.test_sizes(sites)
+
     def train_rows(self, sites: IntArray) -> Ragged:
         """Returns the train rows of each site."""
         ordered, starts = self._ordered(sites)
-        return ordered.cut(starts, self.train_sizes(sites))
+        return ordered.cut(starts + self._starts(sites), self.train_sizes(sites))
 
     def test_rows(self, sites: IntArray) -> Ragged:
         """Returns the test rows of each site."""
         ordered, starts = self._ordered(sites)
-        return ordered.cut(starts + self.train_sizes(sites), self.test_sizes(sites))
+        return ordered.cut(starts + self._starts(sites) + self.train_sizes(sites), self.test_sizes(sites))
+
+    def _starts(self, sites: IntArray) -> IntArray:
+        """Returns the place of each site's first train row among its own."""
+        return np.zeros(len(sites), dtype=np.int64)
 
     def _ordered(self, sites: IntArray) -> tuple[Ragged, IntArray]:
         """Returns rows, train before test, and where in them each site's begin."""

@@ -25,24 +25,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fedmeta.errors import FedmetaError
+from fedmeta.data.refusals import numbered
+from fedmeta.data.written_numbers import DECIMAL_COMMA, odd_texts, read_numbers
 from fedmeta.experiment import Data
 from fedmeta.files import free_memory
 
 MOST_COLUMNS = 50_000
 """A wider table is refused: pandas takes some tenths of a millisecond for each column."""
 
-NAMED = 20
-"""How many names an error lists."""
-
-PLACES = 5
-"""How many lines an error lists."""
-
 LONGEST_HEADING = 1 << 17
 """A longer cell of the first line is refused (characters)."""
-
-LONGEST_NUMBER = 1_000
-"""A longer text is no number with decimal commas or thousands separators (characters)."""
 
 LONGEST_CELL = 1 << 30
 """The longest cell that is looked at (characters)."""
@@ -61,13 +53,6 @@ _INDEX = r"__index_level_\d+__"
 """What pandas writes of an index without a name: row numbers, which are no feature."""
 
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')
-_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),(?:\d{1,2}|\d{4,})(?:[eE][+-]?\d+)?|[+-]?0,\d+")
-_COMMA_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][+-]?\d+)?")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_CERTAIN_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3}){2,}(?:\.\d+)?|(?:,\d{3})+\.\d+)")
-_POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|[+-]?\d{1,3}(?:\.\d{3})+,\d+")
-_GROUPED = re.compile(r"[+-]?\d{1,3}(?:\.\d{3})*|[+-]?\d+")
-_MARK_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:['\u2019\u00a0\u202f ]\d{3})+(?:[.,]\d+)?")
 
 
 @dataclass
@@ -101,21 +86,6 @@ class RawTable:
         """Returns the table of some of its rows."""
         frame = self.frame.iloc[rows].reset_index(drop=True)
         return RawTable(self.path, frame, self.lines[rows], self.parquet, self.decimal_comma)
-
-
-def numbered(what: str, numbers: Sequence[int]) -> str:
-    """Returns "line 4", "lines 4 and 9" or "lines 1, 2, 3, 4, 5 and 7 more"."""
-    if len(numbers) == 1:
-        return f"{what} {numbers[0]}"
-    if len(numbers) <= PLACES:
-        return f"{what}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-    return f"{what}s {', '.join(map(str, numbers[:PLACES]))} and {len(numbers) - PLACES} more"
-
-
-def listed(names: Sequence[str], most: int = NAMED) -> str:
-    """Returns names as one text; of many, the first and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:80] for name in names[:most]) + more
 
 
 def site_name(file: Path) -> str:
@@ -232,12 +202,12 @@ def _read_text(table: RawTable, data: Data, texts: Sequence[str]) -> None:
     table.frame = _trimmed(frame, data)
     fixed = set(texts)
     if separator != "," and any(
-        bool(own.str.fullmatch(_DECIMAL_COMMA).any()) for own in _odd(table.frame, fixed).values()
+        bool(own.str.fullmatch(DECIMAL_COMMA).any()) for own in odd_texts(table.frame, fixed).values()
     ):
         # Where commas are decimal, a point is none: 1.544 is 1544, and what pandas made of it is to be read again.
         table.decimal_comma = True
         table.frame = _trimmed(_parsed(text, separator, names, data, names), data)
-    _read_numbers(table, separator, fixed)
+    read_numbers(table, separator, fixed)
     for name, column in table.frame.items():
         if table.decimal_comma and name not in fixed:
             numbers = pd.to_numeric(column, errors="coerce")
@@ -423,113 +393,3 @@ def _trimmed(frame: pd.DataFrame, data: Data) -> pd.DataFrame:
             if absent.any():
                 frame[name] = column.mask(absent)
     return frame
-
-
-def _odd(frame: pd.DataFrame, texts: set[str]) -> "dict[str, pd.Series[Any]]":
-    """Returns the texts of columns that are no numbers yet, without missing and without very long ones."""
-    found = {}
-    for name, column in frame.items():
-        if name not in texts and column.dtype.kind not in "biuf" and column.notna().any():
-            own = column.dropna().astype(str).str.strip()
-            if own.str.len().max() <= LONGEST_NUMBER:
-                found[str(name)] = own
-    return found
-
-
-def _read_numbers(table: RawTable, separator: str, texts: set[str]) -> None:
-    """Reads numbers with decimal commas or thousands separators, where they can be nothing else, in place."""
-    replaced: dict[str, list[str]] = {}
-    for name, own in _odd(table.frame, texts).items():
-        column = table.frame[name]
-        certain = table.decimal_comma or bool(own.str.fullmatch(_DECIMAL_COMMA).any())
-        read, how = _plain_numbers(own, comma=separator != "," or certain, decimal_comma=certain)
-        if how == "ambiguous":
-            row = int(own.index[int(np.argmax(own.str.fullmatch(_THOUSANDS).to_numpy()))])
-            cell = own.loc[row]
-            table.problems.append(
-                f'{table.place([row], name)} is "{cell[:40]}", not a number: remove thousands separators'
-                f" (or write a decimal point, if it means {cell.replace(',', '.')[:40]})"
-            )
-            # Reported once; what is left of the column is no further problem.
-            table.frame[name] = pd.to_numeric(column.astype(str).str.replace(",", ""), errors="coerce").fillna(0.0)
-        elif how:
-            filled = column.copy()
-            filled.loc[own.index] = read
-            table.frame[name] = filled
-            replaced.setdefault(how, []).append(name)
-    for how, named in replaced.items():
-        table.notes.append(f"{table.path}: {how} in {listed(named, 5)}")
-
-
-def _plain_numbers(cells: "pd.Series[Any]", *, comma: bool, decimal_comma: bool) -> "tuple[pd.Series[Any], str]":
-    """Returns numbers as Python writes them, and how they were written: "" where nothing was to be done.
-
-    Args:
-        cells: The texts of a column, without missing ones.
-        comma: Whether a comma in a number may be a decimal one.
-        decimal_comma: Whether it must be one, by some number of the file or column.
-    """
-    rest = pd.to_numeric(cells, errors="coerce").isna()
-    if not rest.any():
-        if decimal_comma and cells.str.fullmatch(_GROUPED).all() and cells.str.contains(".", regex=False).any():
-            return cells.str.replace(".", ""), "points between thousands"
-        return cells, ""
-    odd = cells[rest]
-    if comma and odd.str.fullmatch(_COMMA_NUMBER).mean() > 0.5 and odd.str.fullmatch(_COMMA_NUMBER).any():
-        if decimal_comma:
-            changed = cells.where(~cells.str.fullmatch(_COMMA_NUMBER), cells.str.replace(".", "").str.replace(",", "."))
-            return changed, "decimal commas"
-        if odd.str.fullmatch(_THOUSANDS).any():
-            certain = odd.str.fullmatch(_CERTAIN_THOUSANDS).any()
-            return (cells.str.replace(",", ""), "commas between thousands") if certain else (cells, "ambiguous")
-    if odd.str.fullmatch(_THOUSANDS).mean() > 0.5:
-        certain = odd.str.fullmatch(_CERTAIN_THOUSANDS).any()
-        return (cells.str.replace(",", ""), "commas between thousands") if certain else (cells, "ambiguous")
-    if odd.str.fullmatch(_POINT_THOUSANDS).mean() > 0.5:
-        return cells.str.replace(".", "").str.replace(",", "."), "points between thousands"
-    if odd.str.fullmatch(_MARK_THOUSANDS).mean() > 0.5:
-        plain = cells.str.replace(r"['\u2019\u00a0\u202f ]", "", regex=True)
-        return plain.str.replace(",", ".") if comma else plain, "marks between thousands"
-    return cells, ""
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raises `FedmetaError` with all problems in one message, where there are any; each is named once."""
-    distinct = grouped(list(dict.fromkeys(problems)))
-    if len(distinct) == 1:
-        raise FedmetaError(distinct[0])
-    if distinct:
-        raise ManyProblemsError(distinct)
-
-
-def grouped(problems: Sequence[str]) -> list[str]:
-    """Returns problems, those that several files have in the same words as one that names the files."""
-    words: dict[str, list[tuple[str, str]]] = {}
-    for problem in problems:
-        path, _, rest = problem.partition(": ")
-        words.setdefault(rest or problem, []).append((path, problem))
-    found = []
-    for rest, same in words.items():
-        files = [path for path, _ in same]
-        found += [problem for _, problem in same] if len(same) == 1 else [f"{listed(files, 5)}: {rest}"]
-    return found
-
-
-class ManyProblemsError(FedmetaError):
-    """Several things are wrong with data; each is named, in one line.
-
-    Attributes:
-        problems: What is wrong, a text each.
-    """
-
-    longest = 20_000
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:MOST_PROBLEMS], start=1))
-        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
-        super().__init__(f"{len(problems)} problems: {shown}{more}")
-
-
-MOST_PROBLEMS = 60
-"""How many problems one message names."""

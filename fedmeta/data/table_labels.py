@@ -9,7 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.data.columns import looks_like_dates, name_of
-from fedmeta.data.table_file import RawTable, listed
+from fedmeta.data.refusals import listed
+from fedmeta.data.table_file import RawTable
 from fedmeta.experiment import Data
 
 LONGEST_LABEL = 1_000

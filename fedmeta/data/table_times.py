@@ -7,7 +7,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmeta.data.columns import DATE, days, kind_of, numbers
-from fedmeta.data.table_file import RawTable, listed
+from fedmeta.data.refusals import listed
+from fedmeta.data.table_file import RawTable
 from fedmeta.errors import nearest
 from fedmeta.experiment import ROW_ORDER, Data
 

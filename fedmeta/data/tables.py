@@ -25,6 +25,7 @@ from fedmeta.data.columns import (
 )
 from fedmeta.data.labels import Labels, encode_labels
 from fedmeta.data.population import ArrayPopulation, left_out
+from fedmeta.data.refusals import grouped, listed, refuse
 from fedmeta.data.table_file import (
     HEADERLESS_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -32,10 +33,7 @@ from fedmeta.data.table_file import (
     TEXT_SUFFIXES,
     RawTable,
     format_of,
-    grouped,
-    listed,
     read_raw,
-    refuse,
     site_name,
 )
 from fedmeta.data.table_labels import table_labels

@@ -15,6 +15,7 @@ from fedmeta.experiment.sections import (
     Problem,
     Runtime,
     Server,
+    Stream,
     Tracking,
 )
 from fedmeta.experiment.tracking_uri import default_uri, with_user_info, without_user_info
@@ -39,6 +40,7 @@ __all__ = [
     "Runtime",
     "Scalar",
     "Server",
+    "Stream",
     "Tracking",
     "default_uri",
     "describe",

@@ -23,6 +23,7 @@ from fedmeta.experiment.sections import (
     Problem,
     Runtime,
     Server,
+    Stream,
     Tracking,
 )
 from fedmeta.experiment.tracking_uri import default_uri, keep_user_info, without_user_info
@@ -51,6 +52,7 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     runtime: Runtime = Runtime()
+    stream: Stream = Stream()
     privacy: Privacy = Privacy()
 
     @classmethod
@@ -112,8 +114,14 @@ class Experiment(Section):
         return tomli_w.dumps({name: keys for name, keys in table.items() if name != "tracking"})
 
     def without_weights(self) -> Self:
-        """Returns this experiment where a meta-state is at hand: without the file that its first one was read from."""
-        return self.model_copy(update={"model": self.model.model_copy(update={"weights": ""})})
+        """Returns this experiment where a meta-state is at hand: without what its first one came from."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"weights": "", "start": ""})})
+
+    def without_problem_path(self) -> Self:
+        """Returns this experiment without the path of a problem's tables: a site that joins names its own file."""
+        if not self.problem.extra.get("path"):
+            return self
+        return self.model_copy(update={"problem": self.problem.model_copy(update={"path": "", "site": ""})})
 
     def params(self) -> dict[str, Scalar]:
         """Returns the experiment flat, `section.key` to a scalar; lists as TOML text and None as "none"."""
@@ -153,6 +161,8 @@ class Experiment(Section):
         model = self.model
         if model.weights:
             model = model.model_copy(update={"weights": _absolute(model.weights)})
+        if model.start and Path(model.start).is_dir():
+            model = model.model_copy(update={"start": _absolute(model.start)})
         return self.model_copy(update={"data": data, "model": model, "tracking": tracking.model_copy(update=moved)})
 
     def with_user_info_kept(self) -> Self:

@@ -6,7 +6,7 @@ Learners and models take the defaults of their keys from here. The other way rou
 whatever reads an experiment would import torch: 2.3 s of processor time, where `fedmeta --help` takes 0.7 s in all.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -72,13 +72,19 @@ class Model(OpenSection):
         default="",
         description="Parameters to start from, a safetensors file at the run's start; empty = drawn by the seed",
     )
+    start: str = Field(
+        default="",
+        description="Earlier run whose meta-state is taken as far as it fits: its folder, or its MLflow id",
+    )
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="Precision of parameters and arithmetic"
     )
 
 
 class Problem(OpenSection):
-    """What sites solve. With an import path, all further scalar keys become arguments of that class or function."""
+    """What sites solve. With an import path, all further keys, lists too, become arguments of that class."""
+
+    takes_lists: ClassVar[bool] = True
 
     name: Literal["supervised"] | ClassPath = Field(
         default="supervised",
@@ -343,6 +349,14 @@ class Evaluation(Section):
         description="When a run ends with its best state, without a better validation score; 0 = never (evaluations)",
     )
 
+    subgroups: Texts = Field(
+        default=(),
+        description='Columns that group test rows in the final scores: a category, or bands of a number, "age: 40, 65"',
+    )
+    smallest_subgroup: int = Field(
+        default=10, ge=1, description="Fewest of a subgroup that a site shows; smaller ones stay there (test rows)"
+    )
+
     def conflicts(self) -> Conflicts:
         """Yields patience where no evaluation comes that it could count."""
         if self.patience and not self.every:
@@ -391,6 +405,40 @@ class Runtime(Section):
     nodes: int = Field(
         default=3, ge=1, description="Simulated Flower nodes that share the sites, with --runtime ray (nodes)"
     )
+
+
+class Stream(Section):
+    """A federation in time: after every evaluation.every rounds the next block of each site scores it, and joins."""
+
+    block: int = Field(default=0, ge=0, description="Rows of a site that come at a time; 0 = all are there (rows)")
+    first: int = Field(
+        default=0, ge=0, description="What a site has before the first block scores it; 0 = as many as a block (rows)"
+    )
+    memory: Literal["all", "window", "discount", "alarm"] = Field(
+        default="all",
+        description="What a site trains and adapts on: all so far, the last, recent ones rather, or since its alarm",
+    )
+    window: int = Field(default=100, ge=1, description='What memory = "window" remembers (rows)')
+    half_life: float = Field(
+        default=100.0, gt=0, description='Age at which memory = "discount" draws a row half as often (rows)'
+    )
+    rate: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description='Chance of a false alarm, for a fixed model, with memory = "alarm" (probability per stretch)',
+    )
+    learn: int = Field(
+        default=0, ge=0, description="Steps after which the meta-state stays as it is; 0 = never (blocks)"
+    )
+    hindsight: bool = Field(
+        default=True, description="Whether the end replays all blocks by the last meta-state, for the regret"
+    )
+
+    @property
+    def first_rows(self) -> int:
+        """The rows that a site has before the first block scores it."""
+        return self.first or self.block
 
 
 class Privacy(Section):

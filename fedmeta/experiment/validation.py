@@ -160,6 +160,10 @@ Target = Annotated[
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), TextFormat("an odd whole number of at least 1")]
 Name = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
+Further = Annotated[Scalar, BeforeValidator(_fits_64_bits)]
+"""The value of a key that is an argument of one's own class or function."""
+FurtherList = Annotated[tuple[Further, ...], Strict(False)]
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -193,13 +197,16 @@ class OpenSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    __pydantic_extra__: dict[str, Annotated[Scalar, BeforeValidator(_fits_64_bits)]] = Field(init=False)
+    __pydantic_extra__: dict[str, Further | FurtherList] = Field(init=False)
 
     path_key: ClassVar[str] = "name"
     """The key that may hold an import path."""
 
+    takes_lists: ClassVar[bool] = False
+    """Whether further keys may be lists."""
+
     @property
-    def extra(self) -> dict[str, Scalar]:
+    def extra(self) -> dict[str, Any]:
         """The further keys: arguments for the user's own function or class; empty for built-in names."""
         return dict(self.__pydantic_extra__)
 
@@ -207,6 +214,9 @@ class OpenSection(Section):
         """Yields further keys that no code of the user's takes."""
         own = ":" in getattr(self, self.path_key)
         yield from ((key, "") for key in self.__pydantic_extra__ if not (own and key.isidentifier()))
+        for key, value in self.__pydantic_extra__.items():
+            if isinstance(value, tuple) and not self.takes_lists:
+                yield key, "must be true or false, a number or a text"
 
 
 # ---------------------------------------------------------------- types as text

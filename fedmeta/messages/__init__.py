@@ -21,7 +21,9 @@
 `evaluate`: the server sends the meta-state, the number of inner steps, the class list and names of sites; a node
     replies per site with the loss and each of the run's metrics on test data after 0, 1, ... inner steps, and with the
     number of steps that the site takes. At the end of a run it also asks, by group of sites, for sums over test rows:
-    right rows, confusion matrix, sums of losses, of confidence and of errors, and histograms of log odds by class.
+    right rows, confusion matrix, sums of losses, of confidence and of errors, and histograms of log odds by class; and
+    where the run has subgroups of test rows, the same sums, the rows and the score of each that is large enough. With
+    `stream.memory = "alarm"` a node replies per site with the row of its stream at which its alarm went off.
 `query.keys`, `query.shares`, `query.unmask`: with `privacy.secure_aggregation`, steps 1, 2 and 4 of a secure sum
     (`fedmeta.secure`): public keys of sites, their secrets in shares that are encrypted for their neighbors, and shares
     of what does not cancel.

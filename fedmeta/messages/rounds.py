@@ -45,6 +45,9 @@ LARGEST_LOSS = float(np.finfo(np.float32).max)
 MOST_EVALUATIONS = 1 << 40
 """The most evaluations of its objective that a site may report."""
 
+MOST_ROWS = 1 << 40
+"""A site of a stream has fewer rows."""
+
 MOST_BUDGET = 1 << 36
 """The most that a node may offer to the sites which are computed together (bytes): a sixteenth of 1 TiB."""
 
@@ -86,6 +89,7 @@ class RoundRequest:
             wanted (`evaluate`).
         categories: The columns of categories, and the names that the run knows of each.
         order: Which gradient is wanted of a learner that has both, "exact" or "first"; "" for its own (`train`).
+        block: The block of a stream, from 0, that scores the sites (`evaluate`); -1 for the one that the round is at.
     """
 
     meta_state: Mapping[str, Tensor]
@@ -104,6 +108,7 @@ class RoundRequest:
     groups: tuple[int, ...] = ()
     categories: Categories = ()
     order: str = ""
+    block: int = -1
 
     def pack(self, packed_state: ArrayRecord | None = None) -> RecordDict:
         """Returns the message's content; `packed_state` is the meta-state's record where it was packed before."""
@@ -123,6 +128,7 @@ class RoundRequest:
             "groups": list(self.groups),
             **write_categories(self.categories),
             **({"order": self.order} if self.order else {}),
+            **({"block": self.block} if self.block >= 0 else {}),
         }
         return RecordDict({"meta_state": state, "task": ConfigRecord(task), "sites": write_names(self.names)})
 
@@ -131,6 +137,7 @@ class RoundRequest:
         """Reads a message; raises `MessageError` where it is not one."""
         only(content, "meta_state", "task", "sites")
         keys = with_optional(content, "task", with_optional(content, "task", TASK_KEYS, CATEGORY_KEYS), ("order",))
+        keys = with_optional(content, "task", keys, ("block",))
         task = read_record(content, "task", ConfigRecord, *keys)
         run = read_scalar(task, "run", str)
         if not RUN_NAME.fullmatch(run):
@@ -152,6 +159,7 @@ class RoundRequest:
             groups=tuple(read_list(task, "groups", int)),
             categories=read_categories(task),
             order=_order(read_scalar(task, "order", str)) if "order" in task else "",
+            block=_block(read_scalar(task, "block", int)) if "block" in task else -1,
         )
 
 
@@ -159,6 +167,12 @@ def _order(name: str) -> str:
     if name not in ORDERS:
         raise MessageError(f'there is no order "{name[:40]}"')
     return name
+
+
+def _block(number: int) -> int:
+    if not 0 <= number < MOST_ROWS:
+        raise MessageError("there is no such block of a stream")
+    return number
 
 
 def _baseline(name: str) -> str:
@@ -318,6 +332,11 @@ class EvaluateReply:
         pooled_sites: How many sites each group's sums hold.
         evaluations: How many evaluations of the objective a classical method took [sites], or how each site solved
             alone (its place in `LOCAL_METHODS`); empty for all else.
+        alarms: The row of a site's stream, from 0, at which its alarm went off in this block, -1 for none [sites];
+            empty where no alarm is kept.
+        subgroups: Of each of the run's subgroups the test rows ("rows") and the score before ("global") and after
+            adaptation [sites, subgroups]; 0 rows and NaN where a site has fewer than `evaluation.smallest_subgroup`.
+            Their sums are among `pooled`, by "GROUP/STATE@SUBGROUP/NAME". Empty where the run has none.
     """
 
     names: tuple[str, ...]
@@ -326,6 +345,8 @@ class EvaluateReply:
     pooled: Mapping[str, Floats] = field(default_factory=dict)
     pooled_sites: tuple[int, ...] = ()
     evaluations: tuple[int, ...] = ()
+    alarms: tuple[int, ...] = ()
+    subgroups: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def columns(self) -> int:
@@ -339,17 +360,19 @@ class EvaluateReply:
             "chosen": self.chosen.tolist(),
             "pooled_sites": list(self.pooled_sites),
             "evaluations": list(self.evaluations),
+            **({"alarms": list(self.alarms)} if self.alarms else {}),
         }
         figures: dict[str, Any] = {name: values.ravel().tolist() for name, values in self.figures.items()}
         pooled = {name: torch.from_numpy(np.asarray(value)) for name, value in self.pooled.items()}
-        return RecordDict(
-            {
-                "figures": MetricRecord(figures),
-                "counts": MetricRecord(counts),
-                "sites": write_names(self.names),
-                "pooled": write_arrays(pooled),
-            }
-        )
+        records: dict[str, Any] = {
+            "figures": MetricRecord(figures),
+            "counts": MetricRecord(counts),
+            "sites": write_names(self.names),
+            "pooled": write_arrays(pooled),
+        }
+        if self.subgroups:
+            records["subgroups"] = write_arrays({name: torch.from_numpy(own) for name, own in self.subgroups.items()})
+        return RecordDict(records)
 
     @classmethod
     def unpack(cls, content: RecordDict, metrics: Sequence[Metric] | None = None) -> EvaluateReply:
@@ -362,9 +385,11 @@ class EvaluateReply:
         Raises:
             MessageError: It is not one.
         """
-        only(content, "figures", "counts", "sites", "pooled")
+        only(content, "figures", "counts", "sites", "pooled", *(["subgroups"] if "subgroups" in content else []))
         names = read_names(content)
-        counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites", "evaluations")
+        there = content.get("counts")
+        own = ("alarms",) if isinstance(there, MetricRecord) and "alarms" in there else ()
+        counts = read_record(content, "counts", MetricRecord, "columns", "chosen", "pooled_sites", "evaluations", *own)
         shape = (len(names), read_scalar(counts, "columns", int))
         if shape[1] < 1 or not names:
             raise MessageError("the figures are of no site or have no column")
@@ -389,7 +414,11 @@ class EvaluateReply:
         evaluations = tuple(read_list(counts, "evaluations", int))
         if len(evaluations) not in (0, len(names)) or any(not 0 <= count <= MOST_EVALUATIONS for count in evaluations):
             raise MessageError("the evaluations are not a count for each site")
-        return cls(names, figures, chosen, pooled, pooled_sites, evaluations)
+        alarms = tuple(read_list(counts, "alarms", int, len(names))) if own else ()
+        if any(not -1 <= row < MOST_ROWS for row in alarms):
+            raise MessageError("the alarms are not a row, or -1, for each site")
+        subgroups = _read_subgroups(content, len(names)) if "subgroups" in content else {}
+        return cls(names, figures, chosen, pooled, pooled_sites, evaluations, alarms, subgroups)
 
     def impossible(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, str]:
         """Returns the sites with a figure that cannot be, and what is wrong with it; NaN, for undefined, can be.
@@ -413,7 +442,24 @@ class EvaluateReply:
         names = tuple(name for name in self.names if name not in sites)
         figures = {key: own[kept] for key, own in self.figures.items()}
         counts = tuple(count for count, is_kept in zip(self.evaluations, kept.tolist(), strict=False) if is_kept)
-        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts)
+        subgroups = {name: own[kept] for name, own in self.subgroups.items()}
+        alarms = tuple(row for row, is_kept in zip(self.alarms, kept.tolist(), strict=False) if is_kept)
+        return EvaluateReply(names, figures, self.chosen[kept], evaluations=counts, alarms=alarms, subgroups=subgroups)
+
+
+def _read_subgroups(content: RecordDict, sites: int) -> dict[str, Floats]:
+    """Returns the rows and scores of sites' subgroups; raises `MessageError` where they cannot be."""
+    found = {name: value.numpy() for name, value in read_arrays(content, "subgroups").items()}
+    only(found, "rows", "global", "personalized")
+    shape = found["rows"].shape
+    if len(shape) != 2 or shape[0] != sites or any(own.shape != shape for own in found.values()):
+        raise MessageError("the figures of subgroups have other shapes than they should")
+    if any(own.dtype != np.float64 or np.isinf(own).any() for own in found.values()):
+        raise MessageError("the figures of subgroups are not finite float64 numbers")
+    rows = found["rows"]
+    if not (np.isfinite(rows) & (rows >= 0) & (rows == np.round(rows))).all():
+        raise MessageError("the rows of subgroups are no counts")
+    return found
 
 
 def _downcast_if_lossless(value: Tensor) -> Tensor:

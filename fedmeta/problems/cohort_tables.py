@@ -7,6 +7,7 @@ disjoint support and query rows of the former. Tasks have one form: rows that a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmeta.data.table_file import RawTable, listed, read_raw, site_name
+from fedmeta.data.refusals import listed
+from fedmeta.data.table_file import RawTable, read_raw, site_name
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Data
+from fedmeta.problems.problem import Parameters
 from fedmeta.problems.source import TaskSource
 from fedmeta.randomness import row_draws, site_keys
 from fedmeta.task import Task
@@ -26,7 +29,9 @@ Table = dict[str, NDArray[np.float64]]
 """A site's columns [rows]."""
 
 
-def read_tables(path: str, features: Sequence[str], others: Sequence[str], site: str = "") -> dict[str, Table]:
+def read_tables(
+    path: str, features: Sequence[str], others: Sequence[str] = (), site: str = "", missing: Sequence[str] = ()
+) -> dict[str, Table]:
     """Returns the columns of each site's table: of a folder's files, or of one file.
 
     Args:
@@ -34,6 +39,7 @@ def read_tables(path: str, features: Sequence[str], others: Sequence[str], site:
         features: The columns of features; all must be numbers, and none missing.
         others: The columns of the outcome.
         site: The name of a single file's site; that of the file where empty.
+        missing: Texts that mean a missing value, besides the usual ones.
 
     Raises:
         FedmetaError: There is no such file, a column is missing, or a cell is no number; names all that is wrong.
@@ -45,7 +51,7 @@ def read_tables(path: str, features: Sequence[str], others: Sequence[str], site:
         raise FedmetaError(f"[problem] path = {path}: no such file, or a folder without any")
     found, problems = {}, []
     for file in files:
-        table = read_raw(file, Data())
+        table = read_raw(file, Data(missing=(*Data().missing, *missing)))
         problems += table.problems or _wrong(table, [*features, *others])
         if not problems:
             name = site if site and len(files) == 1 else site_name(file)
@@ -68,7 +74,7 @@ def _wrong(table: RawTable, columns: Sequence[str]) -> list[str]:
         )
         if bad.any():
             found.append(
-                f"{table.place(np.flatnonzero(bad).tolist(), name)} is no finite number: fill it in, or leave out"
+                f"{table.place(np.flatnonzero(bad).tolist(), name)} is no finite number: fill it in, or leave it out"
             )
     return found
 
@@ -79,7 +85,7 @@ class CohortTables(TaskSource):
     Args:
         path: A folder with a table for each site, or one site's file; empty for simulated sites.
         site: The name of a single file's site.
-        simulated: Returns each simulated site's columns.
+        simulated: Returns each simulated site's columns; called where no path is given and rows are asked for.
         features: The columns of features.
         others: The columns of the outcome.
         support: Rows that a site adapts on.
@@ -87,6 +93,8 @@ class CohortTables(TaskSource):
         test: The share of rows that are kept for the final scores.
         center: What is subtracted from each feature, known to all sites beforehand; 0 each where empty.
         scale: What features are then divided by; 1 each where empty.
+        most_test: The length that test rows are padded to, for nodes that read their own site alone; 0 = as many as
+            the longest table has rows.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class CohortTables(TaskSource):
         test: float,
         center: Sequence[float] = (),
         scale: Sequence[float] = (),
+        most_test: int = 0,
     ) -> None:
         for key, values in (("center", center), ("scale", scale)):
             if values and len(values) != len(features):
@@ -110,18 +119,44 @@ class CohortTables(TaskSource):
         shift, unit = np.array(center or [0.0] * len(features)), np.array(scale or [1.0] * len(features))
         if not (unit > 0).all():
             raise FedmetaError("[problem] scale must be greater than 0")
-        self.support, self.query, self.test = support, query, test
-        self.width = len(features)
-        self.rows: dict[str, dict[str, Tensor]] = {}
-        tables = read_tables(path, features, others, site) if path else simulated()
+        self.support, self.query, self.test, self.most_test = support, query, test, most_test
+        self.features, self.shift, self.unit, self.scaled = tuple(features), shift, unit, bool(scale)
+        self.width, self.simulated = len(features), simulated
+        if path:
+            self.rows = self._tensors(read_tables(path, features, others, site))
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Tensor]]:
+        """Each site's tensors [rows] by name; of simulated sites, where no path was given."""
+        tables = self.simulated()
+        if absent := [name for name in self.features if name not in next(iter(tables.values()))]:
+            raise FedmetaError(f"[problem] path is not set, and simulated sites have no {listed(absent)}")
+        return self._tensors(tables)
+
+    def _tensors(self, tables: Mapping[str, Table]) -> dict[str, dict[str, Tensor]]:
+        found = {}
         for name, table in tables.items():
-            x = (np.stack([table[each] for each in features], axis=1) - shift) / unit
-            self.rows[name] = {"x": torch.from_numpy(x).float(), **self.outcome(name, table)}
+            x = self.standardized(table)
+            found[name] = {"x": x, **self.outcome(name, table)}
             if len(x) < 3:
                 raise FedmetaError(
                     f"site {name} has {len(x)} rows, and needs 3: one each to adapt, to score and to test"
                 )
-        self.longest = max(len(each["x"]) for each in self.rows.values())
+        return found
+
+    def standardized(self, table: Table) -> Tensor:
+        """Returns a table's features [rows, features], shifted and scaled."""
+        x = (np.stack([table[each] for each in self.features], axis=1) - self.shift) / self.unit
+        return torch.from_numpy(x).float()
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns that a prediction needs: the features, and further ones but the outcome."""
+        return self.features
+
+    def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Returns what the problem predicts for each row of a table with the columns `needed`, by name."""
+        raise NotImplementedError
 
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns the outcome's tensors [rows] by name; raises `FedmetaError` where a value is impossible."""
@@ -147,7 +182,10 @@ class CohortTables(TaskSource):
             train = train[np.argsort(row_draws(seed, "task", round, keys[: len(train)], places[: len(train)]))]
         support = train[: min(self.support, len(train) - 1)]
         if purpose == "test":
-            return Task(self._part(site, support, self.support), self._part(site, test, self.longest))
+            longest = self.most_test or max(len(each["x"]) for each in self.rows.values())
+            if len(test) > longest:
+                raise FedmetaError(f"site {site} has {len(test)} test rows, above [problem] most_test = {longest}")
+            return Task(self._part(site, support, self.support), self._part(site, test, longest))
         query = train[len(support) : len(support) + self.query]
         return Task(self._part(site, support, self.support), self._part(site, query, self.query))
 

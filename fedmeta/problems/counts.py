@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmeta.errors import FedmetaError
@@ -36,6 +37,7 @@ class Counts(Problem, CohortTables):
         test: The share of rows that are kept for the final scores.
         center: What is subtracted from each feature, known to all sites.
         scale: What features are then divided by.
+        most_test: The length that test rows are padded to, the same at all nodes that read their own site alone.
     """
 
     metrics = (
@@ -56,10 +58,36 @@ class Counts(Problem, CohortTables):
         test: float = 0.3,
         center: Sequence[float] = (),
         scale: Sequence[float] = (),
+        most_test: int = 0,
     ) -> None:
-        self.count, self.exposure = count, exposure if path else "days"
+        self.count, self.exposure = count, exposure
         others = (count, *([exposure] if exposure else []))
-        CohortTables.__init__(self, path, site, simulated, features, others, support, query, test, center, scale)
+        CohortTables.__init__(
+            self, path, site, self._simulate, features, others, support, query, test, center, scale, most_test
+        )
+
+    def _simulate(self) -> dict[str, Table]:
+        """Returns simulated sites' tables, whose columns are called as the problem's."""
+        self.exposure = self.exposure or "days"
+        names = {"days": self.exposure, "count": self.count}
+        return {
+            site: {names.get(name, name): values for name, values in table.items()}
+            for site, table in simulated().items()
+        }
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The features, and the exposure where the problem has one."""
+        return (*self.features, *([self.exposure] if self.exposure else []))
+
+    def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Returns the mean count of each row as `prediction`."""
+        exposure = table[self.exposure] if self.exposure else np.ones(len(table[self.features[0]]))
+        if (exposure <= 0).any():
+            raise FedmetaError(f'"{self.exposure}" must be greater than 0 in each row')
+        data = {"x": self.standardized(table), "log_exposure": torch.from_numpy(np.log(exposure)).float()}
+        with torch.no_grad():
+            return {"prediction": self.log_mean(parameters, data).exp().double().numpy()}
 
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns each row's count and the logarithm of its exposure."""
@@ -69,7 +97,7 @@ class Counts(Problem, CohortTables):
             raise FedmetaError(f'site {site}: "{self.count}" must be a whole number of at least 0 in each row')
         if (exposure <= 0).any():
             raise FedmetaError(f'site {site}: "{self.exposure}" must be greater than 0 in each row')
-        return {"y": torch.from_numpy(y).float(), "log_exposure": torch.from_numpy(np.log(exposure)).float()}
+        return {"y": torch.tensor(y, dtype=torch.float32), "log_exposure": torch.from_numpy(np.log(exposure)).float()}
 
     def init(self, seed: int) -> Parameters:
         """Returns no effect of any feature, and a rate of 1."""

@@ -14,10 +14,10 @@ probability of not being censored (Graf and others, Statistics in Medicine 18:25
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -46,6 +46,7 @@ class Survival(Problem, CohortTables):
         test: The share of rows that are kept for the final scores.
         center: What is subtracted from each feature, known to all sites.
         scale: What features are then divided by.
+        most_test: The length that test rows are padded to, the same at all nodes that read their own site alone.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Survival(Problem, CohortTables):
         test: float = 0.3,
         center: Sequence[float] = (),
         scale: Sequence[float] = (),
+        most_test: int = 0,
     ) -> None:
         if not cuts or min(cuts) <= 0 or list(cuts) != sorted(set(cuts)):
             raise FedmetaError(f"[problem] cuts = {list(cuts)}: give rising ends of intervals, greater than 0")
@@ -69,8 +71,9 @@ class Survival(Problem, CohortTables):
         self.place = (brier or (len(cuts) + 2) // 2) - 1
         if not 0 <= self.place < len(cuts):
             raise FedmetaError(f"[problem] brier = {brier}: the interval must be 1 to {len(cuts)}, which have an end")
-        simulate, others = partial(simulated, self.cuts), (time, event)
-        CohortTables.__init__(self, path, site, simulate, features, others, support, query, test, center, scale)
+        CohortTables.__init__(
+            self, path, site, self._simulate, features, (time, event), support, query, test, center, scale, most_test
+        )
         end = f"{self.cuts[self.place]:g}"
         self.metrics = (
             Metric("c_index", higher_is_better=True, low=0, high=1),
@@ -78,13 +81,29 @@ class Survival(Problem, CohortTables):
             Metric("nll", higher_is_better=False, low=0),
         )
 
+    def _simulate(self) -> dict[str, Table]:
+        """Returns simulated sites' tables, whose columns are called as the problem's."""
+        names = {"time": self.time, "event": self.event}
+        return {
+            site: {names.get(name, name): values for name, values in table.items()}
+            for site, table in simulated(self.cuts).items()
+        }
+
+    def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Returns each row's chance to survive to each cut, `survival_at_T`, and its `risk`, the sum of hazards."""
+        with torch.no_grad():
+            hazard = self.logits(parameters, self.standardized(table)).sigmoid().double()
+        survival = (1 - hazard).cumprod(-1)
+        found = {f"survival_at_{end:g}": survival[:, place].numpy() for place, end in enumerate(self.cuts.tolist())}
+        return found | {"risk": hazard.sum(-1).numpy()}
+
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns each row's interval and whether it ends in an event."""
         time, event = table[self.time], table[self.event]
         if (time < 0).any() or not np.isin(event, (0, 1)).all():
             raise FedmetaError(f'site {site}: "{self.time}" must be at least 0 and "{self.event}" 0 or 1 in each row')
         interval = np.searchsorted(self.cuts, time, side="left")
-        return {"interval": torch.from_numpy(interval), "event": torch.from_numpy(event).float()}
+        return {"interval": torch.from_numpy(interval), "event": torch.tensor(event, dtype=torch.float32)}
 
     def init(self, seed: int) -> Parameters:
         """Returns no effect of any feature, and a hazard of 0.1 in each interval."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fedmeta import tables
 from fedmeta.problems.metric import Metric, metric_of
@@ -45,7 +46,9 @@ def on_run(run: Run) -> Document:
             Section("The question", (Text(_question(run, label)),)),
             parts.data(run),
             Section("Results", (*_tables(run), *_own_pictures(run), _plots(run, score))),
+            *_subgroups(run, sites, score),
             Section("Left behind", _left_behind(run, score)),
+            *_in_time(run),
             *_decisions(run),
             parts.again(
                 run.experiment, f"fedmeta run {parts.EXPERIMENT_FILE}", summary.get("versions", {}), _facts(run)
@@ -145,6 +148,39 @@ def _left_behind(run: Run, score: Metric) -> tuple[Block, ...]:
         "model is the better one there; with evaluation.gate = true each site decides that on its own support data."
     )
     return Text(advice), parts.site_table("left_behind", losing, score)
+
+
+def _in_time(run: Run) -> tuple[Section, ...]:
+    """Returns what the blocks of a run in time came to."""
+    found = tables.stream_table(run.summary)
+    if found is None:
+        return ()
+    caption = "Each block was scored before it joined its site's rows."
+    lines = tuple(Text(f"{line}.") for line in tables.stream_lines(run.summary))
+    return (Section("In time", (*lines, Table("stream", *found, caption))),)
+
+
+def _subgroups(run: Run, sites: pd.DataFrame, score: Metric) -> tuple[Section, ...]:
+    """Returns the score by subgroup of test rows, over groups of sites and at each site, where the run has such."""
+    found = tables.subgroups_table(run.summary)
+    if not found.rows:
+        return ()
+    smallest = run.experiment.evaluation.smallest_subgroup
+    caption = (
+        f"{score.label} by subgroup of test rows. Sites: those with at least {smallest} rows of it, which alone are "
+        "counted; smaller subgroups stay at their sites. Pooled: over all their rows; mean: over sites."
+    )
+    names = [str(row[0]) for row in found.rows if row[1] == found.rows[0][1]]
+    rows = []
+    for _, own in worst_first(sites).iterrows():
+        for name in names:
+            if own[f"rows {name}"] > 0:
+                figures = (int(own[f"rows {name}"]), own[f"global {name}"], own[f"personalized {name}"])
+                rows.append((str(own["site"]), name, *figures))
+    headings = ("site", "subgroup", "test rows", "global", "personalized")
+    every = Table("subgroups_by_site", headings, rows, f"{score.label} by subgroup at each site.", left=2)
+    whole = Table("subgroups", *found, caption[:1].upper() + caption[1:], left=2)
+    return (Section("Subgroups", (whole, Folded(f"Subgroups at {len(sites)} sites", (every,)))),)
 
 
 def _decisions(run: Run) -> tuple[Section, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedmeta.errors import FedmetaError, nearest
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, ProgressCallback, ignore_progress
+from fedmeta.runtime.own_rows import with_datasets, with_frame
 from fedmeta.tables import groups, number, results_table, text
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def run(
     frame: pd.DataFrame | None = None,
     label: str = "",
     site: str = "",
+    datasets: Mapping[str, Any] | None = None,
 ) -> Result:
     """Runs an experiment to its end.
 
@@ -80,6 +82,8 @@ def run(
             kept as a table in the folder of runs, under the name of their content, so that the run can be resumed.
         label: The frame's column of labels; empty for `data.label`.
         site: The frame's column that names each row's site; empty for `data.site_column`.
+        datasets: A `torch.utils.data.Dataset` for each site by its name, of pairs of a row and its label; kept as a
+            frame is.
 
     Raises:
         FedmetaError: Something that the user can mend; the message has what, where and what to do.
@@ -90,13 +94,19 @@ def run(
     if resume is not None and not resume.strip():
         raise FedmetaError('--resume names no run: give its folder, its MLflow id, or "auto"')
     experiment = experiment.with_overrides([]).with_user_info_kept()
-    if runtime == "deployment" and frame is not None:
-        raise FedmetaError("a frame is for a run on this machine: in a deployment each site has its own file")
+    if frame is not None and datasets is not None:
+        raise FedmetaError("frame and datasets both hold the sites' rows: give one of them")
+    if runtime == "deployment" and (frame is not None or datasets is not None):
+        raise FedmetaError(
+            "rows of this program are for a run on this machine: in a deployment each site has its own file"
+        )
     if runtime == "deployment":
         return _deployment(experiment, resume, report)
     experiment = experiment.absolute()
     if frame is not None:
         experiment = with_frame(experiment, frame, label, site)
+    elif datasets is not None:
+        experiment = with_datasets(experiment, datasets)
     elif label or site:
         raise FedmetaError("label and site name columns of frame, and there is none: set data.label, data.site_column")
     # Here and below, imports that take seconds: a command that only asks a SuperLink something needs none of them.
@@ -109,36 +119,6 @@ def run(
         _check_same(experiment, stored, folder)
         experiment = stored
     return RUNTIMES[runtime](experiment, folder, report)
-
-
-def with_frame(experiment: Experiment, frame: pd.DataFrame, label: str, site: str) -> Experiment:
-    """Returns an experiment on the rows of a frame, which is kept as a table in the folder of runs.
-
-    Raises:
-        FedmetaError: No column names the site, the frame cannot be kept as a table, or the disk does not take it.
-    """
-    from hashlib import blake2b
-    from io import BytesIO
-
-    from fedmeta.files import write_atomic
-
-    data = experiment.data
-    known = {"label": label or data.label, "site_column": site or data.site_column}
-    if not known["site_column"]:
-        raise FedmetaError("frame: name the column that holds each row's site, site=...")
-    content = BytesIO()
-    try:
-        frame.to_parquet(content, index=False)
-    except (ValueError, TypeError, OSError) as error:
-        raise FedmetaError(f"frame: cannot be kept as a table: {str(error).splitlines()[0][:200]}") from None
-    name = blake2b(content.getvalue(), digest_size=8).hexdigest()
-    path = Path(experiment.tracking.folder) / "frames" / f"{name}.parquet"
-    try:
-        write_atomic(path, content.getvalue())
-    except OSError as error:
-        raise FedmetaError(f"{path}: cannot be written: {error.strerror or error}") from None
-    changed = data.model_copy(update={"source": "tables", "path": str(path), **known})
-    return experiment.model_copy(update={"data": changed})
 
 
 def _check_same(given: Experiment, stored: Experiment, folder: Path) -> None:

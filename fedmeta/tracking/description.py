@@ -63,6 +63,8 @@ def description(summary: Mapping[str, Any], sites: pd.DataFrame) -> str:
     further = tables.metrics_table(summary)
     if further.rows:
         lines += ["", *_table(*further, left=2)]
+    if in_time := tables.stream_lines(summary):
+        lines += ["", *(f"- {tables.plain(line)}" for line in in_time)]
     if decided := tables.ledger_lines(summary):
         lines += ["", "Decisions:", "", *(f"- {tables.plain(line)}" for line in decided)]
     worst = per_site(sites).head(NAMED_SITES)

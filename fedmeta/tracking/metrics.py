@@ -97,8 +97,22 @@ def final_metrics(summary: Mapping[str, Any], sites: pd.DataFrame) -> dict[str, 
             f"{RESULTS}training_sites_personalized": training["personalized"]["mean"],
             f"{RESULTS}sites_left_behind": len(left_behind(latest(sites))),
             **_ledger(summary),
+            **_subgroups(summary),
         }
     )
+
+
+def _subgroups(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the pooled score by subgroup of each group of sites; their test rows stand beside."""
+    found: dict[str, Any] = {}
+    for group in GROUPS:
+        entries = summary[group].get("subgroups") or []
+        suffixes = metric_suffixes(each["name"] for each in entries)
+        for each in entries:
+            place = f"subgroups/{group}_{suffixes[each['name']]}"
+            found |= {f"{place}_{state}": each[state]["pooled"] for state in ("global", "personalized")}
+            found[f"{place}_rows"] = each["rows"]
+    return found
 
 
 def _ledger(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -211,15 +211,23 @@ def test_a_package_allows_its_modules_and_a_path_itself(
         trust.refuse_foreign_code(experiment, "a file", allowed)
 
 
-@pytest.mark.parametrize("path", ["fedmeta.problems.survival:Survival", "fedmeta.problems.counts:Counts"])
-def test_fedmeta_s_own_code_by_import_path_is_refused_in_true_words(path: str) -> None:
-    experiment = Experiment().with_overrides([f"problem.name={path}"])
-    module = path.partition(":")[0]
+def test_fedmeta_s_own_code_by_import_path_is_refused_in_true_words() -> None:
+    experiment = Experiment().with_overrides(["problem.name=fedmeta.problems.cohort_tables:read_tables"])
     with pytest.raises(FedmetaError, match="code of fedmeta by its import path") as refused:
         trust.refuse_foreign_code(experiment, "a file", remedy=trust.BY_NODE_CONFIG)
     assert "not part of fedmeta" not in str(refused.value)
-    assert f'code="{module}" in the node config' in str(refused.value)
-    trust.refuse_foreign_code(experiment, "a file", [module])
+    assert 'code="fedmeta.problems.cohort_tables" in the node config' in str(refused.value)
+    trust.refuse_foreign_code(experiment, "a file", ["fedmeta.problems.cohort_tables"])
+
+
+@pytest.mark.parametrize("path", trust.SHIPPED)
+def test_a_shipped_problem_is_allowed_and_names_no_file(path: str) -> None:
+    experiment = Experiment().with_overrides([f"problem.name={path}", "problem.path=/etc/passwd", "problem.site=x"])
+    trust.refuse_foreign_code(experiment, "a file")
+    assert trust.without_own_files(experiment).problem.extra == {"path": "", "site": ""}
+    model = Experiment().with_overrides(["model.name=" + path])
+    with pytest.raises(FedmetaError, match="code of fedmeta by its import path"):
+        trust.refuse_foreign_code(model, "a file")
 
 
 def test_what_an_allowed_module_imported_from_another_is_not_allowed(
