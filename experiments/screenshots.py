@@ -1,22 +1,25 @@
-"""Pictures of what people look at: the MLflow UI on runs of five learners, and the report of their comparison.
+"""Pictures of what people look at: the MLflow UI with two data sets, the report on a screen and a phone, a terminal.
 
     python -m experiments.screenshots --out pictures
 
-Runs five learners on the digits with two seeds first, unless --store and --comparison name what there is already. Needs
-Chromium.
+Compares five learners on the digits and two on synthetic sites first, with two seeds each, unless --store and
+--comparison name what there is already. Needs Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.parse import quote
 
 from fedmeta.cli import live
-from fedmeta.experiment import load_experiment
+from fedmeta.experiment import Experiment, load_experiment
 from fedmeta.report import write
 from fedmeta.search.compare import compare
 from fedmeta.tracking.mlflow_client import open_client
@@ -26,7 +29,7 @@ from tests.tracking.browser import CHROMIUM, Page, browser
 ROOT = Path(__file__).parents[1]
 LEARNERS = ("local", "fedavg", "fedavg-ft", "maml", "meta-sgd")
 SEEDS = 2
-EXPERIMENT = "fedmeta"
+EXPERIMENT, DATA, MODEL = "fedmeta", "digits", "digits"
 PATIENCE_S = 120.0
 SETTLES_S = 3.0
 """How long a page takes to draw what has arrived."""
@@ -45,11 +48,26 @@ def compared(folder: Path) -> tuple[str, Path]:
     """Runs the learners; returns the store and the comparison's folder."""
     uri = f"sqlite:///{folder.absolute()}/mlflow.db"
     folder.mkdir(parents=True, exist_ok=True)
-    overrides = [f"tracking.uri={uri}", f"tracking.folder={folder}/fedmeta-runs", "evaluation.every=20"]
-    experiment = load_experiment(ROOT / "experiments" / "digits.toml", overrides)
+    where = [f"tracking.uri={uri}", f"tracking.folder={folder}/fedmeta-runs"]
+    digits = [*where, "evaluation.every=20", f"tracking.model={MODEL}"]
+    experiment = load_experiment(ROOT / "experiments" / "digits.toml", digits)
     with live.several(experiment) as report:
         found = compare(experiment, list(LEARNERS), SEEDS, report=report)
+    other = Experiment().with_overrides([*where, "data.source=synthetic", "data.sites=30", "server.rounds=40"])
+    with live.several(other) as report:
+        compare(other, list(LEARNERS[2:4]), SEEDS, report=report)
     return uri, found.folder
+
+
+def terminal(columns: int, runs: Path, out: Path) -> Path:
+    """Writes what `fedmeta runs` prints in a terminal of so many columns as a page; returns it."""
+    command = [sys.executable, "-m", "fedmeta", "runs", str(runs)]
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    page = out / f"terminal-{columns}.html"
+    shown = f"<pre style='width: {columns}ch; border-right: 1px solid'>{html.escape(done.stdout + done.stderr)}</pre>"
+    page.write_text(f"<!doctype html><meta charset=utf-8>{shown}", encoding="utf-8")
+    return page
 
 
 def shoot(page: Page, link: str, wanted: set[str], path: Path, width: int, height: int) -> None:
@@ -76,6 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="the folder for the pictures")
     parser.add_argument("--store", help="an MLflow store that has the runs, such as sqlite:////folder/mlflow.db")
     parser.add_argument("--comparison", type=Path, help="the folder of their comparison")
+    parser.add_argument("--data", default=DATA, help="the data set that they are of")
     parser.add_argument("--only", help="which pictures, with commas between")
     options = parser.parse_args()
     if CHROMIUM is None:
@@ -87,6 +106,7 @@ def main() -> None:
     else:
         uri, folder = compared(out / "runs")
     runs = {run["learner"]: run["run_id"] for run in json.loads((folder / "comparison.json").read_text())["runs"]}
+    above = json.loads((folder / "mlflow.json").read_text())["run_id"]
     experiment_id = open_client(uri).get_run(runs["maml"]).info.experiment_id
     report = write([str(folder)], out / "report", folder.parent, uri)[0]
     with serving(uri) as server, browser(out / "profile") as page:
@@ -95,14 +115,23 @@ def main() -> None:
         kind = "workflowType=machine_learning"
         compare = f"{server.address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([experiment_id]))}&{kind}"
         pages = {
-            "experiment": (experiment_link(server.address, EXPERIMENT), {"final/new_sites_personalized"}, 1500),
+            "experiment": (
+                experiment_link(server.address, EXPERIMENT, options.data),
+                {"final/new_sites_personalized"},
+                1500,
+            ),
+            "runs": (experiment_link(server.address, EXPERIMENT, options.data, charts=False), {"compare ·"}, 700),
+            "all": (experiment_link(server.address, EXPERIMENT, charts=False), {"compare ·"}, 900),
+            "comparison": (f"{experiment}/runs/{above}?{kind}", {"Best for new sites"}, 1300),
+            "model": (f"{server.address}/#/models/{MODEL}?{kind}", {"champion"}, 800),
             "compare": (compare, {"Comparing"}, 1300),
             "run": (f"{experiment}/runs/{runs['maml']}?{kind}", {"Left behind", "Created"}, 1300),
             "artifacts": (f"{experiment}/runs/{runs['maml']}/artifacts/pictures/sites.png?{kind}", {"sites.png"}, 1300),
             "table": (f"{experiment}/runs/{runs['maml']}/artifacts/per_site.json?{kind}", {"per_site.json"}, 1000),
         }
         dark(page, False)
-        chosen = set(options.only.split(",")) if options.only else {*pages, "report", "report-dark"}
+        every = {*pages, "report", "report-dark", "report-phone", "terminal"}
+        chosen = set(options.only.split(",")) if options.only else every
         for name, (link, wanted, height) in pages.items():
             if name not in chosen:
                 continue
@@ -111,7 +140,13 @@ def main() -> None:
             if name not in chosen:
                 continue
             dark(page, on)
-            shoot(page, report.absolute().as_uri(), {"How to do it again"}, out / f"{name}.png", 1200, 2300)
+            shoot(page, report.absolute().as_uri(), {"How to repeat it"}, out / f"{name}.png", 1200, 2300)
+        dark(page, False)
+        if "report-phone" in chosen:
+            shoot(page, report.absolute().as_uri(), {"How to repeat it"}, out / "report-phone.png", 390, 3000)
+        if "terminal" in chosen:
+            shown = terminal(60, folder.parent, out)
+            shoot(page, shown.absolute().as_uri(), {"run"}, out / "terminal.png", 700, 900)
 
 
 if __name__ == "__main__":

@@ -38,4 +38,9 @@ def one_line(text: str, longest: int = LONGEST) -> str:
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Returns `; did you mean "x"?` for the valid name nearest to `word`, or the empty string where none is near."""
     close = get_close_matches(word, list(choices), n=1, cutoff=0.5) if len(word) <= LONGEST_WORD else []
-    return f'; did you mean "{close[0]}"?' if close else ""
+    return meant(f'"{close[0]}"') if close else ""
+
+
+def meant(text: str) -> str:
+    """Returns `; did you mean TEXT?`, as every hint has it."""
+    return f"; did you mean {text}?"

@@ -21,6 +21,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import sites_frame, summarize
 from fedmeta.experiment import UNTRACKED, Experiment
 from fedmeta.files import make_folder, write_atomic
+from fedmeta.in_force import params_in_force
 from fedmeta.messages import EngineReply
 from fedmeta.problems import Metric
 from fedmeta.tracking.description import data_name
@@ -224,7 +225,7 @@ def _start_tracker(
     dataset = _dataset(experiment, federation)
     resumed = earlier.run_id if earlier else None
     try:
-        return Tracker.start(experiment.tracking, experiment.params(), folder, dataset, resumed, score)
+        return Tracker.start(experiment.tracking, params_in_force(experiment), folder, dataset, resumed, score)
     except FedmetaError:
         if not earlier:
             remove_unused(folder)

@@ -16,6 +16,7 @@ from fedmeta.adapt.intervals import LEVEL, Estimate
 from fedmeta.adapt.model_card import measured_sets
 from fedmeta.adapt.own_problem import Solved
 from fedmeta.adapt.writing import Written
+from fedmeta.cli.folding import fitted
 from fedmeta.signing import UNSIGNED
 from fedmeta.tables import number
 
@@ -46,7 +47,7 @@ def show(adapted: Adapted, written: Written) -> None:
         table.add_row(
             f"personalized, {steps}", *_cells(found.after, test.after if test else None, bold=bool(found.steps))
         )
-    console.print(table)
+    console.print(fitted(table, console))
     console.print(f"[bold]{escape(adapted.advice)}[/]", soft_wrap=True, highlight=False)
     if adapted.sets:
         for line in (adapted.sets.facts.guarantee, *measured_sets(adapted)):
@@ -72,7 +73,7 @@ def show_solved(solved: Solved, written: Written) -> None:
     for metric in solved.metrics:
         values = (number(solved.scores[place][metric.name]) for place in (0, -1))
         table.add_row(escape(metric.name + (f" ({metric.unit})" if metric.unit else "")), *values)
-    console.print(table)
+    console.print(fitted(table, console))
     console.print(f"[bold]{escape(solved.advice)}[/]", soft_wrap=True, highlight=False)
     for warning in (*solved.warnings, *([written.note] if written.note else [])):
         console.print(f"note  {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 NO_BAR = "!"
 MOST_BARS = 24
+NARROW = 80
+"""In a terminal of fewer columns bars are a third as wide."""
 
 
 @contextmanager
@@ -47,7 +49,8 @@ def progress(experiment: Experiment, title: str = "", *, quiet: bool = False) ->
         yield ignore_progress
         return
     console = Console(stderr=True)
-    view = RunView(title or f"{experiment.learner.name} on {experiment.data.source}", experiment.server.rounds)
+    name = title or f"{experiment.learner.name} on {experiment.data.source}"
+    view = RunView(name, experiment.server.rounds, narrow=console.width < NARROW)
     with ExitStack() as shown:
         if console.is_terminal:
             shown.enter_context(Live(view.group, console=console, transient=True, refresh_per_second=5))
@@ -101,12 +104,13 @@ class RunView:
         group: The two lines.
     """
 
-    def __init__(self, name: str, rounds: int) -> None:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
+    def __init__(self, name: str, rounds: int, narrow: bool = False) -> None:
+        self._most = MOST_BARS // 3 if narrow else MOST_BARS
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(self._most), MofNCompleteColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True))
         self._task = self._bar.add_task(name, total=rounds)
         self._scores: list[float] = []
-        self._line = Text("starting", style="dim", no_wrap=True, overflow="ellipsis")
+        self._line = Text("starting", style="dim")
         self.group = Group(self._bar, self._line)
 
     def update(self, stand: Stand) -> None:
@@ -120,7 +124,7 @@ class RunView:
         if score is None or stand.global_score is None:
             self._line.append("new sites: no score yet", style="dim")
         else:
-            self._line.append("new sites ").append(sparkline(self._scores), style="cyan")
+            self._line.append("new sites ").append(sparkline(self._scores, self._most), style="cyan")
             self._line.append(f" personalized {number(score)}", style="bold")
             self._line.append(f", global {number(stand.global_score)}")
         if stand.failures:

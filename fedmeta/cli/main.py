@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from fedmeta.cli import operating, reading, training, unlearning
+from fedmeta.cli import listing, operating, reading, training, unlearning
 from fedmeta.cli.application import app
 from fedmeta.errors import FedmetaError
 
 INTERRUPTED = 130
-ORDER = [module.__name__ for module in (training, reading, unlearning, operating)]
+ORDER = [module.__name__ for module in (training, reading, listing, unlearning, operating)]
 """In which order the help lists the modules' commands."""
 
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__module__", "")))

@@ -19,15 +19,20 @@ def ui(
     uri: Annotated[str, typer.Option(help="The MLflow store, in place of the experiment's.")] = "",
     port: Annotated[int, typer.Option(help="Where to serve; 0 = a free port.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
+    data: Annotated[
+        str, typer.Option(metavar="NAME", help="Show runs on this data set alone; the experiment's if a file is given.")
+    ] = "",
 ) -> None:
-    """Opens the MLflow UI on the runs of an experiment, best new-site accuracy first. Ctrl-C ends it."""
+    """Opens the MLflow UI on the runs of an experiment, the best score of new sites first. Ctrl-C ends it."""
+    from fedmeta.tracking.description import data_name
     from fedmeta.tracking.ui import ui as serve
 
     experiment = load_experiment(file, overrides or []) if file else Experiment().with_overrides(overrides or [])
     chosen = uri or experiment.absolute().tracking.uri
     if chosen == UNTRACKED:
         raise FedmetaError('[tracking] uri = "none": such runs are not tracked, and there is nothing to open')
-    serve(chosen, experiment.tracking.experiment, port or None, browser)
+    shown = data or (data_name(experiment.params()) if file else "")
+    serve(chosen, experiment.tracking.experiment, port or None, browser, shown)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedmeta.cli.folding import fitted
 from fedmeta.experiment import UNTRACKED, Experiment, Tracking, without_user_info
 from fedmeta.search.comparison import Comparison, budget, compared_kind
 from fedmeta.search.comparison_report import against, spread
@@ -29,6 +30,7 @@ from fedmeta.tables import (
     text,
     with_diverged,
 )
+from fedmeta.tracking.description import data_name
 
 if TYPE_CHECKING:
     from fedmeta.search.results import StudyResult
@@ -84,7 +86,7 @@ def results(summary: Mapping[str, Any], experiment: Experiment) -> None:
             percent(own["helped"]),
             percent(own["harmed"]),
         )
-    console.print(table)
+    console.print(fitted(table, console))
     _show_subgroups(console, summary, experiment)
     for line in [*_other_metrics(summary), *stream_lines(summary), *ledger_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -108,7 +110,7 @@ def _show_subgroups(console: Console, summary: Mapping[str, Any], experiment: Ex
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for name, label, sites, rows, before, after, *_ in found.rows:
         table.add_row(escape(str(name)), str(label), str(sites), str(rows), text(before), text(after))
-    console.print(table)
+    console.print(fitted(table, console))
 
 
 def _other_metrics(summary: Mapping[str, Any]) -> list[str]:
@@ -150,7 +152,7 @@ def site_values(found: Values) -> None:
         for place in shown.argsort()[::-1][:MOST_ROWS].tolist():
             cells = (found.left_out[group], found.shapley[group], found.half_width[group])
             table.add_row(escape(found.names[place]), *(number(float(each[place])) for each in cells))
-        console.print(table)
+        console.print(fitted(table, console))
         if (more := len(found.names) - MOST_ROWS) > 0:
             console.print(f"and {more} more: --json, or the file", highlight=False)
 
@@ -185,7 +187,7 @@ def comparison(found: Comparison) -> None:
         shares = f"{percent(row['helped'])}, {percent(row['harmed'])}"
         cells = (number(row["global"]), personalized, *others, shares, against(found, row))
         table.add_row(escape(str(row["learner"])), *map(escape, cells))
-    console.print(table)
+    console.print(fitted(table, console))
     if early := budget(found.runs):
         console.print(escape(early), highlight=False, soft_wrap=True)
     for learner, reason in found.left_out.items():
@@ -198,7 +200,7 @@ def comparison(found: Comparison) -> None:
         best.add_column("best settings")
         for name in found.table["learner"]:
             best.add_row(str(name), escape(describe(found.trials[name][0].settings)))
-        console.print(best)
+        console.print(fitted(best, console))
     console.print(f"table  {found.folder / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -213,7 +215,7 @@ def search(result: StudyResult) -> None:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for trial in search_report.shown_trials(result, most=MAX_TRIALS):
         table.add_row(*map(escape, search_report.cells(trial, result)))
-    console.print(table)
+    console.print(fitted(table, console))
     folder = result.config.folder
     lines = {"page": folder / "tuning.md", "run it": f"fedmeta run {shlex.quote(str(folder / 'best.toml'))}"}
     for name, value in (lines | _see(result.config.experiment)).items():
@@ -228,7 +230,7 @@ def landscape(figures: Mapping[str, Any], title: str, folder: Path) -> None:
     table.add_column("", justify="right")
     for key, label in LANDSCAPE.items():
         table.add_row(label, number(figures[key]))
-    console.print(table)
+    console.print(fitted(table, console))
     about = f"{figures['sites']} sites, {int(figures['parameters']):,} parameters, {figures['probes']} random starts"
     console.print(f"{about} of {figures['steps']} Lanczos steps", highlight=False)
     console.print(f"files       {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -242,7 +244,7 @@ def sites(frame: pd.DataFrame) -> None:
         table.add_column(column.replace("_", " "), justify="left" if column in ("site", "kind") else "right")
     for row in frame.head(MOST_ROWS).itertuples(index=False):
         table.add_row(*(_cell(column, value) for column, value in zip(frame.columns, row, strict=True)))
-    console.print(table)
+    console.print(fitted(table, console))
     if len(frame) > MOST_ROWS:
         console.print(f"... and {len(frame) - MOST_ROWS} more; --json prints all of them")
 
@@ -270,7 +272,7 @@ def columns(frame: pd.DataFrame, task: str, classes: Sequence[tuple[str, int]]) 
         table.add_column(headings.get(name, name), justify="left" if left else "right", overflow="fold")
     for _, row in frame.head(MOST_COLUMNS).iterrows():
         table.add_row(*("" if pd.isna(row[name]) else _cell(name, row[name]) for name in kept))
-    console.print(table)
+    console.print(fitted(table, console))
     if len(frame) > MOST_COLUMNS:
         console.print(f"... and {len(frame) - MOST_COLUMNS} more columns")
 
@@ -304,5 +306,6 @@ def _see(experiment: Experiment) -> dict[str, str]:
     if tracking.uri == UNTRACKED:
         return {}
     uri = "" if tracking.uri == usual.uri else f" --uri {shlex.quote(without_user_info(tracking.uri))}"
-    name = "" if tracking.experiment == usual.experiment else f" --set tracking.experiment={tracking.experiment}"
-    return {"see it": f"fedmeta ui{uri}{name}"}
+    own = tracking.experiment
+    name = "" if own == usual.experiment else f" --set {shlex.quote(f'tracking.experiment={own}')}"
+    return {"see it": f"fedmeta ui --data {shlex.quote(data_name(experiment.params()))}{uri}{name}"}

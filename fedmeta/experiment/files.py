@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import tomli_w
 from pydantic import ValidationError
 
-from fedmeta.errors import FedmetaError, nearest
+from fedmeta.errors import FedmetaError, meant, nearest
 from fedmeta.experiment.data import MADE_SOURCES, Data
 from fedmeta.experiment.sections import (
     UNTRACKED,
@@ -302,7 +302,7 @@ def _override(text: str) -> tuple[str, str, object]:
     origin = f"--set {on_one_line(text)}"
     if not (equals and dot and key):
         homes = [f"{home}.{name}" for home, schema in SECTIONS.items() if name.strip() in schema.model_fields]
-        hint = f"; did you mean {homes[0]}={value}?" if homes else ", such as server.rounds=50"
+        hint = meant(f"{homes[0]}={value}") if homes else ", such as server.rounds=50"
         raise FedmetaError(f"{origin}: must be written section.key=value{hint}")
     if section not in SECTIONS:
         hint = nearest(section, SECTIONS) or f"; the sections are {', '.join(SECTIONS)}"

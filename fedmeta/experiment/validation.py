@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fedmeta.errors import FedmetaError, nearest
+from fedmeta.errors import FedmetaError, meant, nearest
 
 Scalar = bool | int | float | str
 
@@ -348,7 +348,7 @@ def _unknown_key(section: str, key: str, start: str, sections: Sections) -> str:
 def _elsewhere(key: str, sections: Sections) -> str:
     """Returns the section that does have this key, as a question."""
     found = [name for name, section in sections.items() if key in section.model_fields]
-    return f"; did you mean [{found[0]}] {key}?" if found else ""
+    return meant(f"[{found[0]}] {key}") if found else ""
 
 
 def _shown(value: object) -> str:

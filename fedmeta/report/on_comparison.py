@@ -1,6 +1,8 @@
-"""The report of several learners on the same sites: which serves new sites best, and is that more than chance?"""
+"""The report of several learners on the same sites: which serves new sites best, and does the interval exclude 0?"""
 
 from __future__ import annotations
+
+import shlex
 
 import pandas as pd
 
@@ -29,7 +31,7 @@ def on_comparison(compared: Compared) -> Document:
     seen = "that took no part in training" if kind == "new" else "that took part in training"
     question = (
         f"Which learner serves sites {seen} best, on the same sites, splits, rounds and seeds: {learners}? "
-        f"Each is compared with {found.baseline}, site by site; an interval that excludes zero is more than chance."
+        f"Each is compared with {found.baseline}, site by site, with the 95 % interval of the mean difference."
     )
     left_out = [Text(f"{learner} is left out: {reason}") for learner, reason in found.left_out.items()]
     return Document(
@@ -99,22 +101,24 @@ def _settings(found: Comparison) -> tuple[Block, ...]:
 
 def _plots(compared: Compared, kind: str) -> Pictures:
     found, order = compared.found, list(compared.found.table["learner"])
+    several = found.runs["seed"].nunique() > 1
     drawn = [
         Picture(
             "differences",
             comparison_plots.differences(found.table, found.baseline, found.score),
             f"Difference in {found.score.label} of each learner to {found.baseline}, paired by site, with its 95 % "
-            "interval; rings are not significant.",
+            f"interval{_rings(found)}.",
         ),
         Picture(
             "every_site",
             comparison_plots.every_site(found.sites, order, kind, found.score),
-            f"Personalized {found.score.label}: every site and seed is a dot, the bar is the mean, the dotted line the "
-            "mean of the global model.",
+            f"Personalized {found.score.label}: a dot is a {kind} site{' in one seed' if several else ''}, the bar is "
+            "the mean, the dotted line the mean of the global model.",
         ),
     ]
     if (found.table["bytes_up"] > 0).any():
-        caption = f"Mean {found.score.label} over seeds against what the sites sent."
+        over = " over seeds" if several else ""
+        caption = f"Mean {found.score.label} of new sites{over} against what the sites sent in a run."
         drawn.append(Picture("traffic", comparison_plots.traffic(found.table, found.score), caption))
     ids = found.runs.groupby("learner")["run_id"].agg(list)
     histories = {
@@ -122,11 +126,17 @@ def _plots(compared: Compared, kind: str) -> Pictures:
         for learner in order
     }
     if any(history["round"].nunique() > 1 for each in histories.values() for history in each):
-        caption = (
-            f"Mean {found.score.label} over sites and seeds; the band reaches from the lowest seed to the highest."
-        )
+        band = "; the band reaches from the lowest seed to the highest" if several else ""
+        caption = f"Mean {found.score.label} over {kind} sites{' and seeds' if several else ''}, by round{band}."
         drawn.append(Picture("over_rounds", comparison_plots.over_rounds(histories, kind, found.score), caption))
     return Pictures(drawn)
+
+
+def _rings(found: Comparison) -> str:
+    """Returns what rings in the picture of differences are, where there is one."""
+    includes = (found.table["low"] <= 0) & (found.table["high"] >= 0)
+    others = found.table["learner"] != found.baseline
+    return "; a ring: the interval includes 0" if (includes & others).any() else ""
 
 
 def _left_behind(found: Comparison, kind: str) -> Table:
@@ -176,7 +186,7 @@ def _again(compared: Compared) -> Section:
     tuned = f" --tune {len(next(iter(found.trials.values())))}" if found.trials else ""
     learners = ",".join([*dict.fromkeys(found.runs["learner"]), *found.left_out])
     seeds = sorted(set(found.runs["seed"]))
-    command = f"fedmeta compare {parts.EXPERIMENT_FILE} --learners {learners} --seeds {len(seeds)}{tuned}"
+    command = f"fedmeta compare {parts.EXPERIMENT_FILE} --learners {shlex.quote(learners)} --seeds {len(seeds)}{tuned}"
     facts = f"Seeds {', '.join(str(seed) for seed in seeds)}. Runs {ids}."
     return parts.again(shared(compared), command, run.summary.get("versions", {}), facts)
 

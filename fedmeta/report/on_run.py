@@ -19,14 +19,6 @@ from fedmeta.tracking import plots
 from fedmeta.tracking.description import data_name
 from fedmeta.tracking.metrics import latest, left_behind, worst_first
 
-CAPTIONS = {
-    "sites": "Every site: {score} of the global model (ring) and of its personalized one (dot). New sites are bold.",
-    "adaptation": "{score} by inner step; the band holds the middle 80 % of sites, lines what new sites reach else.",
-    "rounds": "{score} on test data while the start was learned.",
-    "heat_map": "Personalized {score}, evaluation by evaluation; the best at the end on top.",
-    "gain_by_rows": "Gain of each site in {score} by adapting, against the rows that it has to train on.",
-}
-
 
 def on_run(run: Run) -> Document:
     """Returns the report."""
@@ -84,7 +76,7 @@ def _lead(run: Run, label: str, group: Mapping[str, Any], score: Metric) -> str:
     _, low, high = mean_interval(gains, run.experiment.runtime.seed)
     if len(gains) < 2:
         return f"{lead}. One site is no evidence."
-    verdict = "Adapting helps." if low > 0 else "Adapting harms." if high < 0 else "That may be chance."
+    verdict = "Adapting helps." if low > 0 else "Adapting harms." if high < 0 else "The interval includes 0."
     local = group["local_only"]["mean"]
     beside = f" Local-only, on the same data, sites reach {number(local)}." if local is not None else ""
     return f"{lead} (95 % interval over sites {number(low, sign=True)} to {number(high, sign=True)}). {verdict}{beside}"
@@ -125,9 +117,38 @@ def _tables(run: Run) -> tuple[Block, ...]:
 def _plots(run: Run, score: Metric) -> Pictures:
     drawn = []
     for name, draw in plots.plots_of(run.history).items():
-        caption = CAPTIONS[name].format(score=score.label)
+        caption = caption_of(name, run.history, score)
         drawn.append(Picture(name, draw(run.history, score), caption[:1].upper() + caption[1:]))
     return Pictures(drawn)
+
+
+def caption_of(name: str, history: pd.DataFrame, score: Metric) -> str:
+    """Returns what a plot of `fedmeta.tracking.plots` shows of these sites: nothing is named that is not drawn."""
+    sites = plots.defined_rows(latest(history), score)
+    harmed = bool((sites["gain"] < 0).any())
+    if name == "sites" and len(sites) > plots.NAMED_SITES:
+        marks = "; orange strokes: harmed" if harmed else ""
+        return (
+            f"Sites by rank, worst to best: {score.label} of the personalized model (line) and of the global one at "
+            f"the same site (gray dots); the worst 10 % are shaded{marks}."
+        )
+    if name == "sites":
+        marks = "; orange strokes: harmed" if harmed else ""
+        both = sites["kind"].eq("new").any() and sites["kind"].ne("new").any()
+        bold = " Names of new sites are bold." if both else ""
+        return f"Each site: {score.label} of the global model (ring) and of its personalized one (dot){marks}.{bold}"
+    if name == "adaptation":
+        rivals = [rival for rival, _, _ in plots.rivals(latest(history), score)]
+        lines = f"; lines: new sites' mean by {', '.join(rivals)}" if rivals else ""
+        return f"Mean {score.label} by inner step; the band holds the middle 80 % of sites{lines}."
+    if name == "rounds":
+        once = history["round"].nunique() == 1
+        when = "at the only evaluation" if once else "by round"
+        return f"Mean {score.label} on test data {when}: personalized, its worst 10 % (dotted), and global (dashed)."
+    if name == "heat_map":
+        return f"Personalized {score.label} of each site at each evaluation; the best at the end on top."
+    below = "; below 0, shaded, adapting harms" if harmed else ""
+    return f"Gain of each site in {score.label} by adapting, against the rows that it has to train on{below}."
 
 
 def _own_pictures(run: Run) -> tuple[Block, ...]:

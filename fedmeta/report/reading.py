@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +100,8 @@ def _one(name: str, root: Path, uri: str, folders: dict[str, Path]) -> Run | Com
         if (place / SUMMARY).is_file():
             return _run(place, place)
         if next(place.glob("round-*.safetensors"), None):
-            raise FedmetaError(f"{place}: the run has not ended; resume it: fedmeta run FILE.toml --resume {name}")
+            again = f"fedmeta run FILE.toml --resume {shlex.quote(str(name))}"
+            raise FedmetaError(f"{place}: the run has not ended; resume it: {again}")
     file = sqlite_file(uri)
     if path.exists() or (file is not None and not file.exists()):
         raise FedmetaError(f"{name}: neither a finished run nor a comparison: it has no {SUMMARY} and no {COMPARISON}")

@@ -21,6 +21,7 @@ from fedmeta.search.runs import ProgressOf, run_or_load
 from fedmeta.search.space import default_space
 from fedmeta.search.study import SearchConfig
 from fedmeta.search.trial import Trial
+from fedmeta.tracking.description import data_name
 
 
 def compare(
@@ -89,7 +90,7 @@ def compare(
         comparison = replace(comparison, privacy=spent)
         write(comparison, folder)
         if summary:
-            publish(summary, comparison)
+            publish(summary, comparison, data_name(experiment.params()))
     return comparison
 
 

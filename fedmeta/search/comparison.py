@@ -198,12 +198,12 @@ def interval(mean: float, low: float, high: float) -> str:
 def significance(low: float, high: float) -> str:
     """Returns what an interval of a difference (positive = better) shows."""
     if low > 0 or high < 0:
-        return f"significantly {'better' if low > 0 else 'worse'} (95 % CI excludes 0)"
-    return "no significant difference"
+        return f"{'better' if low > 0 else 'worse'} (95 % interval excludes 0)"
+    return "no difference shown (95 % interval includes 0)" if np.isfinite([low, high]).all() else "no interval"
 
 
 def verdict(table: pd.DataFrame, baseline: str, score: Metric) -> str:
-    """Returns which learner serves new sites best, and whether that is more than chance."""
+    """Returns which learner serves new sites best, and whether the interval of its difference excludes 0."""
     best = table.iloc[0]
     unit = f" {score.unit}" if score.unit else ""
     text = f"Best for new sites: {best['learner']} ({score.name} {best['personalized']:.3f}{unit})"

@@ -15,8 +15,8 @@ from fedmeta.experiment import Experiment
 from fedmeta.launch import tracked
 from fedmeta.search.comparison import Comparison, budget, compared_kind, interval, sites_by_learner
 from fedmeta.search.space import describe
-from fedmeta.tables import markdown_table, number, percent
-from fedmeta.tracking.description import data_name
+from fedmeta.tables import markdown_table, number, percent, plain
+from fedmeta.tracking.description import NAMED_SITES, data_name
 from fedmeta.tracking.experiment_view import COMPARISON
 from fedmeta.tracking.metrics import metric_suffixes
 from fedmeta.tracking.parent_run import ParentRun, parent_run
@@ -82,6 +82,19 @@ def _settings(comparison: Comparison) -> list[str]:
     ]  # fmt: skip
 
 
+def left_behind(comparison: Comparison) -> str:
+    """Returns a sentence on the new sites that the best learner's adapting harms, the largest mean loss first."""
+    best, kind = str(comparison.table["learner"].iloc[0]), compared_kind(comparison.sites)
+    own = comparison.sites[(comparison.sites["learner"] == best) & (comparison.sites["kind"] == kind)]
+    gains = own.groupby("site")["gain"].mean()
+    losing = gains[gains < 0].sort_values()
+    if losing.empty:
+        return f"{best} leaves none of {len(gains)} {kind} sites behind."
+    named = ", ".join(plain(str(name)[:60]) for name in losing.index[:NAMED_SITES])
+    more = f" and {len(losing) - NAMED_SITES} more" if len(losing) > NAMED_SITES else ""
+    return f"{best} leaves {len(losing)} of {len(gains)} {kind} sites behind: {named}{more}."
+
+
 def to_json(comparison: Comparison) -> str:
     """Returns the verdict, the table, the runs, and the trials of settings as one JSON object."""
     table, runs = (json.loads(frame.to_json(orient="records")) for frame in (comparison.table, comparison.runs))
@@ -128,8 +141,14 @@ def comparison_run(
     return parent_run(experiment, "comparison", name, folder)
 
 
-def publish(run: ParentRun, comparison: Comparison) -> None:
-    """Logs the aggregates, the table of sites by learner, the page and the picture."""
+def publish(run: ParentRun, comparison: Comparison, data: str) -> None:
+    """Logs the aggregates, the table of sites by learner, the page and the picture; stands above its runs from then on.
+
+    Args:
+        run: The comparison's run.
+        comparison: The results.
+        data: The data set, as runs name it.
+    """
     from fedmeta.tracking import comparison_plots, plots
 
     suffixes = metric_suffixes(comparison.table["learner"])
@@ -144,4 +163,7 @@ def publish(run: ParentRun, comparison: Comparison) -> None:
     verdict, _, rest = markdown(comparison).partition("\n")
     drawn = comparison_plots.differences(comparison.table, comparison.baseline, comparison.score)
     picture = plots.write(drawn, folder / "differences.png")
-    run.publish(f"**{verdict}**\n{rest}", metrics, tables, files, {f"{COMPARISON}/differences": picture})
+    page = f"**{verdict}** {left_behind(comparison)}\n{rest}"
+    run.publish(page, metrics, tables, files, {f"{COMPARISON}/differences": picture})
+    run.adopt(comparison.runs["run_id"])
+    run.pin(comparison.score, data)

@@ -11,10 +11,12 @@ import pandas as pd
 
 from fedmeta import tables
 from fedmeta.tables import number, percent
+from fedmeta.tracking.experiment_view import DATA_TAG, KIND_TAG, TRIAL
 from fedmeta.tracking.metrics import latest, left_behind, per_site
 
 DESCRIPTION_LIMIT = 8000
 NAMED_SITES = 12
+SCORE_TAG, BETTER_TAG = "fedmeta.score", "fedmeta.better"
 GAP = "\N{NO-BREAK SPACE}" * 3 + " "
 """MLflow leaves no space between a table's columns."""
 # Of Okabe and Ito (2008), the others of Tol (2021): a learner looks alike in every chart and to every eye.
@@ -50,10 +52,17 @@ def tags(params: Mapping[str, Any]) -> dict[str, str]:
     return {
         **({"mlflow.parentRunId": parent} if parent else {}),
         "fedmeta.learner": learner,
-        "fedmeta.data": data_name(params),
+        DATA_TAG: data_name(params),
+        KIND_TAG: TRIAL if params.get("evaluation.judge") == "validation_sites" and parent else "run",
         "fedmeta.seed": str(params["runtime.seed"]),
         "mlflow.runColor": COLOURS.get(learner) or OTHER_COLOURS[crc32(learner.encode()) % len(OTHER_COLOURS)],
     }
+
+
+def score_tags(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tags of a finished run that name its score, and which way that is better."""
+    score = summary["score"]
+    return {SCORE_TAG: str(score["name"]), BETTER_TAG: "higher" if score["higher_is_better"] else "lower"}
 
 
 def description(summary: Mapping[str, Any], sites: pd.DataFrame) -> str:

@@ -1,4 +1,7 @@
-"""How an experiment opens in the MLflow UI: a saved view of its charts, kept in the experiment's tags.
+"""How an experiment opens in the MLflow UI: saved views of its charts, kept in the experiment's tags.
+
+One view shows all runs, and one for each data set those on it, with the newest comparison pinned on top. Trials of a
+search are left out of both, for their scores are of validation sites; clearing the search box shows them.
 
 MLflow draws a chart for every metric it finds, in sections by prefix. The view orders the sections, puts the bars that
 compare runs on top, folds away what is rarely asked, and leaves the params out of the picture's card. Metrics that it
@@ -8,6 +11,8 @@ does not name get their charts all the same. An MLflow that does not know the ta
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -15,10 +20,14 @@ if TYPE_CHECKING:
 
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "fedmeta"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+"""The key of the view of all runs."""
+VIEWS = "mlflow.sharedViewState."
+VIEW_TAG = f"{VIEWS}{VIEW}"
+DATA_TAG, KIND_TAG, TRIAL = "fedmeta.data", "fedmeta.kind", "trial"
 PRIMARY_METRIC = "final/new_sites_personalized"
 PICTURES = "0_summary"
 """The section of pictures; MLflow sorts it to the top."""
+SITES_PICTURE = f"{PICTURES}/sites"
 COMPARISON = "comparison"
 """What the charts of a comparison's run begin with."""
 BARS = (
@@ -47,9 +56,32 @@ class Section(NamedTuple):
 
 
 def tags(score: Metric) -> dict[str, str]:
-    """Returns the tags of an experiment whose runs have this score: its main metric, and the view."""
-    view = {"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(_state(score))}
-    return {"mlflow.experiment.primaryMetric.name": PRIMARY_METRIC, VIEW_TAG: json.dumps(view)}
+    """Returns the tags of an experiment whose runs have this score: its main metric, and the view of all runs."""
+    search = f"tags.`{KIND_TAG}` != '{TRIAL}'"
+    return {"mlflow.experiment.primaryMetric.name": PRIMARY_METRIC, VIEW_TAG: _view(VIEW, _state(score, search))}
+
+
+def view_of(data: str) -> str:
+    """Returns the key of a data set's view."""
+    return f"{VIEW}-{re.sub(r'[^A-Za-z0-9_.-]', '_', data)[:100]}"
+
+
+def data_tags(score: Metric, data: str, pinned: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the tag of an experiment that is a data set's view.
+
+    Args:
+        score: What runs on these data are scored by.
+        data: The data set, as runs name it in their tag `DATA_TAG`.
+        pinned: The runs that stand on top, whatever they are sorted by.
+    """
+    quote = '"' if "'" in data else "'"
+    search = f"tags.`{DATA_TAG}` = {quote}{data}{quote} AND tags.`{KIND_TAG}` != '{TRIAL}'"
+    state = {**_state(score, search), "runsPinned": list(pinned)}
+    return {f"{VIEWS}{view_of(data)}": _view(data, state)}
+
+
+def _view(name: str, state: dict[str, Any]) -> str:
+    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
 def _sections(score: Metric) -> list[Section]:
@@ -67,10 +99,16 @@ def _sections(score: Metric) -> list[Section]:
     ]
 
 
-def _state(score: Metric) -> dict[str, Any]:
-    columns = [*(f"metrics.`{name}`" for name in BARS), "params.`learner.name`", "params.`runtime.seed`"]
-    picture = {**_card("IMAGE", f"{PICTURES}/sites"), "imageKeys": [f"{PICTURES}/sites"], "step": 0}
+def _state(score: Metric, search: str) -> dict[str, Any]:
+    columns = [
+        *(f"metrics.`{name}`" for name in BARS),
+        "params.`learner.name`",
+        "params.`runtime.seed`",
+        f"tags.`{DATA_TAG}`",
+    ]
+    picture = {**_card("IMAGE", SITES_PICTURE), "imageKeys": [SITES_PICTURE], "step": 0}
     return {
+        "searchFilter": search,
         "orderByKey": f"metrics.`{PRIMARY_METRIC}`",
         "orderByAsc": not score.higher_is_better,
         "selectedColumns": columns,

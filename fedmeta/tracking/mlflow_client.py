@@ -229,8 +229,8 @@ def _create_sqlite(uri: str, file: Path, build_tables: Callable[[str], object]) 
         part.unlink(missing_ok=True)
 
 
-def experiment_of(client: MlflowClient, uri: str, name: str, score: Metric | None = None) -> str:
-    """Returns an experiment's id; creates it, with its view by the score, where it is not there.
+def experiment_of(client: MlflowClient, uri: str, name: str, score: Metric | None = None, data: str = "") -> str:
+    """Returns an experiment's id; creates it, and its views by the score, of all runs and of the data, if not there.
 
     Artifacts of a database's experiments lie beside a SQLite file, wherever the process runs.
 
@@ -255,8 +255,9 @@ def experiment_of(client: MlflowClient, uri: str, name: str, score: Metric | Non
     assert experiment is not None
     if experiment.lifecycle_stage != "active":
         raise FedmetaError(f'tracking.experiment "{name}" was deleted in {uri}; restore it or name another')
-    if score is not None and experiment_view.VIEW_TAG not in experiment.tags:
-        for key, value in experiment_view.tags(score).items():
+    views = experiment_view.tags(score) | (experiment_view.data_tags(score, data) if data else {}) if score else {}
+    for key, value in views.items():
+        if key not in experiment.tags:
             client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from numpy.typing import NDArray
 
+from fedmeta.tracking.description import BETTER_TAG, SCORE_TAG
+from fedmeta.tracking.experiment_view import DATA_TAG, PRIMARY_METRIC
 from fedmeta.tracking.metrics import RESULTS
 from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, reason_of, status_of_error
 from fedmeta.versions import __version__
@@ -21,6 +24,13 @@ if TYPE_CHECKING:
 
 FOLDER = "model"
 """The name of a run's model, and of its folder."""
+
+CHAMPION = "champion"
+"""The alias of the registered version with the best score of new sites."""
+ABOUT = "A start from which each site, also a new one, adapts in a few steps."
+TAGS = ("fedmeta.learner", DATA_TAG, "fedmeta.seed", SCORE_TAG, BETTER_TAG)
+VALUE_TAG = "fedmeta.new_sites"
+"""The tag of a registered version that holds its score of new sites."""
 
 LOADER = "fedmeta.adapt.serving"
 SUPPORT: Mapping[str, tuple[str, Any]] = {
@@ -94,7 +104,7 @@ def log(client: MlflowClient, run_id: str, folder: Path, registered: str) -> str
         return f"the store keeps no models ({reason_of(error)}); the run's artifacts hold this one"
     try:
         if registered:
-            _register(client, run_id, model, registered)
+            return _register(client, run_id, model, registered)
     except MlflowException as error:
         if status_of_error(error) in _LATER:
             raise
@@ -137,13 +147,61 @@ def _show_results(client: MlflowClient, run_id: str, model_id: str, metrics: Map
     client.log_batch(run_id, metrics=entries)
 
 
-def _register(client: MlflowClient, run_id: str, model: LoggedModel, name: str) -> None:
+def _register(client: MlflowClient, run_id: str, model: LoggedModel, name: str) -> str:
+    """Registers a run's model with the run's verdict and tags, and gives the best version its alias.
+
+    Returns:
+        Why the alias stays where it is although this version might be better; empty where that is decided.
+    """
     from mlflow import MlflowException
 
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=ABOUT)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    if not any(version.run_id == run_id for version in client.search_model_versions(f"name = '{name}'")):
-        client.create_model_version(name, model.artifact_location, run_id, model_id=model.model_id)
+    versions = client.search_model_versions(f"name = '{name}'")
+    version = next((each for each in versions if each.run_id == run_id), None)
+    run = client.get_run(run_id).data
+    tags = {key: run.tags[key] for key in TAGS if key in run.tags}
+    score = run.metrics.get(PRIMARY_METRIC)
+    tags |= {VALUE_TAG: repr(score)} if score is not None else {}
+    verdict = run.tags.get("mlflow.note.content", "").partition("\n\n|")[0].strip()
+    if version is None:
+        version = client.create_model_version(
+            name, model.artifact_location, run_id, tags=tags, description=verdict, model_id=model.model_id
+        )
+    else:
+        client.update_model_version(name, version.version, verdict)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version.version, key, value)
+    return _crown(client, name, str(version.version), tags)
+
+
+def _crown(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> str:
+    """Gives a new version the alias of the best one where its new-site score is better than that one's."""
+    from mlflow import MlflowException
+
+    if VALUE_TAG not in tags:
+        return ""  # no new site has a score: nothing to be best by
+    try:
+        best = client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if status_of_error(error) in _LATER:
+            raise
+        client.set_registered_model_alias(name, CHAMPION, version)
+        return ""
+    if str(best.version) == version:
+        return ""
+    for key in (DATA_TAG, SCORE_TAG):
+        if best.tags.get(key) != tags.get(key):
+            return (
+                f'the alias "{CHAMPION}" of the model "{name}" stays at version {best.version}: its '
+                f"{key.partition('.')[2]} is {best.tags.get(key, 'not known')}, that of version {version} "
+                f"{tags.get(key, 'not known')}, and scores of the two do not compare"
+            )
+    earlier, found = float(best.tags.get(VALUE_TAG, "nan")), float(tags[VALUE_TAG])
+    better = found < earlier if tags.get(BETTER_TAG) == "lower" else found > earlier
+    if better or math.isnan(earlier):
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return ""

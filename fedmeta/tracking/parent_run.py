@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from fedmeta.experiment import UNTRACKED, Experiment, without_user_info
+from fedmeta.problems.metric import Metric
+from fedmeta.tracking import experiment_view
 from fedmeta.tracking.async_queue import batches
 from fedmeta.tracking.description import DESCRIPTION_LIMIT, data_name
 from fedmeta.tracking.metrics import finite
@@ -121,6 +123,23 @@ class ParentRun:
         except Exception as error:
             self._notice(error)
 
+    def adopt(self, run_ids: Iterable[str]) -> None:
+        """Shows runs under this one."""
+        try:
+            for run_id in run_ids:
+                self._client.set_tag(run_id, "mlflow.parentRunId", self.run_id)
+        except Exception as error:
+            self._notice(error)
+
+    def pin(self, score: Metric, data: str) -> None:
+        """Puts this run on top in the view of a data set, in place of the one that stood there."""
+        try:
+            experiment_id = self._client.get_run(self.run_id).info.experiment_id
+            for key, value in experiment_view.data_tags(score, data, [self.run_id]).items():
+                self._client.set_experiment_tag(experiment_id, key, value)
+        except Exception as error:
+            self._notice(error)
+
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Ends the run; it may be resumed."""
         try:
@@ -129,11 +148,13 @@ class ParentRun:
             self._notice(error)
 
     def _log_metrics(self, curves: Mapping[str, Sequence[float]]) -> None:
-        from mlflow.entities import Metric
+        from mlflow import entities
 
         now = time.time_ns() // 1_000_000
         for batch in batches(
-            Metric(key, value, now, step) for key, values in curves.items() for step, value in enumerate(values)
+            entities.Metric(key, value, now, step)
+            for key, values in curves.items()
+            for step, value in enumerate(values)
         ):
             self._client.log_batch(self.run_id, metrics=batch)
 
@@ -144,6 +165,8 @@ class ParentRun:
 def _open(
     uri: str, experiment: Experiment, kind: str, name: str, earlier: str, parent: str
 ) -> tuple[MlflowClient, str]:
+    from fedmeta.in_force import params_in_force  # it imports torch, which takes seconds
+
     client = open_client(uri)  # before any import of MLflow, which reads its log level when it is imported
     from mlflow import MlflowException
 
@@ -151,8 +174,8 @@ def _open(
         with suppress(MlflowException):
             client.update_run(earlier, status="RUNNING", name=name)
             return client, earlier
-    params = experiment.params()
-    tags = {"fedmeta.kind": kind, "fedmeta.data": data_name(params), "mlflow.runColor": COLOUR}
+    params = params_in_force(experiment)
+    tags = {experiment_view.KIND_TAG: kind, experiment_view.DATA_TAG: data_name(params), "mlflow.runColor": COLOUR}
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     created = client.create_run(experiment_of(client, uri, experiment.tracking.experiment), tags=tags, run_name=name)
     run_id: str = created.info.run_id

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -27,9 +28,12 @@ from fedmeta.problems.metric import Metric, gain_label
 from fedmeta.tables import number
 from fedmeta.tracking.metrics import latest, worst_first
 
+CARD_NAME = "sites_card"
 FOLDER = "pictures"
 """The folder of a run's folder that holds its plots, and the pictures that its problem drew."""
 DOTS_PER_INCH = 200
+CARD = (12.0, 4.2)
+"""Inches of a picture in MLflow's card of pictures, which is wide and low."""
 NAMED_SITES = 60
 LONGEST_NAME = 28
 GROUND, INK, FAINT = "#FAFAF8", "#222222", "#8C8C8C"
@@ -60,7 +64,7 @@ def plots_of(sites: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame, Metric], 
 
 def own_pictures(folder: Path) -> list[Path]:
     """Returns the PNG files of a run's pictures that its problem drew."""
-    return [path for path in sorted(folder.glob("*.png")) if path.stem not in PLOTS]
+    return [path for path in sorted(folder.glob("*.png")) if path.stem not in (*PLOTS, CARD_NAME)]
 
 
 # The plots
@@ -70,6 +74,28 @@ def site_ranking(sites: pd.DataFrame, score: Metric) -> Figure:
     """Draws each site's score before and after adapting, the best on top; a band by rank where sites are too many."""
     ranked = worst_first(defined_rows(latest(sites), score))
     return _band(ranked, score) if len(ranked) > NAMED_SITES else _dumbbells(ranked, score)
+
+
+def site_card(sites: pd.DataFrame, score: Metric) -> Figure:
+    """Draws `site_ranking` lying down, as wide and low as MLflow's card for it, the best site on the left."""
+    ranked = worst_first(defined_rows(latest(sites), score))
+    if len(ranked) > NAMED_SITES:
+        return _band(ranked, score, CARD)
+    ranked = ranked.iloc[::-1].reset_index(drop=True)
+    figure, axes = new_figure(*CARD)
+    before, after = ranked[f"global_{score.name}"].to_numpy(), ranked[f"personalized_{score.name}"].to_numpy()
+    places = np.arange(len(ranked))
+    axes.vlines(places, before, after, color=_stroke_colors(ranked, "#BDBDBD"), linewidth=3, zorder=1)
+    axes.scatter(places, before, s=36, facecolor=GROUND, edgecolor=FAINT, linewidth=1.5, zorder=2)
+    axes.scatter(places, after, s=52, color=[COLOURS[kind] for kind in ranked["kind"]], zorder=3)
+    names = [_short(name) for name in ranked["site"].astype(str)]
+    crowded = len(names) > 12 or any(len(name) > 90 / max(len(names), 1) for name in names)
+    axes.set_xticks(places, names, fontsize=9, parse_math=False, rotation=90 if crowded else 0)
+    _mark_new(axes.get_xticklabels(), ranked)
+    axes.set_xlim(-0.8, max(len(ranked), 3) - 0.2)
+    axes.grid(visible=False, axis="x")
+    set_titles(axes, _ranking_title(ranked), "", score.label)
+    return finish(figure, axes, _ranking_handles(ranked) if len(ranked) else [])
 
 
 def gain_by_rows(sites: pd.DataFrame, score: Metric) -> Figure:
@@ -110,7 +136,7 @@ def adaptation(sites: pd.DataFrame, score: Metric) -> Figure:
         axes.fill_between(steps, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
         for edge in (low, high):
             axes.plot(steps, edge, color=COLOURS[kind], linewidth=0.8, alpha=0.7)
-    for name, value, style in _rivals(latest(sites), score):
+    for name, value, style in rivals(latest(sites), score):
         axes.axhline(value, color=INK, linestyle=style, linewidth=1.0, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     each = sites.get("step_evaluations")
@@ -195,24 +221,33 @@ def _dumbbells(ranked: pd.DataFrame, score: Metric) -> Figure:
     axes.scatter(before, places, s=24, facecolor=GROUND, edgecolor=FAINT, linewidth=1.3, zorder=2)
     axes.scatter(after, places, s=32, color=colors, zorder=3)
     axes.set_yticks(places, [_short(name) for name in ranked["site"].astype(str)], fontsize=8, parse_math=False)
-    for label, kind in zip(axes.get_yticklabels(), ranked["kind"], strict=True):
-        if kind == "new":
-            label.set(color=COLOURS["new"], fontweight="bold")
+    _mark_new(axes.get_yticklabels(), ranked)
     axes.set_ylim(-0.8, max(len(ranked), 3) - 0.2)
     axes.grid(visible=False, axis="y")
     set_titles(axes, _ranking_title(ranked), score.label, "")
+    return finish(figure, axes, _ranking_handles(ranked) if len(ranked) else [])
+
+
+def _mark_new(labels: Sequence[Text], ranked: pd.DataFrame) -> None:
+    for label, kind in zip(labels, ranked["kind"], strict=True):
+        if kind == "new":
+            label.set(color=COLOURS["new"], fontweight="bold")
+
+
+def _ranking_handles(ranked: pd.DataFrame) -> list[Line2D]:
     handles = [
         Line2D([], [], color=COLOURS[kind], marker="o", linewidth=0, label=f"personalized, {_label(kind)}")
         for kind, _ in _by_kind(ranked)
     ]
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor=GROUND, linewidth=0, label="global"))
-    handles.append(Line2D([], [], color=HARMED, linewidth=2.2, label="harmed"))
-    return finish(figure, axes, handles if len(ranked) else [])
+    # What is not drawn has no entry.
+    harmed = [Line2D([], [], color=HARMED, linewidth=2.2, label="harmed")] if (ranked["gain"] < 0).any() else []
+    return handles + harmed
 
 
-def _band(ranked: pd.DataFrame, score: Metric) -> Figure:
+def _band(ranked: pd.DataFrame, score: Metric, size: tuple[float, float] = (7.0, 4.6)) -> Figure:
     groups = list(_by_kind(ranked))
-    figure, first = new_figure(7.0, 4.6, columns=len(groups))
+    figure, first = new_figure(*size, columns=len(groups))
     for axes, (kind, part) in zip(figure.axes, groups, strict=True):
         before, after = part[f"global_{score.name}"].to_numpy(), part[f"personalized_{score.name}"].to_numpy()
         share = 100 * (np.arange(len(part)) + 0.5) / len(part)
@@ -232,7 +267,7 @@ def _band(ranked: pd.DataFrame, score: Metric) -> Figure:
     figure.suptitle(_ranking_title(ranked), x=0.02, ha="left", fontsize=11, fontweight="bold", color=INK)
     handles = [Line2D([], [], color=COLOURS[kind], linewidth=2.2, label="personalized") for kind, _ in groups[:1]]
     handles.append(Line2D([], [], color=FAINT, marker="o", markersize=3, linewidth=0, label="global, same site"))
-    handles.append(Line2D([], [], color=HARMED, label="harmed"))
+    handles += [Line2D([], [], color=HARMED, label="harmed")] if (ranked["gain"] < 0).any() else []
     return finish(figure, first, handles)
 
 
@@ -243,8 +278,8 @@ def _by_kind(sites: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     return ((kind, part) for kind in COLOURS if len(part := sites[sites["kind"] == kind]))
 
 
-def _rivals(sites: pd.DataFrame, score: Metric) -> Iterator[tuple[str, float, LineStyle]]:
-    """Yields the mean score of what adapting is compared with: local-only, a classical method, the optimum."""
+def rivals(sites: pd.DataFrame, score: Metric) -> Iterator[tuple[str, float, LineStyle]]:
+    """Yields name, mean score and line of what adapting is compared with: local-only, classical method, optimum."""
     new = sites[sites["kind"] == "new"]
     own = new if len(new) else sites
     named: tuple[tuple[str, str, LineStyle], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from fedmeta.tracking.events import (
     read_unsent,
     write_unsent,
 )
-from fedmeta.tracking.experiment_view import PICTURES
+from fedmeta.tracking.experiment_view import PICTURES, SITES_PICTURE
 from fedmeta.tracking.mlflow_client import (
     SITES,
     Dataset,
@@ -103,7 +104,7 @@ class Tracker:
             if resume_run_id:
                 client.update_run(resume_run_id, status="RUNNING")
                 return client, resume_run_id
-            experiment_id = experiment_of(client, uri, settings.experiment, score)
+            experiment_id = experiment_of(client, uri, settings.experiment, score, description.data_name(params))
             known = _run_of(client, experiment_id, folder) if resume_run_id is not None else ""
             run_id = known or _create(client, experiment_id, settings.name, params, folder)
             log_params(client, run_id, params)
@@ -162,6 +163,7 @@ class Tracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._queue.put(self._values(0, metrics.final_metrics(summary, sites)))
         self._queue.put([Tag("mlflow.note.content", description.description(summary, sites))])
+        self.tags(description.score_tags(summary))
         makers: dict[str, Callable[[], list[Event]]] = {"tables": lambda: self._tables(sites)}
         # With secure aggregation there is no row of a site, and so nothing to draw.
         if not self._settings.parent and len(
@@ -198,13 +200,16 @@ class Tracker:
         return [Table(str(results.absolute())), artifact(history)]
 
     def _pictures(self, summary: Mapping[str, Any], sites: pd.DataFrame) -> list[Event]:
-        """Draws the run; its ranking of sites and the problem's own pictures are shown among MLflow's charts."""
+        """Draws the run; its sites, as wide as a card, and its problem's own pictures stand among MLflow's charts."""
         from fedmeta.tracking import plots
 
         folder, last = self._folder / plots.FOLDER, int(sites["round"].max())
-        files = [*plots.save(sites, metric_of(summary["score"]), folder)[:1], *plots.own_pictures(folder)]
-        keys = metrics.metric_suffixes(file.stem for file in files)
-        shown = [Picture(str(file.absolute()), f"{PICTURES}/{keys[file.stem]}", last) for file in files]
+        score, own = metric_of(summary["score"]), plots.own_pictures(folder)
+        plots.save(sites, score, folder)
+        card = plots.write(plots.site_card(sites, score), folder / f"{plots.CARD_NAME}.png")
+        keys = metrics.metric_suffixes(file.stem for file in own)
+        shown = [Picture(str(card.absolute()), SITES_PICTURE, last)]
+        shown += [Picture(str(file.absolute()), f"{PICTURES}/{keys[file.stem]}", last) for file in own]
         return [*shown, artifact(folder)]
 
     def _keep(self, unsent: list[Event]) -> None:
@@ -218,7 +223,7 @@ class Tracker:
             if unsent:
                 log_notice(
                     f"{self.uri} did not take {len(unsent)} events; they are in {path}; "
-                    f"once it is back: fedmeta sync {self._folder}"
+                    f"once it is back: fedmeta sync {shlex.quote(str(self._folder))}"
                 )
 
     def _values(self, round_number: int, found: Mapping[str, float]) -> list[MetricValue]:

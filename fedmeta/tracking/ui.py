@@ -20,12 +20,12 @@ from urllib.request import Request, urlopen
 
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment.tracking_uri import PASSWORD, USER, with_user_info, without_user_info
-from fedmeta.tracking.experiment_view import VIEW, VIEW_TAG
+from fedmeta.tracking.experiment_view import VIEW, VIEWS, view_of
 from fedmeta.tracking.mlflow_client import MLFLOW_DEFAULTS, checked_uri, sqlite_file
 
 LOOPBACK = "127.0.0.1"
 USUAL_PORT = 5000
-START_S = 120.0
+START_S = 300.0
 ANSWER_S = 5.0
 STOP_S = 10.0
 
@@ -37,7 +37,7 @@ class Served(NamedTuple):
     process: subprocess.Popen[bytes]
 
 
-def ui(uri: str, experiment: str, port: int | None = None, browser: bool = False) -> None:
+def ui(uri: str, experiment: str, port: int | None = None, browser: bool = False, data: str = "") -> None:
     """Serves the UI until Ctrl-C; of a server that already runs it only prints the link.
 
     Args:
@@ -45,18 +45,19 @@ def ui(uri: str, experiment: str, port: int | None = None, browser: bool = False
         experiment: The name of the experiment whose charts the link shows.
         port: Where to serve; None takes MLflow's usual port, or another where that is taken.
         browser: Whether to open the link in a browser.
+        data: The data set whose runs the link shows; "" = all of them.
 
     Raises:
         FedmetaError: The store is not there or cannot be used, the port is taken, or MLflow does not start.
     """
     if uri.startswith(("http://", "https://")):
-        _announce(experiment_link(checked_uri(uri), experiment), browser)
+        _announce(experiment_link(checked_uri(uri), experiment, data), browser)
         return
     # Ended from outside, this process must not leave the server running.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with serving(uri, port) as server:
-            _announce(experiment_link(server.address, experiment), browser)
+            _announce(experiment_link(server.address, experiment, data), browser)
             print("Ctrl-C ends it.", file=sys.stderr)
             server.process.wait()
     except KeyboardInterrupt:
@@ -107,8 +108,15 @@ def serving(uri: str, port: int | None = None) -> Iterator[Served]:
             _stop(server)
 
 
-def experiment_link(address: str, experiment: str) -> str:
-    """Returns the link to an experiment's charts, the best run first, or to all experiments where there is none."""
+def experiment_link(address: str, experiment: str, data: str = "", charts: bool = True) -> str:
+    """Returns the link to an experiment's runs, the best first, or to all experiments where there is none.
+
+    Args:
+        address: The server.
+        experiment: The experiment's name.
+        data: The data set whose runs are shown, where the experiment has a view of it; "" = all runs.
+        charts: Whether runs are shown as charts, or as a table.
+    """
     query = urlencode({"experiment_name": experiment}, quote_via=quote)
     request = Request(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}")
     if user := os.environ.get(USER):
@@ -120,9 +128,10 @@ def experiment_link(address: str, experiment: str) -> str:
     except (OSError, ValueError, KeyError):
         return f"{address}/#/experiments"
     # Without its type of workflow the page would open in MLflow's GenAI mode.
-    view = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
-    if any(tag["key"] == VIEW_TAG for tag in found.get("tags", ())):
-        view["viewStateShareKey"] = VIEW
+    view = {"workflowType": "machine_learning", "compareRunsMode": "CHART" if charts else "TABLE"}
+    known = {tag["key"].removeprefix(VIEWS) for tag in found.get("tags", ())}
+    if keys := [key for key in ([view_of(data)] if data else []) + [VIEW] if key in known]:
+        view["viewStateShareKey"] = keys[0]
     return f"{address}/#/experiments/{found['experiment_id']}/runs?{urlencode(view)}"
 
 

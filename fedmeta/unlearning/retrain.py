@@ -8,6 +8,7 @@ would change sides.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +75,9 @@ def finished_run(name: str, root: Path, code: Collection[str] = ()) -> tuple[Exp
     folder = Path(name) if Path(name).is_dir() else checkpoint.find(root, name, "")
     state, _ = checkpoint.newest(folder)
     if not state.finished:
-        raise FedmetaError(f"{folder}: the run has not ended: end it first, fedmeta run FILE --resume {folder.name}")
+        raise FedmetaError(
+            f"{folder}: the run has not ended: end it first, fedmeta run FILE --resume {shlex.quote(folder.name)}"
+        )
     experiment = Experiment.from_toml(state.experiment, str(folder))
     refuse_foreign_code(experiment, str(folder), code)
     return experiment, state, folder

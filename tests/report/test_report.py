@@ -20,6 +20,7 @@ from fedmeta.report.document import Code, Document, Folded, Key, Picture, Pictur
 from fedmeta.report.html import html_page
 from fedmeta.report.latex import latex_page
 from fedmeta.report.markdown import markdown_page
+from fedmeta.report.on_run import caption_of
 from fedmeta.report.parts import EXPERIMENT_FILE, differing
 from fedmeta.report.reading import labelled, read
 from fedmeta.report.writing import csv_table
@@ -29,6 +30,7 @@ from fedmeta.tables import Change, Share
 from fedmeta.tables import text as shown_as
 from fedmeta.tracking import plots
 from tests.tracking.browser import CHROMIUM, browser
+from tests.tracking.made_up_run import ACCURACY, evaluation
 
 TOML = """
 [data]
@@ -319,3 +321,28 @@ def test_a_browser_loads_nothing_but_the_page(made, tmp_path):
         assert page.wait_for({"How to repeat it"}, 60) == set()
         assert page.evaluate("performance.getEntriesByType('resource').length") == 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") is True
+        page.open(html.as_uri(), width=390, height=844)
+        assert page.wait_for({"How to repeat it"}, 60) == set()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        blocks = "[...document.querySelectorAll('.table, pre, p')]"
+        wider = "each => each.scrollWidth > each.clientWidth + 1"
+        assert page.evaluate(f"{blocks}.filter({wider}).length") == 0, "a phone folds, and cuts nothing"
+
+
+@pytest.mark.parametrize(("new", "training"), [(3, 5), (0, 8), (40, 60)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_captions_describe_what_is_drawn(new: int, training: int, sign: int) -> None:
+    sites = evaluation(new, training)
+    sites["gain"] = sign * sites["gain"].abs()
+    caption = caption_of("sites", sites, ACCURACY)
+    few = new + training <= plots.NAMED_SITES
+    assert ("ring" in caption, "by rank" in caption) == (few, not few)
+    assert ("bold" in caption) == (few and new > 0)
+    assert ("harmed" in caption) == (sign < 0)
+    drawn = plots.site_ranking(sites, ACCURACY)
+    legend = {text.get_text() for each in drawn.legends for text in each.get_texts()}
+    assert ("harmed" in legend) == (sign < 0)
+    assert ("shaded" in caption_of("gain_by_rows", sites, ACCURACY)) == (sign < 0)
+    assert "only evaluation" in caption_of("rounds", sites, ACCURACY)
+    named = [name for name, _, _ in plots.rivals(sites, ACCURACY)]
+    assert all(name in caption_of("adaptation", sites, ACCURACY) for name in named)

@@ -12,7 +12,7 @@ from fedmeta.errors import FedmetaError
 from fedmeta.problems.metric import Metric
 from fedmeta.runtime import Result
 from fedmeta.search.comparison import Comparison, budget, build_table, difference, verdict
-from fedmeta.search.comparison_report import markdown
+from fedmeta.search.comparison_report import left_behind, markdown
 
 ACCURACY, RMSE = Metric("accuracy", True), Metric("rmse", False)
 SNR = Metric("snr", True, "dB")
@@ -61,7 +61,7 @@ def test_one_site_is_no_evidence() -> None:
     assert np.isnan([low, high]).all()
     row = {"learner": "maml", "personalized": 0.7, "difference": mean, "low": low, "high": high}
     text = verdict(pd.DataFrame([row]), "fedavg-ft", ACCURACY)
-    assert text.endswith("Compared with fedavg-ft: no significant difference, +0.050, one site.")
+    assert text.endswith("Compared with fedavg-ft: no interval, +0.050, one site.")
 
 
 def test_sites_without_a_score_are_left_out() -> None:
@@ -107,7 +107,7 @@ def test_learners_are_ranked_in_the_direction_of_the_score(score: Metric, best: 
 def test_the_page_has_name_unit_and_direction_of_the_score() -> None:
     found = compared(SNR, fedavg_ft=[-9.0, -10.0, -11.0], maml=[-7.0, -8.0, -9.0])
     assert found.verdict == (
-        "Best for new sites: maml (snr -8.000 dB). Compared with fedavg-ft: significantly better (95 % CI excludes 0), "
+        "Best for new sites: maml (snr -8.000 dB). Compared with fedavg-ft: better (95 % interval excludes 0), "
         "+2.000 [+2.000, +2.000]."
     )
     page = markdown(found)
@@ -116,9 +116,19 @@ def test_the_page_has_name_unit_and_direction_of_the_score() -> None:
     assert "Mean snr (dB) of new sites, higher is better" in page
 
 
-def test_a_difference_that_may_be_chance_is_not_significant() -> None:
+def test_who_is_left_behind_under_the_best_learner_is_named() -> None:
+    found = compared(ACCURACY, maml=[0.9, 0.8, 0.7], anil=[0.5, 0.5, 0.5])
+    own = found.sites["learner"] == "maml"
+    names = list(found.sites.loc[own, "site"])
+    found.sites.loc[own, "gain"] = [0.1, -0.2, -0.3]
+    assert left_behind(found) == f"maml leaves 2 of 3 new sites behind: {names[2]}, {names[1]}."
+    found.sites.loc[own, "gain"] = 0.1
+    assert left_behind(found) == "maml leaves none of 3 new sites behind."
+
+
+def test_a_difference_whose_interval_includes_0_is_no_difference_shown() -> None:
     found = compared(RMSE, fedavg_ft=[1.0, 2.0, 3.0, 4.0], maml=[1.5, 1.5, 2.5, 4.4])
-    assert "no significant difference" in found.verdict
+    assert "no difference shown (95 % interval includes 0)" in found.verdict
 
 
 def test_runs_with_different_scores_are_refused() -> None:

@@ -55,9 +55,9 @@ def test_failed_trials_rank_last_and_leave_the_best_so_far_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        ((0.1, 0.05, 0.2), "significantly better (95 % CI excludes 0), +0.100 [+0.050, +0.200], 3 seeds."),
-        ((0.1, -0.05, 0.2), "no significant difference, +0.100 [-0.050, +0.200], 3 seeds."),
-        ((-0.1, -0.2, -0.05), "significantly worse (95 % CI excludes 0), -0.100 [-0.200, -0.050], 3 seeds."),
+        ((0.1, 0.05, 0.2), "better (95 % interval excludes 0), +0.100 [+0.050, +0.200], 3 seeds."),
+        ((0.1, -0.05, 0.2), "no difference shown (95 % interval includes 0), +0.100 [-0.050, +0.200], 3 seeds."),
+        ((-0.1, -0.2, -0.05), "worse (95 % interval excludes 0), -0.100 [-0.200, -0.050], 3 seeds."),
     ],
 )
 def test_the_verdict_rests_on_the_interval(difference: tuple[float, float, float], words: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,38 @@ def test_a_second_sending_makes_no_second_model(finished: tuple[str, fedmeta.Res
     assert module.log(client, result.summary["run_id"], result.folder / "model", "heart") == ""
     assert len(client.search_model_versions("name = 'heart'")) == 1
     assert len(client.get_run(result.summary["run_id"]).outputs.model_outputs) == 1
+
+
+@pytest.mark.slow
+def test_the_champion_is_the_best_on_new_sites_of_the_same_data(
+    finished: tuple[str, fedmeta.Result, MetaModel], tmp_path: Path
+) -> None:
+    uri, result, _ = finished
+    client = MlflowClient(uri)
+    first = client.get_model_version_by_alias("heart", module.CHAMPION)
+    assert (str(first.version), first.tags["fedmeta.learner"]) == ("1", result.summary["learner"])
+    assert first.description.startswith(f"**{result.summary['learner']}: ")
+    assert "|" not in first.description, "the verdict, and no table"
+    run = client.get_run(result.summary["run_id"])
+    score, higher = run.data.metrics[module.PRIMARY_METRIC], result.summary["score"]["higher_is_better"]
+
+    def register(change: float, **changed: str) -> str:
+        other = client.create_run(run.info.experiment_id, tags={**run.data.tags, **changed}).info.run_id
+        client.log_metric(other, module.PRIMARY_METRIC, score + (change if higher else -change))
+        folder = tmp_path / other
+        shutil.copytree(result.folder / "model", folder)
+        return module.log(client, other, folder, "champions")
+
+    def champion() -> str:
+        return str(client.get_model_version_by_alias("champions", module.CHAMPION).version)
+
+    assert (register(0.0), champion()) == ("", "1")
+    assert (register(-0.1), champion()) == ("", "1")
+    assert (register(0.1), champion()) == ("", "3")
+    refused = register(0.2, **{"fedmeta.data": "lungs"})
+    assert "stays at version 3" in refused
+    assert "lungs" in refused
+    assert champion() == "3"
 
 
 def test_a_store_without_models_keeps_them_as_artifacts(finished: tuple[str, fedmeta.Result, MetaModel]) -> None:

@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 from fedmeta.experiment import Experiment
+from fedmeta.in_force import params_in_force
+from fedmeta.tracking.experiment_view import VIEW_TAG, VIEWS, view_of
 from fedmeta.tracking.mlflow_client import open_client, picture_steps
 from fedmeta.tracking.parent_run import KEPT, annotate, parent_run
+from fedmeta.tracking.run_logger import Tracker
+from tests.tracking.made_up_run import ACCURACY
 
 
 def experiment(uri):
@@ -41,6 +45,39 @@ def test_a_repeated_command_finds_its_run_and_replaces_its_results(tmp_path):
     assert json.loads((folder / KEPT).read_text()) == {"run_id": ids[0], "uri": uri}
     annotate(uri, ids[0], {"fedmeta.note": "x"}, killed=True)
     assert client.get_run(ids[0]).info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_view_shows_a_data_sets_runs_without_trials_and_its_comparison_on_top(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def track(data, folder, *overrides):
+        described = experiment(uri).with_overrides([f"data.path={data}", "data.source=npz", *overrides])
+        tracker = Tracker.start(described.tracking, params_in_force(described), tmp_path / folder, score=ACCURACY)
+        assert tracker.stop("FINISHED") == []
+        return tracker.run_id
+
+    described = experiment(uri).with_overrides(["data.path=a/heart.npz", "data.source=npz"])
+    with parent_run(described, "comparison", "compared", tmp_path / "comparison") as above:
+        ours = [track("a/heart.npz", f"heart{seed}") for seed in range(2)]
+        track("a/lung's.npz", "lung")
+        track("a/heart.npz", "trial", "evaluation.judge=validation_sites", f"tracking.parent={above.run_id}")
+        above.adopt(ours)
+        above.pin(ACCURACY, "heart")
+    client = open_client(uri)
+    found = client.get_experiment_by_name("fedmeta")
+    states = {key: json.loads(json.loads(found.tags[f"{VIEWS}{view_of(key)}"])["state"]) for key in ("heart", "lung's")}
+    states["all"] = json.loads(json.loads(found.tags[VIEW_TAG])["state"])
+    assert states["heart"]["runsPinned"] == [above.run_id]
+
+    def shown(key):
+        filtered = client.search_runs([found.experiment_id], states[key]["searchFilter"])
+        return {run.info.run_id for run in filtered}
+
+    assert shown("heart") == {*ours, above.run_id}
+    assert len(shown("lung's")) == 1
+    assert shown("all") == shown("heart") | shown("lung's")
+    assert {client.get_run(run_id).data.tags["mlflow.parentRunId"] for run_id in ours} == {above.run_id}
 
 
 def test_nothing_is_opened_where_nothing_is_tracked(tmp_path):

@@ -120,6 +120,18 @@ def test_a_run_without_defined_scores_is_drawn(tmp_path):
     assert len(plots.save(sites, ACCURACY, tmp_path)) == 5
 
 
+def test_the_card_of_sites_is_wide_and_low_and_lists_only_what_is_drawn():
+    sites = evaluation(3, 5)
+    for gains, entry in ((sites["gain"].abs(), False), (-sites["gain"].abs(), True)):
+        figure = plots.site_card(sites.assign(gain=gains), ACCURACY)
+        assert tuple(figure.get_size_inches()) == plots.CARD
+        assert ("harmed" in legend(figure)) == entry
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert names == list(sites.sort_values(["personalized_accuracy", "site"], ascending=[False, False])["site"])
+    many = plots.site_card(evaluation(30, 70), ACCURACY)
+    assert tuple(many.get_size_inches()) == plots.CARD
+
+
 def test_labels_name_the_score_with_its_unit():
     axes = plots.by_round(evaluation(2, 4, score=SNR), SNR).axes[0]
     assert axes.get_ylabel() == "snr (dB)"
