@@ -53,7 +53,8 @@ def training_episodes(split: Split, sites: IntArray, round_number: int, support:
 
     The rows of a site are put into one order in which every stretch has its classes in proportion, as nearly as whole
     rows allow (at random for regression). Support takes from its front, at most `support` rows and all but one of the
-    site's (half of them in a stream); query takes what follows, at most `query` rows. A site with one train row has it in query.
+    site's (half of them in a stream); query takes what follows, at most `query` rows. A site with one train row has it
+    in query.
 
     Args:
         split: The population, which of its rows train, and the run's seed.

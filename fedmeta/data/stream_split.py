@@ -36,7 +36,7 @@ class StreamSplit(Split):
         return self.stream.half_life if self.stream.memory == "discount" else 0.0
 
     def most_support(self, rows: IntArray) -> IntArray:
-        """Returns how many of so many train rows [sites] may be support in training: half, for few are there at first."""
+        """Returns how many of so many train rows [sites] may be support in training: half of them."""
         return np.minimum(rows - 1, (rows + 1) // 2)
 
     def joining_sizes(self, sites: IntArray) -> tuple[IntArray, IntArray]:
