@@ -148,8 +148,8 @@ def evaluate_sites(
         if losses is not None and outputs is not None and y is not None and batch.sites == len(group):
             mask = batch.query[2].cpu().numpy()
             for place, site in enumerate(group.tolist()):
-                own = outputs[place, int(taken[place])].detach().cpu().numpy()
-                losses[site] = losses_of_rows(own, y[place].cpu().numpy(), mask[place])
+                reached = outputs[place, int(taken[place])].detach().cpu().numpy()
+                losses[site] = losses_of_rows(reached, y[place].cpu().numpy(), mask[place])
         if outputs is not None and y is not None and y.is_floating_point() and not scale.target.identity:
             restored, outputs, y = in_original_units(outputs, y, batch.query[2], scale.target, problem.metrics)
             found |= restored
@@ -184,7 +184,9 @@ def evaluate_sites(
     counted = tuple(evaluations.tolist()) if evaluator.baseline in ("classical", "local_only") else ()
     by_site = subgroups.by_site if subgroups else {}
     pooled |= subgroups.sums if subgroups else {}
-    return EvaluateReply(request.names, figures, chosen, pooled, tuple(pooled_sites), counted, by_site)
+    return EvaluateReply(
+        request.names, figures, chosen, pooled, tuple(pooled_sites), evaluations=counted, subgroups=by_site
+    )
 
 
 def _mark_diverged(figures: dict[str, Floats]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmeta.engines import program, vmap
+from fedmeta.engines.frozen_layers import after_frozen_layers
 from fedmeta.engines.lowrank.engine import fits
 from fedmeta.engines.microbatch import BUDGET, chunk_sites, chunks
 from fedmeta.engines.rows import check_derivatives, check_labels, check_rows, check_tasks
@@ -78,9 +79,10 @@ def meta_gradients(
     own = _weights(weights, tasks.sites if isinstance(tasks, Batch) else len(tasks))
     if len(own):
         batch = with_order(learner, tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks))
-        name = _engine(engine, learner, meta_state, batch)
+        whole = learner, meta_state, batch
+        name, learner, meta_state, batch = _chosen(engine, *whole)
         if check == "auto":
-            check_derivatives(learner, meta_state, batch)
+            check_derivatives(*whole)
         if clip_norm or per_site:
             name = choose_engine_by_site(name, learner, batch, meta_state, per_site)
         own = own.to(batch.device)
@@ -150,7 +152,7 @@ def evaluate(
         names = ("loss", *(metric.name for metric in learner.problem.metrics))
         return {name: torch.zeros(0, taken + 1) for name in names}
     batch = tasks if isinstance(tasks, Batch) else stack_tasks(learner, tasks)
-    name = _engine(engine, learner, meta_state, batch)
+    name, learner, meta_state, batch = _chosen(engine, learner, meta_state, batch)
     size = chunk or chunk_sites(learner, meta_state, batch, name, budget)
     parts, places = [], []
     for sites, part in chunks(batch, size):
@@ -178,6 +180,20 @@ def _weights(weights: Sequence[float] | Tensor | None, sites: int) -> Tensor:
     if own.shape != (sites,) or not bool(((own >= 0) & (own < torch.inf)).all()):
         raise FedmetaError(f"weights: {sites} numbers of at least 0 are needed, one for each site")
     return own.double()
+
+
+def _chosen(
+    engine: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch
+) -> tuple[str, Learner, Mapping[str, Tensor], Batch]:
+    """Returns the engine, and learner, meta-state and tasks as it gets them: behind frozen layers.
+
+    The loop is the reference, and stays as it is; the low-rank form computes once by itself what is fixed.
+    """
+    name = _engine(engine, learner, meta_state, batch)
+    if engine == "loop" or name == "lowrank":
+        return name, learner, meta_state, batch
+    reduced = after_frozen_layers(learner, meta_state, batch)
+    return (name if reduced[0] is learner else _engine(engine, *reduced), *reduced)
 
 
 def _engine(name: str, learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from fedmeta.engines.frozen_layers import after_frozen_layers
 from fedmeta.engines.rows import check_labels, check_rows
 from fedmeta.engines.vmap import fits
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, by_site, join_figures, stack_path
@@ -56,7 +57,7 @@ def train_personal(
         `fedmeta.engines.meta_gradients` does; and the new personal parts stacked; that of a site whose share was not
         finite is the old one.
     """
-    batch = with_order(learner, batch)
+    learner, meta_state, batch = after_frozen_layers(learner, meta_state, with_order(learner, batch))
     template = learner.message_template(meta_state)
 
     def site(
@@ -93,6 +94,7 @@ def evaluate_personal(
     learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch, steps: int, personal: Parameters
 ) -> Figures:
     """Returns the scores of sites that continue from their personal parts [sites, ...]."""
+    learner, meta_state, batch = after_frozen_layers(learner, meta_state, batch)
 
     def site(support: Any, query: Any, own: Parameters, key: Tensor) -> Figures:
         with at_site(key):
