@@ -312,7 +312,7 @@ def test_user_and_password_of_a_file_move_into_the_environment(
         ("[data]\nsource = 'npz'", '[data] path = "": must name the data where source = "npz"'),
         (
             "[data]\nsplit = 'block'",
-            '[data] split = "block": must be one of "random", "blocks", "characters"; did you mean "blocks"?',
+            '[data] split = "block": must be one of "random", "blocks", "time", "characters"; did you mean "blocks"?',
         ),
         (
             "[model]\nhidden = '64,a'",

@@ -98,9 +98,9 @@ def check(experiment: Experiment, features: Sequence[str], categories: Categorie
                 f'[evaluation] subgroups: "{each.column}" is no feature of the run{nearest(each.column, features)}'
             )
         if (each.column in known) == bool(each.edges):
-            cure = f'name it alone, "{each.column}"' if each.edges else f'give bands, "{each.column}: 40, 65"'
+            advice = f'name it alone, "{each.column}"' if each.edges else f'give bands, "{each.column}: 40, 65"'
             kind = "holds categories" if each.edges else "holds numbers"
-            raise FedmetaError(f'[evaluation] subgroups: "{each.column}" {kind}: {cure}')
+            raise FedmetaError(f'[evaluation] subgroups: "{each.column}" {kind}: {advice}')
 
 
 def all_levels(groupings: Sequence[Subgrouping], categories: Categories) -> tuple[str, ...]:

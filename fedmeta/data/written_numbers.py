@@ -1,7 +1,7 @@
 """Numbers as people write them: decimal commas and separators of thousands, read where they can be nothing else.
 
 A column of texts is looked at as a whole, for one cell may decide what the others mean: beside 4,76 the cell 1.544 is
-1544. Where a cell could be either, such as 42,850, it is a problem with its cure.
+1544. Where a cell could be either, such as 42,850, it is a problem, reported with what to do.
 """
 
 import re

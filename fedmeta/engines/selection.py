@@ -25,6 +25,13 @@ TRIAL_RUNS = 3
 MUCH_SLOWER = 2.0
 """An engine that takes so many times as long as the best is not tried again."""
 
+SMALL = 3e7
+"""Below so many products of a parameter and a row a cohort takes milliseconds by any engine, and none is timed: that
+repeated runs have the same bits is worth more than what the fastest would save."""
+
+LOOPS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
+"""Layers that use a parameter many times for each row."""
+
 
 class Engine(Protocol):
     """One way to run a learner for many sites."""
@@ -86,18 +93,32 @@ def choose_engine_by_site(
 def _other_than_lowrank(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor] | None) -> str:
     if program.fits(learner, batch, meta_state) is None:
         return "program"
-    loops = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
-    if learner.problem.on_rows and any(isinstance(layer, loops) for layer in learner.network.module.modules()):
+    if learner.problem.on_rows and _has_loops(learner):
         return "loop"
     return "vmap" if vmap.fits(learner, batch, meta_state) is None else "loop"
 
 
+def _has_loops(learner: Learner) -> bool:
+    return any(isinstance(layer, LOOPS) for layer in learner.network.module.modules())
+
+
+def _is_small(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
+    if not learner.problem.on_rows or _has_loops(learner):
+        return False
+    rows = batch.support[0].shape[1] * max(learner.inner_steps, 1) + batch.query[0].shape[1]
+    parameters = sum(value.numel() for value in learner.theta(meta_state).values())
+    return parameters * rows * min(batch.sites, TRIAL_SITES) < SMALL
+
+
 def needs_autotuning(learner: Learner, batch: Batch, meta_state: Mapping[str, Tensor]) -> bool:
-    """Returns whether the rule of `choose_engine` is weak.
+    """Returns whether the rule of `choose_engine` is weak where it matters.
 
     That is where most parameters take one value per site anyway, or a low-rank weight meets several rows for each row
-    of the data, as in attention: corrections grow with the square of those.
+    of the data, as in attention: corrections grow with the square of those. Where a cohort takes milliseconds
+    (`SMALL`) the rule decides: a choice that is timed may come out otherwise the next time.
     """
+    if _is_small(learner, batch, meta_state):
+        return False
     try:
         forms = lowrank.plan_of(learner, batch, meta_state)
     except UnsupportedModelError:

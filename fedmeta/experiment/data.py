@@ -49,8 +49,7 @@ class Data(OpenSection):
     )
     time: str = Field(
         default="",
-        description='What orders a site\'s rows, a column (tables) or array (npz); "row order" = they come so; empty = '
-        "npz the array time, tables nothing",
+        description='Column or array that orders sites\' rows; "row order" = as they come, empty = array time of npz',
     )
     task: Literal["auto", "classification", "regression"] = Field(
         default="auto",

@@ -351,7 +351,7 @@ class Evaluation(Section):
 
     subgroups: Texts = Field(
         default=(),
-        description='Columns that group test rows in the final scores: a category, or bands of a number, "age: 40, 65"',
+        description='Columns that group test rows in final scores: a category, or "age: 40, 65" for bands of a number',
     )
     smallest_subgroup: int = Field(
         default=10, ge=1, description="Fewest of a subgroup that a site shows; smaller ones stay there (test rows)"

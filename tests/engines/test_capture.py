@@ -146,6 +146,7 @@ def test_replays_run_without_python_and_give_the_same_bits_with_it(model: str, m
 def test_a_trial_times_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, batch = build("maml", Transformer(), inner_steps=1), tasks([(3, 2)] * 2, (4,), tokens=True)
     own, replays = state(learner, torch.float32), []
+    monkeypatch.setattr(selection, "SMALL", 0)
     assert selection.needs_autotuning(learner, batch, own)
     faithful = capture._verified
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmeta import engines, models
-from fedmeta.engines import lowrank
+from fedmeta.engines import lowrank, selection
 from fedmeta.engines.microbatch import chunk_sites, chunks
 from fedmeta.engines.selection import ENGINES
 from fedmeta.errors import FedmetaError
@@ -325,11 +325,12 @@ def test_short_sites_are_not_padded_to_long_ones() -> None:
         assert torch.allclose(losses, engines.evaluate(learner, own, batch, "loop", chunk=6)["loss"])
 
 
-def test_trial_names_an_engine_that_works() -> None:
+def test_trial_names_an_engine_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tasks(RAGGED, (20,))
-    sure, figures = engines.trial(mlp(), state(mlp()), batch)
-    assert (sure, figures) == ("lowrank", {})
     learner = mlp("meta-sgd")
+    assert engines.trial(learner, state(learner), batch) == ("program", {})  # too small to be worth other bits
+    monkeypatch.setattr(selection, "SMALL", 0)
+    assert engines.trial(mlp(), state(mlp()), batch) == ("lowrank", {})
     chosen, figures = engines.trial(learner, state(learner), batch)
     assert chosen in figures
     assert set(figures) == {"loop", "vmap", "program"}

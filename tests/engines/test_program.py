@@ -289,7 +289,8 @@ def test_auto_takes_it_for_rates_per_element(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["attention", "mlp"])
-def test_attention_is_timed_and_linear_layers_are_not(model: str) -> None:
+def test_attention_is_timed_and_linear_layers_are_not(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "SMALL", 0)
     own = Transformer("none", width=32) if model == "attention" else MODELS["mlp"]()
     learner = build("maml", own, inner_steps=1)
     batch = tasks(RAGGED, () if model == "attention" else (110,), tokens=model == "attention")
