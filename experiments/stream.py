@@ -243,7 +243,7 @@ def draw(path: Path, curves: dict[str, list[Floats]], across: str, up: str) -> N
 
 
 HAR_KEYS = (
-    "data.split=time", "stream.block=50", "server.rounds=36", "evaluation.every=6", "learner.inner_lr=0.05",
+    "data.split=time", "data.standardise=none", "stream.block=50", "server.rounds=36", "evaluation.every=6", "learner.inner_lr=0.05",
     "tracking.uri=none", "evaluation.local_baseline=none", "runtime.threads=1", "data.support=400", "data.query=50",
 )  # fmt: skip
 HAR_WAYS = {

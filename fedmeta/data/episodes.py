@@ -53,7 +53,8 @@ def training_episodes(split: Split, sites: IntArray, round_number: int, support:
 
     The rows of a site are put into one order in which every stretch has its classes in proportion, as nearly as whole
     rows allow (at random for regression). Support takes from its front, at most `support` rows and all but one of the
-    site's; query takes what follows, at most `query` rows. A site with one train row has it in query.
+    site's (half of them in a stream); query takes what follows, at most `query` rows. A site with one train row has it
+    in query.
 
     Args:
         split: The population, which of its rows train, and the run's seed.
@@ -63,7 +64,7 @@ def training_episodes(split: Split, sites: IntArray, round_number: int, support:
         query: Rows that score it.
     """
     order = _drawn_order(split, sites, "episode", round_number)
-    supports = np.minimum(support, order.sizes - 1)
+    supports = np.minimum(support, split.most_support(order.sizes))
     queries = np.minimum(query, order.sizes - supports)
     starts = order.offsets[:-1]
     return Episodes(_pad(order.rows, starts, supports), _pad(order.rows, starts + supports, queries), scored=False)

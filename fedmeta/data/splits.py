@@ -45,6 +45,10 @@ class Split:
         """Of how many rows the chance of a row to be drawn halves; 0 = all alike."""
         return 0.0
 
+    def most_support(self, rows: IntArray) -> IntArray:
+        """Returns how many of so many train rows [sites] may be support in training: all but one."""
+        return rows - 1
+
     def joining_sizes(self, sites: IntArray) -> tuple[IntArray, IntArray]:
         """Returns how many train and test rows each site announces when it joins."""
         return self.train_sizes(sites), self.test_sizes(sites)

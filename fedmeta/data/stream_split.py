@@ -35,6 +35,10 @@ class StreamSplit(Split):
         """Of how many rows the chance of a row to be drawn halves; 0 = all alike."""
         return self.stream.half_life if self.stream.memory == "discount" else 0.0
 
+    def most_support(self, rows: IntArray) -> IntArray:
+        """Returns how many of so many train rows [sites] may be support in training: half of them."""
+        return np.minimum(rows - 1, (rows + 1) // 2)
+
     def joining_sizes(self, sites: IntArray) -> tuple[IntArray, IntArray]:
         """Returns how many rows each site has before the first block, and how many will score it."""
         sizes = self.population.sizes(sites)

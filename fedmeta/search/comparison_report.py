@@ -142,7 +142,7 @@ def comparison_run(
 
 
 def publish(run: ParentRun, comparison: Comparison, data: str) -> None:
-    """Logs the aggregates, the table of sites by learner, the page and the picture; stands above its runs from then on.
+    """Logs the aggregates, the table of sites by learner, the page and the picture; its runs become its children.
 
     Args:
         run: The comparison's run.
@@ -166,4 +166,4 @@ def publish(run: ParentRun, comparison: Comparison, data: str) -> None:
     page = f"**{verdict}** {left_behind(comparison)}\n{rest}"
     run.publish(page, metrics, tables, files, {f"{COMPARISON}/differences": picture})
     run.adopt(comparison.runs["run_id"])
-    run.pin(comparison.score, data)
+    run.announce(f"{comparison.verdict} {left_behind(comparison)}", data)

@@ -1,7 +1,7 @@
 """How an experiment opens in the MLflow UI: saved views of its charts, kept in the experiment's tags.
 
-One view shows all runs, and one for each data set those on it, with the newest comparison pinned on top. Trials of a
-search are left out of both, for their scores are of validation sites; clearing the search box shows them.
+One view shows all runs, and one for each data set those on it. Trials of a search are left out of both, for their
+scores are of validation sites; clearing the search box shows them. (MLflow drops pinned runs from shared views.)
 
 MLflow draws a chart for every metric it finds, in sections by prefix. The view orders the sections, puts the bars that
 compare runs on top, folds away what is rarely asked, and leaves the params out of the picture's card. Metrics that it
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -66,18 +65,16 @@ def view_of(data: str) -> str:
     return f"{VIEW}-{re.sub(r'[^A-Za-z0-9_.-]', '_', data)[:100]}"
 
 
-def data_tags(score: Metric, data: str, pinned: Sequence[str] = ()) -> dict[str, str]:
+def data_tags(score: Metric, data: str) -> dict[str, str]:
     """Returns the tag of an experiment that is a data set's view.
 
     Args:
         score: What runs on these data are scored by.
         data: The data set, as runs name it in their tag `DATA_TAG`.
-        pinned: The runs that stand on top, whatever they are sorted by.
     """
     quote = '"' if "'" in data else "'"
     search = f"tags.`{DATA_TAG}` = {quote}{data}{quote} AND tags.`{KIND_TAG}` != '{TRIAL}'"
-    state = {**_state(score, search), "runsPinned": list(pinned)}
-    return {f"{VIEWS}{view_of(data)}": _view(data, state)}
+    return {f"{VIEWS}{view_of(data)}": _view(data, _state(score, search))}
 
 
 def _view(name: str, state: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from fedmeta.experiment import UNTRACKED, Experiment, without_user_info
-from fedmeta.problems.metric import Metric
+from fedmeta.tables import plain
 from fedmeta.tracking import experiment_view
 from fedmeta.tracking.async_queue import batches
 from fedmeta.tracking.description import DESCRIPTION_LIMIT, data_name
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DESCRIPTION = "mlflow.note.content"
 VARIED = ("learner.", "tracking.", "runtime.seed", "evaluation.judge")
 """Params that differ between the runs below this one, or that describe where they are and not what they are."""
+VERDICTS = "fedmeta.verdict."
+"""How the tags of an experiment begin that hold the verdict on each data set."""
 COLOUR = "#222222"
 KEPT = "mlflow.json"
 """The file of a folder that names its run."""
@@ -131,12 +133,21 @@ class ParentRun:
         except Exception as error:
             self._notice(error)
 
-    def pin(self, score: Metric, data: str) -> None:
-        """Puts this run on top in the view of a data set, in place of the one that stood there."""
+    def announce(self, verdict: str, data: str) -> None:
+        """Puts the verdict on a data set, with a link to this run, into the experiment's description.
+
+        It stands there for each data set; a description that a person wrote stays as it is.
+        """
         try:
             experiment_id = self._client.get_run(self.run_id).info.experiment_id
-            for key, value in experiment_view.data_tags(score, data, [self.run_id]).items():
-                self._client.set_experiment_tag(experiment_id, key, value)
+            tags = dict(self._client.get_experiment(experiment_id).tags)
+            link = f"#/experiments/{experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+            key = f"{VERDICTS}{experiment_view.view_of(data)}"
+            new = tags | {key: f"{plain(data)}: [{verdict}]({link})"}
+            if tags.get(DESCRIPTION, "") != _verdicts(tags):
+                return
+            for name, value in {key: new[key], DESCRIPTION: _verdicts(new)}.items():
+                self._client.set_experiment_tag(experiment_id, name, value)
         except Exception as error:
             self._notice(error)
 
@@ -181,6 +192,11 @@ def _open(
     run_id: str = created.info.run_id
     log_params(client, run_id, {key: value for key, value in params.items() if not key.startswith(VARIED)})
     return client, run_id
+
+
+def _verdicts(tags: Mapping[str, str]) -> str:
+    """Returns the description of an experiment: a line for each data set that was compared on."""
+    return "\n\n".join(tags[key] for key in sorted(tags) if key.startswith(VERDICTS))[:DESCRIPTION_LIMIT]
 
 
 def annotate(uri: str, run_id: str, tags: Mapping[str, str], killed: bool = False) -> None:

@@ -28,6 +28,7 @@ from tests.deployment.processes import FAST, HERE, write_sites
 
 REPOSITORY = Path(__file__).parents[2]
 WAIT_S = 600.0
+POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 DEADLINE_S = 150.0
 """Far more than a round takes on a busy machine."""
 
@@ -70,11 +71,11 @@ folder = "{folder}"
 class Federation:
     """A SuperLink and SuperNodes in plain text on this machine, each of which can be killed and started again."""
 
-    def __init__(self, work: Path, stack: ExitStack) -> None:
+    def __init__(self, work: Path, stack: ExitStack, poll_s: str = "0.1") -> None:
         self.work, self.stack = work, stack
         self.marks = work / "marks"
         self.marks.mkdir()
-        self.env = environment(work / "home", {**FAST, "FEDMETA_TEST_MARKS": str(self.marks)})
+        self.env = environment(work / "home", {**FAST, POLL: poll_s, "FEDMETA_TEST_MARKS": str(self.marks)})
         self.port = free_port()
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.link = self.start_link()
@@ -128,8 +129,13 @@ def await_true(condition: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def faulty_federation(work: Path) -> Iterator[Federation]:
-    """Gives a federation without nodes whose submitted app has `faulty_app` around its ClientApp."""
+def faulty_federation(work: Path, poll_s: str = "0.1") -> Iterator[Federation]:
+    """Gives a federation without nodes whose submitted app has `faulty_app` around its ClientApp.
+
+    Args:
+        work: The folder of logs and state.
+        poll_s: How often its processes look for work (seconds); often, they take a processor of several nodes alone.
+    """
 
     def write_faulty_app(folder: Path) -> Path:
         superlink.write_app(folder)
@@ -143,7 +149,7 @@ def faulty_federation(work: Path) -> Iterator[Federation]:
 
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(deployment, "write_app", write_faulty_app)
-        running = Federation(work, stack)
+        running = Federation(work, stack, poll_s)
         patch.setenv(deployment.SUPERLINK, f"{HERE}:{running.port}")
         patch.setenv(deployment.ROOT_CERTIFICATES, deployment.PLAIN_TEXT)
         yield running

@@ -1,4 +1,4 @@
-"""Secure sums, quorums and compression over real processes: who drops out, who is slow, what the server's memory holds.
+"""Secure sums, quorums and compression over real processes: who drops out, who is slow, what was not sent.
 
 One federation of five sites serves all tests; each site's app is a copy of a process that has torch.
 """
@@ -6,16 +6,13 @@ One federation of five sites serves all tests; each site's app is a copy of a pr
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,8 +21,6 @@ from clients import compressed
 from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.progress import ignore_progress
-from fedmeta.runtime import process_guard
-from fedmeta.secure import ring
 from server import training_loop
 from tests.deployment.processes import write_sites
 from tests.deployment.test_faults import (
@@ -37,7 +32,7 @@ from tests.deployment.test_faults import (
     rounds_of,
     store_of,
 )
-from tests.deployment.watching import memory_of, recorded_line
+from tests.deployment.watching import recorded_line
 from tests.several_nodes import NODE_IDS, SeveralNodes
 
 pytestmark = pytest.mark.slow
@@ -51,7 +46,7 @@ WIRED = "site-1"
 
 @dataclass(frozen=True)
 class Running:
-    """Five sites over real processes.
+    """Some sites over real processes.
 
     Attributes:
         federation: The processes.
@@ -87,11 +82,11 @@ class Running:
         return path
 
 
-@pytest.fixture(scope="module")
-def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    work = tmp_path_factory.mktemp("rounds")
-    files = write_sites(work / "data", sites=5, rows=40)
-    with faulty_federation(work) as federation, ExitStack() as stack:
+@contextmanager
+def started(work: Path, sites: int) -> Iterator[Running]:
+    """Runs a federation of so many sites."""
+    files = write_sites(work / "data", sites=sites, rows=40)
+    with faulty_federation(work, poll_s="1.0") as federation, ExitStack() as stack:
         way, went_up = stack.enter_context(recorded_line(federation.port))
         running = Running(federation, files, went_up, {})
         stack.callback(lambda: [ends.close() for ends in running.ends.values()])
@@ -100,105 +95,17 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with started(tmp_path_factory.mktemp("rounds"), 5) as running:
+        yield running
+
+
 @pytest.fixture(autouse=True)
 def no_marks(five: Running) -> Iterator[None]:
     yield
     for path in five.federation.marks.iterdir():
         path.unlink()
-
-
-# ---------------------------------------------------------------- the server's memory
-
-
-def windows(values: bytes, width: int = 24, distinct: int = 11) -> set[bytes]:
-    """Returns some pieces of numbers that stand nowhere by chance."""
-    if len(values) < width:
-        width, distinct = 8, 5
-    pieces = [values[place : place + width] for place in range(0, len(values) - width + 1, 8)]
-    telling = [piece for piece in pieces if len(set(piece)) >= distinct]
-    return {telling[place] for place in (0, len(telling) // 2, -1)} if telling else set()
-
-
-def needles(sent: dict[str, bytes], quantum: float) -> set[bytes]:
-    """Returns what would be a site's own numbers in a process's memory, in each form that they may have there."""
-    found: set[bytes] = set()
-    if "clear" in sent:
-        numbers = np.frombuffer(sent["clear"], dtype=np.uint64)
-        found |= windows(sent["clear"])
-        for decoded in (
-            ring.decode(numbers, quantum),
-            *([ring.decode_wide(numbers, quantum)] if wide(numbers) else []),
-        ):
-            found |= windows(decoded.tobytes()) | windows(decoded.astype(np.float32).tobytes())
-        return found
-    for name, value in sent.items():
-        if name.startswith("wire/") or name == "bytes":
-            continue
-        if name.split("/")[0] in ("gradient", "sums", "figures"):
-            own = np.frombuffer(value, dtype=np.float32 if name.startswith("gradient") else np.float64)
-            found |= windows(value) | windows(own.astype(np.float64).tobytes())
-        elif name.endswith("query_loss"):
-            losses = pickle.loads(value)
-            found |= windows(struct.pack(f"<{len(losses)}d", *losses))
-    return found
-
-
-def wide(numbers: np.ndarray) -> bool:
-    return len(numbers) % 2 == 0
-
-
-def held_numbers(five: Running, experiment: fedmeta.Experiment, hold: str) -> dict[str, int]:
-    """Runs an experiment; returns of each kind of message how many sites' numbers the server's memory had meanwhile.
-
-    Args:
-        five: The federation.
-        experiment: A run of two rounds.
-        hold: The message that site 0 does not answer until the memory was read.
-    """
-    five.mark("record")
-    held = five.mark(f"hold-site-0-{hold}")
-    others = [site for site in five.files if site != "site-0"]
-    found: dict[str, int] = {}
-
-    def look() -> None:
-        five.federation.await_mark(f"site-0-{hold}")
-        for site in others:
-            five.federation.await_mark(f"sent-{site}-{hold}")
-        time.sleep(10.0)  # the replies reach the server's process
-        wanted: dict[bytes, tuple[str, str]] = {}
-        for path in sorted(five.federation.marks.glob("sent-*")):
-            _, _, number, *rest = path.name.split("-")
-            for needle in needles(pickle.loads(path.read_bytes()), experiment.privacy.quantum):
-                wanted[needle] = ("-".join(rest), number)
-        assert len({site for _, site in wanted.values()}) == 5
-        seen: set[tuple[str, str]] = set()
-        total = 0
-        for pid in process_guard.descendants(five.federation.link.pid):
-            for piece in memory_of(pid):
-                total += len(piece)
-                seen |= {wanted[needle] for needle in wanted if needle in piece}
-        print(f"{len(wanted)} pieces of numbers looked for in {total / 1e6:.0f} MB of the server: {sorted(seen)}")
-        assert total > 1e8
-        for kind, _ in seen:
-            found[kind] = found.get(kind, 0) + 1
-        held.unlink()
-
-    with meanwhile(look):
-        fedmeta.run(experiment, runtime="deployment")
-    return found
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="another process's memory is read as root")
-def test_the_servers_memory_holds_no_number_of_one_site(five: Running) -> None:
-    secure = five.experiment("memory-secure", SECURE, "evaluation.every=1")
-    assert held_numbers(five, secure, "query.unmask-train-2") == {}
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="another process's memory is read as root")
-def test_without_secure_sums_the_servers_memory_holds_sites_numbers(five: Running) -> None:
-    """Else the test above could not fail."""
-    found = held_numbers(five, five.experiment("memory-plain", "evaluation.every=1"), "train-2")
-    assert found.get("train-2", 0) == 4
 
 
 # ---------------------------------------------------------------- drop-outs

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 HERE = "127.0.0.1"
 _PIECE = 1 << 26
@@ -26,6 +28,35 @@ def memory_of(pid: int) -> Iterator[bytes]:
                 while len(found) < end - start and (piece := memory.read(min(_PIECE, end - start - len(found)))):
                     found += piece
             yield bytes(found)
+
+
+class Search:
+    """Looks for many pieces of bytes at once: by two bytes of each, then by two more, and then by all of it."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._first = np.zeros(1 << 16, dtype=bool)
+        self._pieces: dict[bytes, list[tuple[int, bytes]]] = {}
+        for piece in pieces:
+            place = max(range(len(piece) - 3), key=lambda start: len({*piece[start : start + 4]} - {0}))
+            self._first[int.from_bytes(piece[place : place + 2], "little")] = True
+            self._pieces.setdefault(piece[place : place + 4], []).append((place, piece))
+        self._keys = np.array(sorted(int.from_bytes(key, "little") for key in self._pieces), dtype=np.uint32)
+
+    def found(self, memory: bytes) -> set[bytes]:
+        """Returns the pieces that are in some memory."""
+        seen: set[bytes] = set()
+        every = np.frombuffer(memory, dtype=np.uint8)
+        for shift in range(2 if len(memory) > 4 else 0):
+            starts = np.frombuffer(memory, dtype="<u2", count=(len(memory) - shift) // 2, offset=shift)
+            at = 2 * np.flatnonzero(self._first[starts]) + shift
+            at = at[at <= len(memory) - 4]
+            keys = sum(every[at + place].astype(np.uint32) << np.uint32(8 * place) for place in range(4))
+            for where in at[np.isin(keys, self._keys)].tolist():
+                for place, piece in self._pieces[memory[where : where + 4]]:
+                    start = where - place
+                    if start >= 0 and memory[start : start + len(piece)] == piece:
+                        seen.add(piece)
+        return seen
 
 
 @contextmanager

@@ -67,6 +67,16 @@ def test_no_row_of_a_later_block_is_drawn_before_it_joined(tmp_path: Path) -> No
         assert set(scored.query.rows[scored.query.mask].tolist()) == set(split.test_rows(sites).rows.tolist())
 
 
+def test_at_most_half_of_what_is_there_is_support_in_training(tmp_path: Path) -> None:
+    split = rows_of(tmp_path)
+    for step, support in ((0, 10), (1, 20), (2, 25)):
+        drawn = training_episodes(replace(split, step=step), split.population.all_sites, 1, 25, 20)
+        assert drawn.support.mask.sum(1).tolist() == [support] * 6
+        assert drawn.query.mask.sum(1).tolist() == [min(20, 20 * (step + 1) - support)] * 6
+    scored = evaluation_episodes(replace(split, step=1), split.population.all_sites, 400)
+    assert scored.support.mask.sum(1).tolist() == [40] * 6
+
+
 def test_discount_draws_a_row_half_as_often_after_its_half_life(tmp_path: Path) -> None:
     split = replace(rows_of(tmp_path, "stream.memory=discount", "stream.half_life=20"), step=4)  # 100 rows
     sites = split.population.all_sites

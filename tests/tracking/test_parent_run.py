@@ -48,7 +48,7 @@ def test_a_repeated_command_finds_its_run_and_replaces_its_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_view_shows_a_data_sets_runs_without_trials_and_its_comparison_on_top(tmp_path):
+def test_a_view_shows_a_data_sets_runs_without_trials_and_the_verdict_is_described(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
     def track(data, folder, *overrides):
@@ -63,12 +63,12 @@ def test_a_view_shows_a_data_sets_runs_without_trials_and_its_comparison_on_top(
         track("a/lung's.npz", "lung")
         track("a/heart.npz", "trial", "evaluation.judge=validation_sites", f"tracking.parent={above.run_id}")
         above.adopt(ours)
-        above.pin(ACCURACY, "heart")
+        above.announce("maml is best.", "heart")
     client = open_client(uri)
     found = client.get_experiment_by_name("fedmeta")
     states = {key: json.loads(json.loads(found.tags[f"{VIEWS}{view_of(key)}"])["state"]) for key in ("heart", "lung's")}
     states["all"] = json.loads(json.loads(found.tags[VIEW_TAG])["state"])
-    assert states["heart"]["runsPinned"] == [above.run_id]
+    assert found.tags["mlflow.note.content"].startswith("heart: [maml is best.](#/experiments/1/runs/")
 
     def shown(key):
         filtered = client.search_runs([found.experiment_id], states[key]["searchFilter"])
@@ -77,6 +77,13 @@ def test_a_view_shows_a_data_sets_runs_without_trials_and_its_comparison_on_top(
     assert shown("heart") == {*ours, above.run_id}
     assert len(shown("lung's")) == 1
     assert shown("all") == shown("heart") | shown("lung's")
+    above.announce("anil is best.", "heart")
+    above.announce("fomaml is best.", "lung's")
+    lines = client.get_experiment_by_name("fedmeta").tags["mlflow.note.content"].split("\n\n")
+    assert [line.partition("]")[0] for line in lines] == ["heart: [anil is best.", "lung's: [fomaml is best."]
+    client.set_experiment_tag(found.experiment_id, "mlflow.note.content", "my own")
+    above.announce("maml is best.", "heart")
+    assert client.get_experiment_by_name("fedmeta").tags["mlflow.note.content"] == "my own"
     assert {client.get_run(run_id).data.tags["mlflow.parentRunId"] for run_id in ours} == {above.run_id}
 
 
