@@ -243,8 +243,9 @@ def draw(path: Path, curves: dict[str, list[Floats]], across: str, up: str) -> N
 
 
 HAR_KEYS = (
-    "data.split=time", "data.standardise=none", "stream.block=50", "server.rounds=36", "evaluation.every=6", "learner.inner_lr=0.05",
-    "tracking.uri=none", "evaluation.local_baseline=none", "runtime.threads=1", "data.support=400", "data.query=50",
+    "data.split=time", "data.standardise=none", "data.support=400", "data.query=50", "stream.block=50",
+    "server.rounds=36", "evaluation.every=6", "evaluation.local_baseline=none", "learner.inner_lr=0.05",
+    "tracking.uri=none", "runtime.threads=1",
 )  # fmt: skip
 HAR_WAYS = {
     "a start that learns, all rows": (),
