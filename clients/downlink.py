@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
-from fedmeta.compression import PackedError
+from fedmeta.compression import Arrays, PackedError
 from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.messages import MessageError, write_arrays
@@ -29,18 +29,18 @@ def with_state(content: RecordDict, context: Context, experiment: Experiment) ->
     base, changes, rest = taken_apart(content)
     number = read_scalar(read_record(rest, "task", ConfigRecord), "round", int)
     if base:
-        rest[STATE] = _state(context, experiment, base, number, {**changes})
+        rest[STATE] = _state(context, experiment, base, number, changes)
     context.state[KEPT] = rest[STATE]
     context.state[ROUND] = ConfigRecord({"round": number})
     return rest
 
 
-def _state(
-    context: Context, experiment: Experiment, base: int, number: int, changes: dict[int, dict[str, object]]
-) -> ArrayRecord:
+def _state(context: Context, experiment: Experiment, base: int, number: int, changes: dict[int, Arrays]) -> ArrayRecord:
     record, kept = context.state.get(ROUND), context.state.get(KEPT)
-    have = record["round"] if isinstance(record, ConfigRecord) else None
-    if not isinstance(kept, ArrayRecord) or not isinstance(have, int) or not base <= have <= number:
+    have = record["round"] if isinstance(record, ConfigRecord) else 0
+    if not isinstance(kept, ArrayRecord) or not isinstance(have, int):
+        raise NoStateError(f"the message changes the state of round {base}, and the node has none")
+    if not base <= have <= number:
         raise NoStateError(f"the message changes the state of round {base}, and the node has that of round {have}")
     if have == number:  # another message of the same round brought it
         return kept

@@ -62,7 +62,7 @@ CONDITIONS: dict[str, Condition] = {
     "server.norm_cap": lambda e: e.server.aggregator == "mean",
     "server.max_weight": lambda e: e.server.weighting != "uniform",
     "server.staleness": lambda e: e.server.late == "buffer",
-    "server.compression_keep": lambda e: e.server.compression == "top-k",
+    "server.compression_keep": lambda e: "top-k" in (e.server.compression, e.server.compression_down),
     "evaluation.validation_sites": _chosen_by_validation,
     "privacy.delta": lambda e: e.privacy.noise_multiplier > 0,
     **dict.fromkeys(
@@ -100,7 +100,7 @@ def _obeyed(key: str, experiment: Experiment, known: bool) -> bool:
         return name in settings_of(learner_class(experiment.learner.name))
     if section == "data" and not experiment.on_rows and key not in OF_ANY_DATA:
         # An own source may return rows, which are split; an own problem has none.
-        return ":" not in experiment.problem.name and CONDITIONS.get(key, lambda e: True)(experiment)
+        return ":" not in experiment.problem.name and _condition_holds(key, experiment)
     if section == "data" and ":" in experiment.problem.name and name in ("source", "path"):
         return bool(experiment.data.path) if name == "path" else ":" in experiment.data.source
     if section == "model" and key not in OF_ANY_MODEL:
@@ -109,7 +109,12 @@ def _obeyed(key: str, experiment: Experiment, known: bool) -> bool:
         built = MODELS.get(experiment.model.name)
         read = ("name", "freeze", "weights") if built is None else ("name", "freeze", "weights", *_keys(built))
         return name in read
-    return CONDITIONS.get(key, lambda e: True)(experiment)
+    return _condition_holds(key, experiment)
+
+
+def _condition_holds(key: str, experiment: Experiment) -> bool:
+    condition = CONDITIONS.get(key)
+    return condition is None or condition(experiment)
 
 
 def _keys(built: Callable[..., object]) -> tuple[str, ...]:

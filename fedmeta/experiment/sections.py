@@ -278,7 +278,7 @@ class Server(Section):
         default=0.1, description="Entries of a reply, or of a change, that top-k sends, 8 bytes each (share of them)"
     )
     compression_down: Literal["none", "float16", "bfloat16", "int8", "int4", "top-k"] = Field(
-        "none",
+        default="none",
         description="How what changed in the meta-state since a node's last round gets smaller on its way to sites",
     )
     min_sites: int = Field(default=1, ge=1, description="Usable replies without which a round is skipped (sites)")
