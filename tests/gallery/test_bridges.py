@@ -10,6 +10,7 @@ from fedmeta.learners import build
 from tests.problems.test_problem import directional
 
 
+@pytest.mark.slow
 def test_the_mbb_beam_has_the_published_compliance():
     """Andreassen et al. 2011: 60 x 20 elements, volume .5, sensitivity filter of radius 2.4: c = 216.81."""
     problem = bridges.Topology(1, wide=60, high=20, volume=0.5, radius=2.4)

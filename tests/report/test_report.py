@@ -286,6 +286,7 @@ def test_several_runs_are_distinguished(made, tmp_path):
     assert labelled([described(root)] * 2) == ["maml", "maml (2)"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reported_is_refused_in_a_line(made, compared, tmp_path):
     root, result = made
     folder = shutil.copytree(result.folder, tmp_path / "unfinished")

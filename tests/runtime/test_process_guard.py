@@ -61,7 +61,7 @@ with keep([sys.executable, "-c", sys.argv[1], sys.argv[2]], os.environ, Path(sys
 """
 
 
-@pytest.mark.quick("9")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_everything_ends_with_the_launcher_however_that_ends(tmp_path: Path, mark: str, number: int) -> None:
     ready, repository = tmp_path / "ready", Path(__file__).parents[2]

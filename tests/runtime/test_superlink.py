@@ -59,6 +59,7 @@ def test_the_repository_and_the_submitted_app_are_described_alike(tmp_path: Path
     assert Experiment.from_toml(keys["experiment"]).data.source == "digits"
 
 
+@pytest.mark.slow
 def test_an_installed_package_can_be_submitted_too(tmp_path: Path) -> None:
     # What a wheel leaves behind: the packages in some folder, and no pyproject.toml anywhere near.
     site_packages = tmp_path / "site-packages"

@@ -84,7 +84,7 @@ def test_a_comparison_whose_every_run_fails_is_an_error(tmp_path: Path) -> None:
         started(described(tmp_path), ["fedavg"], 2, "tune fedavg", FedmetaError("diverged"))
 
 
-@pytest.mark.quick("0-*")
+@pytest.mark.slow
 @pytest.mark.parametrize(("tune", "fails_in"), [(2, "tune fedavg ·"), (0, "fedavg, seed 1")])
 def test_a_learner_that_fails_alone_is_left_out_and_named(tmp_path: Path, tune: int, fails_in: str) -> None:
     learners = ["fedavg", "fedavg-ft"]

@@ -10,6 +10,8 @@ from fedmeta.errors import FedmetaError
 from fedmeta.tracking import mlflow_client
 from fedmeta.tracking.store_version import UPGRADE, refuse_other_version, revisions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def current(tmp_path_factory: pytest.TempPathFactory) -> bytes:
