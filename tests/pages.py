@@ -55,7 +55,7 @@ def run(page: Page, folder: Path, replaced: dict[str, str] | None = None) -> lis
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1"}
     output = folder / "output.txt"
     with output.open("wb") as file:
-        # A session of its own: whatever a page leaves running ends with it.
+        # A new session: whatever a page leaves running ends with it.
         shell = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=folder,

@@ -90,7 +90,7 @@ def _use(adapted: Adapted, files: Sequence[str]) -> list[str]:
         lines += ["`model.onnx` needs nothing but ONNX Runtime:", "", "```python", "import onnxruntime", ""]
         lines += ['session = onnxruntime.InferenceSession("model.onnx")']
         if form.categories:
-            # One input for each column, of its own type; see fedmeta.adapt.onnx_columns.
+            # One input for each column, in the type of that column; see fedmeta.adapt.onnx_columns.
             lines += [
                 'kinds = {"tensor(double)": "float64", "tensor(int64)": "int64", "tensor(string)": str}',
                 "cells = {each.name: frame[each.name].to_numpy().astype(kinds[each.type]) "

@@ -84,7 +84,7 @@ def load_site(
     only: Sequence[str] | None = None,
     categorical: Collection[str] | None = None,
 ) -> Population:
-    """Returns the population of a deployed node: one site that holds all rows of its own file.
+    """Returns the population of a deployed node: one site that holds all rows of the file.
 
     Args:
         data: What a file's columns mean; its `source` and `path` do not matter.

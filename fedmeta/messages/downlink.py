@@ -14,7 +14,7 @@ from fedmeta.learners import FROZEN
 from fedmeta.messages.records import MessageError, read_arrays, read_record, read_scalar, write_arrays
 
 BASE, CHANGES, STATE = "base", "changes", "meta_state"
-"""The records that say which state a message changes, that hold the changes, and that hold a whole state."""
+"""The records of which state a message changes, of the changes, and of a whole state."""
 
 
 def trained(names: Iterable[str]) -> list[str]:
@@ -66,7 +66,7 @@ def taken_apart(content: RecordDict) -> tuple[int, dict[int, Arrays], RecordDict
         MessageError: It is no such request.
     """
     if BASE not in content or "task" not in content:
-        raise MessageError("it does not say which state it changes")
+        raise MessageError("it does not name the state that it changes")
     base = read_scalar(read_record(content, BASE, ConfigRecord, "round"), "round", int)
     changes: dict[int, Arrays] = {}
     if base:

@@ -27,7 +27,7 @@ def start(regression: bool = False, *overrides: str) -> MetaModel:
 
 
 def site(seed: int, rows: int, regression: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a made-up site of its own direction, with labels that noise makes uncertain."""
+    """Rows of a made-up site with an own direction, with labels that noise makes uncertain."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 2, generator=draw, dtype=torch.float64)
     outputs = x @ torch.randn(2, 3, generator=draw, dtype=torch.float64) * 2

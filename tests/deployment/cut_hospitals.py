@@ -1,6 +1,6 @@
 """Cuts five hospitals' files, and three more sites', out of the heart data: cut_hospitals.py OUT [heart.npz].
 
-Each file has its columns in an order of its own. Without the data, made-up rows of the same form take their place.
+Each file has its columns in another order. Without the data, made-up rows of the same form take their place.
 """
 
 import sys

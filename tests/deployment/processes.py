@@ -64,7 +64,7 @@ class Federation:
 
     @contextmanager
     def forked(self, command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """Runs a SuperNode of this command whose app is a process of its own, which has torch, as in the compose files.
+        """Runs a SuperNode of this command whose app is a separate process, which has torch, as in the compose files.
 
         Each message then costs a fork where the SuperNode by itself starts a Python that imports torch.
         """

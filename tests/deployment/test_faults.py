@@ -350,7 +350,7 @@ def test_a_server_that_is_killed_and_restarted_and_a_deployed_run_that_is_gone_o
 
 @pytest.mark.slow
 def test_a_superlink_that_is_killed_and_restarted_beside_its_server_app(tmp_path: Path, federation: Federation) -> None:
-    """As in the compose file, where the server's part of a run is a container of its own."""
+    """As in the compose file, where the server's part of a run is a separate container."""
     federation.send(federation.link, signal.SIGKILL)
     federation.link.wait(WAIT_S)
     link = federation.start_link("--isolation", "process")

@@ -242,7 +242,7 @@ def test_the_stock_encoder_layer_takes_another_engine() -> None:
 
 @dataclass(frozen=True)
 class OtherLoss(Maml):
-    """Maml with a loss of its own, which the low-rank form does not know."""
+    """Maml with an own loss, which the low-rank form does not know."""
 
     def inner(self, parameters: Parameters, data: Rows) -> Tensor:
         return 2 * super().inner(parameters, data)

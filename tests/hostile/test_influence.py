@@ -80,7 +80,7 @@ def test_there_is_no_bound_before_the_tenth_reply_nor_where_it_is_switched_off()
     assert bound(few, (), 30.0).excess == {}
     assert bound(few, (1.0,), 30.0).excess == {FIRST - 2: pytest.approx(1e9 / 30)}
     assert bound(few, (1.0,) * 20, 0.0) == bound(few, (), 0.0)
-    # Zeros say nothing of what is usual.
+    # Zeros are no measure of what is usual.
     assert bound([reply([0.0])] * 20 + [reply([1.0])], (), 30.0).excess == {}
 
 

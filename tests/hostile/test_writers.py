@@ -99,7 +99,7 @@ def test_two_processes_cannot_share_a_ledgers_round(tmp_path: Path) -> None:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:
-    """Has each release and each finished checkpoint noted in a file of its own, by appending a line."""
+    """Has each release and each finished checkpoint noted in a separate file, by appending a line."""
     release, write = SiteLevelDP.release, checkpoint.write
 
     def noted(line: str) -> None:

@@ -69,7 +69,7 @@ def live_and_die(folder: Path, aim: str, draws: random.Random) -> int:
 
     Args:
         folder: Where the experiment file, the store and the runs are.
-        aim: "start" = while it starts; "rounds" = once it has written a checkpoint of its own; "end" = while it writes
+        aim: "start" = while it starts; "rounds" = once it has written an own checkpoint; "end" = while it writes
             its results.
         draws: Says when.
     """

@@ -14,7 +14,7 @@ from tests.runtime.processes import MARK, marked, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-# A child, a grandchild in a session of its own, and an orphan that hides as a daemon does and ignores SIGTERM.
+# A child, a grandchild in a new session, and an orphan that hides as a daemon does and ignores SIGTERM.
 FAMILY = """
 import os, signal, subprocess, sys, time
 sleep = [sys.executable, "-c", "import time; time.sleep(600)"]

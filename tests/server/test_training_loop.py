@@ -416,7 +416,7 @@ def test_a_finished_run_can_be_resumed_by_name_and_stays_as_it_is(tmp_path: Path
 
 
 def kill_in_round(experiment: Experiment, number: int) -> None:
-    """Runs an experiment in a process of its own that is killed after a round: no handler, no flush, no goodbye."""
+    """Runs an experiment in a separate process that is killed after a round: no handler, no flush, no goodbye."""
 
     def report(progress: Progress) -> None:
         if progress.round_number == number:

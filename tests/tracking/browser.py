@@ -72,7 +72,7 @@ class Page:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """Starts Chromium with a profile of its own, and ends it."""
+    """Starts Chromium with a new profile, and ends it."""
     read_commands, write_commands = os.pipe()
     read_replies, write_replies = os.pipe()
     options = (
