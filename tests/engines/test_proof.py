@@ -1,4 +1,4 @@
-"""An engine's check proves what it claims: only what passed is remembered, and only sites that prove something count."""
+"""An engine's check proves what it claims: only what passed is remembered, and only sites that prove anything count."""
 
 from __future__ import annotations
 
