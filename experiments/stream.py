@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmeta.stream.alarm import watch
-from fedmeta.stream.replay import Losses, Replay, in_hindsight, regret, replay
+from fedmeta.stream.replay import Replay, in_hindsight, regret, replay
 
 Floats = NDArray[np.float64]
 
@@ -84,8 +84,10 @@ def replayed(site: Patient, way: str) -> Replay:
     """Returns a site's replay in one of the `WAYS`."""
     rows = len(site.y)
     if way == "never":
-        start = np.arange(BLOCK)
-        fixed: Losses = lambda here, there: site.losses(start, there)  # noqa: E731
+
+        def fixed(here: NDArray[np.int64], there: NDArray[np.int64]) -> Floats:
+            return site.losses(np.arange(BLOCK), there)
+
         return replay(fixed, rows, BLOCK, "all")
     if way == "always, all rows":
         return replay(site.losses, rows, BLOCK, "all")

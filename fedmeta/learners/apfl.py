@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Apfl(PersonalLearner):
         if self.minibatches is None:
             for step in range(self.inner_steps):
                 with at_step(step):
-                    yield lambda own: self.all_data(own, task), torch.tensor(True)
+                    yield partial(self.all_data, task=task), torch.tensor(True)
             return
         for rows, there in row_batches(task, order_of(task, self.minibatches)):
-            yield lambda own, rows=rows: self.inner(own, rows), there  # type: ignore[misc]
+            yield partial(self.inner, data=rows), there

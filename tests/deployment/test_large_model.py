@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import torch
 
 import fedmeta
 from fedmeta.runtime import process_guard
-from tests.deployment.processes import HERE, write_sites
+from tests.deployment.processes import write_sites
 from tests.deployment.test_faults import experiment_of, faulty_federation, rounds_of, store_of
+from tests.deployment.watching import Ends, relayed, shut
 
 HIDDEN = 7060
 """Of a model with two layers of this width: 50 million parameters, 200 MB in float32."""
@@ -26,39 +26,17 @@ BREAK_AFTER = 60_000_000
 @contextmanager
 def breaking_line(to: int) -> Iterator[tuple[int, list[int]]]:
     """Gives a port that leads to another, and how many bytes went up; its connections break once."""
-    listener, went_up, broken = socket.create_server((HERE, 0)), [0], threading.Event()
-    ends: list[socket.socket] = []
+    went_up, broken = [0], threading.Event()
 
-    def pump(source: socket.socket, sink: socket.socket, up: bool) -> None:
-        with suppress(OSError):
-            while piece := source.recv(1 << 16):
-                sink.sendall(piece)
-                if up:
-                    went_up[0] += len(piece)
-                    if went_up[0] > BREAK_AFTER and not broken.is_set():
-                        broken.set()
-                        for end in [*ends]:
-                            with suppress(OSError):
-                                end.shutdown(socket.SHUT_RDWR)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    def up(piece: bytes, ends: Ends) -> None:
+        went_up[0] += len(piece)
+        if went_up[0] > BREAK_AFTER and not broken.is_set():
+            broken.set()
+            shut([*ends])
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                below, _ = listener.accept()
-                above = socket.create_connection((HERE, to))
-                ends.extend((below, above))
-                for pair in ((below, above, True), (above, below, False)):
-                    threading.Thread(target=pump, args=pair, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield int(listener.getsockname()[1]), went_up
+    with relayed(to, up) as port:
+        yield port, went_up
         assert broken.is_set(), "the line never broke"
-    finally:
-        listener.close()
 
 
 def peak_mb(pid: int) -> float:

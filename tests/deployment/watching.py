@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,32 +59,55 @@ class Search:
         return seen
 
 
-@contextmanager
-def recorded_line(to: int) -> Iterator[tuple[int, bytearray]]:
-    """Gives a port of this machine that leads to another, and all bytes that went up there so far."""
-    went_up = bytearray()
-    listener = socket.create_server((HERE, 0))
+Ends = list[socket.socket]
+"""The ends of all connections of a line."""
 
-    def pump(source: socket.socket, sink: socket.socket, record: bool) -> None:
+
+@contextmanager
+def relayed(to: int, up: Callable[[bytes, Ends], None]) -> Iterator[int]:
+    """Gives a port of this machine that leads to another.
+
+    Args:
+        to: The other port.
+        up: Called with each piece of bytes before it goes up, and the ends of all connections so far.
+    """
+    listener = socket.create_server((HERE, 0))
+    ends: Ends = []
+
+    def pump(source: socket.socket, sink: socket.socket, upward: bool) -> None:
         with suppress(OSError):
             while piece := source.recv(1 << 16):
-                if record:
-                    went_up.extend(piece)
+                if upward:
+                    up(piece, ends)
                 sink.sendall(piece)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        shut((source, sink))
 
     def accept() -> None:
         with suppress(OSError):
             while True:
                 below, _ = listener.accept()
                 above = socket.create_connection((HERE, to))
-                for ends in ((below, above, True), (above, below, False)):
-                    threading.Thread(target=pump, args=ends, daemon=True).start()
+                ends.extend((below, above))
+                for pair in ((below, above, True), (above, below, False)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     try:
-        yield int(listener.getsockname()[1]), went_up
+        yield int(listener.getsockname()[1])
     finally:
         listener.close()
+
+
+def shut(ends: Iterable[socket.socket]) -> None:
+    """Breaks connections off."""
+    for end in ends:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def recorded_line(to: int) -> Iterator[tuple[int, bytearray]]:
+    """Gives a port of this machine that leads to another, and all bytes that went up there so far."""
+    went_up = bytearray()
+    with relayed(to, lambda piece, _: went_up.extend(piece)) as port:
+        yield port, went_up
