@@ -3,7 +3,8 @@
 Checked in float64, once at the start of a run with own code and by `fedmeta check`:
 
 - the same outputs when asked twice, before and after a derivative, and of a row alone and among other rows;
-- a meta-gradient with the keys and shapes of the trained meta-state, finite, of at least one site not zero;
+- a meta-gradient with the keys and shapes of the trained meta-state, finite, of at least one site not zero (or, where
+  all that a learner trains stays at the site, a personal part that a round changes);
 - for learners that send a gradient, its directional derivative against a central finite difference of the objective
   after adaptation: an independent figure, where engines that agree with each other may all be wrong.
 
@@ -113,7 +114,7 @@ def check(learner: Learner, tasks: Sequence[Task], seed: int = 0, straight_throu
                 )
         _repeatable(learner, state, tasks[0])
         found.passed.append("init, objectives and metrics are the same when asked twice")
-        sent, task = _first_useful(learner, state, tasks)
+        sent, task = _first_useful(learner, state, tasks, found)
         found.passed.append(f"what sites send has the keys and shapes of the meta-state ({len(sent)} tensors), finite")
         _derivative(learner, state, task, sent, seed, straight_through, found)
         _repeatable(learner, state, tasks[0])
@@ -185,7 +186,9 @@ def _repeatable(learner: Learner, state: dict[str, Tensor], task: Task) -> None:
         raise FedmetaError(f"check: evaluate returns no {', '.join(missing)}, which metrics names")
 
 
-def _first_useful(learner: Learner, state: dict[str, Tensor], tasks: Sequence[Task]) -> tuple[dict[str, Tensor], Task]:
+def _first_useful(
+    learner: Learner, state: dict[str, Tensor], tasks: Sequence[Task], found: Checked
+) -> tuple[dict[str, Tensor], Task]:
     """Returns what the first site sends whose message is neither zero nor infinite; else the last one's."""
     sent: dict[str, Tensor] = {}
     for task in tasks:
@@ -198,11 +201,20 @@ def _first_useful(learner: Learner, state: dict[str, Tensor], tasks: Sequence[Ta
         if not bool(value.isfinite().all()):
             raise FedmetaError(f"check: {name} sends {key} that is not finite at the start: lower learner.inner_lr")
     if learner.update != "nothing" and not any(bool(value.any()) for value in sent.values()):
-        raise FedmetaError(
-            f"check: {name} sends zeros at every site that was tried, and learns nothing; does the outer objective "
-            "depend on the parameters, and is every label known?"
-        )
+        if not _learns_what_stays(learner, state, task):
+            raise FedmetaError(
+                f"check: {name} sends zeros at every site that was tried, and learns nothing; does the outer objective "
+                "depend on the parameters, and is every label known?"
+            )
+        found.skipped.append(f"what sites send: {name} keeps all that it trains at the site here, and sends zeros")
     return sent, task
+
+
+def _learns_what_stays(learner: Learner, state: dict[str, Tensor], task: Task) -> bool:
+    """Returns whether a round changes a site's personal part, as of a model that is a head alone."""
+    own = learner.personal(state)
+    kept = _call("a site's round", learner.train, state, task, own)[2] if own else {}
+    return any(not torch.equal(value, own[name]) for name, value in kept.items())
 
 
 def _derivative(

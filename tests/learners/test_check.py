@@ -209,3 +209,31 @@ def test_a_run_whose_sites_cannot_compute_never_ends_well(engine: str, tmp_path:
 def test_a_short_run_in_which_every_site_diverges_never_ends_well(tmp_path: Path) -> None:
     with pytest.raises(FedmetaError, match=r"none of 1 rounds had a usable reply: .*learner\.inner_lr"):
         run(described(tmp_path, "learner.inner_lr=1e30", "model.activation=gelu"))
+
+
+def head_alone() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+class Constant(nn.Module):
+    """A model whose outputs do not depend on its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * self.head(x)
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep", "fedmeta-per"])
+def test_a_learner_all_of_whose_model_stays_at_the_site_is_named_and_not_refused(name: str) -> None:
+    found = check(build(name, head_alone, inner_steps=2), tasks())
+    assert any("keeps all that it trains at the site here, and sends zeros" in line for line in found.skipped)
+    with pytest.raises(FedmetaError, match="sends zeros at every site that was tried, and learns nothing"):
+        check(build(name, Constant, inner_steps=2), tasks())
+
+
+def test_a_learner_that_keeps_nothing_and_sends_zeros_is_refused() -> None:
+    with pytest.raises(FedmetaError, match="FedBabu sends zeros at every site that was tried, and learns nothing"):
+        check(build("fedbabu", head_alone, inner_steps=2), tasks())

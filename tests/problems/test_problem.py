@@ -287,7 +287,6 @@ def own(tmp_path, monkeypatch):
 
 UNFIT = {
     "fedbabu": "FedBabu sends zeros",  # one array has no body before its head
-    "fedmeta-per": "FedMetaPer sends zeros",
     "protonet": "has no model on rows",
 }
 """Learners that need layers, and how a problem of one array is refused."""
