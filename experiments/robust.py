@@ -29,6 +29,7 @@ from fedmeta.messages import TRAIN, RoundRequest, TrainReply
 from fedmeta.progress import ignore_progress
 from fedmeta.runtime.local import LocalGrid
 from server import training_loop
+from server.membership import Membership
 
 HERE = Path(__file__).parent
 SHARE, STRENGTH = 0.2, -10.0
@@ -78,7 +79,7 @@ def accuracy(experiment: Experiment, attacked: bool) -> tuple[float, float]:
     client: Any = Attack(false, STRENGTH)
     grid = LocalGrid(client, experiment)
     if attacked:
-        training = training_loop.Membership(grid, experiment).federation
+        training = Membership(grid, experiment).federation
         names = [training.names[site] for site in training.training]
         draw = np.random.default_rng(experiment.runtime.seed)
         false |= set(draw.choice(names, math.ceil(SHARE * len(names)), replace=False).tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedmeta import checkpoint as checkpoints
-from fedmeta.build import validated_learner
 from fedmeta.checkpoint import Checkpoint, Evaluation
 from fedmeta.data import subgroups
 from fedmeta.data.stream_split import step_of
@@ -22,29 +21,22 @@ from fedmeta.errors import FedmetaError
 from fedmeta.evaluation import headline, summarize
 from fedmeta.experiment import Experiment
 from fedmeta.files import locked, remove_parts
-from fedmeta.learners import FROZEN
 from fedmeta.messages import EvaluateReply
 from fedmeta.problems.problem import has_picture
 from fedmeta.progress import FailureThrottle, Progress, ProgressCallback
-from server import aggregation, cohorts, compression, lateness, secure_evaluation, secure_sum, stream
+from server import secure_evaluation, stream
 from server.adaptation_schedule import AdaptationSchedule
 from server.engine_choice import choose_engine
 from server.evaluation import evaluate_all_sites
 from server.federation import SITE_UNAVAILABLE, remap_site_indices
 from server.lateness import Received
-from server.membership import Membership
-from server.optimizer import ServerOptimizer
-from server.privacy import make_dp_mechanism
 from server.round_kinds import gather
-from server.run_checkpoint import checkpoint_of, restore_state
-from server.run_log import FAILURES_FILE, RunLogger, evaluation_frame, make_run_folder, new_folder, remove_unused
+from server.run_checkpoint import checkpoint_of
+from server.run_log import FAILURES_FILE, evaluation_frame, make_run_folder, new_folder, remove_unused
+from server.run_parts import RunParts, assemble
 from server.secure_rounds import secure_scores
 from server.signals import defer_keyboard_interrupt
-from server.site_statistics import ask_categories, ask_standardisation
-from server.steering import Steering
-from server.strategy import MetaGradientStrategy
 from server.system_metrics import ProcessMonitor
-from server.warm_start import warm_start
 
 LOCK = ".lock"
 """The file in a run's folder that the process which writes there has locked."""
@@ -108,7 +100,7 @@ def _run(
 ) -> Outcome:
     try:
         remove_parts(folder)
-        loop = TrainingLoop(grid, experiment, on_progress, folder, earlier)
+        loop = TrainingLoop(grid, experiment, on_progress, assemble(grid, experiment, folder, earlier))
     except BaseException:
         if earlier is None:
             remove_unused(folder)
@@ -134,66 +126,15 @@ def _run(
 class TrainingLoop:
     """A run in progress; what it is made of is in its checkpoint."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        experiment: Experiment,
-        on_progress: ProgressCallback,
-        folder: Path,
-        earlier: Checkpoint | None,
-    ) -> None:
+    def __init__(self, grid: Grid, experiment: Experiment, on_progress: ProgressCallback, parts: RunParts) -> None:
         self.grid, self.experiment, self.on_progress = grid, experiment, on_progress
-        self.membership = Membership(grid, experiment, earlier)
-        self.membership.federation, without_names = ask_categories(grid, self.membership.federation, experiment)
-        federation = self.membership.federation
-        subgroups.check(experiment, federation.features, federation.categories)
-        if earlier:
-            moved = remap_site_indices(earlier.evaluations, earlier.names, federation)
-            earlier = replace(earlier, evaluations=tuple(moved), names=federation.names)
-        self.learner = learner = validated_learner(
-            experiment, federation.row_shape, federation.classes, len(federation.targets), tokens=federation.tokens
-        )
-        self.metrics = learner.problem.metrics
-        start = dict(earlier.meta_state) if earlier else dict(learner.init(experiment.runtime.seed))
-        self.started_from: dict[str, Any] = {}
-        if experiment.model.start and not earlier:
-            start, self.started_from, notes = warm_start(experiment, start, federation)
-            self.membership.notes += notes
-        constants = {name: start.pop(name) for name in list(start) if name.startswith(("standardisation.", FROZEN))}
+        self.membership, self.learner, self.strategy = parts.membership, parts.learner, parts.strategy
+        self.steering, self.lateness, self.privacy = parts.steering, parts.lateness, parts.privacy
+        self.logger, self.without_sums, self.started_from = parts.logger, parts.without_sums, parts.started_from
+        self.metrics = parts.learner.problem.metrics
+        earlier = parts.earlier
         self.round_number = earlier.round_number if earlier else 0
-        aggregation.check(experiment.server, len(federation.training))
-        if experiment.server.compression_down != "none":
-            compression.check_down(experiment, learner)
-        if experiment.server.compression != "none":
-            self.membership.notes += compression.check(experiment, learner)
-        server = experiment.server
-        self.lateness: lateness.Lateness | None = None
-        if server.quorum != 1.0 or server.late == "buffer" or server.deadline:
-            self.membership.notes += lateness.check(experiment, grid)
-            kept = (earlier.lateness, earlier.late) if earlier else ({}, {})
-            self.lateness = lateness.Lateness(experiment, *kept)
-            if earlier and hasattr(grid, "clock"):
-                grid.clock, grid.alarms = self.lateness.clock, self.lateness.arrivals  # type: ignore[attr-defined]
-        if experiment.privacy.secure_aggregation:
-            self.membership.notes += secure_sum.check(experiment, len(federation.training))
-        self.privacy = make_dp_mechanism(
-            experiment, learner, start, len(federation.training), folder, self.round_number
-        )
-        cohorts.check(experiment, learner, start, len(federation.training))
-        self.membership.notes += stream.check(experiment, learner, federation)
         self.alarms: list[dict[str, Any]] = list(earlier.steering.get("alarms", [])) if earlier else []
-        optimizer = ServerOptimizer(experiment.server, learner.update, start, learner.averaged)
-        self.without_sums: dict[str, str] = without_names
-        if earlier:
-            optimizer.restore(start, earlier.optimizer)
-        else:
-            scale, without_sums = ask_standardisation(grid, federation, experiment, self.membership.notes)
-            self.without_sums = without_names | without_sums
-            constants |= scale
-        self.strategy = MetaGradientStrategy(
-            experiment, federation, optimizer, constants, folder.name, self.privacy, learner=learner
-        )
-        self.strategy.saved_rounds = checkpoints.rounds(folder, self.round_number)
         self.evaluations: list[Evaluation] = list(earlier.evaluations) if earlier else []
         self.totals: dict[str, float] = dict(earlier.totals) if earlier else {}
         known = zip(earlier.names, earlier.took_part, strict=False) if earlier else ()
@@ -209,10 +150,6 @@ class TrainingLoop:
         self.failure_throttle = FailureThrottle(see=FAILURES_FILE)
         self.influence_throttle = FailureThrottle(see=FAILURES_FILE)
         self.monitor = ProcessMonitor()
-        if earlier:
-            restore_state(self.strategy, earlier)
-        self.steering = Steering(experiment, learner, self.strategy, earlier)
-        self.logger = RunLogger(experiment, folder, earlier, self.metrics)
 
     def start(self) -> None:
         """Opens the tracked run, and has the engine chosen where that is not done.

@@ -18,8 +18,9 @@ from fedmeta.errors import FedmetaError
 from fedmeta.experiment import Experiment
 from fedmeta.progress import Progress, ignore_progress
 from fedmeta.runtime.local import LocalGrid
-from server import training_loop
+from server import run_parts, training_loop
 from server.privacy import BUDGET_FILE, SiteLevelDP
+from server.run_log import RunLogger
 from tests.server.digits import digits
 
 NOISY = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=2.0", "privacy.delta=1e-5")
@@ -256,7 +257,7 @@ def test_ctrl_c_while_results_are_written_comes_too_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     experiment = digits(tmp_path, "evaluation.every=0")
-    finish = training_loop.RunLogger.finish
+    finish = RunLogger.finish
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         signal.raise_signal(held)
@@ -265,7 +266,7 @@ def test_ctrl_c_while_results_are_written_comes_too_late(
     def ends(number: int, frame: Any) -> None:
         raise SystemExit(0)
 
-    monkeypatch.setattr(training_loop.RunLogger, "finish", interrupted)
+    monkeypatch.setattr(RunLogger, "finish", interrupted)
     before = signal.signal(signal.SIGTERM, ends)
     try:
         outcome = train(experiment)
@@ -281,7 +282,7 @@ def test_ctrl_c_before_sites_are_there_leaves_no_folder(tmp_path: Path, monkeypa
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_loop, "Membership", interrupted)
+    monkeypatch.setattr(run_parts, "Membership", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(experiment)
     assert not Path(experiment.tracking.folder).exists()
