@@ -90,26 +90,28 @@ class Adapted:
         here = f"This is the {'personalized' if found.steps else 'global'} model."
         if found.advice == PERSONAL:
             return (
-                f"Use the personal model: {found.chosen} inner steps on these rows make it significantly better "
+                f"Use the personal model: {found.chosen} inner steps on these rows make it better "
                 f"({self.difference}). {here}"
             )
         if found.advice == UNDECIDED and leans_on_record(self.start, found):
             record = self.start.record
             assert record is not None
             return (
-                f"No significant difference ({self.difference}) on these rows; at the run's {record.sites} training "
-                f"sites adapting gained {number(record.gain, sign=True)} on average, and made {record.harmed:.0%} of "
-                f"them worse. Use the personal model unless this site must not do worse than the global one. {here}"
+                f"The interval on these rows includes 0 ({self.difference}); at the run's {record.sites} "
+                f"training sites adapting gained {number(record.gain, sign=True)} on average, and made "
+                f"{record.harmed:.0%} of them worse. Use the personal model unless this site must not do worse than "
+                f"the global one. {here}"
             )
         if found.advice == UNDECIDED:
             return (
-                f"No significant difference ({self.difference}): keep the global model unless you know that this site "
-                f"differs from the others, or further rows show it; --use personal writes the other one. {here}"
+                f"The interval on these rows includes 0 ({self.difference}): keep the global model unless you know "
+                f"that this site differs from the others, or further rows show it; --use personal writes "
+                f"the other one. {here}"
             )
         if found.chosen:
             return (
                 f"Use the global model: {found.chosen} inner steps looked better, but on rows that had no part in that "
-                f"choice they made it significantly worse ({self.difference}). {here}"
+                f"choice they made it worse ({self.difference}). {here}"
             )
         return f"Use the global model: adapting to these rows does not make it better. {here}"
 

@@ -58,7 +58,7 @@ GROUP_VALUES = 1 << 24
 
 
 PERSONAL, GLOBAL, UNDECIDED = "personal", "global", "undecided"
-"""What a site is advised to use; undecided = no significant difference."""
+"""What a site is advised to use; undecided = the interval of the difference includes 0."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class NestedCVResult:
 
     @property
     def advice(self) -> str:
-        """What the rows show: "personal" or "global" where one is significantly better, else "undecided"."""
+        """What the rows show: "personal" or "global" where the interval excludes 0, else "undecided"."""
         if not self.chosen or self.gain.high < 0:
             return GLOBAL
         return PERSONAL if self.gain.low > 0 else UNDECIDED
@@ -104,8 +104,8 @@ def cross_validate(
         x: Standardised features [n, *shape].
         y: Codes of classes [n], or targets in standard units [n] or [n, targets].
         report: Takes progress.
-        use: Which model the site gets: "advice" (the personalized one where it is significantly better, or where the
-            rows do not decide and `leans_on_record`), "global" or "personal".
+        use: Which model the site gets: "advice" (the personalized one where the interval of its gain lies above 0,
+            or where the rows do not decide and `leans_on_record`), "global" or "personal".
     """
     learner, state = start.learner, start.state
     cv = _NestedCV.of(start, x, y)

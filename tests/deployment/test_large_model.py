@@ -17,7 +17,7 @@ from tests.deployment.processes import write_sites
 from tests.deployment.test_faults import experiment_of, faulty_federation, rounds_of, store_of
 from tests.deployment.watching import Ends, relayed, shut
 
-HIDDEN = 7060
+HIDDEN = 7080
 """Of a model with two layers of this width: 50 million parameters, 200 MB in float32."""
 BREAK_AFTER = 60_000_000
 """After so many bytes up all connections of one site break."""
@@ -53,8 +53,10 @@ def test_three_rounds_of_200_mb_over_a_line_that_breaks(tmp_path: Path) -> None:
     files = write_sites(tmp_path / "data", sites=2)
     with faulty_federation(tmp_path) as federation, ExitStack() as stack:
         way, went_up = stack.enter_context(breaking_line(federation.port))
-        for site, file in files.items():
-            federation.start_node_and_app(site, file, way if site == "site-0" else 0)
+        apps = {
+            site: federation.start_node_and_app(site, file, way if site == "site-0" else 0)
+            for site, file in files.items()
+        }
         own = ["data.new_sites=0", f"model.hidden={HIDDEN},{HIDDEN}", "learner.name=fomaml", "learner.inner_steps=1"]
         own += ["server.optimizer=sgd", "evaluation.local_baseline=none", "runtime.memory=2.0", "runtime.engine=loop"]
         own += ["runtime.checkpoint_every=0", "runtime.check=off"]
@@ -65,10 +67,11 @@ def test_three_rounds_of_200_mb_over_a_line_that_breaks(tmp_path: Path) -> None:
         over = threading.Event()
 
         def watch() -> None:
-            roots = {"superlink and server": [federation.link.pid], "a node": [federation.nodes["site-1"].pid]}
+            roots = {"superlink and server": federation.link, "a node": federation.nodes["site-1"]}
+            roots["its client app"] = apps["site-1"]
             while not over.wait(1.0):
-                for name, pids in roots.items():
-                    every = [peak_mb(pid) for root in pids for pid in process_guard.descendants(root)]
+                for name, root in roots.items():
+                    every = [peak_mb(pid) for pid in process_guard.descendants(root.pid)]
                     peaks[name] = max(peaks.get(name, 0.0), *every, 0.0)
 
         threading.Thread(target=watch, daemon=True).start()
