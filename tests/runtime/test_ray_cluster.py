@@ -8,6 +8,7 @@ import pytest
 
 from fedmeta.runtime import ray as module
 from fedmeta.runtime import run, superlink
+from tests.runtime.processes import marked, wait_until
 from tests.runtime.test_ray import assert_agree, digits, mark, work
 
 __all__ = ["mark", "work"]
@@ -36,7 +37,7 @@ app = Placed()
 
 @pytest.mark.slow
 def test_a_cluster_of_several_nodes_gives_the_local_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
 ) -> None:
     from ray.cluster_utils import Cluster
 
@@ -67,6 +68,8 @@ def test_a_cluster_of_several_nodes_gives_the_local_result(
         found = run(digits(tmp_path / "ray", *own), runtime="ray")
     finally:
         cluster.shutdown()
+        # The cluster's own processes end a moment after it; what the run left is the fixture's to find.
+        wait_until(lambda: not marked(mark))
     assert_agree(local, found)
     placed = [path.name.rpartition("-") for path in seen.iterdir()]
     assert len({node for node, _, _ in placed}) == 2, "both nodes of the cluster work"
