@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "exact": (),
         "first": ("learner.order=first",),
         "auto": ("learner.order=auto", *VALIDATED),
+        "auto by cosine": ("learner.order=auto", "server.climb_below=0.9", *VALIDATED),
     },
     "cohort": {
         "uniform": ("server.sites_per_round=6",),
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="variants; the first one always runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--set", action="append", default=[], help="section.key=value, for every variant")
     parser.add_argument("--folder", default="fedmeta-runs/steering")
     chosen = parser.parse_args()
     folder = Path(__file__).parent
@@ -60,7 +62,7 @@ def main() -> None:
             seconds, notes = 0.0, list[str]()
             for seed in range(chosen.seeds):
                 own = (f"runtime.seed={seed}", f"server.rounds={chosen.rounds}", f"tracking.folder={chosen.folder}")
-                summary = run(load_experiment(folder / f"{name}.toml", [*QUIET, *keys, *own])).summary
+                summary = run(load_experiment(folder / f"{name}.toml", [*QUIET, *keys, *own, *chosen.set])).summary
                 score = summary["new_sites"]["personalized"]
                 found.setdefault(variant, []).append((score["mean"], score["worst_decile"]))
                 seconds += summary["wall_s"]

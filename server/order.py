@@ -3,11 +3,11 @@
 Every so many rounds a probe computes both gradients for the round's cohort, at the same meta-state and on the same
 rows, and compares them. The rules:
 
-- climb where their cosine is below `climb_below`, or validation sites have not improved for `climb_patience`
-  evaluations;
+- climb where validation sites have not improved for `climb_patience` evaluations, or, if `climb_below` is above -1,
+  where the cosine is below it (by default it is not: a low cosine does not mean that first order reaches less);
 - come down where it was above `descend_above`, which is higher, in `descend_probes` probes in a row;
 - undo a climb where validation sites get worse after it: the meta-state and the optimizer's memory from before it are
-  put back, and the next climb waits for twice as many probes.
+  put back, and the next climb waits for twice as many evaluations.
 
 What decides is deterministic; the seconds that each order takes are measured in this run and are for the ledger alone.
 """
@@ -63,7 +63,7 @@ class Order:
     Attributes:
         now: "first" or "exact".
         calm: Probes in a row above `descend_above`.
-        waits: Probes that must pass before the next climb.
+        waits: Evaluations that must pass before the next climb.
         penalty: How many the next undone climb will wait.
         stalled: Evaluations without a better score at the validation sites since the order changed.
         best: The best score so far since then, in the metric's direction (higher is better).
@@ -132,14 +132,13 @@ def compare(first: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Probe:
 
 def after_probe(order: Order, probe: Probe, settings: Server) -> tuple[Order, str]:
     """Returns the order after a probe, and what was decided: "climb", "descend" or ""."""
-    waited = replace(order, probes=order.probes + 1, waits=max(0, order.waits - 1))
     calm = order.calm + 1 if probe.cosine > settings.descend_above else 0
-    waited = replace(waited, calm=calm)
+    order = replace(order, probes=order.probes + 1, calm=calm)
     if order.now == FIRST and probe.cosine < settings.climb_below and not order.waits:
-        return waited, "climb"
+        return order, "climb"
     if order.now == EXACT and calm >= settings.descend_probes:
-        return replace(waited, now=FIRST, calm=0, stalled=0, best=None, guarded=0, guard=()), "descend"
-    return waited, ""
+        return replace(order, now=FIRST, calm=0, stalled=0, best=None, guarded=0, guard=()), "descend"
+    return order, ""
 
 
 def after_evaluation(order: Order, score: float, losses: NDArray[np.float64], settings: Server) -> tuple[Order, str]:
@@ -160,11 +159,17 @@ def after_evaluation(order: Order, score: float, losses: NDArray[np.float64], se
             return replace(fallen, stalled=0, best=None), "undo"
         left = order.guarded - 1
         order = replace(order, guarded=left, guard=order.guard if left else ())
+    order = replace(order, waits=max(0, order.waits - 1))
     if order.best is None or score > order.best:
         return replace(order, best=score, stalled=0), ""
     order = replace(order, stalled=order.stalled + 1)
     stalls = order.now == FIRST and order.stalled >= settings.climb_patience and not order.waits
     return order, "climb" if stalls else ""
+
+
+def probes(order: Order, settings: Server) -> bool:
+    """Returns whether a probe may decide anything: in first order it does by `climb_below` alone."""
+    return order.now == EXACT or settings.climb_below > -1
 
 
 def climbed(order: Order, losses: NDArray[np.float64] | None = None) -> Order:

@@ -22,7 +22,7 @@ from fedmeta.learners.order import EXACT, FIRST, has_first_order
 from fedmeta.messages import LOSS, EvaluateReply
 from fedmeta.problems.problem import has_outer_step, has_payload
 from server.ledger import Decision, per_round
-from server.order import Order, after_evaluation, after_probe, climbed
+from server.order import Order, after_evaluation, after_probe, climbed, probes
 from server.order import summary as order_summary
 from server.stopping import Progressed, ValidationScore, progressed, reached, score_of_sites
 from server.strategy import MetaGradientStrategy
@@ -100,7 +100,8 @@ class Steering:
 
     def probes(self, round_number: int) -> str:
         """Returns in which other order the round's cohort is computed too; "" for none."""
-        if not self.order or round_number % self.experiment.server.probe_every:
+        settings = self.experiment.server
+        if not self.order or round_number % settings.probe_every or not probes(self.order, settings):
             return ""
         return EXACT if self.order.now == FIRST else FIRST
 

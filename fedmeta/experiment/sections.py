@@ -213,10 +213,10 @@ class Server(Section):
         default=10, ge=1, description='Interval between probes of both gradients, with learner.order = "auto" (rounds)'
     )
     climb_below: float = Field(
-        default=0.9,
+        default=-1.0,
         ge=-1,
         le=1,
-        description="Cosine of both gradients below which a run climbs to the exact (cosine)",
+        description="Cosine of both gradients below which a run climbs to the exact; -1 = never by it (cosine)",
     )
     descend_above: float = Field(
         default=0.98, ge=-1, le=1, description="Cosine above which it comes down again; above climb_below (cosine)"

@@ -15,7 +15,7 @@ from fedmeta.experiment import Server
 from fedmeta.learners import Maml, build
 from fedmeta.learners.order import EXACT, FIRST, in_order
 from fedmeta.progress import Progress
-from server.order import Order, Probe, after_evaluation, after_probe, climbed, compare, is_worse, summary
+from server.order import Order, Probe, after_evaluation, after_probe, climbed, compare, is_worse, probes, summary
 from tests.server.digits import digits
 
 SETTINGS = Server(climb_below=0.8, descend_above=0.95, climb_patience=2, descend_probes=2)
@@ -38,6 +38,12 @@ def test_a_probe_climbs_below_one_bound_and_descends_above_another() -> None:
     assert order.now == FIRST
 
 
+def test_in_first_order_nothing_is_probed_that_could_not_decide() -> None:
+    assert probes(Order(), SETTINGS)
+    assert not probes(Order(), Server())
+    assert probes(climbed(Order()), Server())
+
+
 def test_validation_sites_that_stall_climb_and_those_that_get_worse_undo_it() -> None:
     order, decisions = Order(), []
     for score in (0.5, 0.6, 0.6, 0.6):
@@ -49,12 +55,12 @@ def test_validation_sites_that_stall_climb_and_those_that_get_worse_undo_it() ->
     assert (decision, kept.now, kept.guarded) == ("", EXACT, 2)
     fallen, decision = after_evaluation(order, 0.4, LOSSES + np.array([0.5, 0.6, 0.4, 0.5]), SETTINGS)
     assert (decision, fallen.now, fallen.waits) == ("undo", FIRST, 2)
-    # The next climb waits for so many probes, and the one after it for twice as many.
+    # The next climb waits for so many evaluations, and the one after it for twice as many.
     decisions = []
-    for _ in range(3):
-        fallen, decision = after_probe(fallen, LOW, SETTINGS)
-        decisions.append(decision)
-    assert decisions == ["", "", "climb"]
+    for score in (0.5, 0.6):
+        decisions.append(after_probe(fallen, LOW, SETTINGS)[1])
+        fallen, _ = after_evaluation(fallen, score, LOSSES, SETTINGS)
+    assert [*decisions, after_probe(fallen, LOW, SETTINGS)[1]] == ["", "", "climb"]
     # A climb between evaluations is guarded from the next one on, which is of the state that it leaves.
     waiting, decision = after_evaluation(climbed(Order()), 0.4, LOSSES, SETTINGS)
     assert (decision, waiting.guard, waiting.guarded) == ("", tuple(LOSSES.tolist()), 3)
@@ -137,7 +143,14 @@ class Wrong(Maml):
         return {name: -value for name, value in gradient.items()}, figures
 
 
-AUTO = ("learner.order=auto", "server.probe_every=2", "evaluation.every=2", "server.rounds=8", "server.lr=0.02")
+AUTO = (
+    "learner.order=auto",
+    "server.probe_every=2",
+    "evaluation.every=2",
+    "server.rounds=8",
+    "server.lr=0.02",
+    "server.climb_below=0.9",
+)
 
 
 @pytest.mark.slow
