@@ -195,7 +195,9 @@ def test_no_command_shows_the_help_and_nothing_else(
     assert shown.err == ""
 
 
-def test_the_help_says_what_arguments_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_explains_what_arguments_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["fedmeta", "run", "--help"])
     with pytest.raises(SystemExit):
         main()

@@ -254,7 +254,7 @@ def test_no_bytes_crash_the_reader(tmp_path: Path, content: bytes) -> None:
             read(path)
 
 
-def test_another_kind_of_file_is_said_to_be_one(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "round-000001.safetensors"
     save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, path)
     with pytest.raises(FedmetaError, match="not a checkpoint of this version"):
@@ -310,7 +310,7 @@ def test_a_run_that_is_not_there_is_named(runs: Path, name: str) -> None:
         find(runs, name, "")
 
 
-def test_auto_without_a_run_says_what_to_do(tmp_path: Path) -> None:
+def test_auto_without_a_run_reports_what_to_do(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FedmetaError, match=r"no unfinished run of this experiment in .*; leave out --resume"):
             find(root, "auto", saved().experiment)

@@ -56,7 +56,7 @@ def summarize(frame: pd.DataFrame) -> dict[str, Any]:
 # ---------------------------------------------------------------- one row per site
 
 
-def test_a_row_says_before_after_and_every_step() -> None:
+def test_a_row_shows_before_after_and_every_step() -> None:
     frame = frame_of([0.5, 0.8], [0.7, 0.4], kinds=["new", "training"])
     assert frame["site"].tolist() == ["site-0", "site-1"]
     assert frame["kind"].tolist() == ["new", "training"]

@@ -183,7 +183,7 @@ def test_a_failure_is_a_code_of_the_list_and_nothing_else(code: str) -> None:
     assert failure(content) == (code if code in FAILURES else "internal")
 
 
-def test_a_failure_that_says_more_is_told_as_an_internal_one() -> None:
+def test_a_failure_that_has_details_is_reported_as_an_internal_one() -> None:
     assert failure(SITES.pack()) is None
     assert failure(RecordDict({"failure": ConfigRecord({"code": "patient 63 has no label"})})) == "internal"
     assert failure(RecordDict({"failure": ConfigRecord({})})) == "internal"
@@ -269,7 +269,7 @@ def work(exchange: Any) -> RoundRequest:
 
 
 @pytest.mark.parametrize("kind", CONTRACT)
-def test_a_reply_holds_what_the_contract_says_and_nothing_else(exchange: Any, work: RoundRequest, kind: str) -> None:
+def test_a_reply_holds_what_the_contract_lists_and_nothing_else(exchange: Any, work: RoundRequest, kind: str) -> None:
     question = {QUERY_SITES: RecordDict(), QUERY_SUMS: SumsRequest(work.names).pack()}.get(kind, work.pack())
     reply = exchange(kind, question)
     assert failure(reply) is None
@@ -287,7 +287,7 @@ def test_every_question_that_a_client_answers_is_in_the_contract() -> None:
     assert answered == {*CONTRACT, QUERY_CATEGORIES, *secure}
 
 
-def test_replies_of_a_secure_sum_hold_what_the_contract_says_and_nothing_else(
+def test_replies_of_a_secure_sum_hold_what_the_contract_lists_and_nothing_else(
     exchange: Any, work: RoundRequest
 ) -> None:
     name, ring = "a round", range(3)
@@ -573,7 +573,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("kind", "content", "shown"), WRONG)
-def test_what_is_wrong_with_a_message_is_said(kind: str, content: RecordDict, shown: str) -> None:
+def test_what_is_wrong_with_a_message_is_reported(kind: str, content: RecordDict, shown: str) -> None:
     unpack = dict(zip(KINDS, (unpack for _, unpack in PACKED), strict=True))[kind]
     with pytest.raises(MessageError) as refusal:
         unpack(content)

@@ -29,7 +29,10 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> 
         names = archive.namelist()
     packages = {name.partition("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"fedmeta", "clients", "server"}
-    suffixes = {Path(name).suffix for name in names if ".dist-info" not in name}
+    # The client app's command is found by its name on the path, so that it has no suffix.
+    assert "fedmeta/prefork_client/flwr-clientapp" in names
+    others = [name for name in names if ".dist-info" not in name and Path(name).name != "flwr-clientapp"]
+    suffixes = {Path(name).suffix for name in others}
     assert suffixes <= {".py", ".typed", ".j2"}, suffixes
     assert not [name for name in names if "test" in Path(name).name]
     sources = {
@@ -105,7 +108,7 @@ def test_an_audit_reads_what_an_index_answers(
     assert code == 1
 
 
-def test_an_audit_without_the_list_says_so_and_passes(
+def test_an_audit_without_the_list_reports_it_and_passes(
     audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(audit, "PROBE", "http://127.0.0.1:9/nothing")

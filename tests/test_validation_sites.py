@@ -69,7 +69,7 @@ def test_who_judges_was_split_off_the_training_sites_and_others_choose(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_same_judges(tmp_path: Path) -> None:
+def test_a_run_continues_with_the_same_judges(tmp_path: Path) -> None:
     unbroken = fedmeta.run(digits(tmp_path / "unbroken", JUDGE))
     stopping = digits(tmp_path / "stopped", JUDGE, "runtime.checkpoint_every=1")
 
@@ -96,7 +96,7 @@ def test_nobody_joins_such_a_run(tmp_path: Path) -> None:
     assert membership.federation.names == before
 
 
-def test_too_few_sites_to_split_off_are_said(tmp_path: Path) -> None:
+def test_too_few_sites_to_split_off_are_reported(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "data.new_sites=1", JUDGE)
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, name) for name in ("abbey", "mercy")])
     with pytest.raises(FedmetaError, match=r"^evaluation.validation_sites = 0.2 leaves no site to train on"):

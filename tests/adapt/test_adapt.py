@@ -78,7 +78,7 @@ def test_a_site_gets_its_model_an_estimate_and_advice(tables: Path, tmp_path: Pa
         assert fact in text
 
 
-def test_every_form_of_the_model_says_the_same(tables: Path, tmp_path: Path) -> None:
+def test_every_form_of_the_model_gives_the_same(tables: Path, tmp_path: Path) -> None:
     """Torch, ONNX, MLflow's loader and the learner itself, on raw rows with missing values."""
     import mlflow.pyfunc
     import pandas as pd

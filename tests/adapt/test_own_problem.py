@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused_in_one_line(result, how, words):
 
 
 @pytest.mark.slow
-def test_a_source_that_reads_no_file_says_so(tmp_path):
+def test_a_source_that_reads_no_file_reports_it(tmp_path):
     result = fedmeta.run(experiment_of(tmp_path, "NoFile", "server.rounds=1"))
     np.save(tmp_path / "clinic.npy", np.zeros(4))
     with pytest.raises(FedmetaError, match=r"takes no argument path.*--site"):

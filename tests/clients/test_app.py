@@ -62,7 +62,7 @@ def test_nodes_share_the_sites_and_say_alike_what_they_look_like(tmp_path: Path)
     assert not any(reply.regression or reply.tokens for reply in replies)
 
 
-def test_a_node_tells_the_labels_of_its_own_sites_only(tmp_path: Path) -> None:
+def test_a_node_reports_the_labels_of_its_own_sites_only(tmp_path: Path) -> None:
     config = hospital(tmp_path, "abbey", classes=("ill",))
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[config, hospital(tmp_path, "zion")])
     assert SitesReply.unpack(ask(grid, QUERY_SITES, RecordDict())).classes == ("ill",)
@@ -171,7 +171,7 @@ def test_the_path_of_a_missing_file_does_not_leave_its_site(tmp_path: Path) -> N
     assert_only_a_code(ask(grid, QUERY_SITES, RecordDict()), "bad-data")
 
 
-def test_a_disk_that_does_not_take_what_a_site_keeps_is_told_by_a_code(
+def test_a_disk_that_does_not_take_what_a_site_keeps_is_reported_by_a_code(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "full").touch()

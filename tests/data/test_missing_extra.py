@@ -8,7 +8,7 @@ from fedmeta.experiment import Data
 
 
 @pytest.mark.parametrize("package", ["datasets", "flwr_datasets"])
-def test_without_the_extra_one_line_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_one_line_reports_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fedmeta.data.huggingface", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(FedmetaError, match=r'needs a package \(.*\): pip install "fedmeta\[huggingface\]"$'):

@@ -150,7 +150,7 @@ def test_what_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert not isinstance(read(str(tmp_path / "sites.npz")).x, np.memmap)
 
 
-def test_digest_tells_populations_apart(tmp_path: Path) -> None:
+def test_digests_distinguish_populations(tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [{}, {"y": np.zeros(12, int)}, {"x": LARGE}, {"site": np.arange(12) % 3}]
     digests = {read(npz(tmp_path, **changes)).digest for changes in [*variants, {}]}
     assert len(digests) == len(variants)

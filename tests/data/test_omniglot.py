@@ -143,7 +143,7 @@ def test_characters_may_be_mixed_over_alphabets(tmp_path: Path) -> None:
         Experiment().with_overrides(["data.source=synthetic", "data.split=characters"])
 
 
-def test_classes_of_a_task_must_be_said() -> None:
+def test_classes_of_a_task_must_be_given() -> None:
     with pytest.raises(FedmetaError, match=r"data\.ways is not set: alphabets share no character"):
         load(Data(source="omniglot", path="anywhere"))
 

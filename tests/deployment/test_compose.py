@@ -138,7 +138,7 @@ def test_every_service_is_confined_encrypted_and_watched(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "site.compose.yaml"])
-def test_a_variable_has_a_default_or_says_what_is_missing(name: str) -> None:
+def test_a_variable_has_a_default_or_reports_what_is_missing(name: str) -> None:
     text = (DOCKER / name).read_text()
     assert not re.findall(r"\$\{\w+\}", text)
     asked = re.findall(r"\$\{(\w+):\?give [^}]+\}", text)

@@ -30,7 +30,7 @@ def test_the_connection_is_encrypted(certificate: Path, monkeypatch: pytest.Monk
     assert connection == {"address": address, "root-certificates": str(certificate)}
 
 
-def test_plain_text_is_asked_for_by_name_and_said(
+def test_plain_text_is_asked_for_by_name_and_reported(
     certificate: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(deployment.ROOT_CERTIFICATES, "none")

@@ -212,7 +212,7 @@ def meanwhile(action: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_sites_that_answer_wrongly_are_named_and_the_others_go_on(tmp_path: Path, federation: Federation) -> None:
+def test_sites_that_answer_wrongly_are_named_and_the_others_continue(tmp_path: Path, federation: Federation) -> None:
     files = write_sites(tmp_path / "data", sites=6)
     faults = dict(zip(files, ("", "", "nan", "zeros", "shape", "error"), strict=True))
     for site, fault in faults.items():
@@ -418,7 +418,7 @@ def digits(work: Path, folder: Path, store: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_says_so_and_goes_on_later(tmp_path: Path, small_disk: Path) -> None:
+def test_a_run_whose_disk_is_full_reports_it_and_continues_later(tmp_path: Path, small_disk: Path) -> None:
     file = digits(tmp_path, small_disk / "runs", store_of(tmp_path))
     full = fedmeta_run(file)
     assert full.returncode == 2

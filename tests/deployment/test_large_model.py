@@ -20,19 +20,23 @@ from tests.deployment.watching import Ends, relayed, shut
 HIDDEN = 7080
 """Of a model with two layers of this width: 50 million parameters, 200 MB in float32."""
 BREAK_AFTER = 60_000_000
-"""After so many bytes up all connections of one site break."""
+"""After so many bytes up the connection of one site breaks that carries the next ones."""
 
 
 @contextmanager
 def breaking_line(to: int) -> Iterator[tuple[int, list[int]]]:
-    """Gives a port that leads to another, and how many bytes went up; its connections break once."""
+    """Gives a port that leads to another, and how many bytes went up; one connection breaks in the middle of a piece.
+
+    The piece has not arrived then, and Flower sends it again. Broken between a piece's arrival and its answer, Flower
+    sends it again as well, is told that the piece is not wanted, and gives the reply up.
+    """
     went_up, broken = [0], threading.Event()
 
     def up(piece: bytes, ends: Ends) -> None:
         went_up[0] += len(piece)
         if went_up[0] > BREAK_AFTER and not broken.is_set():
             broken.set()
-            shut([*ends])
+            shut(ends)
 
     with relayed(to, up) as port:
         yield port, went_up

@@ -22,6 +22,7 @@ from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.progress import ignore_progress
 from server import training_loop
+from tests.deciding import DECIDED, DECIDING
 from tests.deployment.processes import write_sites
 from tests.deployment.test_faults import (
     Federation,
@@ -229,3 +230,21 @@ def test_what_top_k_did_not_send_survives_a_restart_and_bytes_are_those_on_the_l
         arrays = {key: own for key, own in sent[f"sent-{WIRED}-train-{number}"].items() if key.startswith("wire/")}
         assert arrays
         assert all(line.count(own) >= 1 for own in arrays.values())
+
+
+# ---------------------------------------------------------------- runs that decide
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_deployed_run_decides_like_a_simulated_one(five: Running, name: str) -> None:
+    experiment = five.experiment(name.replace(" ", "-"), *DECIDING[name], rounds=3)
+    deployed, local = fedmeta.run(experiment, runtime="deployment"), fedmeta.run(experiment)
+    assert deployed.summary["failures"] == 0
+    for key, value in local.meta_state.items():
+        torch.testing.assert_close(deployed.meta_state[key], value, rtol=0, atol=1e-5)
+    decisions = [
+        [(each["round"], each["what"]) for each in result.summary.get("ledger", [])] for result in (deployed, local)
+    ]
+    assert decisions[0] == decisions[1]
+    if name in DECIDED:
+        assert DECIDED[name] in [what for _, what in decisions[0]]

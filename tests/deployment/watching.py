@@ -59,8 +59,8 @@ class Search:
         return seen
 
 
-Ends = list[socket.socket]
-"""The ends of all connections of a line."""
+Ends = tuple[socket.socket, socket.socket]
+"""Both ends of a connection."""
 
 
 @contextmanager
@@ -69,16 +69,15 @@ def relayed(to: int, up: Callable[[bytes, Ends], None]) -> Iterator[int]:
 
     Args:
         to: The other port.
-        up: Called with each piece of bytes before it goes up, and the ends of all connections so far.
+        up: Called with each piece of bytes before it goes up, and both ends of the connection that it came by.
     """
     listener = socket.create_server((HERE, 0))
-    ends: Ends = []
 
     def pump(source: socket.socket, sink: socket.socket, upward: bool) -> None:
         with suppress(OSError):
             while piece := source.recv(1 << 16):
                 if upward:
-                    up(piece, ends)
+                    up(piece, (source, sink))
                 sink.sendall(piece)
         shut((source, sink))
 
@@ -87,7 +86,6 @@ def relayed(to: int, up: Callable[[bytes, Ends], None]) -> Iterator[int]:
             while True:
                 below, _ = listener.accept()
                 above = socket.create_connection((HERE, to))
-                ends.extend((below, above))
                 for pair in ((below, above, True), (above, below, False)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
 

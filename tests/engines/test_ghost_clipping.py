@@ -123,7 +123,7 @@ def test_learned_rates_and_unseen_uses_are_clipped_by_another_engine() -> None:
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "lowrank"])
-def test_a_site_that_is_not_finite_adds_nothing_and_is_told(engine: str) -> None:
+def test_a_site_that_is_not_finite_adds_nothing_and_is_reported(engine: str) -> None:
     learner, batch = learner_of("maml"), tasks(SIZES, (4,))
     batch.support[0][2, 0, 0] = torch.inf
     each, weight, figures = engines.meta_gradients(

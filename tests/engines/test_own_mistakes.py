@@ -304,7 +304,7 @@ def test_settings_that_cannot_be_are_named(key: str, value: object) -> None:
         build("maml", net, **{key: value})
 
 
-def test_a_module_that_is_not_found_says_where_it_looked(tmp_path, monkeypatch) -> None:
+def test_a_module_that_is_not_found_reports_where_it_looked(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "half_there.py").write_text("import surely_not_installed\n")
     (tmp_path / "there.py").write_text("class Learner: ...\n")

@@ -90,7 +90,7 @@ def test_statistics_that_cannot_be_shortened_are_left_out() -> None:
     assert found.norms == (1.0,) * FIRST
 
 
-def test_what_is_far_larger_than_usual_is_told_from_what_is_undefined() -> None:
+def test_what_is_far_larger_than_usual_is_distinguished_from_what_is_undefined() -> None:
     assert outlying(np.array([0.5, np.nan, 0.1, 2000.0, -0.2]), 1e3).tolist() == [False, False, False, True, False]
     assert not outlying(np.array([1.0, 1e9]), 1e3).any()
 
@@ -145,7 +145,7 @@ def test_norms_outlive_a_stop(tmp_path: Path) -> None:
     assert [(entry["round"], entry["what"]) for entry in entries] == [(5, "shortened")]
 
 
-def test_a_step_that_is_not_finite_is_undone_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_undone_and_the_run_continues(tmp_path: Path) -> None:
     grid = federation(tmp_path, "server.rounds=4", "runtime.checkpoint_every=1")
     grid.faults[LIAR_NODE] = in_rounds(2, change=times(1e30))
     notes: list[Progress] = []

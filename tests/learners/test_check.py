@@ -175,7 +175,7 @@ def described(folder: Path, *overrides: str) -> Experiment:
 
 
 @pytest.mark.slow
-def test_a_run_refuses_it_before_its_first_round_and_says_what_it_does_not_verify(tmp_path: Path) -> None:
+def test_a_run_refuses_it_before_its_first_round_and_reports_what_it_does_not_verify(tmp_path: Path) -> None:
     own = described(tmp_path, "model.name=tests.learners.test_check:weight_norm", "learner.inner_lr=0.3")
     with pytest.raises(FedmetaError, match="differs from a finite difference") as raised:
         run(own)

@@ -47,7 +47,7 @@ def test_sends_the_meta_states_keys_and_shapes(learner: Learner) -> None:
     assert (float(flat(gradient).abs().max()) == 0) == (learner.update == "nothing")
 
 
-def test_says_what_it_sends(learner: Learner) -> None:
+def test_reports_what_it_sends(learner: Learner) -> None:
     """The server's default optimizer and the engines rely on it."""
     gradients = {"maml": "exact", "anil": "exact", "meta-sgd": "exact", "maml++": "exact", "fomaml": "first-order"}
     plain = dict.fromkeys(("fedavg", "fedavg-ft", "reptile"), "delta") | gradients | {"local": "nothing"}

@@ -152,7 +152,7 @@ def test_rates_at_their_start_are_mamls_and_may_be_negative(name: str) -> None:
     assert float(uphill) > float(learner.inner(learner.theta(state), task.support))
 
 
-def test_mamlpp_goes_on_at_the_last_rate() -> None:
+def test_mamlpp_continues_at_the_last_rate() -> None:
     module, task = small_mlp(), make_task(4, (4,), 3)
     learner = build("maml++", module, inner_steps=2, inner_lr=LR)
     state = make_state(learner)

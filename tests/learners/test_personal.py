@@ -116,7 +116,7 @@ def test_a_head_is_fitted_to_support_on_a_fixed_body(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PERSONAL)
-def test_a_path_starts_at_the_global_model_and_goes_on_from_the_personal_part(name: str) -> None:
+def test_a_path_starts_at_the_global_model_and_continues_from_the_personal_part(name: str) -> None:
     learner, task = make(name), make_task(3, (4,), 3)
     state = make_state(learner)
     personal = moved(learner.personal(state))

@@ -113,7 +113,7 @@ def test_a_row_does_not_see_the_other_rows_of_its_batch() -> None:
         assert torch.allclose(model(parameters, x), alone, atol=1e-6)
 
 
-def test_an_image_too_small_says_what_to_change() -> None:
+def test_an_image_too_small_reports_what_to_change() -> None:
     with pytest.raises(FedmetaError, match=r"3 x 9 pixels are too few for 2 of them; list fewer in model\.channels"):
         build("cnn", (3, 9), 2)
     assert outputs(build("cnn", (4, 4), 2, dense=3), (4, 4)).shape == (2, 2)
@@ -224,7 +224,7 @@ def test_buffers_and_frozen_parameters_follow_the_precision() -> None:
     assert model(parameters, torch.randn(3, 4)).dtype == torch.float64
 
 
-def test_an_output_that_is_no_tensor_is_said() -> None:
+def test_an_output_that_is_no_tensor_is_reported() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()

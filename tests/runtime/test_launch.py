@@ -70,7 +70,7 @@ def test_the_launcher_is_known_by_a_variable(monkeypatch: pytest.MonkeyPatch, tm
     assert launcher_folder() == tmp_path
 
 
-def test_the_server_says_which_process_it_is(tmp_path: Path) -> None:
+def test_the_server_reports_which_process_it_is(tmp_path: Path) -> None:
     assert server_process(tmp_path) is None
     announce(tmp_path)
     assert server_process(tmp_path) == os.getpid()

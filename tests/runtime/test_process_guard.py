@@ -94,7 +94,7 @@ def test_what_a_command_leaves_behind_ends_when_it_ends(tmp_path: Path, mark: st
         assert marked(mark) == []
 
 
-def test_what_a_command_says_is_in_its_log(tmp_path: Path) -> None:
+def test_what_a_command_prints_is_in_its_log(tmp_path: Path) -> None:
     program = "import sys; print('out'); print('error', file=sys.stderr)"
     with keep([sys.executable, "-c", program], os.environ, tmp_path / "log") as process:
         process.wait(30)

@@ -19,6 +19,7 @@ from fedmeta.progress import Progress
 from fedmeta.runtime import Result, run
 from fedmeta.runtime import ray as module
 from fedmeta.runtime.superlink import free_port
+from tests.deciding import DECIDED, DECIDING
 from tests.runtime.processes import MARK, marked, wait_until
 from tests.server import digits as quick
 
@@ -89,6 +90,20 @@ def test_ray_and_local_agree_on_an_own_problem(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", DECIDING)
+def test_ray_and_local_decide_alike(tmp_path: Path, name: str) -> None:
+    experiment = digits(tmp_path, "runtime.nodes=2", *DECIDING[name])
+    local, ray = run(experiment), run(experiment, runtime="ray")
+    assert_agree(local, ray)
+    decisions = [
+        [(each["round"], each["what"]) for each in result.summary.get("ledger", [])] for result in (local, ray)
+    ]
+    assert decisions[0] == decisions[1]
+    if name in DECIDED:
+        assert DECIDED[name] in [what for _, what in decisions[0]]
+
+
+@pytest.mark.slow
 def test_ray_and_local_agree_on_digits(tmp_path: Path) -> None:
     reported: list[Progress] = []
     experiment = digits(tmp_path, "runtime.nodes=2")
@@ -103,7 +118,7 @@ def test_ray_and_local_agree_on_digits(tmp_path: Path) -> None:
     assert {path.name for path in ray.folder.iterdir()} == {path.name for path in local.folder.iterdir()} - {"x"}
 
 
-def test_bad_data_are_told_in_full_before_anything_starts(
+def test_bad_data_are_reported_in_full_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, work: Path
 ) -> None:
     monkeypatch.setattr(module, "_launch", lambda *_: pytest.fail("something was started"))
@@ -159,7 +174,7 @@ def test_ray_and_local_agree_on_har(tmp_path: Path, shared_data: Path, overrides
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_under_ray_goes_on_there(tmp_path: Path, mark: str) -> None:
+def test_a_run_that_was_stopped_under_ray_continues_there(tmp_path: Path, mark: str) -> None:
     unbroken = run(digits(tmp_path / "unbroken", "server.rounds=12"))
     experiment = digits(tmp_path / "stopped", "server.rounds=12", "runtime.nodes=2")
 
@@ -193,7 +208,7 @@ def test_a_server_that_dies_is_noticed(tmp_path: Path, mark: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_server_refuses_is_told_as_it_is(tmp_path: Path) -> None:
+def test_what_the_server_refuses_is_reported_as_it_is(tmp_path: Path) -> None:
     uri = f"tracking.uri=http://127.0.0.1:{free_port()}"
     messages = []
     for runtime in ("local", "ray"):

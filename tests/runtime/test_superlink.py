@@ -123,5 +123,5 @@ def test_the_last_words_of_a_log_are_one_telling_line(tmp_path: Path, log: str, 
     assert last_log_line(tmp_path / "log") == shown
 
 
-def test_a_log_that_is_not_there_says_nothing(tmp_path: Path) -> None:
+def test_a_log_that_is_not_there_gives_nothing(tmp_path: Path) -> None:
     assert last_log_line(tmp_path / "log") == "it printed nothing"

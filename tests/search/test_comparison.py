@@ -37,7 +37,7 @@ def test_lower_errors_are_better() -> None:
     assert difference(sites(0.05), "maml", "fedavg-ft", RMSE, 0) == pytest.approx((-0.05,) * 3)
 
 
-def test_the_interval_holds_the_mean_and_says_when_it_may_be_chance() -> None:
+def test_the_interval_holds_the_mean_and_reports_when_it_may_be_chance() -> None:
     mean, low, high = difference(sites(0.001, spread=0.1), "maml", "fedavg-ft", ACCURACY, 0)
     assert low < 0 < high
     assert low < mean < high

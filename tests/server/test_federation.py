@@ -76,14 +76,14 @@ def test_a_run_waits_for_the_sites_that_it_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("wait_for", "missing"), [('["abbey", "zion", "hope"]', "zion, hope"), ("4", "3 more sites")])
-def test_a_run_says_whom_it_waited_for_in_vain(tmp_path: Path, wait_for: str, missing: str) -> None:
+def test_a_run_reports_whom_it_waited_for_in_vain(tmp_path: Path, wait_for: str, missing: str) -> None:
     experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.05")
     grid = SeveralNodes(app, experiment, node_configs=[hospital(tmp_path, "abbey")])
     with pytest.raises(FedmetaError, match=f"^server.wait_for is not met, still missing: {missing}$"):
         Membership(grid, experiment)
 
 
-def test_a_run_without_any_node_says_so(tmp_path: Path) -> None:
+def test_a_run_without_any_node_reports_it(tmp_path: Path) -> None:
     experiment = hospitals(tmp_path, "server.round_timeout=0.05")
     with pytest.raises(FedmetaError, match=r"^no node is connected$"):
         Membership(SeveralNodes(app, experiment, nodes=0), experiment)
@@ -107,7 +107,7 @@ def test_nodes_that_cannot_say_whom_they_host_are_named(tmp_path: Path, fault: o
         ({"classes": ("1.5", "2.25", "3.125")}, "its labels are numbers, the federation's classes"),
     ],
 )
-def test_a_site_that_differs_is_refused_and_the_others_go_on(
+def test_a_site_that_differs_is_refused_and_the_others_continue(
     tmp_path: Path, other: dict[str, object], shown: str
 ) -> None:
     configs = [hospital(tmp_path, "abbey", **other), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion")]
@@ -128,7 +128,7 @@ def test_of_two_forms_with_equally_many_sites_the_first_sites_is_taken(tmp_path:
 
 
 @pytest.mark.parametrize(("wait_for", "missing"), [('["abbey", "zion"]', "zion"), ("3", "1 more sites")])
-def test_a_run_that_needs_a_refused_site_says_how_it_differs(tmp_path: Path, wait_for: str, missing: str) -> None:
+def test_a_run_that_needs_a_refused_site_reports_how_it_differs(tmp_path: Path, wait_for: str, missing: str) -> None:
     experiment = hospitals(tmp_path, f"server.wait_for={wait_for}", "server.round_timeout=0.2")
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "zion", columns=("age",))]
     grid = SeveralNodes(app, experiment, node_configs=configs)
@@ -161,7 +161,7 @@ def test_a_late_joiner_trains_where_the_experiment_admits_it(tmp_path: Path) -> 
     assert membership.federation.training.tolist() == [0, 1]
 
 
-def test_a_late_joiner_with_other_columns_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_late_joiner_with_other_columns_is_refused_and_the_run_continues(tmp_path: Path) -> None:
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=[hospital(tmp_path, "mercy")])
     membership = Membership(grid, grid.experiment)
     before = membership.federation
@@ -194,7 +194,7 @@ def test_a_node_that_comes_back_while_its_old_id_still_stands_keeps_its_site(tmp
     assert membership.refused == {}
 
 
-def test_two_nodes_with_one_sites_name_are_refused_at_the_start_and_the_others_go_on(tmp_path: Path) -> None:
+def test_two_nodes_with_one_sites_name_are_refused_at_the_start_and_the_others_continue(tmp_path: Path) -> None:
     configs = [hospital(tmp_path, "abbey"), hospital(tmp_path, "mercy"), hospital(tmp_path, "abbey", 20)]
     grid = SeveralNodes(app, hospitals(tmp_path), node_configs=configs)
     membership = Membership(grid, grid.experiment)

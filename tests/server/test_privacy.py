@@ -184,7 +184,7 @@ def test_a_disk_that_does_not_take_the_ledger_ends_the_run_in_one_line(
         ('{"rounds": 2, "sites": 9}', "the run had 9 training sites and now has 32"),
     ],
 )
-def test_a_run_does_not_go_on_without_its_ledger(tmp_path: Path, content: str | None, line: str) -> None:
+def test_a_run_does_not_continue_without_its_ledger(tmp_path: Path, content: str | None, line: str) -> None:
     if content is not None:
         (tmp_path / BUDGET_FILE).write_text(content)
     with pytest.raises(FedmetaError, match=line):

@@ -47,7 +47,7 @@ def test_a_node_with_many_names_has_one_voice() -> None:
     assert set(select_majority_schema({1: honest[1], 3: liar})[0]) == {3}
 
 
-def test_each_difference_is_said() -> None:
+def test_each_difference_is_reported() -> None:
     here = reply("a", ("age", "chol"))
     assert schema_mismatch(here, here) == ""
     assert schema_mismatch(reply("b", ("chol", "age")), here) == "its columns are in another order"

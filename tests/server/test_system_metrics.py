@@ -11,7 +11,7 @@ from fedmeta.runtime import run
 from server.system_metrics import ProcessMonitor
 
 
-def test_a_busy_process_is_told_from_an_idle_one() -> None:
+def test_a_busy_process_is_distinguished_from_an_idle_one() -> None:
     machine = ProcessMonitor()
     time.sleep(0.2)
     idle = machine.metrics()

@@ -70,7 +70,7 @@ def test_sites_are_evaluated_at_the_start_every_so_often_and_at_the_end(
 
 
 @pytest.mark.slow
-def test_progress_is_told_round_by_round(tmp_path: Path) -> None:
+def test_progress_is_reported_round_by_round(tmp_path: Path) -> None:
     reported: list[Progress] = []
     result = run(digits(tmp_path), report=reported.append)
     assert [progress.round_number for progress in reported] == sorted(progress.round_number for progress in reported)
@@ -104,7 +104,7 @@ def test_the_summary_counts_what_travelled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_skipped_round_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_skipped_round_is_reported_and_the_run_continues(tmp_path: Path) -> None:
     grid = SeveralNodes(app, digits(tmp_path), 2)
     reported: list[Progress] = []
 
@@ -129,7 +129,7 @@ def test_a_run_that_diverges_ends_with_what_may_help(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_fails_again_and_again_is_told_ten_times_and_what_is_new_always(tmp_path: Path) -> None:
+def test_what_fails_again_and_again_is_reported_ten_times_and_what_is_new_always(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=20", "server.sites_per_round=0", "evaluation.every=0")
     grid = SeveralNodes(app, experiment, 2)
     one, other = NODE_IDS[:2]
@@ -167,7 +167,7 @@ def test_ten_rounds_without_a_usable_reply_stop_the_run_with_the_reason(tmp_path
 
 
 @pytest.mark.slow
-def test_one_usable_reply_in_ten_rounds_is_enough_to_go_on(tmp_path: Path) -> None:
+def test_one_usable_reply_in_ten_rounds_is_enough_to_continue(tmp_path: Path) -> None:
     experiment = digits(tmp_path, "server.rounds=20", "evaluation.every=0")
     grid = SeveralNodes(app, experiment, 2)
 
@@ -246,7 +246,7 @@ def test_a_site_that_joins_between_two_parts_of_a_run_is_new(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_resumed_run_waits_for_all_its_sites_and_goes_on_without_the_lost(
+def test_a_resumed_run_waits_for_all_its_sites_and_continues_without_the_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(membership, "POLL_S", 0.01)
@@ -294,7 +294,7 @@ def test_a_resumed_run_waits_for_all_its_sites_and_goes_on_without_the_lost(
 
 
 @pytest.mark.parametrize("wait_for", ['["zion"]', "2"])
-def test_a_resumed_run_does_not_go_on_without_whom_it_must_wait_for(
+def test_a_resumed_run_does_not_continue_without_whom_it_must_wait_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wait_for: str
 ) -> None:
     monkeypatch.setattr(membership, "POLL_S", 0.01)
@@ -468,7 +468,7 @@ def test_what_sites_keep_goes_back_with_the_run_to_either_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_while_it_wrote_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_while_it_wrote_continues_from_the_checkpoint_before(tmp_path: Path) -> None:
     unbroken = run(digits(tmp_path / "unbroken", "server.rounds=7"))
     experiment = digits(tmp_path / "killed", "server.rounds=7", "runtime.checkpoint_every=2")
     kill_in_round(experiment, 5)

@@ -88,7 +88,7 @@ def test_with_a_support_it_becomes_a_sites_own(finished: tuple[str, fedmeta.Resu
     assert list(loaded.predict(test, params=named)) == list(loaded.predict(test, params=params))
 
 
-def test_the_model_holds_no_row_and_the_run_goes_on_from_the_registry(
+def test_the_model_holds_no_row_and_the_run_continues_from_the_registry(
     finished: tuple[str, fedmeta.Result, MetaModel], tmp_path: Path
 ) -> None:
     uri, result, start = finished
