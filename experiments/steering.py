@@ -13,7 +13,7 @@ import numpy as np
 
 from fedmeta import load_experiment, run
 
-VALIDATED = ("evaluation.every=10", "evaluation.validation_sites=0.2")
+JUDGED = ("evaluation.validate_every=10", "evaluation.validation_sites=0.2")
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "objective": {
         "mean": (),
@@ -24,8 +24,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "order": {
         "exact": (),
         "first": ("learner.order=first",),
-        "auto": ("learner.order=auto", *VALIDATED),
-        "auto by cosine": ("learner.order=auto", "server.climb_below=0.9", *VALIDATED),
+        "auto": ("learner.order=auto", *JUDGED),
+        "auto by cosine": ("learner.order=auto", "server.climb_below=0.9", *JUDGED),
     },
     "cohort": {
         "uniform": ("server.sites_per_round=6",),

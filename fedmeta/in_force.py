@@ -28,8 +28,7 @@ def _source(*names: str) -> Condition:
 def _chosen_by_validation(experiment: Experiment) -> bool:
     """Whether training sites are split off, to choose or to score by."""
     own = experiment.evaluation
-    split = own.judge == "validation_sites" or own.schedule == "auto" or bool(own.patience)
-    return split or bool(experiment.server.until) or experiment.learner.order == "auto"
+    return own.judge == "validation_sites" or own.schedule == "auto" or experiment.steered
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -64,6 +63,7 @@ CONDITIONS: dict[str, Condition] = {
     "server.staleness": lambda e: e.server.late == "buffer",
     "server.compression_keep": lambda e: "top-k" in (e.server.compression, e.server.compression_down),
     "evaluation.validation_sites": _chosen_by_validation,
+    "evaluation.validate_every": lambda e: e.steered,
     "privacy.delta": lambda e: e.privacy.noise_multiplier > 0,
     **dict.fromkeys(
         ("privacy.survivors", "privacy.colluding", "privacy.quantum"), lambda e: e.privacy.secure_aggregation

@@ -172,8 +172,7 @@ def build_federation(
         new = _split_off(federation, experiment)
     federation = _with_kinds(federation, new, ())
     # How far to adapt is chosen on separate sites, not on those that are scored.
-    chooses = experiment.evaluation.schedule == "auto" or experiment.steered
-    choosing = chooses and len(federation.training) > 1
+    choosing = experiment.splits_off and len(federation.training) > 1
     return _with_kinds(federation, new, _split_off(federation, experiment)) if choosing else federation
 
 
@@ -199,6 +198,23 @@ def _as_they_joined(earlier: Checkpoint) -> SitesReply:
 def uses_validation_sites(experiment: Experiment) -> bool:
     """Returns whether validation sites stand in for the new ones."""
     return experiment.evaluation.judge == "validation_sites"
+
+
+def judges(federation: Federation, experiment: Experiment) -> NDArray[np.int64]:
+    """Returns the sites by whose scores a run decides while it trains.
+
+    They are the validation sites. A run that decides about its order alone has none: a seeded draw of as many training
+    sites judges on test rows, which no training sees, so that no site is lost to training.
+    """
+    if federation.validation.any():
+        return np.flatnonzero(federation.validation)
+    judged = federation.training[federation.test_rows[federation.training] > 0]
+    if len(judged) < 2:
+        return judged
+    names = [federation.names[site] for site in judged]
+    return federation.indices(
+        draw_validation_sites(names, experiment.evaluation.validation_sites, experiment.runtime.seed)
+    )
 
 
 def _split_off(federation: Federation, experiment: Experiment) -> tuple[str, ...]:

@@ -3,11 +3,14 @@
 Every so many rounds a probe computes both gradients for the round's cohort, at the same meta-state and on the same
 rows, and compares them. The rules:
 
-- climb where validation sites have not improved for `climb_patience` evaluations, or, if `climb_below` is above -1,
+- climb where the judging sites have not improved for `climb_patience` evaluations, or, if `climb_below` is above -1,
   where the cosine is below it (by default it is not: a low cosine does not mean that first order reaches less);
 - come down where it was above `descend_above`, which is higher, in `descend_probes` probes in a row;
-- undo a climb where validation sites get worse after it: the meta-state and the optimizer's memory from before it are
-  put back, and the next climb waits for twice as many evaluations.
+- undo a climb where they get worse after it: the meta-state and the optimizer's memory from before it are put back, and
+  the next climb waits for twice as many evaluations.
+
+The judging sites are validation sites where the run has some, and else training sites, on their test rows
+(`server.federation.judges`).
 
 What decides is deterministic; the seconds that each order takes are measured in this run and are for the ledger alone.
 """
@@ -31,10 +34,10 @@ GUARDED = 3
 """How many evaluations after a climb may undo it."""
 
 SIGNIFICANT = 2.0
-"""How many standard errors over the validation sites their loss must rise to undo a climb."""
+"""How many standard errors over the judging sites their loss must rise to undo a climb."""
 
 FEW, MUCH_WORSE = 3, 1.1
-"""Of fewer validation sites than the first, none is averaged: their loss must rise by this factor."""
+"""Of fewer judging sites than the first, none is averaged: their loss must rise by this factor."""
 
 WARM_UP = 1
 """How many first times of an order are no measure of it: it is checked and traced then."""
@@ -65,10 +68,10 @@ class Order:
         calm: Probes in a row above `descend_above`.
         waits: Evaluations that must pass before the next climb.
         penalty: How many the next undone climb will wait.
-        stalled: Evaluations without a better score at the validation sites since the order changed.
-        best: The best score so far since then, in the metric's direction (higher is better).
+        stalled: Evaluations without a better score of the judging sites since the order changed.
+        best: The best score so far since then, and what decides between equal ones; higher is better.
         guarded: Evaluations that may still undo the last climb; 0 where there is none to undo.
-        guard: The loss of each validation site at that climb; empty until they are scored, which a climb has done.
+        guard: The loss of each judging site at that climb; empty until they are scored, which a climb has done.
         rounds: Rounds in each order.
         probes: How many probes there were.
         seconds: The last times of each order, the first ones left out.
@@ -80,7 +83,7 @@ class Order:
     waits: int = 0
     penalty: int = 2
     stalled: int = 0
-    best: float | None = None
+    best: tuple[float, ...] | None = None
     guarded: int = 0
     guard: tuple[float, ...] = ()
     rounds: Mapping[str, int] = field(default_factory=dict)
@@ -99,7 +102,8 @@ class Order:
     def from_json(cls, known: Mapping[str, Any]) -> Order:
         """Returns what `to_json` returned."""
         seconds = {name: tuple(times) for name, times in known["seconds"].items()}
-        return cls(**{**known, "guard": tuple(known["guard"]), "seconds": seconds})
+        best = None if known["best"] is None else tuple(known["best"])
+        return cls(**{**known, "best": best, "guard": tuple(known["guard"]), "seconds": seconds})
 
     def timed(self, order: str, seconds: float, *, stepped: bool) -> Order:
         """Returns it after a cohort was computed in an order.
@@ -141,13 +145,15 @@ def after_probe(order: Order, probe: Probe, settings: Server) -> tuple[Order, st
     return order, ""
 
 
-def after_evaluation(order: Order, score: float, losses: NDArray[np.float64], settings: Server) -> tuple[Order, str]:
-    """Returns the order after an evaluation of the validation sites, and what was decided: "climb", "undo" or "".
+def after_evaluation(
+    order: Order, score: tuple[float, ...], losses: NDArray[np.float64], settings: Server
+) -> tuple[Order, str]:
+    """Returns the order after an evaluation of the judging sites, and what was decided: "climb", "undo" or "".
 
     Args:
         order: The order before.
-        score: Their score, in the metric's direction: higher is better.
-        losses: The loss of each validation site [sites].
+        score: Their score, and what decides between equal ones: higher is better.
+        losses: The loss of each of them [sites].
         settings: The experiment's section.
     """
     if order.now == EXACT and order.guarded and not order.guard:
@@ -177,7 +183,7 @@ def climbed(order: Order, losses: NDArray[np.float64] | None = None) -> Order:
 
     Args:
         order: The order before.
-        losses: The loss of each validation site [sites] at the state that it climbs from; None where they are not
+        losses: The loss of each judging site [sites] at the state that it climbs from; None where they are not
             scored yet: the next evaluation is of that state.
     """
     guard = () if losses is None else _finite(losses)
@@ -189,7 +195,7 @@ def _finite(losses: NDArray[np.float64]) -> tuple[float, ...]:
 
 
 def is_worse(losses: NDArray[np.float64], before: NDArray[np.float64]) -> bool:
-    """Returns whether validation sites' losses [sites] are significantly higher than before, paired by site.
+    """Returns whether the judging sites' losses [sites] are significantly higher than before, paired by site.
 
     A loss that is not finite is worse. Where sites came or went since, the means are compared.
     """

@@ -1,4 +1,4 @@
-"""A run that decides about itself, by the scores of validation sites while it trains.
+"""A run that decides about itself, by the scores of validation sites (or judging training sites) while it trains.
 
 All that it has decided is in the checkpoint, and no decision depends on a clock: a resumed run decides as the unbroken
 one does.
@@ -21,6 +21,7 @@ from fedmeta.learners import Learner
 from fedmeta.learners.order import EXACT, FIRST, has_first_order
 from fedmeta.messages import LOSS, EvaluateReply
 from fedmeta.problems.problem import has_outer_step, has_payload
+from server.federation import judges
 from server.ledger import Decision, per_round
 from server.order import Order, after_evaluation, after_probe, climbed, probes
 from server.order import summary as order_summary
@@ -55,6 +56,7 @@ class Steering:
         self.learner, self.metric = learner, learner.problem.metrics[0]
         self.patience = experiment.evaluation.patience
         self.active = experiment.steered
+        self.judges = "validation sites" if strategy.federation.validation.any() else "training sites' test rows"
         _check(experiment, learner, strategy)
         known: Mapping[str, Any] = earlier.steering if earlier else {}
         memory = earlier.memory if earlier else {}
@@ -133,15 +135,15 @@ class Steering:
         return ""
 
     def due(self, round_number: int, last: int) -> bool:
-        """Returns whether the validation sites are to be scored after a round."""
+        """Returns whether the judging sites are to be scored after a round."""
         if not self.active or self.seen >= round_number:
             return False
-        # A climb is guarded by what validation sites have at the state that it leaves.
+        # A climb is guarded by what the judging sites have at the state that it leaves.
         climbed_now = bool(self.order and self.order.guarded and not self.order.guard)
-        return climbed_now or round_number % self.experiment.evaluation.every == 0 or round_number >= last
+        return climbed_now or round_number % self.experiment.evaluation.validates_every == 0 or round_number >= last
 
     def observe(self, round_number: int, last: int, reply: EvaluateReply | None, totals: Mapping[str, float]) -> str:
-        """Decides by the scores of validation sites.
+        """Decides by the scores of the judging sites.
 
         Args:
             round_number: The round after which they were scored.
@@ -155,7 +157,7 @@ class Steering:
         self.seen = round_number
         found = _score(reply, self.metric.name, round_number)
         if found is None:
-            return f"no validation site has a score after round {round_number}: nothing is decided by it"
+            return f"none of the {self.judges} has a score after round {round_number}: nothing is decided by it"
         self.last_score = found
         note = self._order_by(found, reply)
         if self.patience:
@@ -197,25 +199,26 @@ class Steering:
         return {"stopping": stopping, **own, "ledger": [decision.to_json() for decision in self.ledger]}
 
     def _order_by(self, found: ValidationScore, reply: EvaluateReply | None) -> str:
-        """Climbs, or undoes a climb, by what the validation sites have; returns what to report."""
+        """Climbs, or undoes a climb, by what the judging sites have; returns what to report."""
         if not self.order or reply is None:
             return ""
         if self.ledger and self.ledger[-1].after is None and self.ledger[-1].round < found.round_number:
             self.ledger[-1] = replace(self.ledger[-1], after=found.score)
         losses = reply.figures[LOSS][np.arange(len(reply.names)), reply.chosen]
-        score = self.metric.sign * found.score
+        score = (self.metric.sign * found.score, -found.loss)
         self.order, decision = after_evaluation(self.order, score, losses, self.experiment.server)
         if decision == "undo":
             self.strategy.restore(self.guard, self.guard_memory)
             climb = next(each for each in reversed(self.ledger) if each.what == "climb")
             rounds = found.round_number - climb.round
-            why = f"validation sites got worse after the climb in round {climb.round}: its state is put back"
+            why = f"the {self.judges} got worse after the climb in round {climb.round}: its state is put back"
             self.guard, self.guard_memory = {}, {}
             self.ledger.append(Decision(found.round_number, "undo", why, climb.before, found.score, -rounds))
             return f"round {found.round_number}: undid the climb to the exact gradient: {why}"
         if decision == "climb":
             patience = self.experiment.server.climb_patience
-            return self._climb(found.round_number, f"{patience} evaluations without a better validation score", losses)
+            why = f"{patience} evaluations without a better score of the {self.judges}"
+            return self._climb(found.round_number, why, losses)
         if not self.order.guarded:
             self.guard, self.guard_memory = {}, {}
         return ""
@@ -269,7 +272,7 @@ class Steering:
 
 
 def _score(reply: EvaluateReply | None, name: str, round_number: int) -> ValidationScore | None:
-    """Returns the score of validation sites after the steps that they take."""
+    """Returns the score of the judging sites after the steps that they take."""
     if reply is None:
         return None
     taken = np.arange(len(reply.names)), reply.chosen
@@ -283,11 +286,14 @@ def _check(experiment: Experiment, learner: Learner, strategy: MetaGradientStrat
         return
     key = "[evaluation] patience" if experiment.evaluation.patience else "[server] until"
     key = key if experiment.evaluation.patience or experiment.server.until else '[learner] order = "auto"'
-    if not experiment.evaluation.every:
-        raise FedmetaError(f"{key}: needs evaluation.every above 0: validation sites are scored at evaluations")
+    if not experiment.evaluation.validates_every:
+        raise FedmetaError(f"{key}: needs evaluation.validate_every or evaluation.every above 0, to decide by scores")
     if experiment.privacy.secure_aggregation:
         raise FedmetaError(f"{key} with privacy.secure_aggregation: it needs the score of each validation site")
-    if not strategy.federation.validation.any():
+    if not experiment.splits_off:
+        if not len(judges(strategy.federation, experiment)):
+            raise FedmetaError(f"{key}: no training site has test rows to judge by: raise data.test")
+    elif not strategy.federation.validation.any():
         raise FedmetaError(
             f"{key}: no training site can be split off as a validation site: give the run more sites, or raise "
             "evaluation.validation_sites"

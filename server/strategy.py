@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import MappingProxyType
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,6 +17,7 @@ from fedmeta.messages import EVALUATE, TRAIN
 from server.aggregation import Gradient
 from server.evaluation_replies import STATES, Asked, evaluation_replies
 from server.exchange import Shares, messages
+from server.federation import judges
 from server.probes import probe
 from server.round_cohort import round_cohort
 from server.round_log import RoundLog
@@ -79,16 +79,16 @@ class MetaGradientStrategy(RunState, Strategy):
         Args:
             server_round: The last finished round.
             arrays: The meta-state.
-            config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites that
-                choose how far to adapt; and pool, true for sums over the test rows of new and of training sites; block
-                of a stream, in place of the one that the round is at.
+            config: How: steps, rate, gate, baseline as in `RoundRequest`; validation, true to ask only the sites by
+                whose scores the run decides; and pool, true for sums over the test rows of new and of training sites;
+                block of a stream, in place of the one that the round is at.
             grid: Flower's grid.
         """
         self.log = RoundLog()
         how = dict(config)
         steps, baseline = how.get("steps"), how.get("baseline")
         if how.pop("validation", False):
-            sites = np.flatnonzero(self.federation.validation)
+            sites = judges(self.federation, self.experiment)
         else:
             sites = sites_to_evaluate(self.federation, self.experiment.evaluation.sites, self.experiment.runtime.seed)
         groups = self.federation.groups(sites) if how.pop("pool", False) else {}

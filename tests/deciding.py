@@ -12,8 +12,14 @@ DECIDING: dict[str, tuple[str, ...]] = {
         *("learner.order=auto", "server.climb_below=0.999999", "server.descend_above=0.9999995"),
         *("server.probe_every=2", *VALIDATED),
     ),
-    "climbs by stalling": ("learner.order=auto", "server.climb_patience=1", "server.lr=1e-6", *VALIDATED),
-    "stops early": ("evaluation.patience=1", "server.optimizer=sgd", "server.lr=30", *VALIDATED),
+    "climbs by stalling": (
+        "learner.order=auto",
+        "server.climb_patience=1",
+        "server.optimizer=sgd",
+        "server.lr=1e-12",
+        *VALIDATED,
+    ),
+    "stops early": ("evaluation.patience=1", "server.optimizer=sgd", "server.lr=5", *VALIDATED),
     "stops at a target": ("server.until={score = 0.05}", *VALIDATED),
 }
 """By name, what is set."""

@@ -215,8 +215,13 @@ class Experiment(Section):
 
     @property
     def steered(self) -> bool:
-        """Whether validation sites are scored while the run trains, because something is decided by their scores."""
+        """Whether sites are scored while the run trains, because something is decided by their scores."""
         return bool(self.evaluation.patience or self.server.until or self.learner.order == "auto")
+
+    @property
+    def splits_off(self) -> bool:
+        """Whether training sites are split off as validation sites, to choose a meta-state or how far to adapt."""
+        return bool(self.evaluation.patience or self.server.until or self.evaluation.schedule == "auto")
 
     @property
     def evaluation_steps(self) -> int:

@@ -336,6 +336,9 @@ class Evaluation(Section):
         default=0.2,
         description="Training sites split off to choose or to score by (share of them, or a count of sites)",
     )
+    validate_every: int = Field(
+        default=0, ge=0, description="Interval between scores that a run decides by; 0 = with every evaluation (rounds)"
+    )
     gate: bool = Field(
         default=False, description="Whether a site chooses its steps, zero too, on its support rows by cross-validation"
     )
@@ -359,8 +362,13 @@ class Evaluation(Section):
 
     def conflicts(self) -> Conflicts:
         """Yields patience where no evaluation comes that it could count."""
-        if self.patience and not self.every:
-            yield "patience", "needs every above 0: it counts evaluations"
+        if self.patience and not self.validates_every:
+            yield "patience", "needs validate_every or every above 0: it counts the scores that the run decides by"
+
+    @property
+    def validates_every(self) -> int:
+        """Rounds between two scores that a run decides by."""
+        return self.validate_every or self.every
 
 
 class Tracking(Section):

@@ -40,8 +40,8 @@ class FedAvgFinetuned(LocalEpochs):
     differentiates: ClassVar[str] = ""
 
     def local_objective(self, objective: Objective, theta: Parameters) -> Objective:
-        """Returns what a local step descends, from the loss on its rows: the loss itself."""
-        return objective
+        """Returns what a local step descends, from the loss on its rows: the loss, with the pull to theta."""
+        return proximal(objective, theta, self.pull) if self.pull else objective
 
     def local_model(self, meta_state: MetaState, task: Task) -> Parameters:
         """Returns theta_i, what the site's local steps make of theta; shared parameters move too."""
@@ -76,9 +76,10 @@ class FedProx(FedAvgFinetuned):
 
     mu: float = DEFAULTS.mu
 
-    def local_objective(self, objective: Objective, theta: Parameters) -> Objective:
-        """Returns the loss plus mu / 2 * |theta_i - theta|^2."""
-        return proximal(objective, theta, self.mu)
+    @property
+    def pull(self) -> float:
+        """The weight of 1 / 2 * |theta_i - theta|^2 in what a local step descends: mu."""
+        return self.mu
 
 
 @dataclass(frozen=True)

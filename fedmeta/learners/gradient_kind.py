@@ -13,7 +13,7 @@ Method = TypeVar("Method", bound=Callable[..., object])
 
 CUSTOM = "custom"
 
-SAFE_OVERRIDES = frozenset({"init", "rates", "query_weights", "for_round", "personal", "train", "minibatches"})
+SAFE_OVERRIDES = frozenset({"init", "rates", "query_weights", "for_round", "personal", "train", "minibatches", "pull"})
 """What a learner may override without changing what its `meta_gradient` computes."""
 
 
@@ -23,8 +23,8 @@ def gradient_kind(kind: str) -> Callable[[Method], Method]:
     Args:
         kind: "exact": d/d meta-state of sum_t v_t L_Q(phi_t), with v = `query_weights` and phi = `adaptation_path`;
             "first-order": the same with d phi_t / d theta = 1; "delta": theta - theta_i after descent
-            over `minibatches` of all the task's rows; "nothing": zeros. Each has the
-            metric "query_loss", L_Q(phi_K).
+            over `minibatches` of all the task's rows, with a `pull` to theta; "nothing": zeros. Each has the metric
+            "query_loss", L_Q(phi_K).
     """
 
     def mark(method: Method) -> Method:

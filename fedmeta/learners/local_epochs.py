@@ -29,6 +29,11 @@ class LocalEpochs(Learner):
         check_counts(self, local_epochs=1, batch_size=0)
 
     @property
+    def pull(self) -> float:
+        """The weight of 1 / 2 * |theta_i - theta|^2 in what a local step descends."""
+        return 0.0
+
+    @property
     def minibatches(self) -> Minibatches | None:
         """E epochs over all the site's rows, B a step; None on an own problem."""
         return minibatches_of(self.problem, self.batch_size, self.local_epochs)

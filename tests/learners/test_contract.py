@@ -50,7 +50,7 @@ def test_sends_the_meta_states_keys_and_shapes(learner: Learner) -> None:
 def test_reports_what_it_sends(learner: Learner) -> None:
     """The server's default optimizer and the engines rely on it."""
     gradients = {"maml": "exact", "anil": "exact", "meta-sgd": "exact", "maml++": "exact", "fomaml": "first-order"}
-    plain = dict.fromkeys(("fedavg", "fedavg-ft", "reptile"), "delta") | gradients | {"local": "nothing"}
+    plain = dict.fromkeys(("fedavg", "fedavg-ft", "fedprox", "reptile"), "delta") | gradients | {"local": "nothing"}
     name = next(name for name, kind in LEARNERS.items() if kind is type(learner))
     assert learner.estimator == plain.get(name, "custom")
     assert learner.adapts == (name != "fedavg")

@@ -130,12 +130,15 @@ def test_all_engines_take_the_same_steps(name: str, size: int) -> None:
         assert relative_error(train_personal(learner, state, batch, weights, stacked)[0], expected) < 1e-10
 
 
-@pytest.mark.quick("2-hidden4-20", "0-*")
+@pytest.mark.quick("2-hidden4-20-*", "0-*-fedavg", "5-hidden1-30-fedprox")
+@pytest.mark.parametrize(("name", "own"), [("fedavg", {}), ("fedprox", {"mu": 2.0})], ids=["fedavg", "fedprox"])
 @pytest.mark.parametrize(("hidden", "features"), [((), 30), ((40,), 30), ((40,), 3), ((6, 40), 30), ((200, 300), 20)])
 @pytest.mark.parametrize("size", [0, 2, 5])
-def test_the_low_rank_form_by_any_plan(hidden: tuple[int, ...], features: int, size: int) -> None:
+def test_the_low_rank_form_by_any_plan(
+    name: str, own: dict[str, float], hidden: tuple[int, ...], features: int, size: int
+) -> None:
     """Layers in low-rank form and layers with one weight per site, whichever its rule takes."""
-    learner = make("fedavg", hidden, features, batch_size=size, local_epochs=2)
+    learner = make(name, hidden, features, batch_size=size, local_epochs=2, **own)
     state, batch = make_state(learner), stack(tasks(features))
     weights = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
     expected = loop.meta_gradients(learner, state, batch, weights)

@@ -44,28 +44,28 @@ def test_in_first_order_nothing_is_probed_that_could_not_decide() -> None:
     assert probes(climbed(Order()), Server())
 
 
-def test_validation_sites_that_stall_climb_and_those_that_get_worse_undo_it() -> None:
+def test_judging_sites_that_stall_climb_and_those_that_get_worse_undo_it() -> None:
     order, decisions = Order(), []
     for score in (0.5, 0.6, 0.6, 0.6):
-        order, decision = after_evaluation(order, score, LOSSES, SETTINGS)
+        order, decision = after_evaluation(order, (score,), LOSSES, SETTINGS)
         decisions.append(decision)
     assert decisions == ["", "", "", "climb"]
     order = climbed(order, LOSSES)
-    kept, decision = after_evaluation(order, 0.6, LOSSES - 0.1, SETTINGS)
+    kept, decision = after_evaluation(order, (0.6,), LOSSES - 0.1, SETTINGS)
     assert (decision, kept.now, kept.guarded) == ("", EXACT, 2)
-    fallen, decision = after_evaluation(order, 0.4, LOSSES + np.array([0.5, 0.6, 0.4, 0.5]), SETTINGS)
+    fallen, decision = after_evaluation(order, (0.4,), LOSSES + np.array([0.5, 0.6, 0.4, 0.5]), SETTINGS)
     assert (decision, fallen.now, fallen.waits) == ("undo", FIRST, 2)
     # The next climb waits for so many evaluations, and the one after it for twice as many.
     decisions = []
     for score in (0.5, 0.6):
         decisions.append(after_probe(fallen, LOW, SETTINGS)[1])
-        fallen, _ = after_evaluation(fallen, score, LOSSES, SETTINGS)
+        fallen, _ = after_evaluation(fallen, (score,), LOSSES, SETTINGS)
     assert [*decisions, after_probe(fallen, LOW, SETTINGS)[1]] == ["", "", "climb"]
     # A climb between evaluations is guarded from the next one on, which is of the state that it leaves.
-    waiting, decision = after_evaluation(climbed(Order()), 0.4, LOSSES, SETTINGS)
+    waiting, decision = after_evaluation(climbed(Order()), (0.4,), LOSSES, SETTINGS)
     assert (decision, waiting.guard, waiting.guarded) == ("", tuple(LOSSES.tolist()), 3)
-    assert after_evaluation(waiting, 0.3, LOSSES + 1, SETTINGS)[1] == "undo"
-    again, _ = after_evaluation(climbed(fallen, LOSSES), 0.4, LOSSES + 1, SETTINGS)
+    assert after_evaluation(waiting, (0.3,), LOSSES + 1, SETTINGS)[1] == "undo"
+    again, _ = after_evaluation(climbed(fallen, LOSSES), (0.4,), LOSSES + 1, SETTINGS)
     assert again.waits == 4
 
 
@@ -155,7 +155,12 @@ AUTO = (
 
 @pytest.mark.slow
 def test_a_planted_bad_climb_is_caught_and_undone(tmp_path: Path) -> None:
-    wrong = ("learner.name=tests.server.test_order:Wrong", "runtime.check=off", "evaluation.validation_sites=8")
+    wrong = (
+        "learner.name=tests.server.test_order:Wrong",
+        "runtime.check=off",
+        "evaluation.validation_sites=16",
+        "server.lr=0.05",
+    )
     notes: list[str] = []
     settings = digits(tmp_path, *AUTO, *wrong, "server.rounds=4")
     result = fedmeta.run(settings, report=lambda progress: notes.append(progress.note))
@@ -163,6 +168,9 @@ def test_a_planted_bad_climb_is_caught_and_undone(tmp_path: Path) -> None:
     assert [decision["what"] for decision in ledger][:2] == ["climb", "undo"]
     assert "below climb_below" in ledger[0]["why"]
     assert ledger[1]["after"] < ledger[1]["before"] or "got worse" in ledger[1]["why"]
+    # No site is split off for it: training sites judge, on test rows.
+    assert "training sites' test rows got worse" in ledger[1]["why"]
+    assert set(result.sites["kind"]) == {"new", "training"}
     assert any("undid the climb to the exact gradient" in note for note in notes)
     assert result.summary["order"]["now"] == FIRST
     assert result.summary["order"]["rounds_exact"] == ledger[1]["round"] - ledger[0]["round"]

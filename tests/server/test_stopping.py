@@ -84,9 +84,11 @@ def test_what_is_no_target_is_refused(given: str) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_be_steered_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(FedmetaError, match=r"\[evaluation\] patience = 2: needs every above 0"):
+    with pytest.raises(FedmetaError, match=r"\[evaluation\] patience = 2: needs validate_every or every above 0"):
         digits(tmp_path, "evaluation.patience=2", "evaluation.every=0")
-    with pytest.raises(FedmetaError, match=r"^\[server\] until: needs evaluation.every above 0"):
+    with pytest.raises(
+        FedmetaError, match=r"^\[server\] until: needs evaluation.validate_every or evaluation.every above 0"
+    ):
         fedmeta.run(digits(tmp_path, "server.until={score=0.9}", "evaluation.every=0"))
     with pytest.raises(
         FedmetaError, match=r"^\[evaluation\] patience with \[learner\] name = .ditto.: what sites kept"

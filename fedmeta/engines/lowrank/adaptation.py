@@ -45,6 +45,11 @@ class Correction:
         errors = slots.view(sites, n + 1, -1, outputs)[:, :n].flatten(1, 2)
         return cls(rows.kept[place, "a"], errors, slots)
 
+    def shrunk(self, left: Tensor) -> Correction:
+        """Returns the share `left` [sites] of it."""
+        slots = None if self.slots is None else (self.slots.view(len(left), -1) * left[:, None]).view_as(self.slots)
+        return Correction(self.inputs, self.errors * left[:, None, None], slots)
+
     def then(self, inputs: Tensor, errors: Tensor, fixed: bool) -> Correction:
         """Returns this and one more step; where the inputs are `fixed`, the errors just add up."""
         if fixed:
@@ -102,10 +107,18 @@ class Adaptation:
             dense = {name: value.detach() + (start[name] - start[name].detach()) for name, value in dense.items()}
         return self._run(rows, dense)[0]
 
-    def step(self, rows: FlatBatch, rates: Rates) -> None:
-        """Takes one inner step on the rows: phi_i <- phi_i - rate * d L_i / d phi_i at every site."""
+    def step(self, rows: FlatBatch, rates: Rates, left: Tensor | None = None) -> None:
+        """Takes one inner step on the rows: phi_i <- phi_i - rate * d L_i / d phi_i at every site.
+
+        Args:
+            rows: The rows of all sites.
+            rates: The rate of each parameter.
+            left: The share of phi_i - theta that a pull to theta leaves each site first [sites]; None for all of it.
+        """
         outputs, traces = self._run(rows, self.dense)
-        found, moved = self._errors(rows, outputs, traces, rates)
+        found, moved = self._errors(rows, outputs, traces, rates, left)
+        if left is not None:
+            self.corrections = {place: own.shrunk(left) for place, own in self.corrections.items()}
         for trace, scaled in found:
             call = self.forms.calls[trace.place]
             inputs = trace.inputs if self.exact else trace.inputs.detach()
@@ -123,13 +136,13 @@ class Adaptation:
         for name, value in moved.items():
             self.dense[name] = value if self.exact else value.detach().requires_grad_()
 
-    def errors(self, rows: FlatBatch, rates: Rates) -> tuple[dict[int, Tensor], Parameters]:
-        """Returns what a step would add to each call's errors, by place, and what it would make of values per site."""
-        found, moved = self._errors(rows, *self._run(rows, self.dense), rates)
+    def errors(self, rows: FlatBatch, rates: Rates, left: Tensor | None = None) -> tuple[dict[int, Tensor], Parameters]:
+        """Returns what a `step` adds to each call's errors, by place, and what it makes of values per site."""
+        found, moved = self._errors(rows, *self._run(rows, self.dense), rates, left)
         return {trace.place: scaled for trace, scaled in found}, moved
 
     def _errors(
-        self, rows: FlatBatch, outputs: Tensor, traces: list[CallRecord], rates: Rates
+        self, rows: FlatBatch, outputs: Tensor, traces: list[CallRecord], rates: Rates, left: Tensor | None
     ) -> tuple[list[tuple[CallRecord, Tensor]], Parameters]:
         calls = self.forms.calls
         lowrank = [trace for trace in traces if calls[trace.place].weight in rates]
@@ -151,7 +164,11 @@ class Adaptation:
             found.append((trace, error if common is not None else error * rate))
         moved = {}
         for name, error in zip(dense, errors[len(lowrank) :], strict=True):
-            moved[name] = self.dense[name] + (error if common is not None else error * rates[name])
+            before = self.dense[name]
+            if left is not None:
+                share = left.view(-1, *[1] * (before.dim() - 1))
+                before = self.theta[name] + share * (before - self.theta[name])
+            moved[name] = before + (error if common is not None else error * rates[name])
         return found, {**self.dense, **moved}
 
     def keep_products(self, rows: FlatBatch) -> None:

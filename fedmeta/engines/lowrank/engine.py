@@ -47,6 +47,7 @@ from fedmeta.engines.misfit import UnsupportedModelError
 from fedmeta.engines.weighted_sum import Figures, WeightedSum, stack_path
 from fedmeta.learners import FROZEN, THETA, Learner
 from fedmeta.learners.learner import trained, with_theta
+from fedmeta.learners.local_epochs import LocalEpochs
 from fedmeta.learners.local_steps import with_order
 from fedmeta.models import FunctionalModel
 from fedmeta.models.attention import exact_attention
@@ -263,7 +264,8 @@ def adapted(learner: Learner, meta_state: Mapping[str, Tensor], batch: Batch) ->
     adaptation = Adaptation(learner.network, learner.theta(state), forms, batch.sites, exact=False)
     own = FlatBatch.of(concatenate(*batch), _dtype(meta_state), batch.pairs)
     query = FlatBatch.of(batch.query, _dtype(meta_state))
-    descend(adaptation, own, batch.order, learner.rates(meta_state, 0), learner)
+    pull = learner.pull if isinstance(learner, LocalEpochs) else 0.0
+    descend(adaptation, own, batch.order, learner.rates(meta_state, 0), learner, pull)
     with torch.no_grad():
         # The query rows are the last of all rows, whose products with shared weights are known.
         query.kept = own.kept_of_last(batch.query[2].shape[1])
