@@ -3,8 +3,9 @@
 Every so many rounds a probe computes both gradients for the round's cohort, at the same meta-state and on the same
 rows, and compares them. The rules:
 
-- climb where the judging sites have not improved for `climb_patience` evaluations, or, if `climb_below` is above -1,
-  where the cosine is below it (by default it is not: a low cosine does not mean that first order reaches less);
+- climb where the judging sites have not improved for `climb_patience` evaluations, from the state that they scored best
+  at, or, if `climb_below` is above -1, where the cosine is below it (by default it is not: a low cosine does not mean
+  that first order reaches less);
 - come down where it was above `descend_above`, which is higher, in `descend_probes` probes in a row;
 - undo a climb where they get worse after it: the meta-state and the optimizer's memory from before it are put back, and
   the next climb waits for twice as many evaluations.
@@ -70,6 +71,7 @@ class Order:
         penalty: How many the next undone climb will wait.
         stalled: Evaluations without a better score of the judging sites since the order changed.
         best: The best score so far since then, and what decides between equal ones; higher is better.
+        best_losses: The loss of each judging site at that score.
         guarded: Evaluations that may still undo the last climb; 0 where there is none to undo.
         guard: The loss of each judging site at that climb; empty until they are scored, which a climb has done.
         rounds: Rounds in each order.
@@ -84,6 +86,7 @@ class Order:
     penalty: int = 2
     stalled: int = 0
     best: tuple[float, ...] | None = None
+    best_losses: tuple[float, ...] = ()
     guarded: int = 0
     guard: tuple[float, ...] = ()
     rounds: Mapping[str, int] = field(default_factory=dict)
@@ -102,8 +105,9 @@ class Order:
     def from_json(cls, known: Mapping[str, Any]) -> Order:
         """Returns what `to_json` returned."""
         seconds = {name: tuple(times) for name, times in known["seconds"].items()}
+        lists = {name: tuple(known[name]) for name in ("best_losses", "guard")}
         best = None if known["best"] is None else tuple(known["best"])
-        return cls(**{**known, "best": best, "guard": tuple(known["guard"]), "seconds": seconds})
+        return cls(**{**known, **lists, "best": best, "seconds": seconds})
 
     def timed(self, order: str, seconds: float, *, stepped: bool) -> Order:
         """Returns it after a cohort was computed in an order.
@@ -167,7 +171,7 @@ def after_evaluation(
         order = replace(order, guarded=left, guard=order.guard if left else ())
     order = replace(order, waits=max(0, order.waits - 1))
     if order.best is None or score > order.best:
-        return replace(order, best=score, stalled=0), ""
+        return replace(order, best=score, best_losses=_finite(losses), stalled=0), ""
     order = replace(order, stalled=order.stalled + 1)
     stalls = order.now == FIRST and order.stalled >= settings.climb_patience and not order.waits
     return order, "climb" if stalls else ""

@@ -29,7 +29,9 @@ from server.stopping import Progressed, ValidationScore, progressed, reached, sc
 from server.strategy import MetaGradientStrategy
 
 BEST, GUARD, GUARD_MEMORY = "best/", "guard/", "guard_optimizer/"
-"""How names begin in the checkpoint's memory: of the best meta-state, and of what is put back should a climb fail."""
+TOP, TOP_MEMORY = "top/", "top_optimizer/"
+"""How names begin in the checkpoint's memory: of the best meta-state, of what is put back should a climb fail, and of
+what a climb by stalling starts from; the last two with the optimizer's memory."""
 
 
 class Steering:
@@ -65,15 +67,14 @@ class Steering:
         self.target: dict[str, Any] = dict(known.get("target", {}))
         self.last_score = ValidationScore(**known["last_score"]) if "last_score" in known else None
         self.progress = Progressed(ValidationScore(**known["best"]), known["waited"]) if "best" in known else None
-        self.best = {name.removeprefix(BEST): value for name, value in memory.items() if name.startswith(BEST)}
+        self.best = _under(memory, BEST)
         self.ledger = [Decision(**entry) for entry in known.get("ledger", [])]
         self.order: Order | None = None
         if experiment.learner.order == "auto":
             self.order = Order.from_json(known["order"]) if "order" in known else Order()
-        self.guard = {name.removeprefix(GUARD): value for name, value in memory.items() if name.startswith(GUARD)}
-        self.guard_memory = {
-            name.removeprefix(GUARD_MEMORY): value for name, value in memory.items() if name.startswith(GUARD_MEMORY)
-        }
+        self.top_round: int = known.get("top_round", 0)
+        self.guard, self.guard_memory = _under(memory, GUARD), _under(memory, GUARD_MEMORY)
+        self.top, self.top_memory = _under(memory, TOP), _under(memory, TOP_MEMORY)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of it, beside `memory`."""
@@ -85,7 +86,7 @@ class Steering:
             "target": self.target,
             "ledger": [decision.to_json() for decision in self.ledger],
             **({"last_score": self.last_score.to_json()} if self.last_score else {}),
-            **({"order": self.order.to_json()} if self.order else {}),
+            **({"order": self.order.to_json(), "top_round": self.top_round} if self.order else {}),
             **({"best": self.progress.best.to_json(), "waited": self.progress.waited} if self.progress else {}),
         }
 
@@ -93,6 +94,7 @@ class Steering:
     def memory(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint keeps of it."""
         kept = {BEST: self.best, GUARD: self.guard, GUARD_MEMORY: self.guard_memory}
+        kept |= {TOP: self.top, TOP_MEMORY: self.top_memory}
         return {prefix + name: value for prefix, values in kept.items() for name, value in values.items()}
 
     def before_round(self) -> None:
@@ -217,8 +219,12 @@ class Steering:
             return f"round {found.round_number}: undid the climb to the exact gradient: {why}"
         if decision == "climb":
             patience = self.experiment.server.climb_patience
-            why = f"{patience} evaluations without a better score of the {self.judges}"
-            return self._climb(found.round_number, why, losses)
+            why = f"{patience} scores of the {self.judges} no better than after round {self.top_round}: from there on"
+            self.strategy.restore(self.top, self.top_memory)
+            return self._climb(found.round_number, why, np.array(self.order.best_losses))
+        if self.order.now == FIRST and not self.order.stalled:
+            self.top, self.top_memory = self._here()
+            self.top_round = found.round_number
         if not self.order.guarded:
             self.guard, self.guard_memory = {}, {}
         return ""
@@ -226,9 +232,14 @@ class Steering:
     def _climb(self, round_number: int, why: str, losses: NDArray[np.float64] | None) -> str:
         assert self.order
         self.order = climbed(self.order, losses)
-        self.guard, self.guard_memory = self.strategy.optimizer.meta_state, self.strategy.optimizer.state()
-        self.guard_memory = {name: value.clone() for name, value in self.guard_memory.items()}
+        self.guard, self.guard_memory = self._here()
+        self.top, self.top_memory = {}, {}
         return self._decide(round_number, "climb", why)
+
+    def _here(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the meta-state and what the optimizer remembers, as they are now."""
+        optimizer = self.strategy.optimizer
+        return dict(optimizer.meta_state), {name: value.clone() for name, value in optimizer.state().items()}
 
     def _decide(self, round_number: int, what: str, why: str) -> str:
         before = self.last_score.score if self.last_score else None
@@ -269,6 +280,11 @@ class Steering:
         left = last - round_number
         decision = Decision(round_number, what, why, before.score, after.score)
         self.ledger.append(replace(decision, saved_rounds=left, saved_s=left * seconds, saved_bytes=left * moved))
+
+
+def _under(memory: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in memory.items() if name.startswith(prefix)}
 
 
 def _score(reply: EvaluateReply | None, name: str, round_number: int) -> ValidationScore | None:

@@ -1,6 +1,7 @@
 """First order, exact, or what probes and validation sites show: climbs, descents, and a bad climb that is undone."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +179,19 @@ def test_a_planted_bad_climb_is_caught_and_undone(tmp_path: Path) -> None:
     # The way back is complete: the state is the one that the climb left, to the last bit.
     there = fedmeta.run(digits(tmp_path / "there", *AUTO, *wrong, "server.rounds=2"))
     assert all(torch.equal(value, there.meta_state[name]) for name, value in result.meta_state.items())
+
+
+@pytest.mark.slow
+def test_a_climb_by_stalling_starts_from_the_best_state(tmp_path: Path) -> None:
+    keys = ("server.optimizer=sgd", "server.lr=30", "evaluation.every=0", "evaluation.local_baseline=none")
+    auto = (*keys, "learner.order=auto", "server.climb_patience=1", "evaluation.validate_every=1")
+    long = fedmeta.run(digits(tmp_path, *auto, "server.rounds=6"))
+    climb = next(each for each in long.summary["ledger"] if each["what"] == "climb")
+    last, best = climb["round"], int(re.findall(r"no better than after round (\d+)", climb["why"])[0])
+    assert best < last
+    ended = fedmeta.run(digits(tmp_path / "ended", *auto, f"server.rounds={last}"))
+    there = fedmeta.run(digits(tmp_path / "there", *keys, "learner.order=first", f"server.rounds={best}"))
+    assert all(torch.equal(value, there.meta_state[name]) for name, value in ended.meta_state.items())
 
 
 @pytest.mark.slow
