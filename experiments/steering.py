@@ -13,7 +13,7 @@ import numpy as np
 
 from fedmeta import load_experiment, run
 
-JUDGED = ("evaluation.validate_every=10", "evaluation.validation_sites=0.2")
+JUDGED = ("evaluation.validate_every=5", "evaluation.validation_sites=0.2")
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "objective": {
         "mean": (),

@@ -222,7 +222,7 @@ class Server(Section):
         default=0.98, ge=-1, le=1, description="Cosine above which it comes down again; above climb_below (cosine)"
     )
     climb_patience: int = Field(
-        default=3, ge=1, description="Evaluations without a better validation score after which it climbs (evaluations)"
+        default=2, ge=1, description="Scores without a better one after which it climbs to the exact gradient (scores)"
     )
     descend_probes: int = Field(
         default=3, ge=1, description="Probes in a row above descend_above after which it comes down (probes)"
