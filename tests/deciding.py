@@ -31,3 +31,6 @@ DECIDED = {
     "stops at a target": "stop",
 }
 """What the ledger must then hold."""
+
+DEPLOYED = ("optimal", "worst", "climbs by stalling", "stops early")
+"""One of each kind, for where a run takes minutes."""

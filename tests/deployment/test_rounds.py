@@ -22,7 +22,7 @@ from clients.app import app
 from fedmeta import checkpoint
 from fedmeta.progress import ignore_progress
 from server import training_loop
-from tests.deciding import DECIDED, DECIDING
+from tests.deciding import DECIDED, DECIDING, DEPLOYED
 from tests.deployment.processes import write_sites
 from tests.deployment.test_faults import (
     Federation,
@@ -235,7 +235,7 @@ def test_what_top_k_did_not_send_survives_a_restart_and_bytes_are_those_on_the_l
 # ---------------------------------------------------------------- runs that decide
 
 
-@pytest.mark.parametrize("name", DECIDING)
+@pytest.mark.parametrize("name", DEPLOYED)
 def test_a_deployed_run_decides_like_a_simulated_one(five: Running, name: str) -> None:
     experiment = five.experiment(name.replace(" ", "-"), *DECIDING[name], rounds=3)
     deployed, local = fedmeta.run(experiment, runtime="deployment"), fedmeta.run(experiment)
