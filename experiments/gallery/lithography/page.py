@@ -102,7 +102,7 @@ def picture(learner: Learner, problem: litho.Lithography, learned: torch.Tensor,
         found, target = problem.prints(own, data), litho.finer(data["target"])
         wrong = torch.stack([found["print"], target, found["print"] * target], 2)
         shown = [(f"{name} source", source_image(source)), ("target", target), ("mask", found["mask"]),
-                 ("aerial image", found["image"]), ("print (red: too much, green: lacks)", wrong)]  # fmt: skip
+                 ("aerial image", found["image"]), ("print (red: extra, green: missing)", wrong)]  # fmt: skip
         for axis, (title, image) in zip(row, shown, strict=True):
             axis.imshow(np.asarray(image), cmap="gray" if "source" not in title else "inferno")
             axis.set_title(title, fontsize=8)
