@@ -19,7 +19,7 @@ DECIDING: dict[str, tuple[str, ...]] = {
         "server.lr=1e-12",
         *VALIDATED,
     ),
-    "stops early": ("evaluation.patience=1", "server.optimizer=sgd", "server.lr=5", *VALIDATED),
+    "stops early": ("evaluation.patience=1", "server.optimizer=sgd", "server.lr=1e-12", *VALIDATED),
     "stops at a target": ("server.until={score = 0.05}", *VALIDATED),
 }
 """By name, what is set."""
