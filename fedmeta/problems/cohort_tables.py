@@ -6,6 +6,7 @@ disjoint support and query rows of the former. Tasks have one form: rows that a 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -154,13 +155,13 @@ class CohortTables(TaskSource):
         """The columns that a prediction needs: the features, and further ones but the outcome."""
         return self.features
 
+    @abstractmethod
     def predicted(self, parameters: Parameters, table: Table) -> dict[str, NDArray[np.float64]]:
         """Returns what the problem predicts for each row of a table with the columns `needed`, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcome(self, site: str, table: Table) -> dict[str, Tensor]:
         """Returns the outcome's tensors [rows] by name; raises `FedmetaError` where a value is impossible."""
-        raise NotImplementedError
 
     @staticmethod
     def mean(values: Tensor, data: Mapping[str, Tensor]) -> Tensor:
